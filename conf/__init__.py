@@ -1,0 +1,1 @@
+"""The configuration tree: YAML composed by Hydra, shipped as package data."""

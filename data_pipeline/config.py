@@ -1,0 +1,113 @@
+"""What data a run reads: types and laws. The values live in conf/data/*.yaml."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+SOURCE_KINDS = ("embedded", "jsonl", "parquet", "text")
+BLOCK_ROWS = 16384  # the mixture holds its weights exactly, to one row, over each block of this many rows
+
+
+class DataError(Exception):
+    """A file that the data pipeline reads or has written breaks a law; the message names file, law and remedy."""
+
+
+@dataclass
+class SourceConfig:
+    """One source of documents.
+
+    kind: embedded (text found on every machine) | jsonl (.jsonl, .jsonl.gz) | parquet | text (a file is a document).
+    paths: files or globs; for `embedded` the names of collections of data_pipeline.samples.
+    text_key: the column or JSON key that holds the text; null for the kinds that have none.
+    weight: this source's share of the training tokens, relative to the other sources; 0 = prepared, not trained on.
+    max_epochs: how often a training row may be seen; null = no limit.
+    """
+
+    kind: str
+    paths: list[str]
+    text_key: str | None
+    weight: float
+    max_epochs: float | None
+
+
+@dataclass
+class DataConfig:
+    """The prepared folder and what it is made of.
+
+    dir: folder of the prepared shards.
+    tokenizer: a folder with tokenizer.json, a tokenizer.json, a hub name; null = train one on the sources.
+    tokenizer_vocab_size: ids of the tokenizer to train; null when `tokenizer` is given.
+    sources: by name; the name is part of file names and metrics.
+    validation_fraction: share of the documents, chosen by their hash, that is never trained on.
+    slice_bytes: bytes of input in one unit of work, of restart and of parallelism.
+    shard_bytes: most bytes in one file of tokens (a longer document has a shard of its own).
+    num_workers: processes that prepare; 1 = this process. The result does not depend on it.
+    """
+
+    dir: str
+    tokenizer: str | None
+    tokenizer_vocab_size: int | None
+    sources: dict[str, SourceConfig]
+    validation_fraction: float
+    slice_bytes: int
+    shard_bytes: int
+    num_workers: int
+
+    def problems(self) -> list[str]:
+        """Every broken law, one line each: key, value, law, remedy."""
+        found = []
+        if not self.dir:
+            found.append("data.dir is empty; name the folder of the prepared shards")
+        if self.tokenizer is None and (self.tokenizer_vocab_size or 0) < 512:
+            found.append(
+                f"data.tokenizer_vocab_size={self.tokenizer_vocab_size}: a tokenizer that is trained"
+                " (data.tokenizer=null) needs at least 512 ids"
+            )
+        if self.tokenizer is not None and self.tokenizer_vocab_size is not None:
+            found.append(
+                f"data.tokenizer_vocab_size={self.tokenizer_vocab_size} has no use with"
+                f" data.tokenizer={self.tokenizer}; set one of the two to null"
+            )
+        if not 0 <= self.validation_fraction < 1:
+            found.append(f"data.validation_fraction={self.validation_fraction} is not in [0, 1)")
+        if self.slice_bytes < 1:
+            found.append(f"data.slice_bytes={self.slice_bytes} is not positive")
+        if self.shard_bytes < 4:
+            found.append(f"data.shard_bytes={self.shard_bytes} holds no token of 4 bytes")
+        if self.num_workers < 1:
+            found.append(f"data.num_workers={self.num_workers} is not positive; 1 works in this process")
+        if not self.sources:
+            found.append("data.sources is empty; name at least one source")
+        total_weight = sum(source.weight for source in self.sources.values())
+        for name, source in self.sources.items():
+            found += _source_problems(name, source, total_weight)
+        if self.sources and not total_weight > 0:
+            found.append(f"data.sources: the weights sum to {total_weight}; give one source a positive weight")
+        return found
+
+
+def _source_problems(name: str, source: SourceConfig, total_weight: float) -> list[str]:
+    key = f"data.sources.{name}"
+    found = []
+    if not re.fullmatch(r"[A-Za-z0-9_]+", name):
+        found.append(f"{key}: the name becomes a file name; use letters, digits and _")
+    if source.kind not in SOURCE_KINDS:
+        found.append(f"{key}.kind={source.kind} is unknown; use {', '.join(SOURCE_KINDS)}")
+    if not source.paths:
+        found.append(f"{key}.paths is empty")
+    has_columns = source.kind in ("jsonl", "parquet")
+    if has_columns and not source.text_key:
+        found.append(f"{key}.text_key={source.text_key}: {source.kind} needs the name of the text column")
+    if not has_columns and source.text_key is not None:
+        found.append(f"{key}.text_key={source.text_key} has no use with kind={source.kind}; set it to null")
+    if not 0 <= source.weight < math.inf:
+        found.append(f"{key}.weight={source.weight} is not a finite number >= 0")
+    elif 0 < source.weight * BLOCK_ROWS < total_weight:
+        found.append(
+            f"{key}.weight={source.weight} of {total_weight} is less than one row in {BLOCK_ROWS}; raise it or use 0"
+        )
+    if source.max_epochs is not None and not source.max_epochs > 0:
+        found.append(f"{key}.max_epochs={source.max_epochs} is not positive; null = no limit")
+    return found

@@ -1,0 +1,70 @@
+"""Real text that lies on every machine: the standard library of the running interpreter. Nothing is downloaded."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+from data_pipeline.config import DataError
+
+# Tests, other people's packages, near-duplicates (lib2to3 copies tokenize and pickles grammar) and tables of numbers.
+_EXCLUDED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "lib2to3", "encodings", "pydoc_data"}
+_SHORTEST_PROSE = 200  # characters; a module with less docstring than this says nothing
+
+
+@functools.cache
+def documents(collection: str) -> tuple[str, ...]:
+    """The documents of a collection: in a fixed order, no two equal.
+
+    collection: `stdlib_code` (one module's source is one document) or `stdlib_prose` (the language reference of
+    pydoc, and one module's docstrings as one document). Raises DataError for another name.
+    """
+    if collection not in _COLLECTIONS:
+        raise DataError(f"embedded collection {collection!r} is unknown; use {', '.join(_COLLECTIONS)}")
+    return tuple(dict.fromkeys(_COLLECTIONS[collection]()))
+
+
+@functools.cache
+def _modules() -> dict[str, str]:
+    """Dotted name -> source of the modules of the standard library, by path."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    paths = [path for path in sorted(root.rglob("*.py")) if not _EXCLUDED & set(path.relative_to(root).parts)]
+    modules = {}
+    for path in paths:
+        parts = path.relative_to(root).with_suffix("").parts
+        name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+        modules[name] = path.read_text(encoding="utf-8", errors="strict")
+    return {name: source for name, source in modules.items() if source.strip()}
+
+
+def _code() -> Iterator[str]:
+    yield from _modules().values()
+
+
+def _prose() -> Iterator[str]:
+    from pydoc_data.topics import topics  # a third of a megabyte that only this function needs
+
+    for _, text in sorted(topics.items()):
+        yield text.strip() + "\n"
+    for name, source in _modules().items():
+        text = "\n\n".join(dict.fromkeys(_docstrings(name, ast.parse(source))))
+        if len(text) >= _SHORTEST_PROSE:
+            yield text + "\n"
+
+
+def _docstrings(name: str, node: ast.AST) -> Iterator[str]:
+    """The docstrings of a module, its classes and functions, in source order, each under its qualified name."""
+    if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+        docstring = ast.get_docstring(node)
+        if docstring and docstring.strip():
+            yield f"{name}\n{docstring.strip()}"
+    for child in ast.iter_child_nodes(node):
+        child_name = getattr(child, "name", None)
+        is_definition = isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+        yield from _docstrings(f"{name}.{child_name}" if is_definition else name, child)
+
+
+_COLLECTIONS = {"stdlib_code": _code, "stdlib_prose": _prose}

@@ -1,0 +1,146 @@
+"""Causal attention inside documents: grouped query heads, per-head QK-norm, rotary positions."""
+# B rows, S tokens per row, T = B*S tokens, D documents, H hidden
+# N query heads, G key/value heads, C head_dim, P cached tokens per row
+
+from functools import cached_property
+from itertools import pairwise
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moe.config import ModelConfig
+from moe.rope import rotate
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # older torch: the path per document serves every device
+    varlen_attn = None  # type: ignore[assignment]
+
+
+class Documents:
+    """Borders of the documents in a batch, brought to the host once per forward and shared by all layers.
+
+    cu_seqlens: [D+1] int32, the first 0, the last T.
+    """
+
+    def __init__(self, cu_seqlens: Tensor) -> None:
+        self.cu_seqlens = cu_seqlens
+        borders = cu_seqlens.tolist()
+        self.lengths = [stop - start for start, stop in pairwise(borders)]
+        self.max_length = max(self.lengths)
+
+    @cached_property
+    def groups(self) -> list[tuple[int, int]]:
+        """(number of documents, length), ascending in length: the calls that attention per document makes."""
+        return [(self.lengths.count(length), length) for length in sorted(set(self.lengths))]
+
+    @cached_property
+    def order(self) -> Tensor | None:
+        """[T] tokens sorted by the length of their document, stably; None where they lie so already."""
+        lengths = torch.tensor(self.lengths, device=self.cu_seqlens.device)
+        if self.lengths == sorted(self.lengths):
+            return None
+        return lengths.repeat_interleave(lengths).argsort(stable=True)
+
+    @cached_property
+    def inverse(self) -> Tensor | None:
+        """[T] the permutation that undoes `order`."""
+        return None if self.order is None else self.order.argsort()
+
+
+class KeyValueCache:
+    """Keys and values of the tokens seen so far, for generation: rows are sequences of equal length."""
+
+    def __init__(self) -> None:
+        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    @property
+    def length(self) -> int:
+        """P, the number of tokens per row that every layer has seen."""
+        return min((keys.shape[1] for keys, _ in self._layers.values()), default=0)
+
+    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Append [B, S, G, C] to a layer; returns all its keys and values [B, P+S, G, C]."""
+        if layer in self._layers:
+            old_keys, old_values = self._layers[layer]
+            keys, values = torch.cat((old_keys, keys), dim=1), torch.cat((old_values, values), dim=1)
+        self._layers[layer] = keys, values
+        return keys, values
+
+
+class Attention(nn.Module):
+    """Self-attention of Qwen3 (arXiv 2505.09388, section 2)."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.head_dim = config.head_dim
+        hidden, bias = config.hidden_size, config.attention_bias
+        query_size = config.num_attention_heads * config.head_dim
+        key_value_size = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(hidden, query_size, bias=bias)
+        self.k_proj = nn.Linear(hidden, key_value_size, bias=bias)
+        self.v_proj = nn.Linear(hidden, key_value_size, bias=bias)
+        self.o_proj = nn.Linear(query_size, hidden, bias=bias)
+        self.q_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
+        self.k_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        documents: Documents,
+        cache: KeyValueCache | None = None,
+    ) -> Tensor:
+        """hidden [B, S, H] -> [B, S, H]. With a cache every row goes on with its one sequence."""
+        rows, seq_len, _ = hidden.shape
+        heads = (rows * seq_len, -1, self.head_dim)
+        query = rotate(self.q_norm(self.q_proj(hidden).view(heads)), rotary)  # [T, N, C]
+        key = rotate(self.k_norm(self.k_proj(hidden).view(heads)), rotary)  # [T, G, C]
+        value = self.v_proj(hidden).view(heads)  # [T, G, C]
+        if cache is not None:
+            keys, values = cache.append(
+                self.layer, key.unflatten(0, (rows, -1)), value.unflatten(0, (rows, -1))
+            )
+            mixed = attend_cached(query.unflatten(0, (rows, -1)), keys, values)
+        elif varlen_attn is not None and query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
+            mixed = attend_varlen(query, key, value, documents)
+        else:
+            mixed = attend_per_document(query, key, value, documents)
+        return self.o_proj(mixed.reshape(rows, seq_len, -1))
+
+
+def attend_per_document(query: Tensor, key: Tensor, value: Tensor, documents: Documents) -> Tensor:
+    """One SDPA call per length of document, on any device: [T, N, C] and twice [T, G, C] -> [T, N, C]."""
+    if documents.order is not None:
+        query, key, value = (x.index_select(0, documents.order) for x in (query, key, value))
+    sizes = [count * length for count, length in documents.groups]
+    parts = []
+    splits = zip(documents.groups, query.split(sizes), key.split(sizes), value.split(sizes), strict=True)
+    for (count, _), *group in splits:
+        q, k, v = (x.unflatten(0, (count, -1)).transpose(1, 2) for x in group)  # [count, heads, length, C]
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        parts.append(mixed.transpose(1, 2).flatten(0, 1))
+    mixed = torch.cat(parts) if len(parts) > 1 else parts[0]
+    return mixed if documents.inverse is None else mixed.index_select(0, documents.inverse)
+
+
+def attend_varlen(query: Tensor, key: Tensor, value: Tensor, documents: Documents) -> Tensor:
+    """One flash-attention call over all documents, CUDA and 16 bits only: shapes of `attend_per_document`."""
+    borders, longest = documents.cu_seqlens, documents.max_length
+    lengths = (borders, borders, longest, longest)  # of queries, of keys
+    causal = (-1, 0)  # the window: everything to the left, nothing to the right
+    return cast(Tensor, varlen_attn(query, key, value, *lengths, window_size=causal, enable_gqa=True))
+
+
+def attend_cached(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """The last S of P+S tokens attend to what is before them.
+
+    query [B, S, N, C], keys and values [B, P+S, G, C] -> [B, S, N, C].
+    """
+    new, seen = query.shape[1], keys.shape[1] - query.shape[1]
+    visible = torch.ones(new, seen + new, dtype=torch.bool, device=query.device).tril(seen)
+    q, k, v = (x.transpose(1, 2) for x in (query, keys, values))  # [B, heads, tokens, C]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=True).transpose(1, 2)

@@ -1,0 +1,30 @@
+"""The mixture-of-experts block that stands where a dense layer has its MLP."""
+
+from torch import Tensor, nn
+
+from moe.config import ModelConfig
+from moe.dispatch import Dispatcher, LocalDispatcher
+from moe.experts import Experts
+from moe.router import Router, RouterStatistics
+
+# B rows, S positions, H hidden
+
+
+class MoEBlock(nn.Module):
+    """Router, dispatcher, experts. All experts start on this rank; `apply_expert_parallel` keeps a share."""
+
+    def __init__(self, config: ModelConfig, backend: str) -> None:
+        super().__init__()
+        self.gate = Router(
+            config.hidden_size, config.num_experts, config.num_experts_per_tok, config.norm_topk_prob
+        )
+        self.experts = Experts(config.num_experts, config.hidden_size, config.moe_intermediate_size, backend)
+        self.dispatcher: Dispatcher = LocalDispatcher()
+
+    def forward(self, hidden: Tensor, token_mask: Tensor | None = None) -> tuple[Tensor, RouterStatistics]:
+        """hidden [B,S,H], token_mask [B,S] bool (False: in no statistic) -> [B,S,H], its statistics."""
+        x = hidden.flatten(0, 1)
+        mask = None if token_mask is None else token_mask.flatten()
+        routing_weights, expert_indices, statistics = self.gate(x, mask)
+        y = self.dispatcher(x, routing_weights, expert_indices, self.experts)
+        return y.view_as(hidden), statistics

@@ -1,0 +1,189 @@
+"""SwiGLU experts: the weighted sum of this rank's experts for every token.
+
+`reference` is the slow obvious version and the oracle. `loop` and `grouped` run one autograd function on two
+different grouped matrix products.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from moe.config import ConfigError
+from moe.grouping import Grouping
+
+# T tokens, K slots per token, E local experts, H hidden, I intermediate
+# M rows: the slots whose expert is here, sorted by expert
+
+
+class Experts(nn.Module):
+    """Experts down(silu(gate(x)) * up(x)): w1 is gate, w3 is up, w2 is down.
+
+    The weights are uninitialised; `moe.init` or `moe.hf` fills them.
+    Raises ConfigError for an unknown `backend` (a name of BACKENDS).
+    """
+
+    def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int, backend: str) -> None:
+        super().__init__()
+        if backend not in BACKENDS:
+            raise ConfigError([f"experts.backend={backend} is unknown; use one of {', '.join(BACKENDS)}"])
+        self.num_local_experts = num_experts  # as a number: ZeRO-3 empties the weights between uses
+        self.backend = backend
+        self.w1 = nn.Parameter(torch.empty(num_experts, intermediate_size, hidden_size))
+        self.w3 = nn.Parameter(torch.empty(num_experts, intermediate_size, hidden_size))
+        self.w2 = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size))
+
+    def forward(
+        self, x: Tensor, routing_weights: Tensor, expert_indices: Tensor, num_rows: int | None = None
+    ) -> Tensor:
+        """x [T,H], routing_weights [T,K], expert_indices [T,K] (local) -> [T,H].
+
+        The id num_local_experts means that the expert is not here; its slot adds nothing.
+        `num_rows` is the number of slots that are here; None counts them, which waits for a CUDA device.
+        """
+        backend = BACKENDS[self.backend]
+        return backend(x, routing_weights, expert_indices, num_rows, self.w1, self.w3, self.w2)
+
+
+def supports(backend: str, device: torch.device | str, dtype: torch.dtype) -> str | None:
+    """Why `backend` cannot run on `device` in `dtype`; None if it can."""
+    kind = torch.device(device).type
+    if backend not in BACKENDS:
+        return f"experts.backend={backend} is unknown; use one of {', '.join(BACKENDS)}"
+    if backend == "grouped" and dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"experts.backend=grouped has no {dtype} kernel; use loop or reference"
+    if backend == "grouped" and kind not in ("cpu", "cuda"):
+        return f"experts.backend=grouped has no kernel on {kind}; use loop or reference"
+    return None
+
+
+def _reference(
+    x: Tensor,
+    routing_weights: Tensor,
+    expert_indices: Tensor,
+    num_rows: int | None,
+    w1: Tensor,
+    w3: Tensor,
+    w2: Tensor,
+) -> Tensor:
+    """Every expert on every token, weighted by zero where it was not selected."""
+    y = torch.zeros_like(x)
+    for expert, (gate, up, down) in enumerate(zip(w1.unbind(), w3.unbind(), w2.unbind(), strict=True)):
+        weight = (routing_weights * (expert_indices == expert)).sum(-1, keepdim=True)  # [T,1]
+        y = y + weight * F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
+    return y
+
+
+class _Products(NamedTuple):
+    """The two matrix products over sorted rows; `ends` [E] int32 is one past the last row of each expert."""
+
+    project: Callable[[Tensor, Tensor, Tensor], Tensor]  # rows [M,A], weights [E,A,B], ends -> [M,B]
+    outer: Callable[[Tensor, Tensor, Tensor], Tensor]  # a [M,A], b [M,B], ends -> [E,A,B], a_e^T b_e
+
+
+def _loop_project(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+    out = rows.new_empty(len(rows), weights.shape[2])
+    start = 0
+    for weight, end in zip(weights.unbind(), ends.tolist(), strict=True):
+        if end > start:
+            torch.mm(rows[start:end], weight, out=out[start:end])
+        start = end
+    return out
+
+
+def _loop_outer(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
+    out = a.new_empty(len(ends), a.shape[1], b.shape[1])
+    start = 0
+    for product, end in zip(out.unbind(), ends.tolist(), strict=True):
+        torch.mm(a[start:end].t(), b[start:end], out=product)  # zero for an expert without rows
+        start = end
+    return out
+
+
+def _grouped_project(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+    if len(rows) == 0:  # the CUDA kernel takes no empty operand
+        return rows.new_empty(0, weights.shape[2])
+    return F.grouped_mm(rows, weights, offs=ends)
+
+
+def _grouped_outer(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
+    if len(a) == 0:
+        return a.new_zeros(len(ends), a.shape[1], b.shape[1])
+    out = F.grouped_mm(a.t(), b, offs=ends)
+    if a.is_cuda and torch.cuda.get_device_capability(a.device) >= (10, 0):
+        # Blackwell writes garbage for experts without rows (pytorch/pytorch#172439).
+        out.masked_fill_((ends == F.pad(ends[:-1], (1, 0))).view(-1, 1, 1), 0)
+    return out
+
+
+class _SwiGLU(Function):
+    """Experts that save nothing wider than the pre-activations, 2 * M * I values.
+
+    The routing weight multiplies the activation, before the down projection, so that its gradient needs no
+    output rows; the input rows are gathered again in backward (both: SonicMoE, arXiv 2512.14080).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        products: _Products,
+        x: Tensor,
+        routing_weights: Tensor,
+        expert_indices: Tensor,
+        num_rows: int | None,
+        w1: Tensor,
+        w3: Tensor,
+        w2: Tensor,
+    ) -> Tensor:
+        grouping = Grouping.by(expert_indices, len(w1), num_rows)
+        rows = grouping.gather(x)  # [M,H]
+        gate = products.project(rows, w1.mT, grouping.ends)  # [M,I]
+        up = products.project(rows, w3.mT, grouping.ends)  # [M,I]
+        del rows
+        weight = routing_weights.flatten()[grouping.slot].unsqueeze(1)  # [M,1]
+        hidden = F.silu(gate).mul_(up).mul_(weight)  # [M,I]
+        ctx.products = products
+        ctx.save_for_backward(x, routing_weights, w1, w3, w2, gate, up, *grouping)
+        return grouping.combine(products.project(hidden, w2.mT, grouping.ends))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        x, routing_weights, w1, w3, w2, gate, up, *saved = ctx.saved_tensors
+        grouping = Grouping(*saved)
+        project, outer = ctx.products
+        ends = grouping.ends
+        weight = routing_weights.flatten()[grouping.slot].unsqueeze(1)  # [M,1]
+
+        grad_rows = grouping.gather(grad_y)  # [M,H]
+        grad_hidden = project(grad_rows, w2, ends)  # [M,I], before the routing weight
+        silu = F.silu(gate)
+        activation = silu * up
+        grad_weight = (grad_hidden * activation).sum(1)  # [M]
+        grad_w2 = outer(grad_rows, activation.mul_(weight), ends)
+        del grad_rows, activation
+
+        grad_hidden.mul_(weight)
+        grad_up = silu.mul_(grad_hidden)
+        grad_gate = torch.ops.aten.silu_backward(grad_hidden.mul_(up), gate)
+        rows = grouping.gather(x)  # [M,H]
+        grad_w1, grad_w3 = outer(grad_gate, rows, ends), outer(grad_up, rows, ends)
+        del rows
+        grad_x = grouping.combine(project(grad_gate, w1, ends).add_(project(grad_up, w3, ends)))
+        grad_routing = torch.zeros_like(routing_weights).view(-1).index_copy_(0, grouping.slot, grad_weight)
+        return None, grad_x, grad_routing.view_as(routing_weights), None, None, grad_w1, grad_w3, grad_w2
+
+
+def _fused(products: _Products) -> Callable[..., Tensor]:
+    return lambda *args: _SwiGLU.apply(products, *args)
+
+
+BACKENDS: dict[str, Callable[..., Tensor]] = {
+    "reference": _reference,
+    "loop": _fused(_Products(_loop_project, _loop_outer)),
+    "grouped": _fused(_Products(_grouped_project, _grouped_outer)),
+}

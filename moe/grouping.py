@@ -1,0 +1,76 @@
+"""Rows of (token, column) pairs sorted by group: gather tokens into rows, sum rows back into tokens.
+
+The experts group the (token, k) slots by expert; the dispatchers group tokens by destination rank.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+
+# T tokens, C columns, G groups, M rows (pairs that belong to a group), D width of a token
+
+
+class Grouping(NamedTuple):
+    """Which token each row holds and which rows each token has; tensors only, so autograd can save it."""
+
+    token: Tensor  # [M] int64, the token of each row
+    slot: Tensor  # [M] int64, token * C + column of each row
+    ends: Tensor  # [G] int32, one past the last row of each group
+    bag_rows: Tensor  # [M] int64, the rows in the order of their tokens
+    bag_starts: Tensor  # [T] int64, where a token's rows begin in bag_rows
+
+    @classmethod
+    def by(cls, groups: Tensor, num_groups: int, num_rows: int | None = None) -> "Grouping":
+        """Group the pairs by `groups` [T,C]; the value `num_groups` means that the pair has no row.
+
+        `num_rows` is the number of pairs that have a row; None counts them, which waits for a CUDA device.
+        """
+        flat = groups.flatten()
+        present = flat < num_groups  # [T*C]
+        if num_rows is None:
+            num_rows = int(present.sum())
+        small = torch.uint8 if num_groups < 256 else torch.int16  # sorting bytes is several times faster
+        keys, order = flat.to(small).sort(stable=True)
+        slot = order[:num_rows]
+        ids = torch.arange(num_groups, dtype=small, device=flat.device)
+        ends = torch.searchsorted(keys, ids, right=True, out_int32=True)
+        rank = present.cumsum(0) - present.long()  # [T*C] how many rows the pairs before this one have
+        bag_rows = torch.empty_like(slot)
+        bag_rows[rank[slot]] = torch.arange(num_rows, device=flat.device)
+        bag_starts = rank.view_as(groups)[:, 0].contiguous()
+        return cls(slot // groups.shape[1], slot, ends, bag_rows, bag_starts)
+
+    def gather(self, tokens: Tensor) -> Tensor:
+        """[T,D] -> [M,D]: the token of every row."""
+        return _Gather.apply(tokens, self)
+
+    def combine(self, rows: Tensor) -> Tensor:
+        """[M,D] -> [T,D]: the sum of every token's rows, zero where it has none. The adjoint of `gather`."""
+        return _Combine.apply(rows, self)
+
+
+class _Gather(Function):
+    """index_select whose backward sums in a fixed order and in fp32, where autograd's own adds atomically."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, grouping: Grouping) -> Tensor:
+        ctx.save_for_backward(*grouping)
+        return tokens.index_select(0, grouping.token)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return Grouping(*ctx.saved_tensors).combine(grad), None
+
+
+class _Combine(Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, grouping: Grouping) -> Tensor:
+        ctx.save_for_backward(*grouping)
+        return F.embedding_bag(grouping.bag_rows, rows, grouping.bag_starts, mode="sum")
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return Grouping(*ctx.saved_tensors).gather(grad), None

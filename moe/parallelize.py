@@ -1,0 +1,24 @@
+"""Expert parallelism as a plan applied to a model that knows nothing of it."""
+
+from torch import nn
+
+from moe.block import MoEBlock
+from moe.dispatch import Dispatcher
+
+
+def apply_expert_parallel(model: nn.Module, *, ep_rank: int, ep_size: int, dispatcher: Dispatcher) -> None:
+    """Keep this rank's contiguous 1/ep_size of the experts of every block and hand it `dispatcher`.
+
+    Works on the meta device, where it keeps a slice of the shape. `ep_size` divides the number of experts.
+    """
+    for block in model.modules():
+        if not isinstance(block, MoEBlock):
+            continue
+        num_experts, experts = len(block.gate.weight), block.experts
+        assert num_experts % ep_size == 0, f"ep_size={ep_size} does not divide num_experts={num_experts}"
+        assert experts.num_local_experts == num_experts, "the experts are already distributed"
+        experts.num_local_experts = num_experts // ep_size
+        for name, weight in list(experts.named_parameters()):
+            share = weight.detach().chunk(ep_size)[ep_rank].clone()  # a copy, so that the rest is freed
+            setattr(experts, name, nn.Parameter(share, requires_grad=weight.requires_grad))
+        block.dispatcher = dispatcher

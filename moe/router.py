@@ -1,0 +1,91 @@
+"""The router: which experts a token goes to, with which weights, and the statistics for balance."""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+# T tokens, H hidden, E experts, K experts per token, L mixture-of-experts layers
+
+
+class RouterStatistics(NamedTuple):
+    """Sums over the tokens of one micro-batch on one rank, padding left out; one layer, or L stacked.
+
+    Values, never module state: a forward that activation recompute runs again counts nothing twice.
+    """
+
+    tokens_per_expert: Tensor  # [E] or [L,E] fp32, how often each expert was selected; no gradient
+    probability_sums: Tensor  # [E] or [L,E] fp32, softmax over all experts; gradient flows
+    z_sums: Tensor  # [] or [L] fp32, logsumexp(logits)^2 (ST-MoE, arXiv 2202.08906); gradient flows
+    entropy_sums: Tensor  # [] or [L] fp32, entropy of the softmax in nats; no gradient
+
+
+def stack_statistics(layers: list[RouterStatistics]) -> RouterStatistics:
+    """Statistics of L layers with a leading dimension L."""
+    return RouterStatistics(*(torch.stack(values) for values in zip(*layers, strict=True)))
+
+
+class Router(nn.Module):
+    """Softmax over all experts, then top-k, then (`norm_topk_prob`) weights that sum to 1; all in fp32.
+
+    `weight` [E,H] is uninitialised; `moe.init` or `moe.hf` fills it.
+    """
+
+    def __init__(
+        self, hidden_size: int, num_experts: int, num_experts_per_tok: int, norm_topk_prob: bool
+    ) -> None:
+        super().__init__()
+        self.num_experts_per_tok = num_experts_per_tok
+        self.norm_topk_prob = norm_topk_prob
+        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
+
+    def forward(
+        self, hidden: Tensor, token_mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, RouterStatistics]:
+        """hidden [T,H], token_mask [T] bool (None: all count) -> routing_weights [T,K], expert_indices [T,K].
+
+        The weights come in the dtype of `hidden`.
+        """
+        logits = _Float32Linear.apply(hidden, self.weight)  # [T,E] fp32
+        probabilities = logits.softmax(-1)
+        routing_weights, expert_indices = probabilities.topk(self.num_experts_per_tok, dim=-1)
+        if self.norm_topk_prob:
+            routing_weights = routing_weights / routing_weights.sum(-1, keepdim=True)
+        statistics = _statistics(logits, probabilities, expert_indices, token_mask)
+        return routing_weights.to(hidden.dtype), expert_indices, statistics
+
+
+def _statistics(
+    logits: Tensor, probabilities: Tensor, expert_indices: Tensor, token_mask: Tensor | None
+) -> RouterStatistics:
+    counts = torch.ones_like(logits[:, 0]) if token_mask is None else token_mask.to(logits.dtype)  # [T]
+    tokens_per_expert = logits.new_zeros(logits.shape[1])
+    counts_of_slots = counts.unsqueeze(1).expand_as(expert_indices).flatten()
+    tokens_per_expert.scatter_add_(0, expert_indices.flatten(), counts_of_slots)
+    log_partition = logits.logsumexp(-1)  # [T]
+    with torch.no_grad():
+        entropy = log_partition - (probabilities * logits).sum(-1)
+    return RouterStatistics(
+        tokens_per_expert,
+        (probabilities * counts.unsqueeze(1)).sum(0),
+        (log_partition.square() * counts).sum(),
+        (entropy * counts).sum(),
+    )
+
+
+class _Float32Linear(Function):
+    """x @ weight^T in fp32 that keeps its operands as they came: an fp32 copy of x is 4H bytes a token."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.linear(x.float(), weight.float())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        return (grad @ weight.float()).to(x.dtype), (grad.t() @ x.float()).to(weight.dtype)

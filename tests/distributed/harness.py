@@ -1,0 +1,94 @@
+"""Runs a function of a test file on several gloo ranks, a process each, and returns what they return."""
+
+import faulthandler
+import importlib.util
+import inspect
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+ROOT = Path(__file__).parents[2]
+START = 60.0  # seconds that a rank may take to start
+TAIL = 8000  # characters of a failing rank's output
+
+
+def run_ranks(worker: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120) -> list[Any]:
+    """What `worker(*args)`, a top-level function of a test file, returns on each rank.
+
+    torch.distributed is initialised (gloo); RANK, LOCAL_RANK and WORLD_SIZE are set. A rank that fails or
+    runs longer than `timeout` seconds ends all ranks: AssertionError with its output (and where it hung).
+    """
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        torch.save(args, folder / "args")
+        source = inspect.getsourcefile(worker)
+        command = [sys.executable, __file__, str(source), worker.__name__, name, str(timeout)]
+        ranks = [_start(command, folder, rank, world_size) for rank in range(world_size)]
+        try:
+            failed = _wait(ranks, time.monotonic() + timeout + START)
+        finally:
+            for process in ranks:
+                process.kill()
+                process.wait()
+        if failed:
+            outputs = (f"--- rank {rank} ---\n{_log(folder, rank).read_text()[-TAIL:]}" for rank in failed)
+            raise AssertionError(f"{worker.__name__} failed on {world_size} ranks\n" + "\n".join(outputs))
+        return [torch.load(folder / f"result-{rank}", weights_only=False) for rank in range(world_size)]
+
+
+def _log(folder: Path, rank: int) -> Path:
+    return folder / f"log-{rank}"
+
+
+def _start(command: list[str], folder: Path, rank: int, world_size: int) -> subprocess.Popen[bytes]:
+    environment = {
+        **os.environ,
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "OMP_NUM_THREADS": "1",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "DS_ACCELERATOR": "cpu",
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
+    }
+    with _log(folder, rank).open("wb") as log:
+        return subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+
+
+def _wait(ranks: list[subprocess.Popen[bytes]], deadline: float) -> list[int]:
+    """The ranks that failed first, or that did not end; empty if all went well."""
+    while True:
+        codes = [process.poll() for process in ranks]
+        failed = [rank for rank, code in enumerate(codes) if code]
+        if failed or all(code == 0 for code in codes):
+            return failed
+        if time.monotonic() > deadline:
+            return [rank for rank, code in enumerate(codes) if code is None]
+        time.sleep(0.02)
+
+
+def _run_rank(source: str, function: str, folder: str, timeout: str) -> None:
+    spec = importlib.util.spec_from_file_location("worker", source)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
+    faulthandler.dump_traceback_later(float(timeout), exit=True)  # says where a rank hangs
+    args = torch.load(f"{folder}/args", weights_only=False)
+    torch.save(getattr(module, function)(*args), f"{folder}/result-{rank}")
+    dist.barrier()  # nobody leaves while another still needs it
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    _run_rank(*sys.argv[1:])

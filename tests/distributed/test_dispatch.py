@@ -1,0 +1,169 @@
+"""Every dispatcher on 2 and 4 ranks equals LocalDispatcher on one process, in outputs and in gradients."""
+
+from math import comb
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.distributed as dist
+from harness import run_ranks
+from torch import Tensor
+
+from moe.dispatch import AllToAllDispatcher, DeduplicatedAllToAllDispatcher, LocalDispatcher
+from moe.experts import Experts
+
+# T tokens of all ranks, H hidden, E experts, K experts per token
+
+H, INTERMEDIATE, E = 16, 8, 8
+DISPATCHERS = {"all_to_all": AllToAllDispatcher, "deduplicated": DeduplicatedAllToAllDispatcher}
+
+
+class Case(NamedTuple):
+    tokens: list[int]  # of each of 4 ranks; on 2 ranks, the first two
+    top_k: int
+    experts: list[int]  # the only ones that are selected
+
+
+CASES = {
+    "all experts": Case([7, 9, 6, 8], 3, list(range(E))),
+    "uneven ranks, empty experts": Case([11, 1, 3, 5], 2, [1, 2, 4, 7]),
+    "K=1": Case([7, 9, 6, 8], 1, list(range(E))),
+    "K=E": Case([4, 3, 2, 5], E, list(range(E))),
+    "one hot expert": Case([7, 9, 6, 8], 1, [5]),
+    "all to one rank": Case([7, 9, 6, 8], 2, [6, 7]),
+    "ranks without tokens": Case([0, 9, 0, 8], 3, list(range(E))),
+    "no tokens": Case([0, 0, 0, 0], 3, list(range(E))),
+}
+
+
+def inputs(case: Case, world_size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x [T,H], routing_weights [T,K], expert_indices [T,K], gradient of y [T,H]."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = sum(case.tokens[:world_size])
+    order = torch.rand(tokens, len(case.experts), generator=generator).argsort(-1)[:, : case.top_k]
+    x, grad_y = torch.randn(2, tokens, H, generator=generator)
+    routing_weights = torch.rand(tokens, case.top_k, generator=generator)
+    return x, routing_weights, torch.tensor(case.experts)[order], grad_y
+
+
+def build_experts(rank: int = 0, world_size: int = 1) -> Experts:
+    """This rank's share of the same E experts on every rank."""
+    generator = torch.Generator().manual_seed(1)
+    experts = Experts(E // world_size, H, INTERMEDIATE, "loop")
+    for weight in experts.parameters():
+        whole = torch.randn(E, *weight.shape[1:], generator=generator)
+        weight.data.copy_(whole.chunk(world_size)[rank])
+    return experts
+
+
+def run_case(
+    dispatcher: Any, experts: Experts, x: Tensor, routing_weights: Tensor, indices: Tensor, grad_y: Tensor
+) -> dict[str, Tensor]:
+    x, routing_weights = x.clone().requires_grad_(), routing_weights.clone().requires_grad_()
+    y = dispatcher(x, routing_weights, indices, experts)
+    leaves = {"x": x, "routing_weights": routing_weights, **dict(experts.named_parameters())}
+    grads = torch.autograd.grad(y, list(leaves.values()), grad_y)
+    return {"y": y.detach(), **dict(zip(leaves, grads, strict=True))}
+
+
+def run_all_cases() -> dict[tuple[str, str], dict[str, Any]]:
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    collectives = 0
+
+    def counting_all_to_all(*args: Any, **kwargs: Any) -> None:
+        nonlocal collectives
+        collectives += 1
+        dist.all_to_all_single(*args, **kwargs)
+
+    results = {}
+    for kind, dispatcher in DISPATCHERS.items():
+        for name, case in CASES.items():
+            mine = [values.split(case.tokens[:world_size])[rank] for values in inputs(case, world_size)]
+            collectives = 0
+            result = run_case(
+                dispatcher(dist.group.WORLD, counting_all_to_all), build_experts(rank, world_size), *mine
+            )
+            results[kind, name] = {**result, "collectives": collectives}
+    return results
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def ranks(request: pytest.FixtureRequest) -> list[dict[tuple[str, str], dict[str, Any]]]:
+    return run_ranks(run_all_cases, request.param)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("kind", DISPATCHERS)
+def test_equals_local(ranks: list[dict[tuple[str, str], dict[str, Any]]], kind: str, name: str) -> None:
+    expected = run_case(LocalDispatcher(), build_experts(), *inputs(CASES[name], len(ranks)))
+    for key, value in expected.items():
+        # Tokens and experts are both cut into consecutive shares, so every result is the shares in a row.
+        actual = torch.cat([rank[kind, name][key] for rank in ranks])
+        scale = value.abs().max().item() if value.numel() else 0.0
+        torch.testing.assert_close(actual, value, rtol=0, atol=1e-6 * scale, msg=lambda m, k=key: f"{k}: {m}")
+
+
+def test_every_rank_meets_every_collective(ranks: list[dict[tuple[str, str], dict[str, Any]]]) -> None:
+    """Forward: counts, ids, tokens, weights, results; backward: results, tokens, weights."""
+    for rank in ranks:
+        assert {result["collectives"] for result in rank.values()} == {8}
+
+
+def count_bytes(top_k: int, tokens: int) -> dict[str, tuple[int, int]]:
+    """Bytes this rank sent with each dispatcher, and by hand, in bf16."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    generator = torch.Generator().manual_seed(rank)
+    indices = torch.rand(tokens, E, generator=generator).argsort(-1)[:, :top_k]
+    x = torch.randn(tokens, H, generator=generator).bfloat16()
+    routing_weights = torch.rand(tokens, top_k, generator=generator).bfloat16()
+    experts = build_experts(rank, world_size).bfloat16()
+
+    destinations = [sorted(row // (E // world_size) for row in token) for token in indices.tolist()]
+    everyone: list[Any] = [None] * world_size
+    dist.all_gather_object(everyone, destinations)
+    result = {}
+    for kind, dispatcher in DISPATCHERS.items():
+        lists = [[set(t) if kind == "deduplicated" else t for t in owner] for owner in everyone]
+        out = sum(destination != rank for token in lists[rank] for destination in token)
+        back = sum(d == rank for r, owner in enumerate(lists) if r != rank for token in owner for d in token)
+        slots = top_k if kind == "deduplicated" else 1
+        by_hand = out * (2 * H + slots * (2 + 4)) + back * 2 * H  # bf16 tokens and weights, int32 ids
+        instance = dispatcher(dist.group.WORLD)
+        y = instance(x, routing_weights, indices, experts)
+        assert y.dtype == torch.bfloat16
+        assert y.isfinite().all()
+        result[kind] = (instance.bytes_sent, by_hand, out)
+    return result
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_bytes_sent(world_size: int) -> None:
+    top_k, tokens = 4, 1000
+    results = run_ranks(count_bytes, world_size, top_k, tokens)
+    for result in results:
+        for sent, by_hand, _ in result.values():
+            assert sent == by_hand
+    # A token of uniform routing visits a given rank unless all K of its experts are elsewhere.
+    visits = 1 - comb(E - E // world_size, top_k) / comb(E, top_k)
+    for kind, expected in {"all_to_all": top_k / world_size, "deduplicated": visits}.items():
+        rows = sum(result[kind][2] for result in results) / (world_size * tokens)
+        assert rows == pytest.approx((world_size - 1) * expected, rel=0.03)
+
+
+def hang_or_fail(behaviour: str) -> None:
+    if dist.get_rank() == 1:
+        assert behaviour == "hang", "this rank fails on purpose"
+    else:
+        dist.all_reduce(torch.zeros(1))  # waits for the other rank
+    while True:
+        pass
+
+
+def test_harness_shows_the_rank_that_fails() -> None:
+    with pytest.raises(AssertionError, match=r"(?s)--- rank 1 ---.*this rank fails on purpose"):
+        run_ranks(hang_or_fail, 2, "fail")
+
+
+def test_harness_ends_ranks_that_hang() -> None:
+    with pytest.raises(AssertionError, match=r"(?s)Timeout.*hang_or_fail"):
+        run_ranks(hang_or_fail, 2, "hang", timeout=3)

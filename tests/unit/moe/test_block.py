@@ -1,0 +1,66 @@
+"""The block: router, dispatcher and experts put together."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from moe.block import MoEBlock
+
+# B rows, S positions, H hidden, E experts, K experts per token
+
+B, S, H, E, K = 2, 6, 16, 8, 3
+
+
+def build(backend: str = "loop") -> tuple[MoEBlock, torch.Tensor, torch.Tensor]:
+    """The block, hidden [B,S,H], token_mask [B,S]."""
+    config = SimpleNamespace(  # the keys of ModelConfig that a block reads
+        hidden_size=H, num_experts=E, num_experts_per_tok=K, moe_intermediate_size=8, norm_topk_prob=True
+    )
+    torch.manual_seed(0)
+    block = MoEBlock(config, backend)
+    for weight in block.parameters():
+        torch.nn.init.normal_(weight)
+    return block, torch.randn(B, S, H, requires_grad=True), torch.arange(B * S).view(B, S) % 5 != 0
+
+
+def test_parameter_names_and_shapes() -> None:
+    block, _, _ = build()
+    assert {name: tuple(weight.shape) for name, weight in block.named_parameters()} == {
+        "gate.weight": (E, H),
+        "experts.w1": (E, 8, H),
+        "experts.w3": (E, 8, H),
+        "experts.w2": (E, H, 8),
+    }
+
+
+@pytest.mark.parametrize("backend", ["reference", "loop", "grouped"])
+def test_every_token_is_routed_and_padding_only_leaves_the_statistics(backend: str) -> None:
+    block, hidden, token_mask = build(backend)
+    y, statistics = block(hidden, token_mask)
+    assert y.shape == (B, S, H)
+    assert statistics.tokens_per_expert.sum() == K * token_mask.sum()
+    for b in range(B):
+        for s in range(S):
+            weights, indices, _ = block.gate(hidden[b, s : s + 1])
+            expected = block.experts(hidden[b, s : s + 1], weights, indices)[0]
+            torch.testing.assert_close(y[b, s], expected, rtol=1e-5, atol=1e-4)
+    assert block(hidden)[1].tokens_per_expert.sum() == K * B * S
+
+
+def test_recompute_changes_nothing() -> None:
+    block, hidden, token_mask = build()
+    plain, plain_statistics = block(hidden, token_mask)
+    y, statistics = checkpoint(block, hidden, token_mask, use_reentrant=False)
+    for value, expected in zip((y, *statistics), (plain, *plain_statistics), strict=True):
+        assert torch.equal(value, expected)
+    leaves = [hidden, *block.parameters()]
+    losses = [
+        out.square().sum() + stat.probability_sums.square().sum() + stat.z_sums
+        for out, stat in ((plain, plain_statistics), (y, statistics))
+    ]
+    expected_grads = torch.autograd.grad(losses[0], leaves)
+    losses[1].backward()
+    for leaf, expected in zip(leaves, expected_grads, strict=True):
+        assert torch.equal(leaf.grad, expected)

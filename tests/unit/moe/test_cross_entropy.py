@@ -1,0 +1,117 @@
+"""Chunked cross entropy against torch's, with gradients; and that it holds no [T, V]."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from moe.cross_entropy import chunked_cross_entropy
+
+T, H, V = 29, 8, 50
+CHUNK = 4 * V + 3  # 4 tokens a chunk, the last one ragged
+
+
+def _inputs(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    hidden = 2 * torch.randn(T, H, generator=generator)
+    weight = torch.randn(V, H, generator=generator)
+    labels = torch.randint(0, V, (T,), generator=generator)
+    labels[8:12] = -100  # a whole chunk
+    labels[[0, 5, 28]] = -100
+    labels[1], labels[2] = 0, V - 1
+    return hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(), labels
+
+
+def _oracle(hidden: Tensor, weight: Tensor, labels: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+    hidden, weight = (x.detach().double().requires_grad_() for x in (hidden, weight))
+    loss = F.cross_entropy(hidden @ weight.T, labels, reduction="sum")
+    return loss.detach(), *torch.autograd.grad(scale * loss, (hidden, weight))
+
+
+def _error(actual: Tensor, expected: Tensor) -> float:
+    return ((actual.double() - expected).abs().max() / expected.abs().max()).item()
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-14), (torch.float32, 1e-6)])
+@pytest.mark.parametrize("logits_per_chunk", [1, CHUNK, T * V, 10**9])
+def test_loss_and_gradients(dtype: torch.dtype, bound: float, logits_per_chunk: int) -> None:
+    hidden, weight, labels = _inputs(dtype)
+    loss = chunked_cross_entropy(hidden, weight, labels, logits_per_chunk)
+    (0.37 * loss).backward()
+    expected = _oracle(hidden, weight, labels, 0.37)
+    assert loss.dtype == dtype
+    for actual, value in zip((loss.detach(), hidden.grad, weight.grad), expected, strict=True):
+        assert _error(actual, value) < bound
+    assert (hidden.grad[labels == -100] == 0).all()
+
+
+def test_no_grad_gives_the_same_loss() -> None:
+    hidden, weight, labels = _inputs()
+    with torch.no_grad():
+        quiet = chunked_cross_entropy(hidden, weight, labels, CHUNK)
+    assert not quiet.requires_grad
+    assert torch.equal(quiet, chunked_cross_entropy(hidden, weight, labels, CHUNK))
+
+
+def test_all_masked() -> None:
+    hidden, weight, labels = _inputs()
+    loss = chunked_cross_entropy(hidden, weight, torch.full_like(labels, -100), CHUNK)
+    loss.backward()
+    assert loss.item() == 0
+    assert (hidden.grad == 0).all()
+    assert (weight.grad == 0).all()
+
+
+def test_frozen_weight() -> None:
+    hidden, weight, labels = _inputs()
+    chunked_cross_entropy(hidden, weight.requires_grad_(False), labels, CHUNK).backward()
+    assert weight.grad is None
+    assert _error(hidden.grad, _oracle(hidden, weight, labels)[1]) < 1e-6
+
+
+def test_bf16_sums_the_weight_gradient_in_fp32() -> None:
+    """Each token adds 0.5: a sum over the chunks in bf16 would stand still at 128."""
+    hidden = torch.ones(2048, 1, dtype=torch.bfloat16)
+    weight = torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True)
+    loss = chunked_cross_entropy(hidden, weight, torch.zeros(2048, dtype=torch.int64), logits_per_chunk=2)
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert weight.grad.dtype == torch.bfloat16
+    assert weight.grad.flatten().tolist() == [-1024.0, 1024.0]
+
+
+def test_second_backward_is_an_error() -> None:
+    hidden, weight, labels = _inputs()
+    loss = chunked_cross_entropy(hidden, weight, labels, CHUNK)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="inplace operation"):
+        loss.backward()
+
+
+class _LargestTensor(TorchDispatchMode):
+    """Records the largest tensor that any operation makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        result = func(*args, **(kwargs or {}))
+        for value in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(value, Tensor):
+                self.numel = max(self.numel, value.numel())
+        return result
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_never_holds_all_logits(grad: bool) -> None:
+    tokens, vocabulary, chunk = 512, 1000, 16
+    hidden = torch.randn(tokens, 4, requires_grad=grad)
+    weight = torch.randn(vocabulary, 4, requires_grad=grad)
+    labels = torch.zeros(tokens, dtype=torch.int64)
+    with _LargestTensor() as largest:
+        loss = chunked_cross_entropy(hidden, weight, labels, chunk * vocabulary)
+        if grad:
+            loss.backward()
+    assert largest.numel == chunk * vocabulary  # of tokens * vocabulary

@@ -1,0 +1,161 @@
+"""The fast experts against the reference, and the memory they keep."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from moe.config import ConfigError
+from moe.experts import Experts, supports
+
+# T tokens, H hidden, I intermediate, E local experts, K slots per token
+
+H, INTERMEDIATE = 16, 8
+
+
+def build(num_experts: int, backend: str, dtype: torch.dtype) -> Experts:
+    torch.manual_seed(1)
+    experts = Experts(num_experts, H, INTERMEDIATE, backend).to(dtype)
+    for weight in experts.parameters():
+        torch.nn.init.normal_(weight)
+    return experts
+
+
+def results(experts: Experts, expert_indices: Tensor) -> list[Tensor]:
+    """Output, and the gradients of x, the routing weights, w1, w3 and w2."""
+    torch.manual_seed(2)
+    dtype = experts.w1.dtype
+    x = torch.randn(len(expert_indices), H, dtype=dtype, requires_grad=True)
+    routing_weights = torch.rand(*expert_indices.shape, dtype=dtype, requires_grad=True)
+    y = experts(x, routing_weights, expert_indices)
+    return [y, *torch.autograd.grad(y, [x, routing_weights, *experts.parameters()], torch.randn_like(y))]
+
+
+def draw(tokens: int, top_k: int, experts: list[int]) -> Tensor:
+    """[T,K] distinct experts per token."""
+    torch.manual_seed(3)
+    return torch.tensor(experts)[torch.rand(tokens, len(experts)).argsort(-1)[:, :top_k]]
+
+
+# name: number of experts, expert_indices; the id that equals the number of experts is not here
+CASES: dict[str, tuple[int, Tensor]] = {
+    "all experts": (8, draw(21, 3, list(range(8)))),
+    "some slots are elsewhere": (8, draw(21, 3, list(range(9))).clamp(max=8)),
+    "many slots are elsewhere": (4, draw(21, 4, list(range(16))).clamp(max=4)),
+    "empty experts": (8, draw(21, 2, [1, 2, 6])),
+    "one hot expert": (8, draw(21, 1, [5])),
+    "K=1": (8, draw(21, 1, list(range(8)))),
+    "K=E": (6, draw(9, 6, list(range(6)))),
+    "no tokens": (4, draw(0, 2, list(range(4)))),
+    "no token is here": (4, torch.full((5, 2), 4)),
+    "more ids than a byte holds": (300, draw(40, 4, list(range(300)))),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    ("backend", "dtype", "tolerance"),
+    [("loop", torch.float64, 1e-13), ("loop", torch.float32, 2e-6), ("grouped", torch.float32, 2e-6)],
+)
+def test_equals_reference(backend: str, dtype: torch.dtype, tolerance: float, name: str) -> None:
+    num_experts, expert_indices = CASES[name]
+    expected = results(build(num_experts, "reference", dtype), expert_indices)
+    actual = results(build(num_experts, backend, dtype), expert_indices)
+    for value, exact in zip(actual, expected, strict=True):
+        scale = exact.abs().max().item() if exact.numel() else 0.0
+        torch.testing.assert_close(value, exact, rtol=0, atol=tolerance * scale)
+
+
+def test_reference_is_the_definition() -> None:
+    num_experts, expert_indices = CASES["some slots are elsewhere"]
+    experts = build(num_experts, "reference", torch.float64)
+    x = torch.randn(len(expert_indices), H, dtype=torch.float64)
+    routing_weights = torch.rand(expert_indices.shape, dtype=torch.float64)
+    y = experts(x, routing_weights, expert_indices)
+    for token, slots in enumerate(expert_indices.tolist()):
+        expected = torch.zeros(H, dtype=torch.float64)
+        for weight, expert in zip(routing_weights[token], slots, strict=True):
+            if expert < num_experts:
+                gate, up = experts.w1[expert] @ x[token], experts.w3[expert] @ x[token]
+                expected += weight * (experts.w2[expert] @ (gate * torch.sigmoid(gate) * up))
+        torch.testing.assert_close(y[token], expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["some slots are elsewhere", "empty experts"])
+def test_gradcheck(name: str) -> None:
+    num_experts, expert_indices = CASES[name]
+    expert_indices = expert_indices[:4]
+    torch.manual_seed(4)
+    experts = Experts(num_experts, 3, 2, "loop").double()
+    x = torch.randn(len(expert_indices), 3, dtype=torch.float64, requires_grad=True)
+    routing_weights = torch.rand(expert_indices.shape, dtype=torch.float64, requires_grad=True)
+    weights = [torch.randn_like(weight, requires_grad=True) for weight in experts.parameters()]
+
+    def forward(x: Tensor, routing_weights: Tensor, *weights: Tensor) -> Tensor:
+        named = dict(zip(dict(experts.named_parameters()), weights, strict=True))
+        return torch.func.functional_call(experts, named, (x, routing_weights, expert_indices))
+
+    assert torch.autograd.gradcheck(forward, (x, routing_weights, *weights))
+
+
+@pytest.mark.parametrize("backend", ["loop", "grouped"])
+def test_given_number_of_rows_changes_nothing(backend: str) -> None:
+    num_experts, expert_indices = CASES["some slots are elsewhere"]
+    experts = build(num_experts, backend, torch.float32)
+    x, routing_weights = torch.randn(len(expert_indices), H), torch.rand(expert_indices.shape)
+    num_rows = int((expert_indices < num_experts).sum())
+    assert torch.equal(
+        experts(x, routing_weights, expert_indices, num_rows=num_rows),
+        experts(x, routing_weights, expert_indices),
+    )
+
+
+def saved_bytes(run: Callable[[], Tensor], without: list[Tensor]) -> int:
+    """Bytes that autograd keeps for backward, each storage once, without the storages of `without`."""
+    storages = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        run()
+    for tensor in without:
+        storages.pop(tensor.untyped_storage().data_ptr(), None)
+    return sum(storages.values())
+
+
+@pytest.mark.parametrize("backend", ["loop", "grouped"])
+def test_keeps_only_the_pre_activation(backend: str) -> None:
+    """Qwen3-30B-A3B in bf16: gate and up, 2 x 8 slots x 768 x 2 bytes = 24 KiB a token, and indices."""
+    tokens, top_k, num_experts, hidden, intermediate = 64, 8, 16, 2048, 768
+    experts = Experts(num_experts, hidden, intermediate, backend).bfloat16()
+    for weight in experts.parameters():
+        torch.nn.init.normal_(weight, std=0.02)
+    x = torch.randn(tokens, hidden).bfloat16().requires_grad_()
+    routing_weights = torch.rand(tokens, top_k).bfloat16().requires_grad_()
+    expert_indices = torch.rand(tokens, num_experts).argsort(-1)[:, :top_k].clone()
+    kept = saved_bytes(
+        lambda: experts(x, routing_weights, expert_indices), [x, routing_weights, *experts.parameters()]
+    )
+    pre_activation = 2 * top_k * intermediate * 2
+    assert pre_activation == 24 * 1024
+    index_vectors = 3 * top_k * 8 + 8  # token, slot and bag_rows of each slot, bag_starts: int64
+    assert kept == tokens * (pre_activation + index_vectors) + num_experts * 4
+
+
+def test_supports() -> None:
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        assert supports("loop", "cpu", dtype) is None
+        assert supports("reference", torch.device("cuda", 1), dtype) is None
+    assert supports("grouped", "cuda", torch.bfloat16) is None
+    assert supports("grouped", "cpu", torch.float32) is None
+    assert "torch.float64" in str(supports("grouped", "cpu", torch.float64))
+    assert "mps" in str(supports("grouped", "mps", torch.float32))
+    assert "reference, loop, grouped" in str(supports("groupd", "cpu", torch.float32))
+
+
+def test_unknown_backend() -> None:
+    with pytest.raises(ConfigError, match=r"experts.backend=groupd is unknown; use one of reference, loop"):
+        Experts(4, H, INTERMEDIATE, "groupd")

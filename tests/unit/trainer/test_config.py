@@ -1,0 +1,83 @@
+"""Every broken law of a run is reported, all at once, by key, value and remedy."""
+
+import pytest
+from omegaconf import OmegaConf
+
+from moe.config import ConfigError
+from trainer.config import RunConfig
+from trainer.parallel import ParallelPlan
+
+
+def broken(config: RunConfig, world_size: int = 1) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        config.check(ParallelPlan.of(config, world_size))
+    return caught.value.problems
+
+
+def test_a_sound_run_passes(run_config):
+    config = run_config("experiment=demo")
+    config.check(ParallelPlan.of(config, 2))
+
+
+def test_unknown_missing_and_mistyped_keys_come_together(composed):
+    cfg = composed()
+    OmegaConf.set_struct(cfg, False)
+    cfg.optimizer.learning_rate = 1
+    cfg.stage.seq_len = "long"
+    cfg.seed = "???"
+    with pytest.raises(ConfigError) as caught:
+        RunConfig.load(cfg)
+    text = str(caught.value)
+    assert "optimizer.learning_rate is unknown" in text
+    assert "stage.seq_len=long must be of type int" in text
+    assert "seed has no value" in text
+
+
+def test_an_unknown_key_names_its_neighbour(composed):
+    cfg = composed()
+    OmegaConf.set_struct(cfg, False)
+    cfg.balance.z_loss_coeff = 0.1
+    with pytest.raises(ConfigError, match=r"balance.z_loss_coeff is unknown \(did you mean z_loss_coef\?\)"):
+        RunConfig.load(cfg)
+
+
+def test_laws_come_together(run_config):
+    config = run_config(
+        "dtype=fp8", "schedule.kind=linear", "optimizer.lr=-1", "parallel.ep_size=3", "optimizer.betas=[0.9,1.5]"
+    )
+    found = "\n".join(broken(config, world_size=4))
+    assert "dtype=fp8 is unknown; use fp32, bf16" in found
+    assert "schedule.kind=linear" in found
+    assert "optimizer.lr=-1.0 must be above 0" in found
+    assert "parallel.ep_size=3 does not divide the 4 ranks; use 1, 2, 4" in found
+    assert "parallel.ep_size=3 does not divide model.num_experts=128; use 1, 2, 4, 8, 16" in found
+    assert "optimizer.betas[1]=1.5" in found
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("stage.global_batch_size=6", "stage.global_batch_size=6 is not a multiple of 4 ranks x micro_batch_size=1"),
+        ("stage.seq_len=8192", "stage.seq_len=8192 exceeds model.max_position_embeddings=4096"),
+        ("stage.init_from=/no/such", "stage.init_from=/no/such is not a folder"),
+        ("name=../elsewhere", "name='../elsewhere' must be a relative path"),
+        ("+deepspeed.gradient_clipping=1.0", "deepspeed.gradient_clipping is set by optimizer.max_grad_norm"),
+        ("+deepspeed.zero_optimisation={}", r"(did you mean zero_optimization?)"),
+        ("deepspeed.zero_optimization.stage=4", "deepspeed.zero_optimization.stage=4 is unknown"),
+        ("parallel.dispatcher=magic", "parallel.dispatcher=magic is unknown"),
+    ],
+)
+def test_each_law(run_config, override, message):
+    found = broken(run_config("stage.global_batch_size=8", override), world_size=4)
+    assert any(message in line for line in found), found
+    assert len(found) == 1, "one mistake, one line"
+
+
+def test_steps_cover_the_token_budget(run_config):
+    stage = run_config("stage.seq_len=100", "stage.global_batch_size=10", "stage.train_tokens=2001").stage
+    assert (stage.step_tokens, stage.total_steps) == (1000, 3)
+
+
+def test_dense_models_have_no_expert_parallelism(run_config):
+    found = broken(run_config("model=tiny_dense", "parallel.ep_size=2"), world_size=2)
+    assert any("needs experts" in line for line in found)

@@ -1,0 +1,67 @@
+"""`python -m trainer experiment=NAME [key=value ...]`: compose, validate, freeze, start the ranks here."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from data_pipeline.config import DataError
+from trainer.config import ConfigError, RunConfig
+from trainer.launch import launch
+from trainer.parallel import ParallelPlan
+from trainer.run_folder import freeze
+
+
+def compose_and(config_name: str, act: Callable[[DictConfig], int]) -> NoReturn:
+    """Compose `conf/<config_name>.yaml` with the command line and hand it to `act`; exits with its code.
+
+    A wrong configuration exits with 2 and one message, whether Hydra finds it (an unknown key or group) or we.
+    """
+    composed = False
+
+    @hydra.main(version_base="1.3", config_path="pkg://conf", config_name=config_name)
+    def entry(cfg: DictConfig) -> None:
+        nonlocal composed
+        composed = True
+        try:
+            code = act(cfg)
+        except (ConfigError, DataError) as error:
+            print(f"The configuration is wrong:\n{error}", file=sys.stderr)
+            code = 2
+        if code:
+            sys.exit(code)
+
+    try:
+        entry()
+    except SystemExit as done:
+        sys.exit(2 if done.code and not composed else done.code)
+    sys.exit(0)
+
+
+def train_here(cfg: DictConfig) -> int:
+    """Validate, freeze the run folder and train on this machine's ranks."""
+    hydra_config = HydraConfig.get()
+    if hydra_config.mode == RunMode.MULTIRUN:  # a sweep is a folder of numbered runs
+        cfg.name = f"{cfg.name}/{hydra_config.job.num}"
+    config = RunConfig.load(cfg)
+    config.check(ParallelPlan.of(config, config.parallel.nproc_per_node))
+    freeze(config.run_dir, cfg, list(hydra_config.overrides.task))
+    return start(config.run_dir, config)
+
+
+def start(run_dir: Path, config: RunConfig) -> int:
+    """Start the ranks of a frozen run and say at the end where it is."""
+    code = launch(run_dir, config.parallel.nproc_per_node)
+    if code:
+        print(f"The run failed; logs are in {run_dir}/logs", file=sys.stderr)
+    return code
+
+
+def main() -> NoReturn:
+    """The command line."""
+    compose_and("train", train_here)

@@ -1,0 +1,304 @@
+"""What a run is: typed, checked as a whole before anything starts. Torch-free, so that a login node can validate."""
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass, fields, is_dataclass, make_dataclass
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from data_pipeline.config import DataConfig
+from moe.config import ConfigError, ModelConfig
+from trainer.parallel import ParallelConfig, ParallelPlan
+
+
+@dataclass
+class StageConfig:
+    """One stage of training: how long a row is, how many make a step, how many tokens in all."""
+
+    seq_len: int
+    global_batch_size: int  # rows per optimizer step
+    train_tokens: int
+    init_from: str | None  # Hugging Face folder
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens of one optimizer step over all ranks."""
+        return self.global_batch_size * self.seq_len
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps that cover train_tokens; the last one completes the budget."""
+        return -(-self.train_tokens // self.step_tokens)
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW (arXiv 1711.05101)."""
+
+    lr: float
+    betas: list[float]
+    eps: float
+    weight_decay: float
+    max_grad_norm: float
+
+
+@dataclass
+class ScheduleConfig:
+    """The learning rate as a function of the step."""
+
+    kind: str
+    warmup_steps: int
+    decay_fraction: float
+    min_lr_ratio: float
+
+
+@dataclass
+class BalanceConfig:
+    """The load-balancing loss and the router z-loss."""
+
+    mode: str
+    z_loss_coef: float
+
+
+@dataclass
+class ExpertsConfig:
+    """How a rank computes its experts."""
+
+    backend: str
+
+
+@dataclass
+class CheckpointConfig:
+    """When checkpoints are written and how many stay."""
+
+    every_steps: int
+    keep: int
+
+
+@dataclass
+class EvaluateConfig:
+    """Held-out loss during training."""
+
+    every_steps: int
+    rows: int
+
+
+@dataclass
+class TrackerConfig:
+    """Weights & Biases and the interval of metrics."""
+
+    wandb: str
+    project: str
+    group: str | None
+    tags: list[str]
+    log_every_steps: int
+
+
+@dataclass
+class RunConfig:
+    """A whole run. Values live in conf/, laws here; `load` reports everything that is wrong at once."""
+
+    name: str
+    output_dir: str
+    seed: int
+    dtype: str
+    micro_batch_size: int
+    recompute: str
+    model: ModelConfig
+    stage: StageConfig
+    data: DataConfig
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig
+    deepspeed: dict[str, Any]
+    parallel: ParallelConfig
+    balance: BalanceConfig
+    experts: ExpertsConfig
+    checkpoint: CheckpointConfig
+    evaluate: EvaluateConfig
+    tracker: TrackerConfig
+
+    @classmethod
+    def load(cls, cfg: DictConfig) -> "RunConfig":
+        """Type a composed configuration. Raises ConfigError with every unknown, missing or mistyped key."""
+        problems: list[str] = []
+        config = _typed(cls, cfg, "", problems)
+        if config is None or problems:
+            raise ConfigError(problems)
+        return config
+
+    @classmethod
+    def of_run(cls, run_dir: Path) -> "RunConfig":
+        """The frozen configuration of a run folder. Raises ConfigError where there is none."""
+        path = run_dir / "config.yaml"
+        if not path.is_file():
+            raise ConfigError([f"{run_dir} is not a run folder: it holds no config.yaml"])
+        return cls.load(OmegaConf.load(path))
+
+    @property
+    def run_dir(self) -> Path:
+        """The folder of the run."""
+        return Path(self.output_dir) / self.name
+
+    @property
+    def zero_stage(self) -> int:
+        """DeepSpeed's ZeRO stage."""
+        return int(self.deepspeed.get("zero_optimization", {}).get("stage", 0))
+
+    def check(self, plan: ParallelPlan) -> None:
+        """Raises ConfigError with every broken law of the run under this layout of ranks."""
+        problems = [
+            *self.model.problems(),
+            *self.data.problems(),
+            *plan.problems(self.model.num_experts),
+            *self._own_problems(),
+            *_deepspeed_problems(self.deepspeed),
+        ]
+        if problems:
+            raise ConfigError(problems)
+
+    def _own_problems(self) -> list[str]:
+        found = []
+        for key, value, choices in [
+            ("dtype", self.dtype, ("fp32", "bf16")),
+            ("recompute", self.recompute, ("none", "experts", "full")),
+            ("experts.backend", self.experts.backend, ("reference", "loop", "grouped")),
+            ("balance.mode", self.balance.mode, ("exact", "micro_batch")),
+            ("schedule.kind", self.schedule.kind, ("cosine", "wsd", "constant")),
+            ("tracker.wandb", self.tracker.wandb, ("auto", "online", "offline", "disabled")),
+        ]:
+            if value not in choices:
+                found.append(f"{key}={value} is unknown; use {', '.join(choices)}")
+        for key, number, least in [
+            ("stage.seq_len", self.stage.seq_len, 1),
+            ("stage.train_tokens", self.stage.train_tokens, 1),
+            ("optimizer.max_grad_norm", self.optimizer.max_grad_norm, 0),
+            ("optimizer.weight_decay", self.optimizer.weight_decay, 0),
+            ("schedule.warmup_steps", self.schedule.warmup_steps, 0),
+            ("balance.z_loss_coef", self.balance.z_loss_coef, 0),
+            ("checkpoint.every_steps", self.checkpoint.every_steps, 1),
+            ("checkpoint.keep", self.checkpoint.keep, 1),
+            ("evaluate.every_steps", self.evaluate.every_steps, 0),
+            ("evaluate.rows", self.evaluate.rows, 1),
+            ("tracker.log_every_steps", self.tracker.log_every_steps, 1),
+        ]:
+            if not number >= least:
+                found.append(f"{key}={number} is below {least}; use {least} or more")
+        for key, share in [
+            ("schedule.decay_fraction", self.schedule.decay_fraction),
+            ("schedule.min_lr_ratio", self.schedule.min_lr_ratio),
+            *((f"optimizer.betas[{i}]", beta) for i, beta in enumerate(self.optimizer.betas)),
+        ]:
+            if not 0 <= share <= 1:
+                found.append(f"{key}={share} is outside 0 to 1; use a fraction")
+        if len(self.optimizer.betas) != 2:
+            found.append(f"optimizer.betas={self.optimizer.betas} must hold two numbers, as [0.9, 0.95]")
+        if not self.optimizer.lr > 0:
+            found.append(f"optimizer.lr={self.optimizer.lr} must be above 0")
+        if self.stage.seq_len > self.model.max_position_embeddings:
+            found.append(
+                f"stage.seq_len={self.stage.seq_len} exceeds model.max_position_embeddings="
+                f"{self.model.max_position_embeddings}; shorten the rows or raise the model's limit"
+            )
+        if not self.name or Path(self.name).is_absolute() or ".." in Path(self.name).parts:
+            found.append(f"name={self.name!r} must be a relative path inside output_dir")
+        if self.stage.init_from is not None and not Path(self.stage.init_from).is_dir():
+            found.append(f"stage.init_from={self.stage.init_from} is not a folder; name a Hugging Face folder")
+        return found
+
+
+# Keys of DeepSpeed that other keys of ours set; a second place for the same number would be a contradiction.
+_OURS = {
+    "train_batch_size": "stage.global_batch_size",
+    "train_micro_batch_size_per_gpu": "micro_batch_size",
+    "gradient_accumulation_steps": "micro_batch_size (accumulation follows)",
+    "gradient_clipping": "optimizer.max_grad_norm",
+    "bf16": "dtype",
+    "fp16": "dtype",
+    "data_types": "dtype",
+    "optimizer": "optimizer",
+    "scheduler": "schedule",
+    "wandb": "tracker",
+    "sequence_parallel_size": "parallel",
+    "data_parallel_size": "parallel",
+    "expert_parallel": "parallel.ep_size",
+    "checkpoint": "checkpoint",
+}
+# DeepSpeed ignores an unknown top-level key in silence, so a typo would do nothing: name the ones that are known.
+_DEEPSPEED = {
+    "zero_optimization",
+    "zero_force_ds_cpu_optimizer",
+    "communication_data_type",
+    "prescale_gradients",
+    "gradient_predivide_factor",
+    "sparse_gradients",
+    "wall_clock_breakdown",
+    "memory_breakdown",
+    "comms_logger",
+    "flops_profiler",
+    "activation_checkpointing",
+}
+
+
+def _deepspeed_problems(section: dict[str, Any]) -> list[str]:
+    found = []
+    for key in section:
+        if key in _OURS:
+            found.append(f"deepspeed.{key} is set by {_OURS[key]}; remove it")
+        elif key not in _DEEPSPEED:
+            found.append(f"deepspeed.{key} is unknown{_similar(key, _DEEPSPEED)}; use one of {sorted(_DEEPSPEED)}")
+    zero = section.get("zero_optimization", {})
+    stage = zero.get("stage", 0) if isinstance(zero, dict) else None
+    if stage not in (0, 1, 2, 3):
+        found.append(f"deepspeed.zero_optimization.stage={stage} is unknown; use 0, 1, 2 or 3")
+    return found
+
+
+T = TypeVar("T")
+
+
+def _typed(cls: type[T], cfg: Any, path: str, problems: list[str]) -> T | None:
+    """`cfg` as an instance of the dataclass `cls`; every mismatch is appended to `problems`."""
+    if not isinstance(cfg, DictConfig):
+        problems.append(f"{path.rstrip('.')}={cfg} must be a group of keys")
+        return None
+    hints = get_type_hints(cls)
+    known = [field.name for field in fields(cls)]  # type: ignore[arg-type]
+    problems += [
+        f"{path}{key} is unknown{_similar(str(key), known)}; remove it" for key in cfg if key not in known and key != "hydra"
+    ]
+    values: dict[str, Any] = {}
+    for key in known:
+        if key not in cfg or OmegaConf.is_missing(cfg, key):
+            problems.append(f"{path}{key} has no value; give {path}{key}=...")
+            continue
+        hint, value = hints[key], cfg[key]
+        of_dict = get_args(hint)[1] if get_origin(hint) is dict else None
+        if is_dataclass(hint):
+            values[key] = _typed(hint, value, f"{path}{key}.", problems)  # type: ignore[arg-type]
+        elif is_dataclass(of_dict) and isinstance(value, DictConfig):
+            values[key] = {
+                str(k): _typed(of_dict, v, f"{path}{key}.{k}.", problems)  # type: ignore[arg-type]
+                for k, v in value.items()
+            }
+        else:
+            values[key] = _leaf(hint, value, f"{path}{key}", problems)
+    return cls(**values) if len(values) == len(known) else None
+
+
+def _leaf(hint: Any, value: Any, path: str, problems: list[str]) -> Any:
+    """One value, converted by OmegaConf to its declared type."""
+    try:
+        node: Any = OmegaConf.structured(make_dataclass("Leaf", [("value", hint)]))
+        node.value = value
+        return OmegaConf.to_container(node, resolve=True)["value"]  # type: ignore[index, call-overload]
+    except OmegaConfBaseException:
+        problems.append(f"{path}={value} must be of type {getattr(hint, '__name__', hint)}")
+        return None
+
+
+def _similar(key: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(key, list(known), n=1)
+    return f" (did you mean {close[0]}?)" if close else ""

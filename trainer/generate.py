@@ -1,0 +1,100 @@
+"""`python -m trainer.generate RUN_DIR "prompt"`: what has it learned? Greedy, or sampled with --temperature."""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from data_pipeline.config import DataError
+from data_pipeline.tokenizer import load_tokenizer
+from moe.attention import KeyValueCache
+from moe.config import ConfigError, ModelConfig
+from moe.hf import load_hf
+from moe.model import CausalLM
+from trainer.checkpoint import hf_folder
+
+
+def load_model(folder: Path, device: torch.device) -> CausalLM:
+    """The model of a Hugging Face folder in fp32, whole on one device.
+
+    Raises ConfigError for a folder that does not hold one.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ConfigError([f"{folder} is not a Hugging Face folder: it holds no config.json"])
+    with torch.device("meta"):
+        model = CausalLM(ModelConfig.from_hf(json.loads(path.read_text())))
+    model.to_empty(device=device)
+    load_hf(model, folder)
+    return model.eval()
+
+
+@torch.inference_mode()
+def generate(
+    model: CausalLM, prompt: list[int], max_new_tokens: int, temperature: float, stop_id: int | None
+) -> Iterator[int]:
+    """Token ids that continue `prompt`, one by one, until `stop_id`; temperature 0 is greedy.
+
+    Every step computes one token; keys and values of those before it come from the cache.
+    """
+    device = next(model.parameters()).device
+    cache = KeyValueCache()
+    tokens = torch.tensor([prompt], device=device)  # [1, S]
+    for _ in range(max_new_tokens):
+        seen, new = cache.length, tokens.shape[1]
+        positions = torch.arange(seen, seen + new, device=device).unsqueeze(0)
+        borders = torch.tensor([0, new], dtype=torch.int32, device=device)
+        logits = model(tokens, positions, borders, cache=cache).logits[0, -1]  # [V]
+        if temperature > 0:
+            chosen = torch.multinomial((logits / temperature).softmax(-1), 1)
+        else:
+            chosen = logits.argmax(-1, keepdim=True)
+        if chosen.item() == stop_id:
+            return
+        yield int(chosen)
+        tokens = chosen.unsqueeze(0)
+
+
+def main(arguments: list[str]) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m trainer.generate", description=__doc__)
+    parser.add_argument("source", type=Path, help="run folder, checkpoint, or Hugging Face folder")
+    parser.add_argument("prompt")
+    parser.add_argument("--tokens", type=int, default=120, help="most new tokens")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 = greedy")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(arguments)
+    torch.manual_seed(options.seed)
+    try:
+        folder = hf_folder(options.source)
+        model = load_model(folder, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        tokenizer = load_tokenizer(folder)
+    except (ConfigError, DataError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    prompt = tokenizer.encode(options.prompt)
+    if not prompt:
+        print("the prompt is empty; give at least one character", file=sys.stderr)
+        return 2
+    room = model.config.max_position_embeddings - len(prompt)
+    if options.tokens > room:
+        print(f"--tokens {options.tokens} does not fit; the model has room for {room} after this prompt", file=sys.stderr)
+        return 2
+    shown = options.prompt
+    print(shown, end="", flush=True)
+    new: list[int] = []
+    for token in generate(model, prompt, options.tokens, options.temperature, tokenizer.end_of_text):
+        new.append(token)
+        text = options.prompt + tokenizer.decode(new)
+        if not text.endswith("�"):  # wait for the rest of a character that spans tokens
+            print(text[len(shown) :], end="", flush=True)
+            shown = text
+    print()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

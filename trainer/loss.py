@@ -1,0 +1,67 @@
+"""The loss of a step as a sum of shares.
+
+Rule of shares: every term given to `backward` is this rank's share of this micro-batch, normalised by a total of the
+global batch; shares add up, over ranks and micro-batches, to the loss of the global batch, however it was cut.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from data_pipeline.loader import Batch
+from moe.balance import balance_loss_share
+from moe.router import RouterStatistics
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Sums over the global batch of one step, and whether any rank was asked to stop."""
+
+    label_tokens: int  # tokens with a label
+    tokens: int  # tokens that are not padding
+    stop: bool
+
+
+def agree_on_totals(micro_batches: list[Batch], stop: bool, device: torch.device) -> Totals:
+    """One all-reduce of three integers; every rank must call it once a step."""
+    packed = torch.tensor(
+        [
+            sum(int((batch.labels != -100).sum()) for batch in micro_batches),
+            sum(int(batch.token_mask.sum()) for batch in micro_batches),
+            int(stop),
+        ],
+        dtype=torch.int64,
+        device=device,
+    )
+    dist.all_reduce(packed)
+    label_tokens, tokens, stops = packed.tolist()
+    return Totals(label_tokens, tokens, stops > 0)
+
+
+@dataclass(frozen=True)
+class LossShares:
+    """The terms of one micro-batch's loss: scalars, fp32, already shares of the global batch."""
+
+    cross_entropy: Tensor
+    balance: Tensor  # [L], before its weight
+    z: Tensor  # [L], before its weight
+
+    def total(self, balance_coef: float, z_coef: float) -> Tensor:
+        """What `backward` takes."""
+        return self.cross_entropy + balance_coef * self.balance.sum() + z_coef * self.z.sum()
+
+
+def loss_shares(
+    cross_entropy_sum: Tensor, router: RouterStatistics | None, frequencies: Tensor | None, totals: Totals
+) -> LossShares:
+    """Shares of one micro-batch; a dense model has no balance and no z-loss."""
+    cross_entropy = cross_entropy_sum / max(totals.label_tokens, 1)
+    if router is None or frequencies is None:
+        nothing = cross_entropy_sum.new_zeros(0)
+        return LossShares(cross_entropy, nothing, nothing)
+    tokens = max(totals.tokens, 1)
+    return LossShares(
+        cross_entropy, balance_loss_share(frequencies, router.probability_sums, tokens), router.z_sums / tokens
+    )

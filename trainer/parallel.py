@@ -1,0 +1,95 @@
+"""Who does what: the arithmetic of ranks, rows and experts. Pure and torch-free; no other file divides by a number of ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from trainer.config import RunConfig
+
+
+@dataclass
+class ParallelConfig:
+    """How the ranks are laid out."""
+
+    nproc_per_node: int
+    ep_size: int
+    dispatcher: str
+
+
+@dataclass(frozen=True)
+class ParallelPlan:
+    """The layout of one run over `world_size` ranks.
+
+    Every rank is a data-parallel rank. Expert-parallel groups are `ep_size` consecutive ranks, so that a group stays
+    inside a node; expert-data-parallel groups hold every ep_size-th rank.
+    """
+
+    world_size: int
+    ep_size: int
+    dispatcher: str
+    micro_batch_size: int
+    global_batch_size: int
+
+    @classmethod
+    def of(cls, config: RunConfig, world_size: int) -> ParallelPlan:
+        """The plan of a run configuration for a number of ranks."""
+        return cls(
+            world_size=world_size,
+            ep_size=config.parallel.ep_size,
+            dispatcher=config.parallel.dispatcher,
+            micro_batch_size=config.micro_batch_size,
+            global_batch_size=config.stage.global_batch_size,
+        )
+
+    @property
+    def gradient_accumulation_steps(self) -> int:
+        """Micro-batches of one rank in one optimizer step."""
+        return self.global_batch_size // (self.world_size * self.micro_batch_size)
+
+    def ep_rank(self, rank: int) -> int:
+        """Position of `rank` in its expert-parallel group."""
+        return rank % self.ep_size
+
+    def problems(self, num_experts: int) -> list[str]:
+        """Every broken law of the layout, one line each."""
+        found = [
+            f"{key}={value} must be above 0"
+            for key, value in [
+                ("number of ranks (parallel.nproc_per_node x nodes)", self.world_size),
+                ("parallel.ep_size", self.ep_size),
+                ("micro_batch_size", self.micro_batch_size),
+                ("stage.global_batch_size", self.global_batch_size),
+            ]
+            if value < 1
+        ]
+        if found:
+            return found
+        if self.dispatcher not in ("all_to_all", "deduplicated"):
+            found.append(f"parallel.dispatcher={self.dispatcher} is unknown; use all_to_all, deduplicated")
+        if self.world_size % self.ep_size:
+            found.append(
+                f"parallel.ep_size={self.ep_size} does not divide the {self.world_size} ranks; "
+                f"use {_listed(self.world_size)}"
+            )
+        if num_experts == 0 and self.ep_size > 1:
+            found.append(f"parallel.ep_size={self.ep_size} needs experts, but model.num_experts=0; use 1")
+        elif num_experts % self.ep_size:
+            found.append(
+                f"parallel.ep_size={self.ep_size} does not divide model.num_experts={num_experts}; "
+                f"use {_listed(num_experts)}"
+            )
+        if self.global_batch_size % (self.world_size * self.micro_batch_size):
+            found.append(
+                f"stage.global_batch_size={self.global_batch_size} is not a multiple of "
+                f"{self.world_size} ranks x micro_batch_size={self.micro_batch_size}; "
+                f"use a multiple of {self.world_size * self.micro_batch_size}"
+            )
+        return found
+
+
+def _listed(number: int) -> str:
+    """The divisors of a number, as a sentence part."""
+    divisors = [d for d in range(1, number + 1) if number % d == 0]
+    return ", ".join(map(str, divisors[:12])) + (", ..." if len(divisors) > 12 else "")

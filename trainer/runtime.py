@@ -1,0 +1,121 @@
+"""One rank's place in the world: process group, device, seeds, stop signals, and where its output goes."""
+
+import logging
+import os
+import random
+import signal
+import sys
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from types import FrameType
+from typing import TextIO
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+# Collectives that wait longer than this belong to a dead run.
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)  # NCCL takes SIGUSR1
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on: the message says at which step, where, and what to do."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among the ranks of the run."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank talks to the terminal and writes shared files."""
+        return self.rank == 0
+
+    @classmethod
+    def join(cls) -> "Ranks":
+        """Join the process group named by RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT."""
+        rank, local_rank, world_size = (int(os.environ[key]) for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+        if torch.cuda.is_available():
+            device = torch.device("cuda", local_rank)
+            torch.cuda.set_device(device)
+        else:
+            device = torch.device("cpu")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=COLLECTIVE_TIMEOUT)
+        return cls(rank, local_rank, world_size, device)
+
+    def leave(self) -> None:
+        """Leave the process group, all ranks together: one that goes early may abort the others."""
+        self.barrier()
+        dist.destroy_process_group()
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        dist.barrier(device_ids=[self.local_rank] if self.device.type == "cuda" else None)
+
+
+def seed_everything(seed: int, rank: int) -> None:
+    """Seed every generator; ranks differ, attempts do not."""
+    random.seed(seed + rank)
+    np.random.seed(seed + rank)
+    torch.manual_seed(seed + rank)
+
+
+def random_state() -> dict:
+    """The state of every generator of this rank, of types that torch loads with weights_only=True."""
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # type: ignore[misc]
+    version, internal, gauss = random.getstate()
+    state = {
+        "torch": torch.get_rng_state(),
+        "numpy": [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, cached],
+        "python": [version, list(internal), gauss],
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_random_state(state: dict) -> None:
+    """Restore what `random_state` returned."""
+    torch.set_rng_state(state["torch"])
+    name, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    if "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+class StopRequest:
+    """Set by a stop signal; the loop asks all ranks to agree on it."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True
+
+
+def redirect_output(log_file: Path) -> TextIO:
+    """Send file descriptors 1 and 2, and Python logging, to `log_file`: libraries talk there, below Python too.
+
+    Returns the old standard output, for progress and errors that a person must see.
+    """
+    log_file.parent.mkdir(parents=True, exist_ok=True)
+    terminal = os.fdopen(os.dup(1), "w", buffering=1)
+    descriptor = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.close(descriptor)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
+    return terminal

@@ -1,0 +1,63 @@
+"""Tokens per second, model FLOP utilisation, memory."""
+
+import resource
+import time
+
+import torch
+
+# Dense bf16 peak in FLOP/s by vendor data sheets, by a part of the device's name.
+_PEAKS = {"B200": 2.25e15, "GB200": 2.5e15, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12}
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """Peak FLOP/s of one rank's device: from the table for known GPUs in bf16, else measured by a matrix product."""
+    if device.type == "cuda" and dtype == torch.bfloat16:
+        name = torch.cuda.get_device_name(device)
+        for part, peak in _PEAKS.items():
+            if part in name:
+                return peak
+    size = 8192 if device.type == "cuda" else 1024
+    a = torch.ones(size, size, device=device, dtype=dtype)
+    best = float("inf")
+    for _ in range(5):
+        _synchronize(device)
+        start = time.perf_counter()
+        a @ a
+        _synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def memory_gib(device: torch.device) -> float:
+    """Peak memory of this rank so far: allocated on a GPU, resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+class StepClock:
+    """Wall time between two logged steps, and how much of it went by waiting for data."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+        self._waited = 0.0
+
+    def waited(self, seconds: float) -> None:
+        """Count time spent waiting for the loader."""
+        self._waited += seconds
+
+    def lap(self, steps: int) -> tuple[float, float]:
+        """Mean seconds per step and mean data wait per step since the last lap of `steps` steps."""
+        now = time.perf_counter()
+        result = ((now - self._start) / steps, self._waited / steps)
+        self._start, self._waited = now, 0.0
+        return result
+
+    def exclude(self, seconds: float) -> None:
+        """Leave out time that is no training (evaluation, saving)."""
+        self._start += seconds
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

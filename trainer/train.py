@@ -1,0 +1,194 @@
+"""The run, from top to bottom."""
+
+import math
+import time
+from pathlib import Path
+from typing import TextIO
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from data_pipeline.loader import Batch, Loader
+from moe.balance import GlobalFrequencies
+from moe.dispatch import AllToAllDispatcher, DeduplicatedAllToAllDispatcher
+from moe.hf import load_hf
+from moe.init import init_weights
+from moe.model import CausalLM
+from moe.parallelize import apply_expert_parallel
+from trainer.checkpoint import Checkpoints, Progress
+from trainer.config import RunConfig
+from trainer.engine import DTYPES, Engine, expert_parallel_group, mark_experts
+from trainer.evaluate import evaluate
+from trainer.loss import Totals, agree_on_totals, loss_shares
+from trainer.metrics import StepSums
+from trainer.optimizer import build_optimizer
+from trainer.parallel import ParallelPlan
+from trainer.runtime import Ranks, StopRequest, TrainingError, seed_everything
+from trainer.schedule import learning_rate
+from trainer.terminal import Terminal
+from trainer.throughput import StepClock, memory_gib, peak_flops
+from trainer.tracker import Tracker
+
+DISPATCHERS = {"all_to_all": AllToAllDispatcher, "deduplicated": DeduplicatedAllToAllDispatcher}
+
+
+def train(config: RunConfig, run_dir: Path, attempt: int, ranks: Ranks, stop: StopRequest, terminal: TextIO) -> str:
+    """Train until the token budget or a stop request; returns "finished" or "stopped".
+
+    Raises TrainingError when the loss is no number any more; the last good checkpoint stays.
+    """
+    plan = ParallelPlan.of(config, ranks.world_size)
+    seed_everything(config.seed, ranks.rank)
+    total_steps, step_tokens = config.stage.total_steps, config.stage.step_tokens
+    screen = Terminal(terminal if ranks.is_main else None, total_steps)
+
+    model = build_model(config, plan, ranks)
+    optimizer = build_optimizer(model, config.optimizer)
+    engine = Engine(model, optimizer, config, plan, ranks)
+    frequencies = GlobalFrequencies(config.balance.mode, plan.gradient_accumulation_steps)
+    checkpoints = Checkpoints(run_dir, attempt, config, plan, ranks)
+    progress = checkpoints.load_latest(engine) or Progress(step=0, next_row=0)
+    loader = Loader(
+        config.data,
+        seq_len=config.stage.seq_len,
+        global_batch_size=plan.global_batch_size,
+        micro_batch_size=plan.micro_batch_size,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        seed=config.seed,
+        next_row=progress.next_row,
+    )
+    tracker = Tracker(config, run_dir, attempt) if ranks.is_main else None
+    peak = peak_flops(ranks.device, DTYPES[config.dtype]) * ranks.world_size
+    flops_per_token = config.model.flops_per_token(config.stage.seq_len)
+    screen.say(describe(config, plan, progress))
+
+    metrics: dict = {}
+    clock, logged_step, saved_step = StepClock(), progress.step, progress.step
+    step, outcome, batches = progress.step, "finished", iter(loader)
+    while step < total_steps:
+        waiting = time.perf_counter()
+        micro_batches = [batch.to(ranks.device) for batch in next(batches)]
+        clock.waited(time.perf_counter() - waiting)
+        totals = agree_on_totals(micro_batches, stop.requested, ranks.device)
+        if totals.stop:
+            outcome = "stopped"
+            break
+
+        rate = learning_rate(config.schedule, config.optimizer.lr, step, total_steps)
+        sums, losses, grad_norm = train_step(engine, micro_batches, totals, frequencies, config, rate)
+        if not math.isfinite(grad_norm):  # the same on every rank: the norm is global
+            raise TrainingError(diverged(step + 1, micro_batches, losses, ranks, run_dir))
+        step += 1
+
+        last = step == total_steps
+        if step % config.tracker.log_every_steps == 0 or last:
+            step_seconds, data_wait_seconds = clock.lap(step - logged_step)
+            logged_step = step
+            tokens_per_second = step_tokens / step_seconds
+            metrics = {
+                "step": step,
+                "tokens": step * step_tokens,
+                **sums.over_ranks().describe(totals),
+                "grad_norm": grad_norm,
+                "learning_rate": rate,
+                "tokens_per_second": tokens_per_second,
+                "step_seconds": step_seconds,
+                "data_wait_seconds": data_wait_seconds,
+                "mfu": tokens_per_second * flops_per_token / peak,
+                "memory_gib": memory_gib(ranks.device),
+            }
+            if tracker is not None:
+                tracker.log(metrics)
+                screen.progress(metrics)
+        paused = time.perf_counter()
+        every = config.evaluate.every_steps
+        if every and (step % every == 0 or last):
+            held_out = evaluate(engine, config, plan, ranks)
+            screen.say(f"step {step}: " + ", ".join(f"{key} {value:.3f}" for key, value in held_out.items()))
+            if tracker is not None:
+                tracker.log({"step": step, "tokens": step * step_tokens, **held_out})
+            metrics |= held_out
+        if step % config.checkpoint.every_steps == 0 or last:
+            checkpoints.save(engine, Progress(step, step * plan.global_batch_size))
+            saved_step = step
+        clock.exclude(time.perf_counter() - paused)
+
+    if outcome == "stopped":
+        if saved_step < step:
+            checkpoints.save(engine, Progress(step, step * plan.global_batch_size))
+        screen.say(f"stopped at step {step} of {total_steps}; go on with: python -m trainer.resume {run_dir}")
+    loader.close()
+    if tracker is not None:
+        tracker.close(metrics)
+    screen.close()
+    engine.close()
+    return outcome
+
+
+def train_step(
+    engine: Engine,
+    micro_batches: list[Batch],
+    totals: Totals,
+    frequencies: GlobalFrequencies,
+    config: RunConfig,
+    rate: float,
+) -> tuple[StepSums, list[Tensor], float]:
+    """One optimizer step: this rank's sums and losses per micro-batch, and the gradient norm of the global batch."""
+    if frequencies.counts_first and config.model.num_experts:
+        with torch.no_grad():
+            frequencies.count_first(engine.forward(batch).router.tokens_per_expert for batch in micro_batches)
+    sums = StepSums.zeros(len(config.model.moe_layers), config.model.num_experts, micro_batches[0].labels.device)
+    losses = []
+    for batch in micro_batches:
+        output = engine.forward(batch)
+        routed = frequencies.of(output.router.tokens_per_expert) if output.router is not None else None
+        shares = loss_shares(output.cross_entropy_sum, output.router, routed, totals)
+        loss = shares.total(config.model.router_aux_loss_coef, config.balance.z_loss_coef)
+        engine.backward(loss)
+        sums.add(shares, output.router)
+        losses.append(loss.detach())
+    return sums, losses, engine.step(rate)
+
+
+def build_model(config: RunConfig, plan: ParallelPlan, ranks: Ranks) -> CausalLM:
+    """The model with this rank's experts only, its weights read from `stage.init_from` or drawn from the seed."""
+    ep_rank = plan.ep_rank(ranks.rank)
+    with torch.device("meta"):
+        model = CausalLM(config.model, backend=config.experts.backend, recompute=config.recompute)
+    if config.model.num_experts:
+        dispatcher = DISPATCHERS[plan.dispatcher](expert_parallel_group(plan.ep_size)) if plan.ep_size > 1 else None
+        if dispatcher is not None:
+            apply_expert_parallel(model, ep_rank=ep_rank, ep_size=plan.ep_size, dispatcher=dispatcher)
+        mark_experts(model, config.model.num_experts, plan.ep_size, ep_rank)
+    model.to_empty(device=ranks.device)
+    if config.stage.init_from is None:
+        init_weights(model, config.seed, ep_rank=ep_rank)
+    else:
+        load_hf(model, Path(config.stage.init_from), ep_rank=ep_rank)
+    return model.to(DTYPES[config.dtype])
+
+
+def describe(config: RunConfig, plan: ParallelPlan, progress: Progress) -> str:
+    """What is about to be trained, in one line."""
+    total, active = config.model.num_parameters(), config.model.num_active_parameters()
+    return (
+        f"{config.name}: {total / 1e6:,.1f}M parameters ({active / 1e6:,.1f}M active), {plan.world_size} ranks, "
+        f"ep_size {plan.ep_size}, ZeRO {config.zero_stage}, {plan.gradient_accumulation_steps} micro-batches per step, "
+        f"{config.stage.step_tokens:,} tokens per step, {config.stage.total_steps:,} steps"
+        + (f", going on after step {progress.step}" if progress.step else "")
+    )
+
+
+def diverged(step: int, micro_batches: list[Batch], losses: list[Tensor], ranks: Ranks, run_dir: Path) -> str:
+    """Which rank and rows made the loss of a step no number; every rank must call it."""
+    rows = [batch.rows for batch, loss in zip(micro_batches, losses, strict=True) if not torch.isfinite(loss)]
+    everywhere: list = [None] * ranks.world_size
+    dist.all_gather_object(everywhere, rows)
+    where = "; ".join(f"rank {rank}, rows {list(row)}" for rank, found in enumerate(everywhere) for row in found)
+    return (
+        f"the gradient is not finite at step {step} ({where or 'every loss is finite: the backward pass overflowed'}); "
+        f"the last checkpoint is unharmed. Lower optimizer.lr or clip (optimizer.max_grad_norm), then go on with: "
+        f"python -m trainer.resume {run_dir}"
+    )
