@@ -1,7 +1,5 @@
 """What data a run reads: types and laws. The values live in conf/data/*.yaml."""
 
-from __future__ import annotations
-
 import math
 import re
 from dataclasses import dataclass
@@ -11,17 +9,19 @@ BLOCK_ROWS = 16384  # the mixture holds its weights exactly, to one row, over ea
 
 
 class DataError(Exception):
-    """A file that the data pipeline reads or has written breaks a law; the message names file, law and remedy."""
+    """A file that the data pipeline reads or wrote breaks a law; the message names file, law and remedy."""
 
 
 @dataclass
 class SourceConfig:
     """One source of documents.
 
-    kind: embedded (text found on every machine) | jsonl (.jsonl, .jsonl.gz) | parquet | text (a file is a document).
+    kind: embedded (text found on every machine) | jsonl (.jsonl, .jsonl.gz) | parquet | text (a file is a
+    document).
     paths: files or globs; for `embedded` the names of collections of data_pipeline.samples.
     text_key: the column or JSON key that holds the text; null for the kinds that have none.
-    weight: this source's share of the training tokens, relative to the other sources; 0 = prepared, not trained on.
+    weight: this source's share of the training tokens, relative to the other sources; 0 = prepared, not
+    trained on.
     max_epochs: how often a training row may be seen; null = no limit.
     """
 
@@ -55,6 +55,17 @@ class DataConfig:
     shard_bytes: int
     num_workers: int
 
+    def content_settings(self) -> dict[str, object]:
+        """The keys that decide which tokens a prepared folder holds, apart from the bytes of its inputs."""
+        settings: dict[str, object] = {
+            "data.tokenizer_vocab_size": self.tokenizer_vocab_size,
+            "data.validation_fraction": self.validation_fraction,
+        }
+        for name, source in sorted(self.sources.items()):
+            settings[f"data.sources.{name}.kind"] = source.kind
+            settings[f"data.sources.{name}.text_key"] = source.text_key
+        return settings
+
     def problems(self) -> list[str]:
         """Every broken law, one line each: key, value, law, remedy."""
         found = []
@@ -84,7 +95,9 @@ class DataConfig:
         for name, source in self.sources.items():
             found += _source_problems(name, source, total_weight)
         if self.sources and not total_weight > 0:
-            found.append(f"data.sources: the weights sum to {total_weight}; give one source a positive weight")
+            found.append(
+                f"data.sources: the weights sum to {total_weight}; give one source a positive weight"
+            )
         return found
 
 
@@ -106,7 +119,8 @@ def _source_problems(name: str, source: SourceConfig, total_weight: float) -> li
         found.append(f"{key}.weight={source.weight} is not a finite number >= 0")
     elif 0 < source.weight * BLOCK_ROWS < total_weight:
         found.append(
-            f"{key}.weight={source.weight} of {total_weight} is less than one row in {BLOCK_ROWS}; raise it or use 0"
+            f"{key}.weight={source.weight} of {total_weight} is less than one row in {BLOCK_ROWS};"
+            " raise it or use 0"
         )
     if source.max_epochs is not None and not source.max_epochs > 0:
         found.append(f"{key}.max_epochs={source.max_epochs} is not positive; null = no limit")

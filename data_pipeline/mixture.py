@@ -1,10 +1,9 @@
-"""The order of the run: global row g -> (source, epoch, row of the source), a pure function of the configuration.
+"""The order of the run: global row g -> (source, epoch, row of the source), a pure function of the
+configuration.
 
-Rows are dealt in blocks. Each block holds a fixed integer quota of every source, spread evenly over the block; the
-rows of a source are dealt one after the other, through a permutation of its own in every epoch.
+Rows are dealt in blocks. Each block holds a fixed integer quota of every source, spread evenly over the
+block; the rows of a source are dealt one after the other, through a permutation of its own in every epoch.
 """
-
-from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -26,7 +25,7 @@ class Location(NamedTuple):
 
 @dataclass
 class MixtureSource:
-    """weight: relative share of the rows. rows: in one epoch. max_epochs: null = no limit."""
+    """weight: relative share of the rows. rows: in one epoch. max_epochs: None = no limit."""
 
     weight: float
     rows: int
@@ -46,8 +45,8 @@ def integer_quotas(weights: list[float], total: int) -> list[int]:
 class Mixture:
     """The infinite sequence of rows that the weights, the seed and the number of rows of every source define.
 
-    Sources are taken in the order of their names, so the order of a YAML file does not matter; those of weight 0
-    are left out. Raises DataError for a source that is to be read and has no row.
+    Sources are taken in the order of their names, so the order of a YAML file does not matter; those of
+    weight 0 are left out. Raises DataError for a source that is to be read and has no row.
     """
 
     def __init__(self, sources: dict[str, MixtureSource], seed: int) -> None:
@@ -61,6 +60,7 @@ class Mixture:
                 " add text, shorten stage.seq_len, or set the weight to 0"
             )
         self.quotas = np.array(integer_quotas([source.weight for source in self.sources], BLOCK_ROWS))
+        self.limits = [1 << 62 if s.max_epochs is None else int(s.max_epochs * s.rows) for s in self.sources]
         self._block = lru_cache(maxsize=2)(self._deal_block)
         self._permutation = lru_cache(maxsize=2 * len(self.names))(self._permute_epoch)
 
@@ -70,7 +70,7 @@ class Mixture:
         dealt, ranks = self._block(block)
         i = int(dealt[slot])
         index = block * int(self.quotas[i]) + int(ranks[slot])
-        if index >= self._limits()[i]:
+        if index >= self.limits[i]:
             self.check_budget(row + 1)
         epoch, index = divmod(index, self.sources[i].rows)
         return Location(self.names[i], epoch, self._permutation(i, epoch)(index))
@@ -79,7 +79,7 @@ class Mixture:
         """How many rows can be served before a source is exhausted (max_epochs); None = no limit."""
         if all(source.max_epochs is None for source in self.sources):
             return None
-        limits = np.array(self._limits())
+        limits = np.array(self.limits)
         block = int((limits // self.quotas).min())
         dealt, ranks = self._block(block)
         return block * BLOCK_ROWS + int(np.argmax(ranks >= (limits - block * self.quotas)[dealt]))
@@ -94,24 +94,23 @@ class Mixture:
     def check_budget(self, total_rows: int) -> None:
         """Raise a DataError that lists every source which max_epochs keeps from serving `total_rows` rows."""
         exhausted = [
-            f"data.sources.{name}.max_epochs={source.max_epochs} allows {limit} rows of its {source.rows}, but"
-            f" {total_rows} rows of the run need {needed}; raise max_epochs, lower its weight, or train on fewer tokens"
+            f"data.sources.{name}.max_epochs={source.max_epochs} allows {limit} rows of its {source.rows},"
+            f" but {total_rows} rows of the run need {needed}; raise max_epochs, lower its weight,"
+            " or train on fewer tokens"
             for (name, needed), source, limit in zip(
-                self.rows_needed(total_rows).items(), self.sources, self._limits(), strict=True
+                self.rows_needed(total_rows).items(), self.sources, self.limits, strict=True
             )
             if needed > limit
         ]
         if exhausted:
             raise DataError("\n".join(exhausted))
 
-    def _limits(self) -> list[int]:
-        return [1 << 62 if s.max_epochs is None else int(s.max_epochs * s.rows) for s in self.sources]
-
     def _deal_block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
-        """Source number of each slot of a block, and how many earlier slots of the block have the same source.
+        """Source number of each slot of a block, and how many earlier slots of the block have the same
+        source.
 
-        Card k of a source with quota q lies at a random time in [k, k+1) / q; slots are in the order of time. So every
-        stretch of the block, not only the whole, holds every source close to its share.
+        Card k of a source with quota q lies at a random time in [k, k+1) / q; slots are in the order of time.
+        So every stretch of the block, not only the whole, holds every source close to its share.
         """
         dealt = np.repeat(np.arange(len(self.quotas)), self.quotas)
         ranks = np.concatenate([np.arange(quota) for quota in self.quotas])

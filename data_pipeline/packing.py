@@ -1,11 +1,10 @@
 """Rows of a token stream, and what the model needs to know about the documents in them.
 
-Packing "concat": the documents of a source stand end to end, each closed by the end-of-text id; row r is the span of
-seq_len + 1 tokens that starts at token r * seq_len. Documents cross the ends of rows; every token is a target once.
+Packing "concat": the documents of a source stand end to end, each closed by the end-of-text id; row r is the
+span of seq_len + 1 tokens that starts at token r * seq_len. Documents cross the ends of rows; every token is
+a target once.
 """
 # B rows, S seq_len, D documents
-
-from __future__ import annotations
 
 from typing import NamedTuple
 
@@ -18,7 +17,9 @@ class PackedRows(NamedTuple):
     """The arrays of a batch of rows."""
 
     input_ids: np.ndarray  # [B,S] int64
-    labels: np.ndarray  # [B,S] int64: the target of position t; NO_LOSS on padding and after the end of a document
+    labels: (
+        np.ndarray
+    )  # [B,S] int64: the target of position t; NO_LOSS on padding and after the end of a document
     position_ids: np.ndarray  # [B,S] int64, from 0 in every document and every row
     cu_seqlens: np.ndarray  # [D+1] int32: document borders over the flattened B*S tokens
     token_mask: np.ndarray  # [B,S] bool: False on padding
@@ -39,7 +40,8 @@ def row_span(row: int, seq_len: int, num_tokens: int) -> tuple[int, int]:
 def pack_rows(spans: list[np.ndarray], seq_len: int, end_of_text: int) -> PackedRows:
     """Turn spans of at most seq_len + 1 tokens into a batch; a short span is padded at its end.
 
-    Padding is a document of its own. The last token of a document predicts nothing: what follows is unrelated.
+    Padding is a document of its own. The last token of a document predicts nothing: what follows is
+    unrelated.
     """
     tokens = np.full((len(spans), seq_len + 1), end_of_text, dtype=np.int64)
     for row, span in zip(tokens, spans, strict=True):
@@ -52,7 +54,9 @@ def pack_rows(spans: list[np.ndarray], seq_len: int, end_of_text: int) -> Packed
     labels = np.where(valid & ~ends, tokens[:, 1:], NO_LOSS)
 
     starts = np.ones_like(valid)
-    starts[:, 1:] = ends[:, :-1] | (valid[:, :-1] & ~valid[:, 1:])  # a new document, or the first of the padding
+    starts[:, 1:] = ends[:, :-1] | (
+        valid[:, :-1] & ~valid[:, 1:]
+    )  # a new document, or the first of the padding
     positions = np.arange(seq_len)
     position_ids = positions - np.maximum.accumulate(np.where(starts, positions, 0), axis=1)
     cu_seqlens = np.append(np.flatnonzero(starts), starts.size).astype(np.int32)

@@ -1,7 +1,5 @@
 """A permutation of range(n) that is computed, not stored: memory and start-up do not depend on n."""
 
-from __future__ import annotations
-
 import hashlib
 from typing import TypeVar
 
@@ -19,7 +17,7 @@ def derive_key(*parts: int | str) -> int:
 
 
 def mix(word: Word) -> Word:
-    """Finaliser of splitmix64 (Steele, Lea, Flood 2014): a bijection of 64-bit words, for an int or a uint64 array."""
+    """Finaliser of splitmix64 (Steele, Lea, Flood 2014), a bijection of 64-bit words (int or uint64)."""
     word = word ^ (word >> 30)
     word = (word * 0xBF58476D1CE4E5B9) & _MASK
     word = word ^ (word >> 27)
@@ -30,8 +28,9 @@ def mix(word: Word) -> Word:
 class Permutation:
     """A bijection of range(n), a pure function of (n, key), for 1 <= n <= 2^62.
 
-    A Feistel network (Luby, Rackoff 1988) permutes the next power of four; values that leave the range are sent
-    through it again until they come back ("cycle walking", Black, Rogaway 2002): fewer than 4 passes on average.
+    A Feistel network (Luby, Rackoff 1988) permutes the next power of four; values that leave the range are
+    sent through it again until they come back ("cycle walking", Black, Rogaway 2002): fewer than 4 passes on
+    average.
     """
 
     def __init__(self, n: int, key: int) -> None:

@@ -1,6 +1,4 @@
-"""Real text that lies on every machine: the standard library of the running interpreter. Nothing is downloaded."""
-
-from __future__ import annotations
+"""Real text that lies on every machine: the standard library of the running interpreter. No download."""
 
 import ast
 import functools
@@ -10,8 +8,17 @@ from pathlib import Path
 
 from data_pipeline.config import DataError
 
-# Tests, other people's packages, near-duplicates (lib2to3 copies tokenize and pickles grammar) and tables of numbers.
-_EXCLUDED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "lib2to3", "encodings", "pydoc_data"}
+# Tests, other people's packages, near-duplicates of other modules (lib2to3) and tables (encodings).
+_EXCLUDED = {
+    "test",
+    "tests",
+    "idle_test",
+    "site-packages",
+    "dist-packages",
+    "lib2to3",
+    "encodings",
+    "pydoc_data",
+}
 _SHORTEST_PROSE = 200  # characters; a module with less docstring than this says nothing
 
 
@@ -19,8 +26,8 @@ _SHORTEST_PROSE = 200  # characters; a module with less docstring than this says
 def documents(collection: str) -> tuple[str, ...]:
     """The documents of a collection: in a fixed order, no two equal.
 
-    collection: `stdlib_code` (one module's source is one document) or `stdlib_prose` (the language reference of
-    pydoc, and one module's docstrings as one document). Raises DataError for another name.
+    collection: `stdlib_code` (one module's source is one document) or `stdlib_prose` (the language reference
+    of pydoc, and one module's docstrings as one document). Raises DataError for another name.
     """
     if collection not in _COLLECTIONS:
         raise DataError(f"embedded collection {collection!r} is unknown; use {', '.join(_COLLECTIONS)}")
@@ -56,7 +63,7 @@ def _prose() -> Iterator[str]:
 
 
 def _docstrings(name: str, node: ast.AST) -> Iterator[str]:
-    """The docstrings of a module, its classes and functions, in source order, each under its qualified name."""
+    """The docstrings below a node, in source order, each under its qualified name."""
     if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
         docstring = ast.get_docstring(node)
         if docstring and docstring.strip():

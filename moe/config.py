@@ -167,11 +167,6 @@ class ModelConfig:
             "architectures": ["Qwen3MoeForCausalLM" if moe else "Qwen3ForCausalLM"],
             "model_type": "qwen3_moe" if moe else "qwen3",
             **keys,
-            "attention_dropout": 0.0,
-            "rope_scaling": None,
-            "sliding_window": None,
-            "use_cache": True,
-            "use_sliding_window": False,
         }
 
 

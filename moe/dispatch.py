@@ -99,11 +99,12 @@ class AllToAllDispatcher:
         return _Exchange.apply(self._swap, send, receive, *tensors)
 
     def _swap(self, rows: Tensor, send: list[int], receive: list[int]) -> Tensor:
-        out = rows.new_empty(sum(receive), *rows.shape[1:])
-        self._all_to_all(
-            out, rows.contiguous(), output_split_sizes=receive, input_split_sizes=send, group=self._group
-        )
-        return out
+        # A thread of the backend can be the last to hold these tensors. Detached, they take no autograd graph
+        # with them, whose Python objects that thread would have to destroy (gloo then aborts at exit).
+        rows, out = rows.detach().contiguous(), rows.new_empty(sum(receive), *rows.shape[1:])
+        splits = {"output_split_sizes": receive, "input_split_sizes": send}
+        self._all_to_all(out, rows, **splits, group=self._group)
+        return out.detach()
 
 
 class DeduplicatedAllToAllDispatcher(AllToAllDispatcher):

@@ -4,7 +4,7 @@
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from moe.config import ConfigError
+from moe.config import ConfigError, ModelConfig
 from moe.model import CausalLM
 
 CONFIG = "config.json"
@@ -54,7 +54,11 @@ def from_hub(name: str) -> tuple[str, int | None]:
 
 def hub_tensors(model: CausalLM, ep_rank: int = 0) -> Iterator[tuple[str, Tensor]]:
     """Hub name and detached view of every tensor this rank holds; a tied head does not appear."""
-    for parameter, tensor in model.named_parameters():
+    return _per_expert(model.named_parameters(), ep_rank)
+
+
+def _per_expert(parameters: Iterable[tuple[str, Tensor]], ep_rank: int) -> Iterator[tuple[str, Tensor]]:
+    for parameter, tensor in parameters:
         if is_expert(parameter):
             first = ep_rank * tensor.shape[0]
             for expert, view in enumerate(tensor.detach().unbind(0), start=first):
@@ -63,25 +67,59 @@ def hub_tensors(model: CausalLM, ep_rank: int = 0) -> Iterator[tuple[str, Tensor
             yield parameter, tensor.detach()
 
 
-def plan_shards(sizes: Mapping[str, int], max_shard_bytes: int = MAX_SHARD_BYTES) -> dict[str, list[str]]:
-    """File name -> tensor names, in order, given bytes per tensor; a larger tensor gets a file of its own."""
-    shards: list[list[str]] = [[]]
-    room = max_shard_bytes
-    for name, size in sizes.items():
-        if size > room and shards[-1]:
-            shards.append([])
-            room = max_shard_bytes
-        shards[-1].append(name)
-        room -= size
-    if len(shards) == 1:
-        return {SINGLE: shards[0]}
-    return {
-        f"model-{i:05d}-of-{len(shards):05d}.safetensors": names for i, names in enumerate(shards, start=1)
-    }
+class Written(NamedTuple):
+    """Where a tensor has been written."""
+
+    file: str
+    nbytes: int
+
+
+def write_shards(
+    parameters: Iterable[tuple[str, Tensor]],
+    folder: Path,
+    *,
+    rank: int = 0,
+    ep_rank: int = 0,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> dict[str, Written]:
+    """Stream (our name, tensor) pairs into shards of `folder`; hub name -> where it went.
+
+    Any number of ranks may write into one folder, each what it holds: file names carry `rank`, an expert tensor is
+    the slice of `ep_rank`. At most `max_shard_bytes` (or one larger tensor) are held at a time.
+    """
+    written: dict[str, Written] = {}
+    shard: dict[str, Tensor] = {}
+    number = room = 0
+
+    def flush() -> None:
+        if shard:
+            save_file(shard, folder / _shard_name(rank, number), metadata={"format": "pt"})
+            shard.clear()
+
+    for name, tensor in _per_expert(parameters, ep_rank):
+        if tensor.nbytes > room:
+            flush()
+            number, room = number + 1, max_shard_bytes
+        shard[name] = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        room -= tensor.nbytes
+        written[name] = Written(_shard_name(rank, number), tensor.nbytes)
+    flush()
+    return written
+
+
+def finish_folder(config: ModelConfig, dtype: torch.dtype, written: Mapping[str, Written], folder: Path) -> None:
+    """Write config.json and the index over everything that `write_shards` wrote, on all ranks, into `folder`."""
+    files = {name: place.file for name, place in written.items()}
+    if len(set(files.values())) == 1:
+        (folder / next(iter(files.values()))).rename(folder / SINGLE)
+    else:
+        total = sum(place.nbytes for place in written.values())
+        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": files})
+    _write_json(folder / CONFIG, {**config.to_hf(), "torch_dtype": str(dtype).removeprefix("torch.")})
 
 
 def save_hf(model: CausalLM, folder: str | Path, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
-    """Write an unsharded model as a folder that transformers loads.
+    """Write a model that this process holds whole as a folder that transformers loads.
 
     Raises ConfigError if the folder holds weights already: leftover shards would be taken for this model's.
     """
@@ -89,20 +127,14 @@ def save_hf(model: CausalLM, folder: str | Path, max_shard_bytes: int = MAX_SHAR
     if any(folder.glob("*.safetensors")):
         raise ConfigError([f"{folder} already holds weights; choose an empty folder"])
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = dict(hub_tensors(model))
-    held = sum(from_hub(name)[1] is not None for name in tensors)
+    written = write_shards(model.named_parameters(), folder, max_shard_bytes=max_shard_bytes)
+    held = sum(from_hub(name)[1] is not None for name in written)
     assert held == 3 * len(model.config.moe_layers) * model.config.num_experts, "the model is expert-parallel"
-    shards = plan_shards({name: tensor.nbytes for name, tensor in tensors.items()}, max_shard_bytes)
-    for file, names in shards.items():
-        save_file({name: tensors[name] for name in names}, folder / file, metadata={"format": "pt"})
-    if len(shards) > 1:
-        index = {
-            "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
-            "weight_map": {name: file for file, names in shards.items() for name in names},
-        }
-        _write_json(folder / INDEX, index)
-    dtype = str(model.lm_head.weight.dtype).removeprefix("torch.")
-    _write_json(folder / CONFIG, {**model.config.to_hf(), "torch_dtype": dtype})
+    finish_folder(model.config, model.lm_head.weight.dtype, written, folder)
+
+
+def _shard_name(rank: int, number: int) -> str:
+    return f"model-{rank:05d}-{number:05d}.safetensors"
 
 
 def _write_json(path: Path, value: object) -> None:

@@ -15,9 +15,9 @@ import torch
 import torch.distributed as dist
 
 from moe.config import ConfigError
-from moe.hf import write_index, write_weights
+from moe.hf import finish_folder, write_shards
 from trainer.config import RunConfig
-from trainer.engine import Engine
+from trainer.engine import DTYPES, Engine
 from trainer.parallel import ParallelPlan
 from trainer.run_folder import write_atomically
 from trainer.runtime import Ranks, random_state, set_random_state
@@ -40,6 +40,7 @@ class Checkpoints:
         self._attempt = attempt
         self._config = config
         self._ranks = ranks
+        self._ep_rank = plan.ep_rank(ranks.rank)
         self._layout = {"world_size": plan.world_size, "ep_size": plan.ep_size, "zero_stage": config.zero_stage}
 
     def save(self, engine: Engine, progress: Progress) -> Path:
@@ -52,14 +53,15 @@ class Checkpoints:
         self._ranks.barrier()
         engine.save(partial / "deepspeed")
         torch.save(random_state(), partial / f"random-{self._ranks.rank}.pt")
-        files = write_weights(
-            engine.owned_parameters(), model, partial / "hf", prefix=f"rank-{self._ranks.rank}", dtype=DTYPES[dtype]
+        written = write_shards(
+            engine.owned_parameters(), partial / "hf", rank=self._ranks.rank, ep_rank=self._ep_rank
         )
-        all_files: list = [None] * self._ranks.world_size
-        dist.all_gather_object(all_files, files)
+        everywhere: list = [None] * self._ranks.world_size
+        dist.all_gather_object(everywhere, written)
         if self._ranks.is_main:
-            write_index(partial / "hf", model, all_files)
-            shutil.copyfile(tokenizer, partial / "hf" / "tokenizer.json")
+            merged = {name: place for part in everywhere for name, place in part.items()}
+            finish_folder(self._config.model, DTYPES[self._config.dtype], merged, partial / "hf")
+            shutil.copyfile(Path(self._config.data.dir) / "tokenizer.json", partial / "hf" / "tokenizer.json")
             record = {"progress": asdict(progress), "layout": self._layout, "attempt": self._attempt}
             (partial / "trainer.json").write_text(json.dumps(record, indent=1))
             _sync_tree(partial)

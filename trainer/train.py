@@ -18,7 +18,7 @@ from moe.model import CausalLM
 from moe.parallelize import apply_expert_parallel
 from trainer.checkpoint import Checkpoints, Progress
 from trainer.config import RunConfig
-from trainer.engine import DTYPES, Engine, expert_parallel_group, mark_experts
+from trainer.engine import DTYPES, Engine, expert_parallel_group, init_deepspeed, mark_experts
 from trainer.evaluate import evaluate
 from trainer.loss import Totals, agree_on_totals, loss_shares
 from trainer.metrics import StepSums
@@ -43,6 +43,7 @@ def train(config: RunConfig, run_dir: Path, attempt: int, ranks: Ranks, stop: St
     total_steps, step_tokens = config.stage.total_steps, config.stage.step_tokens
     screen = Terminal(terminal if ranks.is_main else None, total_steps)
 
+    init_deepspeed(ranks.device)
     model = build_model(config, plan, ranks)
     optimizer = build_optimizer(model, config.optimizer)
     engine = Engine(model, optimizer, config, plan, ranks)
@@ -157,17 +158,17 @@ def build_model(config: RunConfig, plan: ParallelPlan, ranks: Ranks) -> CausalLM
     ep_rank = plan.ep_rank(ranks.rank)
     with torch.device("meta"):
         model = CausalLM(config.model, backend=config.experts.backend, recompute=config.recompute)
-    if config.model.num_experts:
-        dispatcher = DISPATCHERS[plan.dispatcher](expert_parallel_group(plan.ep_size)) if plan.ep_size > 1 else None
-        if dispatcher is not None:
-            apply_expert_parallel(model, ep_rank=ep_rank, ep_size=plan.ep_size, dispatcher=dispatcher)
-        mark_experts(model, config.model.num_experts, plan.ep_size, ep_rank)
+    if plan.ep_size > 1:
+        dispatcher = DISPATCHERS[plan.dispatcher](expert_parallel_group(plan.ep_size))
+        apply_expert_parallel(model, ep_rank=ep_rank, ep_size=plan.ep_size, dispatcher=dispatcher)
     model.to_empty(device=ranks.device)
     if config.stage.init_from is None:
         init_weights(model, config.seed, ep_rank=ep_rank)
     else:
         load_hf(model, Path(config.stage.init_from), ep_rank=ep_rank)
-    return model.to(DTYPES[config.dtype])
+    model.to(DTYPES[config.dtype])
+    mark_experts(model, config.model.num_experts, plan.ep_size, ep_rank)  # last: new parameters lose their marks
+    return model
 
 
 def describe(config: RunConfig, plan: ParallelPlan, progress: Progress) -> str:

@@ -1,4 +1,4 @@
-"""Every shipped conf/model/*.yaml has as many parameters as transformers' model, ours on meta, and the arithmetic."""
+"""Every shipped model: its parameters against transformers on meta, the report, and our own arithmetic."""
 
 from pathlib import Path
 

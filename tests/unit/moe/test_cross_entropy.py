@@ -23,7 +23,9 @@ def _inputs(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]
     return hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(), labels
 
 
-def _oracle(hidden: Tensor, weight: Tensor, labels: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+def _oracle(
+    hidden: Tensor, weight: Tensor, labels: Tensor, scale: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor]:
     hidden, weight = (x.detach().double().requires_grad_() for x in (hidden, weight))
     loss = F.cross_entropy(hidden @ weight.T, labels, reduction="sum")
     return loss.detach(), *torch.autograd.grad(scale * loss, (hidden, weight))
@@ -89,29 +91,32 @@ def test_second_backward_is_an_error() -> None:
         loss.backward()
 
 
-class _LargestTensor(TorchDispatchMode):
-    """Records the largest tensor that any operation makes."""
+class _Recorder(TorchDispatchMode):
+    """Records the largest tensor that any operation makes, and the number of matrix products."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.numel = 0
+        self.largest = 0
+        self.products = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         result = func(*args, **(kwargs or {}))
+        self.products += func is torch.ops.aten.mm.default
         for value in result if isinstance(result, (tuple, list)) else [result]:
             if isinstance(value, Tensor):
-                self.numel = max(self.numel, value.numel())
+                self.largest = max(self.largest, value.numel())
         return result
 
 
-@pytest.mark.parametrize("grad", [True, False])
-def test_never_holds_all_logits(grad: bool) -> None:
+@pytest.mark.parametrize(("learns", "products"), [("all", 3), ("hidden", 2), ("weight", 2), ("no_grad", 1)])
+def test_never_holds_all_logits_and_computes_no_more_than_asked(learns: str, products: int) -> None:
     tokens, vocabulary, chunk = 512, 1000, 16
-    hidden = torch.randn(tokens, 4, requires_grad=grad)
-    weight = torch.randn(vocabulary, 4, requires_grad=grad)
+    hidden = torch.randn(tokens, 4, requires_grad=learns != "weight")
+    weight = torch.randn(vocabulary, 4, requires_grad=learns != "hidden")
     labels = torch.zeros(tokens, dtype=torch.int64)
-    with _LargestTensor() as largest:
+    with _Recorder() as recorder, torch.set_grad_enabled(learns != "no_grad"):
         loss = chunked_cross_entropy(hidden, weight, labels, chunk * vocabulary)
-        if grad:
+        if learns != "no_grad":
             loss.backward()
-    assert largest.numel == chunk * vocabulary  # of tokens * vocabulary
+    assert recorder.largest == chunk * vocabulary  # of tokens * vocabulary
+    assert recorder.products == products * tokens // chunk

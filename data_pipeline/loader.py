@@ -1,0 +1,195 @@
+"""Batches of a prepared folder: the same global batches for any number of ranks, resumed from one integer."""
+# B rows of a micro-batch, S seq_len, D documents
+
+import queue
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data_pipeline.config import DataConfig
+from data_pipeline.manifest import SPLITS
+from data_pipeline.mixture import Mixture, MixtureSource
+from data_pipeline.packing import count_rows, pack_rows, row_span
+from data_pipeline.shards import TokenStream, open_prepared
+
+_STEPS_AHEAD = 2
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch of one rank."""
+
+    input_ids: Tensor  # [B,S] int64
+    labels: Tensor  # [B,S] int64, already shifted: the target of position t; -100 = no loss
+    position_ids: Tensor  # [B,S] int64, from 0 in every document and every row
+    cu_seqlens: Tensor  # [D+1] int32: document borders over the flattened B*S tokens, first 0, last B*S
+    token_mask: Tensor  # [B,S] bool: False on padding
+    rows: tuple[int, ...]  # global row numbers
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same batch on a device."""
+        return Batch(
+            self.input_ids.to(device, non_blocking=True),
+            self.labels.to(device, non_blocking=True),
+            self.position_ids.to(device, non_blocking=True),
+            self.cu_seqlens.to(device, non_blocking=True),
+            self.token_mask.to(device, non_blocking=True),
+            self.rows,
+        )
+
+
+class Loader:
+    """Iterates over optimizer steps; each is the list of this rank's micro-batches.
+
+    Slot b of micro-batch m on rank r is global row step * global_batch_size + (m * world_size + r) *
+    micro_batch_size + b, and what a row holds does not depend on the ranks. `next_row` is the first row that
+    has not been handed out: a new Loader that starts there goes on exactly, with any number of ranks.
+
+    source=None: the endless mixture of the sources. source=NAME: that source alone, in plain order, once; the
+    last step is filled up with rows of padding, so every rank has as many micro-batches. Validation needs a
+    source.
+
+    Batches are read ahead in a background thread; its errors are raised by the iteration. Raises DataError
+    for a folder that is not prepared, was prepared with another configuration, or is damaged.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        *,
+        seq_len: int,
+        global_batch_size: int,
+        micro_batch_size: int,
+        rank: int,
+        world_size: int,
+        seed: int,
+        next_row: int = 0,
+        split: str = "train",
+        source: str | None = None,
+    ) -> None:
+        assert global_batch_size % (world_size * micro_batch_size) == 0, (
+            global_batch_size,
+            world_size,
+            micro_batch_size,
+        )
+        assert split in SPLITS, split
+        assert split == "train" or source is not None, "validation rows are read source by source"
+        self.next_row = next_row
+        self._seq_len, self._global_batch_size, self._micro_batch_size = (
+            seq_len,
+            global_batch_size,
+            micro_batch_size,
+        )
+        self._rank, self._world_size, self._source = rank, world_size, source
+
+        folder = Path(config.dir)
+        self.manifest = open_prepared(folder)
+        self.manifest.check_settings(config.content_settings(), folder)
+        self._streams = {
+            name: TokenStream(folder, record.splits[split].shards)
+            for name, record in self.manifest.sources.items()
+            if source in (None, name)
+        }
+        self._mixture: Mixture | None = None
+        self._last_row: int | None = None  # plain order ends
+        if source is None:
+            rows = {
+                name: count_rows(len(stream), seq_len, pad=False) for name, stream in self._streams.items()
+            }
+            sources = {
+                name: MixtureSource(settings.weight, rows[name], settings.max_epochs)
+                for name, settings in config.sources.items()
+            }
+            self._mixture = Mixture(sources, seed)
+        else:
+            self._last_row = count_rows(len(self._streams[source]), seq_len, pad=True)
+
+        self._queue: queue.Queue[list[Batch] | None] = queue.Queue(maxsize=_STEPS_AHEAD)
+        self._closed = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def rows_available(self) -> int | None:
+        """Rows that can be served from row 0 on; None = no limit."""
+        return self._last_row if self._mixture is None else self._mixture.rows_available()
+
+    def check_budget(self, total_rows: int) -> None:
+        """Raise a DataError that lists the sources which max_epochs keeps from serving `total_rows` rows."""
+        if self._mixture is not None:
+            self._mixture.check_budget(total_rows)
+
+    def __iter__(self) -> Iterator[list[Batch]]:
+        return self
+
+    def __next__(self) -> list[Batch]:
+        if self._thread is None and not self._closed.is_set():
+            self._thread = threading.Thread(target=self._read_ahead, name="loader", daemon=True)
+            self._thread.start()
+        batches = None if self._closed.is_set() else self._queue.get()
+        if batches is None:
+            self.close()
+            if self._error is not None:
+                raise self._error
+            raise StopIteration
+        self.next_row += self._global_batch_size
+        return batches
+
+    def close(self) -> None:
+        """Stop reading ahead. The iteration ends; nothing waits for it."""
+        self._closed.set()
+        if self._thread is not None:
+            while self._thread.is_alive():  # a full queue would keep it waiting
+                self._drain()
+                self._thread.join(timeout=0.01)
+        self._drain()
+        self._queue.put(None)  # wakes a consumer that waits in another thread
+        for stream in self._streams.values():
+            stream.close()
+
+    def __enter__(self) -> "Loader":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _drain(self) -> None:
+        while not self._queue.empty():
+            self._queue.get_nowait()
+
+    def _read_ahead(self) -> None:
+        try:
+            row = self.next_row
+            while not self._closed.is_set() and (self._last_row is None or row < self._last_row):
+                self._queue.put(self._step(row))
+                row += self._global_batch_size
+        except BaseException as error:  # raised again by the consumer
+            self._error = error
+        self._queue.put(None)
+
+    def _step(self, first_row: int) -> list[Batch]:
+        stride = self._world_size * self._micro_batch_size
+        start = first_row + self._rank * self._micro_batch_size
+        return [self._batch(row) for row in range(start, start + self._global_batch_size, stride)]
+
+    def _batch(self, first_row: int) -> Batch:
+        rows = tuple(range(first_row, first_row + self._micro_batch_size))
+        packed = pack_rows(
+            [self._read_row(row) for row in rows], self._seq_len, self.manifest.tokenizer.end_of_text
+        )
+        input_ids, labels, position_ids, cu_seqlens, token_mask = map(torch.from_numpy, packed)
+        return Batch(input_ids, labels, position_ids, cu_seqlens, token_mask, rows)
+
+    def _read_row(self, row: int) -> np.ndarray:
+        if self._mixture is None:
+            assert self._source is not None
+            stream = self._streams[self._source]
+        else:
+            location = self._mixture.locate(row)
+            stream, row = self._streams[location.source], location.row
+        return stream.read(*row_span(row, self._seq_len, len(stream)))

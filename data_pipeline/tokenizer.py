@@ -1,0 +1,118 @@
+"""Text to token ids and back. Control tokens are inserted by id and are never made from text."""
+
+import functools
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import tokenizers
+
+from data_pipeline.config import DataError
+
+END_OF_TEXT = "<|endoftext|>"
+# Qwen3's control tokens, so that a tokenizer trained here has them for every later stage.
+CONTROL_TOKENS = (
+    END_OF_TEXT,
+    *("<|im_start|>", "<|im_end|>", "<think>", "</think>"),
+    *("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"),
+    *("<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>", "<|repo_name|>", "<|file_sep|>"),
+)
+# How Qwen2 and Qwen3 cut text before the byte pairs: words, single digits, punctuation, line ends.
+_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+class Tokenizer:
+    """A tokenizer.json of the `tokenizers` library.
+
+    vocab_size: 1 + the largest id, control tokens included. end_of_text: id of `<|endoftext|>`, which closes
+    every document. Raises DataError for a file that is no tokenizer or lacks that token.
+    """
+
+    def __init__(self, serialized: str, origin: str) -> None:
+        try:
+            self._full = tokenizers.Tokenizer.from_str(serialized)
+            spec = json.loads(serialized)
+            # Without added tokens a control string inside a document is text like any other.
+            spec |= {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
+            self._text_only = tokenizers.Tokenizer.from_str(json.dumps(spec))
+        except Exception as error:  # the library raises Exception itself
+            raise DataError(
+                f"{origin} is no tokenizer.json that the tokenizers library can read ({error})"
+            ) from error
+        vocabulary = self._full.get_vocab(with_added_tokens=True)
+        if END_OF_TEXT not in vocabulary:
+            raise DataError(
+                f"{origin} has no token {END_OF_TEXT}, which closes every document; add it to the file"
+            )
+        self.vocab_size = max(vocabulary.values()) + 1
+        self.end_of_text = vocabulary[END_OF_TEXT]
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, without any control token."""
+        return self._text_only.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """`encode` of each text, on all the threads that RAYON_NUM_THREADS allows."""
+        return [
+            encoding.ids for encoding in self._text_only.encode_batch_fast(texts, add_special_tokens=False)
+        ]
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of ids; control tokens appear as their names."""
+        return self._full.decode(ids, skip_special_tokens=False)
+
+
+def load_tokenizer(folder: str | Path) -> Tokenizer:
+    """The tokenizer of a prepared or Hugging Face folder. Raises DataError where it has none."""
+    path = Path(folder) / "tokenizer.json"
+    try:
+        return Tokenizer(path.read_text(encoding="utf-8"), str(path))
+    except OSError as error:
+        raise DataError(
+            f"{path} cannot be read ({error.strerror}); name a folder that holds a tokenizer"
+        ) from error
+
+
+@functools.lru_cache(maxsize=2)
+def load_tokenizer_once(folder: Path, sha256: str) -> Tokenizer:
+    """`load_tokenizer`, kept for the next slice; `sha256` tells apart what a path held at different times."""
+    return load_tokenizer(folder)
+
+
+def fetch_tokenizer(name: str) -> str:
+    """The text of a tokenizer.json: from a folder, a file, or by its name on the Hugging Face hub."""
+    path = Path(name)
+    if path.is_dir():
+        path = path / "tokenizer.json"
+    if path.is_file():
+        return path.read_bytes().decode()
+    try:
+        return tokenizers.Tokenizer.from_pretrained(name).to_str()
+    except Exception as error:  # the library raises Exception itself
+        raise DataError(
+            f"data.tokenizer={name} is no folder with a tokenizer.json, no such file, and not to be had from"
+            f" the hub ({error})"
+        ) from error
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> str:
+    """A byte-level BPE of at most `vocab_size` ids (fewer for little text), as tokenizer.json text."""
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
+        [
+            tokenizers.pre_tokenizers.Split(tokenizers.Regex(_WORDS), "isolated"),
+            tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(CONTROL_TOKENS),
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer.to_str(pretty=True)

@@ -1,0 +1,72 @@
+"""Every broken law of the data configuration is reported, with its key."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from data_pipeline.config import BLOCK_ROWS, DataConfig, SourceConfig
+
+GOOD = SourceConfig(kind="text", paths=["a.txt"], text_key=None, weight=1.0, max_epochs=None)
+
+
+def with_source(config: DataConfig, name: str = "a", **changes: object) -> DataConfig:
+    return replace(config, sources={name: replace(GOOD, **changes), "other": GOOD})
+
+
+def test_good_configuration(data_config: DataConfig) -> None:
+    assert data_config.problems() == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"dir": ""}, "data.dir"),
+        ({"tokenizer_vocab_size": None}, "data.tokenizer_vocab_size=None"),
+        ({"tokenizer_vocab_size": 100}, "data.tokenizer_vocab_size=100"),
+        ({"tokenizer": "some/folder"}, "data.tokenizer_vocab_size=512"),
+        ({"validation_fraction": 1.0}, "data.validation_fraction=1.0"),
+        ({"slice_bytes": 0}, "data.slice_bytes=0"),
+        ({"shard_bytes": 3}, "data.shard_bytes=3"),
+        ({"num_workers": 0}, "data.num_workers=0"),
+        ({"sources": {}}, "data.sources is empty"),
+        ({"sources": {"a": replace(GOOD, weight=0.0)}}, "data.sources: the weights sum to 0"),
+    ],
+)
+def test_broken_laws(data_config: DataConfig, changes: dict, key: str) -> None:
+    problems = replace(data_config, **changes).problems()
+    assert [problem for problem in problems if problem.startswith(key)], problems
+    assert len(problems) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"name": "a/b"}, "data.sources.a/b"),
+        ({"kind": "csv"}, "data.sources.a.kind=csv"),
+        ({"paths": []}, "data.sources.a.paths"),
+        ({"kind": "jsonl"}, "data.sources.a.text_key=None"),
+        ({"text_key": "text"}, "data.sources.a.text_key=text"),
+        ({"weight": -0.5}, "data.sources.a.weight=-0.5"),
+        ({"weight": float("inf")}, "data.sources.a.weight=inf"),
+        ({"weight": 0.5 / BLOCK_ROWS}, "data.sources.a.weight="),
+        ({"max_epochs": 0.0}, "data.sources.a.max_epochs=0.0"),
+    ],
+)
+def test_broken_laws_of_a_source(data_config: DataConfig, changes: dict, key: str) -> None:
+    problems = with_source(data_config, **changes).problems()
+    assert [problem for problem in problems if problem.startswith(key)], problems
+
+
+def test_all_broken_laws_are_reported_at_once(data_config: DataConfig) -> None:
+    broken = replace(with_source(data_config, kind="csv", paths=[]), num_workers=0)
+    assert len(broken.problems()) == 3
+
+
+def test_shipped_configuration_is_typed_and_good(repository: Path) -> None:
+    for path in (repository / "conf" / "data").glob("*.yaml"):
+        merged = OmegaConf.merge(OmegaConf.structured(DataConfig), OmegaConf.load(path))
+        config = OmegaConf.to_object(merged)
+        assert isinstance(config, DataConfig)
+        assert config.problems() == []

@@ -1,0 +1,110 @@
+"""Which row comes when: quotas, exactly-once, budgets."""
+
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_pipeline.config import BLOCK_ROWS, DataError
+from data_pipeline.mixture import Mixture, MixtureSource, integer_quotas
+
+
+def mixture(seed: int = 0, **sources: tuple) -> Mixture:
+    """name=(weight, rows[, max_epochs])."""
+    return Mixture({name: MixtureSource(*(*fields, None)[:3]) for name, fields in sources.items()}, seed)
+
+
+@given(weights=st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=12), total=st.integers(1, 20_000))
+def test_quotas_are_within_one_of_the_share(weights: list[float], total: int) -> None:
+    quotas = integer_quotas(weights, total)
+    assert sum(quotas) == total
+    for quota, weight in zip(quotas, weights, strict=True):
+        assert abs(quota - weight * total / sum(weights)) < 1
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    weights=st.lists(st.floats(0.05, 20), min_size=1, max_size=5),
+    block=st.integers(0, 10**9),
+    seed=st.integers(0, 2**32),
+)
+def test_a_block_and_its_stretches_hold_the_weights(weights: list[float], block: int, seed: int) -> None:
+    mixed = mixture(seed, **{f"s{i}": (weight, 1000) for i, weight in enumerate(weights)})
+    shares = {f"s{i}": weight / sum(weights) for i, weight in enumerate(weights)}
+    start = block * BLOCK_ROWS
+    counts: Counter[str] = Counter()
+    for slot in range(BLOCK_ROWS):
+        counts[mixed.locate(start + slot).source] += 1
+        if slot % 1000 == 999:  # a stretch: off by one card of each source, and the rounding of its quota
+            for name, share in shares.items():
+                assert abs(counts[name] - share * (slot + 1)) < 2 + len(weights)
+    for name, share in shares.items():
+        assert abs(counts[name] - share * BLOCK_ROWS) < 1
+
+
+@settings(max_examples=25, deadline=None)
+@given(rows=st.lists(st.integers(1, 200), min_size=1, max_size=4), seed=st.integers(0, 2**32))
+def test_every_row_once_per_epoch_and_epochs_in_order(rows: list[int], seed: int) -> None:
+    mixed = mixture(seed, **{f"s{i}": (i + 1.0, n) for i, n in enumerate(rows)})
+    seen: dict[str, list[tuple[int, int]]] = {name: [] for name in mixed.names}
+    for g in range(1500):
+        source, epoch, row = mixed.locate(g)
+        seen[source].append((epoch, row))
+    for i, n in enumerate(rows):
+        of_source = seen[f"s{i}"]
+        for epoch in range(len(of_source) // n):
+            part = of_source[epoch * n : (epoch + 1) * n]
+            assert sorted(part) == [(epoch, row) for row in range(n)]
+
+
+def test_epochs_have_orders_of_their_own_across_blocks() -> None:
+    n = BLOCK_ROWS // 2 + 77  # an epoch ends within a block
+    mixed = mixture(a=(1.0, n))
+    orders = [[mixed.locate(epoch * n + i).row for i in range(n)] for epoch in (0, 1, 2)]
+    assert all(sorted(order) == list(range(n)) for order in orders)
+    assert orders[0] != orders[1] != orders[2]
+
+
+def test_the_order_is_a_pure_function_of_names_weights_and_seed() -> None:
+    one = mixture(5, a=(1.0, 50), b=(2.0, 70), unused=(0.0, 0))
+    two = mixture(5, b=(4.0, 70), a=(2.0, 50))
+    other_seed = mixture(6, a=(1.0, 50), b=(2.0, 70))
+    rows = [40_000, 3, BLOCK_ROWS, 16_383, 3]
+    assert [one.locate(g) for g in rows] == [two.locate(g) for g in rows]
+    assert [one.locate(g) for g in range(50)] != [other_seed.locate(g) for g in range(50)]
+
+
+def test_needed_rows_are_those_that_are_dealt() -> None:
+    mixed = mixture(a=(0.9, 50), b=(0.1, 70))
+    for total in (0, 1, 999, BLOCK_ROWS + 5):
+        dealt = Counter(mixed.locate(g).source for g in range(total))
+        assert mixed.rows_needed(total) == {"a": dealt["a"], "b": dealt["b"]}
+
+
+@pytest.mark.parametrize("limits", [(2.0, None), (None, 1.5), (700.0, 1.0)])
+def test_budget_ends_exactly_where_a_source_is_exhausted(limits: tuple) -> None:
+    mixed = mixture(a=(3.0, 100, limits[0]), b=(1.0, 90, limits[1]))
+    available = mixed.rows_available()
+    assert available is not None
+    mixed.check_budget(available)
+    mixed.locate(available - 1)
+    with pytest.raises(DataError, match=r"data\.sources\.[ab]\.max_epochs="):
+        mixed.check_budget(available + 1)
+    with pytest.raises(DataError, match="max_epochs"):
+        mixed.locate(available)
+
+
+def test_budget_names_every_exhausted_source_with_both_numbers() -> None:
+    mixed = mixture(a=(1.0, 10, 1.0), b=(1.0, 20, 1.0))
+    with pytest.raises(DataError) as error:
+        mixed.check_budget(1000)
+    assert "data.sources.a.max_epochs=1.0 allows 10 rows" in str(error.value)
+    assert "data.sources.b.max_epochs=1.0 allows 20 rows" in str(error.value)
+    assert str(error.value).count("need 500") == 2
+
+
+def test_no_limit_and_no_rows() -> None:
+    assert mixture(a=(1.0, 10)).rows_available() is None
+    with pytest.raises(DataError, match=r"data\.sources empty: no whole row"):
+        mixture(a=(1.0, 10), empty=(1.0, 0))
