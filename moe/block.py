@@ -24,7 +24,7 @@ class MoEBlock(nn.Module):
     def forward(self, hidden: Tensor, token_mask: Tensor | None = None) -> tuple[Tensor, RouterStatistics]:
         """hidden [B,S,H], token_mask [B,S] bool (False: in no statistic) -> [B,S,H], its statistics."""
         x = hidden.flatten(0, 1)
-        mask = None if token_mask is None else None
+        mask = None if token_mask is None else token_mask.flatten()
         routing_weights, expert_indices, statistics = self.gate(x, mask)
         y = self.dispatcher(x, routing_weights, expert_indices, self.experts)
         return y.view_as(hidden), statistics

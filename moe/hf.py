@@ -84,8 +84,8 @@ def write_shards(
 ) -> dict[str, Written]:
     """Stream (our name, tensor) pairs into shards of `folder`; hub name -> where it went.
 
-    Any number of ranks may write into one folder, each what it holds: file names carry `rank`, an expert tensor is
-    the slice of `ep_rank`. At most `max_shard_bytes` (or one larger tensor) are held at a time.
+    Any number of ranks may write into one folder, each what it holds: file names carry `rank`, an expert
+    tensor is the slice of `ep_rank`. At most `max_shard_bytes` (or one larger tensor) are held at a time.
     """
     written: dict[str, Written] = {}
     shard: dict[str, Tensor] = {}
@@ -107,8 +107,10 @@ def write_shards(
     return written
 
 
-def finish_folder(config: ModelConfig, dtype: torch.dtype, written: Mapping[str, Written], folder: Path) -> None:
-    """Write config.json and the index over everything that `write_shards` wrote, on all ranks, into `folder`."""
+def finish_folder(
+    config: ModelConfig, dtype: torch.dtype, written: Mapping[str, Written], folder: Path
+) -> None:
+    """Write config.json and the index over all that `write_shards` wrote into `folder`, on every rank."""
     files = {name: place.file for name, place in written.items()}
     if len(set(files.values())) == 1:
         (folder / next(iter(files.values()))).rename(folder / SINGLE)

@@ -6,6 +6,7 @@ partitions, clips and saves them over the expert-data-parallel group.
 """
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
@@ -50,6 +51,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 def init_deepspeed(device: torch.device) -> None:
     """Hand the existing process group to DeepSpeed."""
+    warnings.filterwarnings("ignore", r"`torch\.distributed\..*` is deprecated", FutureWarning)  # at every collective
     # It would compile a shared-memory operator for inference, for a minute, on every rank.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)

@@ -38,7 +38,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def data_config(corpus: Path, tmp_path: Path) -> DataConfig:
-    """A configuration of the corpus, for a folder that is not prepared. Slices and shards are small, so many."""
+    """A configuration of the corpus, not prepared; its slices and shards are small, so there are many."""
     return DataConfig(
         dir=str(tmp_path / "prepared"),
         tokenizer=None,

@@ -1,5 +1,7 @@
 """Labels, positions and borders of rows, on examples made by hand and against a slow oracle."""
 
+import itertools
+
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
@@ -43,9 +45,9 @@ def test_padding_is_a_document_without_loss() -> None:
 def test_rows_of_a_stream_predict_every_token_once(tokens: list[int], seq_len: int, pad: bool) -> None:
     rows = count_rows(len(tokens), seq_len, pad=pad)
     spans = [tokens[slice(*row_span(row, seq_len, len(tokens)))] for row in range(rows)]
-    packed = pack(*spans, seq_len=seq_len)
+    packed = pack(*spans, [], seq_len=seq_len)
 
-    pairs = [(a, NO_LOSS if a == END else b) for a, b in zip(tokens, tokens[1:], strict=False)]
+    pairs = [(a, NO_LOSS if a == END else b) for a, b in itertools.pairwise(tokens)]
     if not pad:
         pairs = pairs[: rows * seq_len]
     valid = packed.token_mask.ravel()
@@ -54,7 +56,7 @@ def test_rows_of_a_stream_predict_every_token_once(tokens: list[int], seq_len: i
     assert (packed.labels.ravel()[~valid] == NO_LOSS).all()
 
     borders, position = [0], 0  # the slow way: walk over every token
-    for row in range(rows):
+    for row in range(rows + 1):
         for t in range(seq_len):
             here, before = packed.token_mask[row, t], packed.token_mask[row, t - 1] if t else True
             new = t > 0 and ((here and packed.input_ids[row, t - 1] == END) or (before and not here))

@@ -64,7 +64,9 @@ def test_messy_jsonl(tmp_path: Path, suffix: str, slice_bytes: int) -> None:
 
 def test_truncated_gzip_keeps_what_is_whole(tmp_path: Path) -> None:
     path = tmp_path / "cut.jsonl.gz"
-    rows = b"".join(b'{"text": "%d %s"}\n' % (i, bytes(97 + (i * i + j * j) % 26 for j in range(50))) for i in range(900))
+    rows = b"".join(
+        b'{"text": "%d %s"}\n' % (i, bytes(97 + (i * i + j * j) % 26 for j in range(50))) for i in range(900)
+    )
     path.write_bytes(gzip.compress(rows)[:-2000])
     documents, rejects = read("jsonl", path)
     assert 0 < len(documents) < 900
@@ -113,12 +115,16 @@ def test_parquet(tmp_path: Path, kind: pa.DataType) -> None:
 
 def test_parquet_without_the_column_lists_the_columns(tmp_path: Path) -> None:
     pq.write_table(pa.table({"content": ["a"], "text": [1]}), tmp_path / "a.parquet")
-    with pytest.raises(DataError, match="no text column 'text'; its columns are content: string, text: int64"):
+    with pytest.raises(
+        DataError, match="no text column 'text'; its columns are content: string, text: int64"
+    ):
         read("parquet", tmp_path / "a.parquet")
 
 
 def test_damaged_parquet(tmp_path: Path) -> None:
-    pq.write_table(pa.table({"text": [str(i) * 50 for i in range(5000)]}), tmp_path / "a.parquet", compression="gzip")
+    pq.write_table(
+        pa.table({"text": [str(i) * 50 for i in range(5000)]}), tmp_path / "a.parquet", compression="gzip"
+    )
     content = bytearray((tmp_path / "a.parquet").read_bytes())
     (tmp_path / "cut.parquet").write_bytes(content[:-100])
     content[200:400] = bytes(200)

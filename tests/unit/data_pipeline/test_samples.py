@@ -9,7 +9,9 @@ from data_pipeline import samples
 from data_pipeline.config import DataError
 
 
-@pytest.mark.parametrize(("collection", "least_bytes"), [("stdlib_code", 5_000_000), ("stdlib_prose", 1_000_000)])
+@pytest.mark.parametrize(
+    ("collection", "least_bytes"), [("stdlib_code", 5_000_000), ("stdlib_prose", 1_000_000)]
+)
 def test_large_and_without_duplicates(collection: str, least_bytes: int) -> None:
     documents = samples.documents(collection)
     assert sum(map(len, documents)) > least_bytes
@@ -28,11 +30,16 @@ def test_code_is_code_and_prose_is_prose() -> None:
 def test_order_does_not_depend_on_the_process() -> None:
     script = (
         "import hashlib; from data_pipeline import samples;"
-        "print(hashlib.sha256(repr([samples.documents(c) for c in ('stdlib_code', 'stdlib_prose')]).encode()).hexdigest())"
+        "both = [samples.documents(name) for name in ('stdlib_code', 'stdlib_prose')];"
+        "print(hashlib.sha256(repr(both).encode()).hexdigest())"
     )
     digests = {
         subprocess.run(
-            [sys.executable, "-c", script], capture_output=True, text=True, check=True, env={"PYTHONHASHSEED": seed}
+            [sys.executable, "-c", script],
+            capture_output=True,
+            text=True,
+            check=True,
+            env={"PYTHONHASHSEED": seed},
         ).stdout
         for seed in ("1", "2")
     }

@@ -119,7 +119,7 @@ def test_shards_and_their_index(config: ModelConfig, build: Build, tmp_path: Pat
 
 
 def test_shards_keep_to_the_limit(config: ModelConfig, build: Build, tmp_path: Path) -> None:
-    """Full as can be: each within the limit or a single tensor, and none with room for the next one's first."""
+    """Each shard is within the limit or one tensor, and has no room for the first of the next."""
     limit = 5_000
     model = build(config)
     save_hf(model, tmp_path, max_shard_bytes=limit)

@@ -1,0 +1,157 @@
+"""Trains one small model for a few steps under any layout of ranks, on rows made up here, and gathers what came out."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from hydra import compose, initialize_config_module
+from torch import Tensor
+
+from data_pipeline.loader import Batch
+from data_pipeline.packing import pack_rows
+from moe.balance import GlobalFrequencies
+from moe.init import init_weights
+from moe.model import CausalLM
+from trainer.config import RunConfig
+from trainer.engine import Engine, init_deepspeed
+from trainer.loss import agree_on_totals
+from trainer.optimizer import build_optimizer
+from trainer.parallel import ParallelPlan
+from trainer.runtime import Ranks
+from trainer.train import build_model, train_step
+
+ROWS, SEQ_LEN, VOCAB, STEPS, RATE = 4, 48, 64, 3, 1e-2
+END_OF_TEXT = 0
+SMALL = [
+    "name=t",
+    "dtype=fp32",
+    "model=tiny_moe",
+    f"model.vocab_size={VOCAB}",
+    "model.hidden_size=32",
+    "model.num_hidden_layers=2",
+    "model.num_attention_heads=2",
+    "model.num_key_value_heads=1",
+    "model.head_dim=16",
+    "model.num_experts=8",
+    "model.num_experts_per_tok=2",
+    "model.moe_intermediate_size=16",
+    "model.router_aux_loss_coef=0.1",
+    "balance.z_loss_coef=0.01",
+    "optimizer.max_grad_norm=0.5",
+    "optimizer.eps=1e-4",  # 1e-8 would magnify the rounding of gradients near zero, whatever the layout
+    f"stage.seq_len={SEQ_LEN}",
+    f"stage.global_batch_size={ROWS}",
+]
+
+
+# {"losses": [...], "balance_losses": [...], "grad_norms": [...], "parameters": {name: whole tensor}}
+Outcome = dict[str, Any]
+
+
+def small_config(*overrides: str) -> RunConfig:
+    with initialize_config_module("conf", version_base="1.3"):
+        return RunConfig.load(compose("train", overrides=[*SMALL, *overrides]))
+
+
+def make_rows(step: int) -> list[Any]:
+    """Four rows of one step: documents of ragged lengths, one row short (padding), like packed real text."""
+    generator = torch.Generator().manual_seed(100 + step)
+    rows = []
+    for row in range(ROWS):
+        tokens = torch.randint(1, VOCAB, (SEQ_LEN + 1,), generator=generator)
+        tokens[torch.randint(3, SEQ_LEN, (row,), generator=generator)] = END_OF_TEXT
+        rows.append(tokens.numpy()[: SEQ_LEN - 20] if row == 2 else tokens.numpy())
+    return rows
+
+
+def micro_batches(plan: ParallelPlan, rank: int, step: int) -> list[Batch]:
+    """This rank's micro-batches of a step, with some labels of row 1 masked besides."""
+    rows, batches = make_rows(step), []
+    for m in range(plan.gradient_accumulation_steps):
+        first = (m * plan.world_size + rank) * plan.micro_batch_size
+        numbers = tuple(range(first, first + plan.micro_batch_size))
+        packed = pack_rows([rows[number] for number in numbers], SEQ_LEN, END_OF_TEXT)
+        input_ids, labels, *rest = map(torch.from_numpy, packed)
+        for slot, number in enumerate(numbers):
+            if number == 1:
+                labels[slot, 5:30] = -100
+        batches.append(Batch(input_ids, labels, *rest, rows=numbers))
+    return batches
+
+
+def train_small(*overrides: str) -> Outcome:
+    """Three steps under the configuration that the overrides name."""
+    init_deepspeed(torch.device("cpu"))
+    ranks = Ranks(dist.get_rank(), dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
+    config = small_config(*overrides)
+    plan = ParallelPlan.of(config, ranks.world_size)
+    config.check(plan)
+    model = build_model(config, plan, ranks)
+    engine = Engine(model, build_optimizer(model, config.optimizer), config, plan, ranks)
+    frequencies = GlobalFrequencies(config.balance.mode, plan.gradient_accumulation_steps)
+    outcome: Outcome = {"losses": [], "balance_losses": [], "grad_norms": []}
+    for step in range(STEPS):
+        batches = micro_batches(plan, ranks.rank, step)
+        totals = agree_on_totals(batches, False, ranks.device)
+        sums, _, grad_norm = train_step(engine, batches, totals, frequencies, config, RATE)
+        metrics = sums.over_ranks().describe(totals)
+        outcome["losses"].append(metrics["loss"])
+        outcome["balance_losses"].append(metrics["balance_loss"])
+        outcome["grad_norms"].append(grad_norm)
+    outcome["parameters"] = gather_parameters(engine, plan, ranks)
+    engine.close()
+    return outcome
+
+
+def train_oracle() -> Outcome:
+    """The same three steps by the obvious means: one process, fp64, all rows at once, plain autograd and torch's AdamW."""
+    config = small_config("micro_batch_size=4", "experts.backend=reference")
+    with torch.device("meta"):
+        model = CausalLM(config.model, backend="reference")
+    model.to_empty(device="cpu")
+    init_weights(model, config.seed)
+    model.double()
+    matrices = [p for name, p in model.named_parameters() if p.ndim > 1 and "embed" not in name]
+    others = [p for name, p in model.named_parameters() if p.ndim == 1 or "embed" in name]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": config.optimizer.weight_decay}, {"params": others, "weight_decay": 0.0}],
+        lr=RATE,
+        betas=(0.9, 0.95),
+        eps=config.optimizer.eps,
+    )
+    outcome: Outcome = {"losses": [], "balance_losses": [], "grad_norms": []}
+    for step in range(STEPS):
+        (batch,) = micro_batches(ParallelPlan.of(config, 1), 0, step)
+        output = model(batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.token_mask)
+        cross_entropy = F.cross_entropy(output.logits.flatten(0, 1), batch.labels.flatten())
+        counts, probabilities = output.router.tokens_per_expert.double(), output.router.probability_sums.double()
+        tokens, experts, top_k = batch.token_mask.sum(), 8, 2
+        balance = experts * (counts / (top_k * tokens) * probabilities / tokens).sum(dim=1)  # [L]
+        z = output.router.z_sums / tokens
+        optimizer.zero_grad()
+        (cross_entropy + 0.1 * balance.sum() + 0.01 * z.sum()).backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+        outcome["losses"].append(cross_entropy.item())
+        outcome["balance_losses"].append(balance.mean().item())
+        outcome["grad_norms"].append(norm.item())
+    outcome["parameters"] = {name: p.detach().float() for name, p in model.named_parameters()}
+    return outcome
+
+
+def gather_parameters(engine: Engine, plan: ParallelPlan, ranks: Ranks) -> dict[str, Tensor]:
+    """All parameters, expert slices put together in order."""
+    mine = {name: tensor.float().clone() for name, tensor in engine.owned_parameters()}
+    everywhere: list = [None] * ranks.world_size
+    dist.all_gather_object(everywhere, mine)
+    whole = dict(everywhere[0])
+    for rank in range(1, plan.ep_size):
+        for name, tensor in everywhere[rank].items():
+            whole[name] = torch.cat([whole[name], tensor])
+    return whole
+
+
+def run_many(overrides: list[list[str]]) -> list[Outcome]:
+    """`train_small` for each list of overrides, one after another in the same processes."""
+    return [train_small(*one) for one in overrides]

@@ -1,0 +1,77 @@
+"""However the batch and the experts are cut over ranks, three optimizer steps give the same losses and parameters."""
+
+import sys
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+from harness import run_ranks
+from layouts import Outcome, run_many, train_oracle
+
+TOLERANCE = 1e-5
+LAYOUTS = [
+    (world_size, [f"deepspeed=zero{stage}", f"micro_batch_size={rows}", f"parallel.ep_size={ep_size}"])
+    for world_size, stage, rows, ep_size in product((1, 2, 4), (0, 1, 2, 3), (1, 2, 4), (1, 2, 4))
+    if 4 % (world_size * rows) == 0 and ep_size <= world_size
+]
+VARIANTS = [
+    (world_size, [f"deepspeed=zero{stage}", "micro_batch_size=1", f"parallel.ep_size={world_size}", *more])
+    for world_size, stage, more in [
+        (2, 1, ["recompute=full"]),
+        (2, 2, ["recompute=experts"]),
+        (2, 3, ["recompute=full"]),
+        (4, 3, ["recompute=experts"]),
+        (2, 2, ["parallel.dispatcher=all_to_all"]),
+        (4, 1, ["parallel.dispatcher=all_to_all"]),
+        (2, 1, ["experts.backend=grouped"]),
+        (2, 3, ["experts.backend=reference"]),
+        (1, 3, ["recompute=full"]),
+    ]
+]
+
+
+@pytest.fixture(scope="module")
+def oracle() -> Outcome:
+    return train_oracle()
+
+
+def deviation(outcome: Outcome, oracle: Outcome) -> dict[str, float]:
+    """Largest relative difference of each kind."""
+    found = {
+        key: max(abs(a - b) / abs(b) for a, b in zip(outcome[key], oracle[key], strict=True))
+        for key in ("losses", "balance_losses", "grad_norms")
+    }
+    assert outcome["parameters"].keys() == oracle["parameters"].keys()
+    for name, expected in oracle["parameters"].items():
+        difference = (outcome["parameters"][name] - expected).abs().max() / expected.abs().max()
+        found["parameters"] = max(found.get("parameters", 0.0), difference.item())
+    return found
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("layouts", [LAYOUTS, VARIANTS], ids=["layouts", "variants"])
+def test_every_layout_equals_the_oracle(oracle, layouts, world_size):
+    chosen = [overrides for size, overrides in layouts if size == world_size]
+    for overrides, outcome in zip(chosen, run_ranks(run_many, world_size, chosen, timeout=280)[0], strict=True):
+        worst = deviation(outcome, oracle)
+        assert max(worst.values()) < TOLERANCE, (overrides, worst)
+
+
+def test_the_micro_batch_loss_depends_on_the_cut(oracle):
+    """The comparison above would notice a loss that is not the global batch's."""
+    naive = run_ranks(run_many, 1, [["balance=micro_batch", "micro_batch_size=1"]])[0][0]
+    assert deviation(naive, oracle)["balance_losses"] > 1e-3
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_bf16_keeps_fp32_masters(stage):
+    """bf16 is noise, so only gross errors (a factor, a lost gradient) would show; updates far below bf16's step add up."""
+    layout = [f"deepspeed=zero{stage}", "micro_batch_size=1", "dtype=bf16"]
+    one, two = run_ranks(run_many, 2, [layout, [*layout, "parallel.ep_size=2"]])[0]
+    worst = deviation(two, one)
+    assert worst["losses"] < 1e-2
+    assert worst["grad_norms"] < 5e-2
+    assert all(torch.isfinite(p).all() for p in two["parameters"].values())

@@ -1,0 +1,162 @@
+"""Damage is found, with file, place, law and remedy; a stream reads over the borders of shards."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from data_pipeline import shards
+from data_pipeline.config import DataConfig, DataError
+from data_pipeline.manifest import Manifest
+from data_pipeline.shards import ShardWriter, TokenStream, open_prepared, verify
+
+
+@pytest.fixture
+def folder(prepared: DataConfig, tmp_path: Path) -> Path:
+    """A copy of the prepared folder, to be damaged."""
+    return Path(shutil.copytree(prepared.dir, tmp_path / "copy"))
+
+
+def largest_shard(folder: Path) -> Path:
+    return max((folder / "slices").rglob("*.tokens"), key=lambda path: path.stat().st_size)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    lengths=st.lists(st.integers(1, 30), min_size=1, max_size=30), capacity=st.integers(1, 60), data=st.data()
+)
+def test_stream_reads_any_span(
+    tmp_path_factory: pytest.TempPathFactory, lengths: list[int], capacity: int, data: st.DataObject
+) -> None:
+    folder = tmp_path_factory.mktemp("shards")
+    (folder / "slices" / "s").mkdir(parents=True)
+    writer = ShardWriter(folder / "slices" / "s", "s", "train", capacity * 4)
+    tokens = np.arange(sum(lengths), dtype=np.uint32) * 70_001
+    for document in np.split(tokens, np.cumsum(lengths)[:-1]):
+        writer.add(document)
+    stream = TokenStream(folder, writer.close())
+    assert len(stream) == len(tokens)
+    start = data.draw(st.integers(0, len(tokens)))
+    stop = data.draw(st.integers(start, len(tokens)))
+    assert np.array_equal(stream.read(start, stop), tokens[start:stop])
+    stream.close()
+
+
+def test_more_shards_than_open_files(prepared: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = Manifest.load(Path(prepared.dir)).sources["letters"].splits["train"]
+    whole = TokenStream(Path(prepared.dir), record.shards)
+    tokens = whole.read(0, len(whole))
+    monkeypatch.setattr(shards, "_OPEN_FILES", 2)
+    few = TokenStream(Path(prepared.dir), record.shards)
+    for start in np.random.default_rng(0).integers(0, len(tokens) - 100, 50).tolist():
+        assert np.array_equal(few.read(start, start + 100), tokens[start : start + 100])
+    assert len(few._open) == 2
+    few.close()
+    whole.close()
+
+
+def test_a_whole_folder_passes(prepared: DataConfig) -> None:
+    assert (
+        verify(Path(prepared.dir)) == open_prepared(Path(prepared.dir)) == Manifest.load(Path(prepared.dir))
+    )
+
+
+@pytest.mark.parametrize("change", [-4, 4])
+def test_a_shard_of_another_size(folder: Path, change: int) -> None:
+    path = largest_shard(folder)
+    content = path.read_bytes()
+    path.write_bytes(content[:change] if change < 0 else content + bytes(change))
+    message = rf"{path} has {len(content) + change} bytes, its manifest says {len(content)}; move the folder"
+    for check in (open_prepared, verify):
+        with pytest.raises(DataError, match=message):
+            check(folder)
+
+
+def test_a_shard_cut_off_after_the_start(folder: Path) -> None:
+    record = Manifest.load(folder).sources["letters"].splits["train"]
+    stream = TokenStream(folder, record.shards)
+    stream.read(0, 10)  # the file is open now
+    path = folder / "slices" / f"{record.shards[0].name}.tokens"
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(DataError, match=rf"{path} ends at byte 100, 200 are needed; "):
+        stream.read(0, 50)
+    with pytest.raises(DataError, match=r"has 100 bytes"):
+        TokenStream(folder, record.shards).read(0, 10)
+    path.unlink()
+    with pytest.raises(DataError, match=rf"{path} cannot be read \(No such file"):
+        TokenStream(folder, record.shards).read(0, 10)
+
+
+def test_flipped_bit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = largest_shard(folder)
+    content = bytearray(path.read_bytes())
+    content[1000] ^= 1
+    path.write_bytes(content)
+    message = rf"{path} is damaged between bytes 0 and {len(content)}: crc32 "
+    with pytest.raises(DataError, match=message):
+        verify(folder)
+    monkeypatch.setattr(shards, "_BLOCKS_CHECKED", 1000)  # few of many at a real start; here surely this one
+    with pytest.raises(DataError, match=message):
+        open_prepared(folder)
+
+
+def test_blocks_are_checked_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "_BLOCK_BYTES", 64)
+    folder = tmp_path / "slices" / "s"
+    folder.mkdir(parents=True)
+    writer = ShardWriter(folder, "s", "train", 1 << 20)
+    for length in (5, 40, 1, 30):
+        writer.add(np.arange(length, dtype=np.uint32))
+    [record] = writer.close()
+    assert len(record.tokens_crc32) == 8 * 5  # 76 tokens of 4 bytes in blocks of 64
+    path, size = shards.tokens_file(tmp_path, record)
+    blocks = list(shards._blocks(path, size, record.tokens_crc32))
+    assert [(offset, size) for _, offset, size, _ in blocks] == [
+        (0, 64),
+        (64, 64),
+        (128, 64),
+        (192, 64),
+        (256, 48),
+    ]
+    content = bytearray(path.read_bytes())
+    content[140] ^= 1
+    path.write_bytes(content)
+    for number, block in enumerate(blocks):
+        if number == 2:
+            with pytest.raises(DataError, match="between bytes 128 and 192"):
+                shards._check_block(*block)
+        else:
+            shards._check_block(*block)
+
+
+def test_verify_lists_everything(folder: Path) -> None:
+    tokens = largest_shard(folder)
+    tokens.write_bytes(b"")
+    offsets = sorted((folder / "slices").rglob("*.offsets"))[-1]
+    offsets.write_bytes(bytes(offsets.stat().st_size))
+    (folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(DataError) as error:
+        verify(folder)
+    lines = str(error.value).splitlines()
+    assert len(lines) == 3
+    assert lines[0].startswith(f"{folder}/tokenizer.json is not the tokenizer")
+    assert any(line.startswith(f"{tokens} has 0 bytes") for line in lines)
+    assert any(line.startswith(f"{offsets} is damaged between bytes 0 and") for line in lines)
+
+
+def test_manifest_missing_damaged_or_of_another_format(folder: Path) -> None:
+    path = folder / "manifest.json"
+    fields = json.loads(path.read_bytes())
+    path.write_text(json.dumps({**fields, "format": "token-shards-0"}))
+    with pytest.raises(DataError, match="format 'token-shards-0' is not 'token-shards-1'"):
+        open_prepared(folder)
+    path.write_text(json.dumps(fields)[:-500])
+    with pytest.raises(DataError, match=r"manifest\.json is damaged"):
+        open_prepared(folder)
+    path.unlink()
+    with pytest.raises(DataError, match="is missing: the data is not prepared; run python -m data_pipeline"):
+        open_prepared(folder)
