@@ -14,12 +14,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from data_pipeline.manifest import sync_folder, write_atomically
 from moe.config import ConfigError
 from moe.hf import finish_folder, write_shards
 from trainer.config import RunConfig
 from trainer.engine import DTYPES, Engine
 from trainer.parallel import ParallelPlan
-from trainer.run_folder import write_atomically
 from trainer.runtime import Ranks, random_state, set_random_state
 
 
@@ -34,14 +34,20 @@ class Progress:
 class Checkpoints:
     """The `checkpoints/` of one run folder."""
 
-    def __init__(self, run_dir: Path, attempt: int, config: RunConfig, plan: ParallelPlan, ranks: Ranks) -> None:
+    def __init__(
+        self, run_dir: Path, attempt: int, config: RunConfig, plan: ParallelPlan, ranks: Ranks
+    ) -> None:
         self._folder = run_dir / "checkpoints"
         self._latest = run_dir / "latest"
         self._attempt = attempt
         self._config = config
         self._ranks = ranks
         self._ep_rank = plan.ep_rank(ranks.rank)
-        self._layout = {"world_size": plan.world_size, "ep_size": plan.ep_size, "zero_stage": config.zero_stage}
+        self._layout = {
+            "world_size": plan.world_size,
+            "ep_size": plan.ep_size,
+            "zero_stage": config.zero_stage,
+        }
 
     def save(self, engine: Engine, progress: Progress) -> Path:
         """Write the checkpoint of `progress`; every rank must call it. Returns its folder."""
@@ -67,8 +73,8 @@ class Checkpoints:
             _sync_tree(partial)
             shutil.rmtree(final, ignore_errors=True)
             partial.rename(final)
-            _sync(self._folder)
-            write_atomically(self._latest, final.name + "\n")
+            sync_folder(self._folder)
+            write_atomically(self._latest, f"{final.name}\n".encode())
             self._prune()
         self._ranks.barrier()
         return final
@@ -88,7 +94,9 @@ class Checkpoints:
             if record["layout"][key] != value
         ]
         if differing:
-            raise ConfigError([f"{folder} was written on another layout ({'; '.join(differing)}); use the same"])
+            raise ConfigError(
+                [f"{folder} was written on another layout ({'; '.join(differing)}); use the same"]
+            )
         engine.load(folder / "deepspeed")
         set_random_state(torch.load(folder / f"random-{self._ranks.rank}.pt", weights_only=True))
         return Progress(**record["progress"])
@@ -122,13 +130,10 @@ def hf_folder(source: Path) -> Path:
 
 
 def _sync_tree(folder: Path) -> None:
+    """Wait until everything in the folder is on the disk."""
     for path in [folder, *folder.rglob("*")]:
-        _sync(path)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

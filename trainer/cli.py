@@ -11,6 +11,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from data_pipeline.config import DataError
+from data_pipeline.shards import open_prepared
 from trainer.config import ConfigError, RunConfig
 from trainer.launch import launch
 from trainer.parallel import ParallelPlan
@@ -50,8 +51,17 @@ def train_here(cfg: DictConfig) -> int:
         cfg.name = f"{cfg.name}/{hydra_config.job.num}"
     config = RunConfig.load(cfg)
     config.check(ParallelPlan.of(config, config.parallel.nproc_per_node))
+    check_data(config)
     freeze(config.run_dir, cfg, list(hydra_config.overrides.task))
     return start(config.run_dir, config)
+
+
+def check_data(config: RunConfig) -> None:
+    """Raises DataError if the data is not prepared for this run, is damaged, or does not fit the model."""
+    folder = Path(config.data.dir)
+    manifest = open_prepared(folder)
+    manifest.check_settings(config.data.content_settings(), folder)
+    manifest.check_vocab_size(config.model.vocab_size)
 
 
 def start(run_dir: Path, config: RunConfig) -> int:

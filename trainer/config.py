@@ -205,7 +205,9 @@ class RunConfig:
         if not self.name or Path(self.name).is_absolute() or ".." in Path(self.name).parts:
             found.append(f"name={self.name!r} must be a relative path inside output_dir")
         if self.stage.init_from is not None and not Path(self.stage.init_from).is_dir():
-            found.append(f"stage.init_from={self.stage.init_from} is not a folder; name a Hugging Face folder")
+            found.append(
+                f"stage.init_from={self.stage.init_from} is not a folder; name a Hugging Face folder"
+            )
         return found
 
 
@@ -248,7 +250,9 @@ def _deepspeed_problems(section: dict[str, Any]) -> list[str]:
         if key in _OURS:
             found.append(f"deepspeed.{key} is set by {_OURS[key]}; remove it")
         elif key not in _DEEPSPEED:
-            found.append(f"deepspeed.{key} is unknown{_similar(key, _DEEPSPEED)}; use one of {sorted(_DEEPSPEED)}")
+            found.append(
+                f"deepspeed.{key} is unknown{_similar(key, _DEEPSPEED)}; use one of {sorted(_DEEPSPEED)}"
+            )
     zero = section.get("zero_optimization", {})
     stage = zero.get("stage", 0) if isinstance(zero, dict) else None
     if stage not in (0, 1, 2, 3):
@@ -267,7 +271,9 @@ def _typed(cls: type[T], cfg: Any, path: str, problems: list[str]) -> T | None:
     hints = get_type_hints(cls)
     known = [field.name for field in fields(cls)]  # type: ignore[arg-type]
     problems += [
-        f"{path}{key} is unknown{_similar(str(key), known)}; remove it" for key in cfg if key not in known and key != "hydra"
+        f"{path}{key} is unknown{_similar(str(key), known)}; remove it"
+        for key in cfg
+        if key not in known and key != "hydra"
     ]
     values: dict[str, Any] = {}
     for key in known:

@@ -51,7 +51,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 def init_deepspeed(device: torch.device) -> None:
     """Hand the existing process group to DeepSpeed."""
-    warnings.filterwarnings("ignore", r"`torch\.distributed\..*` is deprecated", FutureWarning)  # at every collective
+    warnings.filterwarnings(
+        "ignore", r"`torch\.distributed\..*` is deprecated", FutureWarning
+    )  # at every collective
     # It would compile a shared-memory operator for inference, for a minute, on every rank.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
@@ -111,7 +113,12 @@ class Engine:
     """A model under DeepSpeed: forward, backward of shares, step, save, load."""
 
     def __init__(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, config: RunConfig, plan: ParallelPlan, ranks: Ranks
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        config: RunConfig,
+        plan: ParallelPlan,
+        ranks: Ranks,
     ) -> None:
         self._world_size = plan.world_size
         self._zero_stage = config.zero_stage
@@ -140,7 +147,11 @@ class Engine:
     def forward(self, batch: Batch) -> ModelOutput:
         """The model on one micro-batch: sum of cross entropy and router statistics."""
         return self._engine(
-            batch.input_ids, batch.position_ids, batch.cu_seqlens, token_mask=batch.token_mask, labels=batch.labels
+            batch.input_ids,
+            batch.position_ids,
+            batch.cu_seqlens,
+            token_mask=batch.token_mask,
+            labels=batch.labels,
         )
 
     def backward(self, loss_share: Tensor) -> None:

@@ -81,7 +81,10 @@ def main(arguments: list[str]) -> int:
         return 2
     room = model.config.max_position_embeddings - len(prompt)
     if options.tokens > room:
-        print(f"--tokens {options.tokens} does not fit; the model has room for {room} after this prompt", file=sys.stderr)
+        print(
+            f"--tokens {options.tokens} does not fit; the model has room for {room} after this prompt",
+            file=sys.stderr,
+        )
         return 2
     shown = options.prompt
     print(shown, end="", flush=True)

@@ -63,5 +63,7 @@ def loss_shares(
         return LossShares(cross_entropy, nothing, nothing)
     tokens = max(totals.tokens, 1)
     return LossShares(
-        cross_entropy, balance_loss_share(frequencies, router.probability_sums, tokens), router.z_sums / tokens
+        cross_entropy,
+        balance_loss_share(frequencies, router.probability_sums, tokens),
+        router.z_sums / tokens,
     )

@@ -20,10 +20,16 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ad
         key = f"{expert_group or 'shared'}/{'decay' if decayed else 'no_decay'}"
         group = groups.setdefault(
             key,
-            {"params": [], "name": expert_group or key, "weight_decay": config.weight_decay if decayed else 0.0},
+            {
+                "params": [],
+                "name": expert_group or key,
+                "weight_decay": config.weight_decay if decayed else 0.0,
+            },
         )
         if expert_group:
             group["moe"] = True
         group["params"].append(parameter)
     beta1, beta2 = config.betas
-    return torch.optim.AdamW(list(groups.values()), lr=config.lr, betas=(beta1, beta2), eps=config.eps, fused=True)
+    return torch.optim.AdamW(
+        list(groups.values()), lr=config.lr, betas=(beta1, beta2), eps=config.eps, fused=True
+    )

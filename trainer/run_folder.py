@@ -1,7 +1,6 @@
 """The run folder: frozen once, then the one thing a rank needs to know. Torch-free."""
 
 import json
-import os
 import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
@@ -10,6 +9,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from data_pipeline.manifest import to_json, write_atomically
 from trainer.config import ConfigError
 
 _PACKAGES = ("torch", "deepspeed", "datasets", "hydra-core", "numpy", "safetensors", "tokenizers", "wandb")
@@ -29,7 +29,10 @@ def freeze(run_dir: Path, cfg: DictConfig, overrides: list[str]) -> None:
             raise ConfigError(
                 [
                     f"{run_dir} holds another run; choose another name=... or delete the folder. Keys that differ:",
-                    *(f"  {key}: folder {old.get(key, 'absent')}, now {new.get(key, 'absent')}" for key in differing),
+                    *(
+                        f"  {key}: folder {old.get(key, 'absent')}, now {new.get(key, 'absent')}"
+                        for key in differing
+                    ),
                 ]
             )
         return
@@ -38,9 +41,11 @@ def freeze(run_dir: Path, cfg: DictConfig, overrides: list[str]) -> None:
         (run_dir / "overrides.txt").write_text("".join(f"{line}\n" for line in overrides))
         (run_dir / "environment.json").write_text(json.dumps(_environment(), indent=1))
         (run_dir / "git.txt").write_text(_git())
-        write_atomically(frozen, OmegaConf.to_yaml(cfg, resolve=True))
+        write_atomically(frozen, OmegaConf.to_yaml(cfg, resolve=True).encode())
     except OSError as error:
-        raise ConfigError([f"output_dir: cannot write the run folder {run_dir} ({error.strerror})"]) from error
+        raise ConfigError(
+            [f"output_dir: cannot write the run folder {run_dir} ({error.strerror})"]
+        ) from error
 
 
 def read_state(run_dir: Path) -> dict[str, Any]:
@@ -51,17 +56,7 @@ def read_state(run_dir: Path) -> dict[str, Any]:
 
 def write_state(run_dir: Path, state: str, attempt: int) -> None:
     """Replace the state of a run."""
-    write_atomically(run_dir / "state", json.dumps({"state": state, "attempt": attempt}) + "\n")
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a small file: a reader sees the old text or the new, also after a crash."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with partial.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    write_atomically(run_dir / "state", to_json({"state": state, "attempt": attempt}))
 
 
 def _flat(cfg: Any) -> dict[str, Any]:

@@ -47,7 +47,9 @@ class Ranks:
             torch.cuda.set_device(device)
         else:
             device = torch.device("cpu")
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=COLLECTIVE_TIMEOUT)
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=COLLECTIVE_TIMEOUT
+        )
         return cls(rank, local_rank, world_size, device)
 
     def leave(self) -> None:
@@ -117,5 +119,7 @@ def redirect_output(log_file: Path) -> TextIO:
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.close(descriptor)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
+    )
     return terminal

@@ -1,11 +1,14 @@
 """What a person sees while a run goes: a live line on a terminal, plain lines in a job log. Rank 0 only."""
 
 import time
+from pathlib import Path
 from typing import Any, TextIO
 
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
+
+from trainer.config import RunConfig
 
 
 class Terminal:
@@ -41,7 +44,9 @@ class Terminal:
         line = "  ".join(parts)
         if self._live is not None:
             done = int(24 * step / self._total_steps)
-            self._live.update(Text(f"{'━' * done}{'╌' * (24 - done)} {line}", no_wrap=True, overflow="ellipsis"))
+            self._live.update(
+                Text(f"{'━' * done}{'╌' * (24 - done)} {line}", no_wrap=True, overflow="ellipsis")
+            )
         else:
             self.say(line)
 
@@ -49,6 +54,39 @@ class Terminal:
         """End the live line."""
         if self._live is not None:
             self._live.stop()
+
+
+def closing(
+    config: RunConfig, metrics: dict[str, Any], unigram: dict[str, float | None], run_dir: Path
+) -> str:
+    """The last words of a finished run: what was reached, where it is, what to do next.
+
+    `unigram` is, per source, the held-out cross entropy of knowing only how common each token is.
+    """
+    held_out = [
+        f"{source} {metrics[f'loss/{source}']:.3f}"
+        + (f" (token frequencies alone: {known:.3f})" if known else "")
+        for source, known in unigram.items()
+        if f"loss/{source}" in metrics
+    ]
+    rows = [("loss", f"{metrics['loss']:.3f} nats per token at step {metrics['step']:,}")]
+    if held_out:
+        rows.append(("held out", ", ".join(held_out)))
+    rows.append(("speed", f"{metrics['tokens_per_second']:,.0f} tokens/s, MFU {metrics['mfu']:.1%}"))
+    if "balance_loss" in metrics:
+        experts = config.model.num_experts * len(config.model.moe_layers)
+        rows.append(
+            (
+                "experts",
+                f"balance {metrics['balance_loss']:.3f} (1 = even), busiest {1 + metrics['max_violation']:.1f} x the mean, "
+                f"{metrics['dead_experts']} of {experts} unused in the last step",
+            )
+        )
+    rows += [
+        ("run", f"{run_dir}; for transformers: {run_dir}/checkpoints/step-{metrics['step']:08d}/hf"),
+        ("next", f'python -m trainer.generate {run_dir} "def "'),
+    ]
+    return "\n".join(["", *(f"  {name:<9} {value}" for name, value in rows)])
 
 
 def duration(seconds: float) -> str:

@@ -26,14 +26,16 @@ from trainer.optimizer import build_optimizer
 from trainer.parallel import ParallelPlan
 from trainer.runtime import Ranks, StopRequest, TrainingError, seed_everything
 from trainer.schedule import learning_rate
-from trainer.terminal import Terminal
+from trainer.terminal import Terminal, closing
 from trainer.throughput import StepClock, memory_gib, peak_flops
 from trainer.tracker import Tracker
 
 DISPATCHERS = {"all_to_all": AllToAllDispatcher, "deduplicated": DeduplicatedAllToAllDispatcher}
 
 
-def train(config: RunConfig, run_dir: Path, attempt: int, ranks: Ranks, stop: StopRequest, terminal: TextIO) -> str:
+def train(
+    config: RunConfig, run_dir: Path, attempt: int, ranks: Ranks, stop: StopRequest, terminal: TextIO
+) -> str:
     """Train until the token budget or a stop request; returns "finished" or "stopped".
 
     Raises TrainingError when the loss is no number any more; the last good checkpoint stays.
@@ -60,6 +62,7 @@ def train(config: RunConfig, run_dir: Path, attempt: int, ranks: Ranks, stop: St
         seed=config.seed,
         next_row=progress.next_row,
     )
+    loader.check_budget(total_steps * plan.global_batch_size)
     tracker = Tracker(config, run_dir, attempt) if ranks.is_main else None
     peak = peak_flops(ranks.device, DTYPES[config.dtype]) * ranks.world_size
     flops_per_token = config.model.flops_per_token(config.stage.seq_len)
@@ -120,6 +123,13 @@ def train(config: RunConfig, run_dir: Path, attempt: int, ranks: Ranks, stop: St
         if saved_step < step:
             checkpoints.save(engine, Progress(step, step * plan.global_batch_size))
         screen.say(f"stopped at step {step} of {total_steps}; go on with: python -m trainer.resume {run_dir}")
+    else:
+        unigram = {
+            name: source.validation_unigram_cross_entropy for name, source in loader.manifest.sources.items()
+        }
+        screen.say(
+            closing(config, metrics, unigram, run_dir) if metrics else "nothing to do: the run is finished"
+        )
     loader.close()
     if tracker is not None:
         tracker.close(metrics)
@@ -140,7 +150,9 @@ def train_step(
     if frequencies.counts_first and config.model.num_experts:
         with torch.no_grad():
             frequencies.count_first(engine.forward(batch).router.tokens_per_expert for batch in micro_batches)
-    sums = StepSums.zeros(len(config.model.moe_layers), config.model.num_experts, micro_batches[0].labels.device)
+    sums = StepSums.zeros(
+        len(config.model.moe_layers), config.model.num_experts, micro_batches[0].labels.device
+    )
     losses = []
     for batch in micro_batches:
         output = engine.forward(batch)
@@ -167,7 +179,9 @@ def build_model(config: RunConfig, plan: ParallelPlan, ranks: Ranks) -> CausalLM
     else:
         load_hf(model, Path(config.stage.init_from), ep_rank=ep_rank)
     model.to(DTYPES[config.dtype])
-    mark_experts(model, config.model.num_experts, plan.ep_size, ep_rank)  # last: new parameters lose their marks
+    mark_experts(
+        model, config.model.num_experts, plan.ep_size, ep_rank
+    )  # last: new parameters lose their marks
     return model
 
 
@@ -187,7 +201,9 @@ def diverged(step: int, micro_batches: list[Batch], losses: list[Tensor], ranks:
     rows = [batch.rows for batch, loss in zip(micro_batches, losses, strict=True) if not torch.isfinite(loss)]
     everywhere: list = [None] * ranks.world_size
     dist.all_gather_object(everywhere, rows)
-    where = "; ".join(f"rank {rank}, rows {list(row)}" for rank, found in enumerate(everywhere) for row in found)
+    where = "; ".join(
+        f"rank {rank}, rows {list(row)}" for rank, found in enumerate(everywhere) for row in found
+    )
     return (
         f"the gradient is not finite at step {step} ({where or 'every loss is finite: the backward pass overflowed'}); "
         f"the last checkpoint is unharmed. Lower optimizer.lr or clip (optimizer.max_grad_norm), then go on with: "

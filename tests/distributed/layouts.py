@@ -115,7 +115,10 @@ def train_oracle() -> Outcome:
     matrices = [p for name, p in model.named_parameters() if p.ndim > 1 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim == 1 or "embed" in name]
     optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": config.optimizer.weight_decay}, {"params": others, "weight_decay": 0.0}],
+        [
+            {"params": matrices, "weight_decay": config.optimizer.weight_decay},
+            {"params": others, "weight_decay": 0.0},
+        ],
         lr=RATE,
         betas=(0.9, 0.95),
         eps=config.optimizer.eps,
@@ -125,7 +128,10 @@ def train_oracle() -> Outcome:
         (batch,) = micro_batches(ParallelPlan.of(config, 1), 0, step)
         output = model(batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.token_mask)
         cross_entropy = F.cross_entropy(output.logits.flatten(0, 1), batch.labels.flatten())
-        counts, probabilities = output.router.tokens_per_expert.double(), output.router.probability_sums.double()
+        counts, probabilities = (
+            output.router.tokens_per_expert.double(),
+            output.router.probability_sums.double(),
+        )
         tokens, experts, top_k = batch.token_mask.sum(), 8, 2
         balance = experts * (counts / (top_k * tokens) * probabilities / tokens).sum(dim=1)  # [L]
         z = output.router.z_sums / tokens

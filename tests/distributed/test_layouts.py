@@ -55,7 +55,9 @@ def deviation(outcome: Outcome, oracle: Outcome) -> dict[str, float]:
 @pytest.mark.parametrize("layouts", [LAYOUTS, VARIANTS], ids=["layouts", "variants"])
 def test_every_layout_equals_the_oracle(oracle, layouts, world_size):
     chosen = [overrides for size, overrides in layouts if size == world_size]
-    for overrides, outcome in zip(chosen, run_ranks(run_many, world_size, chosen, timeout=280)[0], strict=True):
+    for overrides, outcome in zip(
+        chosen, run_ranks(run_many, world_size, chosen, timeout=280)[0], strict=True
+    ):
         worst = deviation(outcome, oracle)
         assert max(worst.values()) < TOLERANCE, (overrides, worst)
 

@@ -43,4 +43,7 @@ def test_shares_of_micro_batches_add_up_to_the_global_batch():
 
 
 def test_no_tokens_cost_nothing():
-    assert balance_loss_share(expert_frequencies(torch.zeros(2, 4)), torch.zeros(2, 4), 1).tolist() == [0.0, 0.0]
+    assert balance_loss_share(expert_frequencies(torch.zeros(2, 4)), torch.zeros(2, 4), 1).tolist() == [
+        0.0,
+        0.0,
+    ]

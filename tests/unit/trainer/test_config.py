@@ -43,7 +43,11 @@ def test_an_unknown_key_names_its_neighbour(composed):
 
 def test_laws_come_together(run_config):
     config = run_config(
-        "dtype=fp8", "schedule.kind=linear", "optimizer.lr=-1", "parallel.ep_size=3", "optimizer.betas=[0.9,1.5]"
+        "dtype=fp8",
+        "schedule.kind=linear",
+        "optimizer.lr=-1",
+        "parallel.ep_size=3",
+        "optimizer.betas=[0.9,1.5]",
     )
     found = "\n".join(broken(config, world_size=4))
     assert "dtype=fp8 is unknown; use fp32, bf16" in found
@@ -57,7 +61,10 @@ def test_laws_come_together(run_config):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("stage.global_batch_size=6", "stage.global_batch_size=6 is not a multiple of 4 ranks x micro_batch_size=1"),
+        (
+            "stage.global_batch_size=6",
+            "stage.global_batch_size=6 is not a multiple of 4 ranks x micro_batch_size=1",
+        ),
         ("stage.seq_len=8192", "stage.seq_len=8192 exceeds model.max_position_embeddings=4096"),
         ("stage.init_from=/no/such", "stage.init_from=/no/such is not a folder"),
         ("name=../elsewhere", "name='../elsewhere' must be a relative path"),

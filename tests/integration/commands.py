@@ -1,0 +1,39 @@
+"""The command line as a user types it, and the settings of a small run."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+SMALL = [
+    "model=tiny_moe",
+    "model.vocab_size=512",
+    "model.hidden_size=64",
+    "model.num_hidden_layers=2",
+    "model.num_experts=16",
+    "model.num_experts_per_tok=4",
+    "model.moe_intermediate_size=32",
+    "stage.seq_len=64",
+    "stage.global_batch_size=8",
+    "stage.train_tokens=4096",  # 8 steps
+    "micro_batch_size=2",
+    "parallel.nproc_per_node=2",
+    "parallel.ep_size=2",
+    "dtype=fp32",
+    "schedule.warmup_steps=2",
+    "checkpoint.every_steps=4",
+    "evaluate.every_steps=4",
+    "evaluate.rows=8",
+    "tracker.log_every_steps=1",
+]
+
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
+
+
+def python(*arguments: str, cwd: Path, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    """`python -m ...` in a folder, with the output kept."""
+    command = [sys.executable, "-m", *arguments]
+    return subprocess.run(
+        command, cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=timeout, check=False
+    )

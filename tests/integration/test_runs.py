@@ -1,0 +1,196 @@
+"""Runs as a user starts them: learning, stopping, resuming, and every mistake met with one clear message."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from commands import ENVIRONMENT, python
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from trainer.generate import load_model
+
+
+def metrics(run_dir: Path) -> list[dict]:
+    """The logged training steps."""
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if "loss" in line]
+
+
+def weights(run_dir: Path) -> dict[str, torch.Tensor]:
+    folder = run_dir / "checkpoints" / (run_dir / "latest").read_text().strip() / "hf"
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    """Bit-equal metrics of every step (the last attempt counts) and final weights."""
+    exact = ("loss", "balance_loss", "grad_norm", "learning_rate", "max_violation")
+    histories = [{line["step"]: [line[key] for key in exact] for line in metrics(run)} for run in (a, b)]
+    assert histories[0] == histories[1]
+    first, second = weights(a), weights(b)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_run_learns_and_leaves_a_folder_that_transformers_loads(train, tmp_path):
+    done = train("name=a", "stage.train_tokens=15360", "optimizer.lr=5e-3")
+    assert done.returncode == 0, done.stdout + done.stderr
+    run_dir = tmp_path / "runs/a"
+    losses = [line["loss"] for line in metrics(run_dir)]
+    assert len(losses) == 30
+    assert losses[-1] < losses[0] - 1.5
+    assert json.loads((run_dir / "state").read_text())["state"] == "finished"
+    assert "held out" in done.stdout
+    assert "next" in done.stdout
+
+    folder = run_dir / "checkpoints/step-00000030/hf"
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    ours = load_model(folder, torch.device("cpu"))
+    ids = torch.arange(40).unsqueeze(0)
+    with torch.no_grad():
+        logits = ours(ids, ids, torch.tensor([0, 40], dtype=torch.int32)).logits
+        torch.testing.assert_close(logits, theirs(ids).logits, rtol=1e-5, atol=1e-5)
+
+    written = python("trainer.generate", "runs/a", "The text number", "--tokens", "8", cwd=tmp_path)
+    assert written.returncode == 0, written.stderr
+    assert written.stdout.startswith("The text number")
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        ["deepspeed=zero1"],
+        ["deepspeed=zero3", "dtype=bf16", "recompute=full"],
+        ["deepspeed=zero0", "parallel.ep_size=1"],
+    ],
+    ids=["zero1", "zero3-bf16", "zero0"],
+)
+def test_interrupted_equals_straight(train, small, tmp_path, layout):
+    """Stopped by a signal, resumed, killed, resumed again: bit for bit the run that nobody touched."""
+    straight = train("name=straight", *layout)
+    assert straight.returncode == 0, straight.stdout + straight.stderr
+    run_dir = tmp_path / "runs/broken"
+    arguments = [*small, "name=broken", *layout]
+    assert (
+        interrupt(arguments, tmp_path, run_dir, 2, lambda launcher: launcher.send_signal(signal.SIGTERM)) == 0
+    )
+    assert json.loads((run_dir / "state").read_text())["state"] == "stopped"
+    stopped = last_step(run_dir)
+    assert interrupt(["trainer.resume", "runs/broken"], tmp_path, run_dir, stopped + 1, kill_a_rank) == 1
+    assert json.loads((run_dir / "state").read_text())["attempt"] == 2
+    finished = python("trainer.resume", "runs/broken", cwd=tmp_path)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert_same_run(tmp_path / "runs/straight", run_dir)
+
+
+def last_step(run_dir: Path) -> int:
+    return max((line["step"] for line in metrics(run_dir)), default=0)
+
+
+def kill_a_rank(launcher: subprocess.Popen) -> None:
+    """kill -9 of the last rank, as the kernel does when memory runs out."""
+    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+
+
+def interrupt(
+    arguments: list[str], cwd: Path, run_dir: Path, step: int, how: Callable[[subprocess.Popen], None]
+) -> int:
+    """Start a run, do `how` to its launcher once `step` is logged, and return the exit code."""
+    with subprocess.Popen(
+        [sys.executable, "-m", *arguments],
+        cwd=cwd,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    ) as process:
+        try:
+            deadline = time.monotonic() + 90
+            while not (run_dir / "metrics.jsonl").exists() or last_step(run_dir) < step:
+                assert time.monotonic() < deadline, "the run does not get on"
+                assert process.poll() is None, process.stdout.read().decode()
+                time.sleep(0.01)
+            how(process)
+            return process.wait(timeout=60)
+        finally:
+            process.kill()
+
+
+def test_the_same_configuration_goes_on_and_another_is_refused(train, tmp_path):
+    assert train("name=a").returncode == 0
+    again = train("name=a")
+    assert again.returncode == 0
+    assert "the run is finished" in again.stdout
+    refused = train("name=a", "optimizer.lr=0.5", "seed=7")
+    assert refused.returncode == 2
+    assert "runs/a holds another run" in refused.stderr
+    assert "optimizer.lr: folder 0.0003, now 0.5" in refused.stderr
+    assert "seed: folder 1234, now 7" in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
+def test_an_overflow_stops_and_keeps_the_last_good_checkpoint(train, tmp_path):
+    # the first update throws the weights far out; the backward of the next step overflows
+    wild = ["optimizer.lr=1e30", "schedule=constant", "checkpoint.every_steps=1", "evaluate.every_steps=0"]
+    broken = train("name=wild", *wild)
+    assert broken.returncode == 1
+    assert "the gradient is not finite at step" in broken.stdout
+    assert "Traceback" not in broken.stdout + broken.stderr
+    assert json.loads((tmp_path / "runs/wild/state").read_text())["state"] == "failed"
+    assert all(torch.isfinite(tensor).all() for tensor in weights(tmp_path / "runs/wild").values())
+
+
+def test_a_loss_that_is_no_number_names_step_rank_and_rows(train, tmp_path):
+    untied = ["model.tie_word_embeddings=false", "stage.train_tokens=512", "evaluate.every_steps=0"]
+    assert train("name=good", *untied).returncode == 0
+    folder = tmp_path / "runs/good/checkpoints/step-00000001/hf"
+    for file in folder.glob("*.safetensors"):
+        tensors = load_file(file)
+        if "model.embed_tokens.weight" in tensors:
+            tensors["model.embed_tokens.weight"][0] = float("nan")  # <|endoftext|>: in some rows, not in all
+            save_file(tensors, file, metadata={"format": "pt"})
+    broken = train("name=nan", *untied, f"stage.init_from={folder}")
+    assert broken.returncode == 1
+    found = re.findall(r"rank (\d), rows \[(\d+), (\d+)\]", broken.stdout)
+    assert "not finite at step 1" in broken.stdout
+    assert found, broken.stdout
+    assert all((int(first) // 2) % 2 == int(rank) for rank, first, _ in found), "two rows per rank, dealt in turn"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["optimizer.learning_rate=1"], "learning_rate"),
+        (["model=gpt2"], "gpt2"),
+        (["stage.seq_len=many"], "stage.seq_len=many must be of type int"),
+        (["parallel.ep_size=3"], "parallel.ep_size=3 does not divide"),
+        (["data.dir=nowhere"], "run python -m data_pipeline"),
+        (["model.vocab_size=300"], "model.vocab_size=300 is smaller than the tokenizer"),
+        (["data.validation_fraction=0.2"], "prepared with another configuration"),
+        (["stage.init_from=nowhere"], "stage.init_from=nowhere is not a folder"),
+        (["output_dir=/proc/nothing"], "cannot write the run folder"),
+    ],
+)
+def test_mistakes_exit_with_2_and_one_message(train, tmp_path, overrides, message):
+    done = train("name=a", *overrides)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "runs/a/state").exists(), "nothing was started"
+
+
+def test_a_stage_starts_from_the_weights_of_another(train, tmp_path):
+    assert train("name=one", "optimizer.lr=5e-3").returncode == 0
+    folder = "runs/one/checkpoints/step-00000008/hf"
+    assert train("name=two", f"stage.init_from={folder}", "deepspeed=zero3").returncode == 0
+    carried, last = metrics(tmp_path / "runs/two")[0]["loss"], metrics(tmp_path / "runs/one")[-1]["loss"]
+    assert abs(carried - last) < 0.5
+    assert carried < metrics(tmp_path / "runs/one")[0]["loss"] - 0.5
