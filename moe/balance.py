@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 def expert_frequencies(tokens_per_expert: Tensor) -> Tensor:
-    """Share of the routed slots that each expert received: [L,E] counts -> [L,E], rows sum to 1 (or 0 without tokens)."""
+    """Share of the routed slots that each expert received: [L,E] counts -> [L,E], rows sum to 1."""
     return tokens_per_expert / tokens_per_expert.sum(dim=-1, keepdim=True).clamp(min=1)
 
 
@@ -32,8 +32,8 @@ def balance_loss_share(frequencies: Tensor, probability_sums: Tensor, num_tokens
 class GlobalFrequencies:
     """The expert frequencies that the loss of each micro-batch uses.
 
-    `exact`: those of the global batch. With one micro-batch per step they follow from one all-reduce of [L,E] counts
-    after the forward; with more, `count_first` finds them by a pass without gradient before the first backward.
+    `exact`: those of the global batch. With one micro-batch per step they follow from one all-reduce of [L,E]
+    counts after the forward; with more, `count_first` takes them from a pass without gradient.
     `micro_batch`: those of the micro-batch itself, no communication.
     """
 
@@ -47,7 +47,7 @@ class GlobalFrequencies:
         self._frequencies = expert_frequencies(_all_reduced(torch.stack(list(tokens_per_expert)).sum(dim=0)))
 
     def of(self, tokens_per_expert: Tensor) -> Tensor:
-        """Frequencies [L,E] for a micro-batch with these counts [L,E]; in mode exact every rank must call it."""
+        """Frequencies [L,E] for a micro-batch with these counts [L,E]; every rank must call it."""
         if self.mode == "micro_batch":
             return expert_frequencies(tokens_per_expert)
         if self.counts_first:

@@ -1,8 +1,8 @@
 """Checkpoints: whole or invisible.
 
-A checkpoint is written under a temporary name that carries the attempt, flushed to disk and renamed last; `latest` is
-replaced atomically. Besides DeepSpeed's state it holds the weights as a Hugging Face folder (`hf/`), each expert slice
-written by the rank that holds it.
+A checkpoint is written under a temporary name that carries the attempt, flushed to disk and renamed last;
+`latest` is replaced atomically. Besides DeepSpeed's state it holds the weights as a Hugging Face folder
+(`hf/`), each expert slice written by the rank that holds it.
 """
 
 import json

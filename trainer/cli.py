@@ -21,7 +21,7 @@ from trainer.run_folder import freeze
 def compose_and(config_name: str, act: Callable[[DictConfig], int]) -> NoReturn:
     """Compose `conf/<config_name>.yaml` with the command line and hand it to `act`; exits with its code.
 
-    A wrong configuration exits with 2 and one message, whether Hydra finds it (an unknown key or group) or we.
+    A wrong configuration exits with 2 and one message, whether Hydra finds it (an unknown group) or we.
     """
     composed = False
 

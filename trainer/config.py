@@ -1,17 +1,15 @@
-"""What a run is: typed, checked as a whole before anything starts. Torch-free, so that a login node can validate."""
+"""What a run is: typed, checked as a whole before anything starts. Torch-free, for login nodes."""
 
-import difflib
-from collections.abc import Iterable
-from dataclasses import dataclass, fields, is_dataclass, make_dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import OmegaConf
 
 from data_pipeline.config import DataConfig
 from moe.config import ConfigError, ModelConfig
 from trainer.parallel import ParallelConfig, ParallelPlan
+from trainer.typed import similar, typed
 
 
 @dataclass
@@ -121,13 +119,9 @@ class RunConfig:
     tracker: TrackerConfig
 
     @classmethod
-    def load(cls, cfg: DictConfig) -> "RunConfig":
+    def load(cls, cfg: Any) -> "RunConfig":
         """Type a composed configuration. Raises ConfigError with every unknown, missing or mistyped key."""
-        problems: list[str] = []
-        config = _typed(cls, cfg, "", problems)
-        if config is None or problems:
-            raise ConfigError(problems)
-        return config
+        return typed(cls, cfg)
 
     @classmethod
     def of_run(cls, run_dir: Path) -> "RunConfig":
@@ -228,7 +222,7 @@ _OURS = {
     "expert_parallel": "parallel.ep_size",
     "checkpoint": "checkpoint",
 }
-# DeepSpeed ignores an unknown top-level key in silence, so a typo would do nothing: name the ones that are known.
+# DeepSpeed ignores an unknown top-level key in silence: a typo would do nothing.
 _DEEPSPEED = {
     "zero_optimization",
     "zero_force_ds_cpu_optimizer",
@@ -251,60 +245,10 @@ def _deepspeed_problems(section: dict[str, Any]) -> list[str]:
             found.append(f"deepspeed.{key} is set by {_OURS[key]}; remove it")
         elif key not in _DEEPSPEED:
             found.append(
-                f"deepspeed.{key} is unknown{_similar(key, _DEEPSPEED)}; use one of {sorted(_DEEPSPEED)}"
+                f"deepspeed.{key} is unknown{similar(key, _DEEPSPEED)}; use one of {sorted(_DEEPSPEED)}"
             )
     zero = section.get("zero_optimization", {})
     stage = zero.get("stage", 0) if isinstance(zero, dict) else None
     if stage not in (0, 1, 2, 3):
         found.append(f"deepspeed.zero_optimization.stage={stage} is unknown; use 0, 1, 2 or 3")
     return found
-
-
-T = TypeVar("T")
-
-
-def _typed(cls: type[T], cfg: Any, path: str, problems: list[str]) -> T | None:
-    """`cfg` as an instance of the dataclass `cls`; every mismatch is appended to `problems`."""
-    if not isinstance(cfg, DictConfig):
-        problems.append(f"{path.rstrip('.')}={cfg} must be a group of keys")
-        return None
-    hints = get_type_hints(cls)
-    known = [field.name for field in fields(cls)]  # type: ignore[arg-type]
-    problems += [
-        f"{path}{key} is unknown{_similar(str(key), known)}; remove it"
-        for key in cfg
-        if key not in known and key != "hydra"
-    ]
-    values: dict[str, Any] = {}
-    for key in known:
-        if key not in cfg or OmegaConf.is_missing(cfg, key):
-            problems.append(f"{path}{key} has no value; give {path}{key}=...")
-            continue
-        hint, value = hints[key], cfg[key]
-        of_dict = get_args(hint)[1] if get_origin(hint) is dict else None
-        if is_dataclass(hint):
-            values[key] = _typed(hint, value, f"{path}{key}.", problems)  # type: ignore[arg-type]
-        elif is_dataclass(of_dict) and isinstance(value, DictConfig):
-            values[key] = {
-                str(k): _typed(of_dict, v, f"{path}{key}.{k}.", problems)  # type: ignore[arg-type]
-                for k, v in value.items()
-            }
-        else:
-            values[key] = _leaf(hint, value, f"{path}{key}", problems)
-    return cls(**values) if len(values) == len(known) else None
-
-
-def _leaf(hint: Any, value: Any, path: str, problems: list[str]) -> Any:
-    """One value, converted by OmegaConf to its declared type."""
-    try:
-        node: Any = OmegaConf.structured(make_dataclass("Leaf", [("value", hint)]))
-        node.value = value
-        return OmegaConf.to_container(node, resolve=True)["value"]  # type: ignore[index, call-overload]
-    except OmegaConfBaseException:
-        problems.append(f"{path}={value} must be of type {getattr(hint, '__name__', hint)}")
-        return None
-
-
-def _similar(key: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(key, list(known), n=1)
-    return f" (did you mean {close[0]}?)" if close else ""

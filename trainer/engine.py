@@ -1,8 +1,8 @@
 """The one file that knows DeepSpeed: ZeRO, expert groups, gradient scaling, its checkpoints.
 
-`mark_experts` makes our MoE blocks DeepSpeed's: each block's class becomes one that also inherits AutoEPMoELayer (as
-torch's `fully_shard` does with its class), and the expert weights carry the attributes by which DeepSpeed reduces,
-partitions, clips and saves them over the expert-data-parallel group.
+`mark_experts` makes our MoE blocks DeepSpeed's: each block's class becomes one that also inherits
+AutoEPMoELayer (as torch's `fully_shard` does with its class), and the expert weights carry the attributes by
+which DeepSpeed reduces, partitions, clips and saves them over the expert-data-parallel group.
 """
 
 import os
@@ -80,15 +80,23 @@ def _as_autoep(block_class: type[MoEBlock]) -> type:
 
 
 def mark_experts(model: nn.Module, num_experts: int, ep_size: int, ep_rank: int) -> None:
-    """Make every MoE block of `model` (which holds this rank's experts) an AutoEP layer in DeepSpeed's eyes."""
+    """Make every MoE block of `model`, which holds this rank's experts, an AutoEP layer for DeepSpeed."""
     group_name = f"ep_size_{ep_size}"
     placement = legacy_uniform_autoep_placement_descriptor(num_experts, num_experts // ep_size, ep_size)
-    for block in [module for module in model.modules() if isinstance(module, MoEBlock)]:
-        block.__class__ = _as_autoep(type(block))
-        block.num_experts, block.num_local_experts = num_experts, num_experts // ep_size
-        block.ep_size, block.ep_rank, block.ep_group_name = ep_size, ep_rank, group_name
-        block.ep_group = expert_parallel_group(ep_size)
-        block.expert_placement_descriptor = placement
+    for block in model.modules():
+        if not isinstance(block, MoEBlock):
+            continue
+        block.__class__ = _as_autoep(type(block))  # type: ignore[arg-type]
+        for key, value in {
+            "num_experts": num_experts,
+            "num_local_experts": num_experts // ep_size,
+            "ep_size": ep_size,
+            "ep_rank": ep_rank,
+            "ep_group_name": group_name,
+            "ep_group": expert_parallel_group(ep_size),
+            "expert_placement_descriptor": placement,
+        }.items():
+            setattr(block, key, value)
         for parameter in block.experts.parameters():
             logical_shape = [num_experts, *parameter.shape[1:]]
             metadata = {
@@ -157,15 +165,15 @@ class Engine:
     def backward(self, loss_share: Tensor) -> None:
         """Accumulate the gradient of this rank's share; shares add up over ranks and micro-batches.
 
-        DeepSpeed divides by the accumulation steps and averages over ranks; the factor here undoes both, and no other
-        line of the project scales a loss by a number of ranks.
+        DeepSpeed would divide by the accumulation steps and averages over ranks; both are undone here, and no
+        other line of the project scales a loss by a number of ranks.
         """
         self._engine.backward(loss_share * self._world_size, scale_wrt_gas=False)
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()
 
     def step(self, learning_rate: float) -> float:
-        """Clip and update after the last micro-batch; returns the gradient norm of the global batch before clipping."""
+        """Clip and update after the last micro-batch; returns the global gradient norm before clipping."""
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
         norm = self._clip_without_zero() if self._clips_here else None
@@ -174,7 +182,8 @@ class Engine:
 
     def _clip_without_zero(self) -> float:
         """Global norm over shared gradients and all ranks' experts, and the clipping by it."""
-        shared, experts = [], []
+        shared: list[Tensor] = []
+        experts: list[Tensor] = []
         for parameter in self.module.parameters():
             if parameter.grad is not None:
                 (shared if getattr(parameter, "allreduce", True) else experts).append(parameter.grad)
@@ -186,13 +195,13 @@ class Engine:
         return norm
 
     def gathered(self, parameters: list[nn.Parameter]) -> AbstractContextManager:
-        """A context in which ZeRO-3's partitioned parameters are whole on every rank (experts: of this rank's slice)."""
+        """A context in which ZeRO-3's partitioned parameters are whole (experts: this rank's slice is)."""
         if self._zero_stage < 3:
             return nullcontext()
         return deepspeed.zero.GatheredParameters(parameters)
 
     def owned_parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, whole tensor) of the parameters that this rank writes to disk, one at a time; all ranks must iterate.
+        """(name, whole tensor) of what this rank writes to disk, one at a time; all ranks must iterate.
 
         Rank 0 owns the shared ones; the first rank of each expert slice owns that slice.
         """

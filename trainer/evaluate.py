@@ -12,7 +12,7 @@ from trainer.runtime import Ranks
 
 @torch.no_grad()
 def evaluate(engine: Engine, config: RunConfig, plan: ParallelPlan, ranks: Ranks) -> dict[str, float]:
-    """Cross entropy per labelled token, `loss/<source>` for each source and `loss/validation` over all of them.
+    """Cross entropy per labelled token: `loss/<source>` for each source, `loss/validation` over all of them.
 
     Every rank must call it; rows are dealt out like those of training.
     """
@@ -36,6 +36,7 @@ def evaluate(engine: Engine, config: RunConfig, plan: ParallelPlan, ranks: Ranks
                     break
                 for batch in micro_batches:
                     output = engine.forward(batch.to(ranks.device))
+                    assert output.cross_entropy_sum is not None
                     sums[index, 0] += output.cross_entropy_sum
                     sums[index, 1] += (batch.labels != -100).sum()
         finally:

@@ -1,4 +1,4 @@
-"""`python -m trainer.generate RUN_DIR "prompt"`: what has it learned? Greedy, or sampled with --temperature."""
+"""`python -m trainer.generate RUN_DIR "prompt"`: what has it learned? Greedy, or --temperature."""
 
 import argparse
 import json

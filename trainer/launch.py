@@ -14,10 +14,10 @@ _GRACE_SECONDS = 10.0  # for the other ranks, once one has failed
 
 
 def launch(run_dir: Path, nproc: int) -> int:
-    """Run `python -m trainer.run RUN_DIR` on `nproc` local ranks; returns the exit code of the first that failed, or 0.
+    """Run `python -m trainer.run RUN_DIR` on `nproc` ranks; returns the exit code of the first failure, or 0.
 
-    SIGINT and SIGTERM become a stop request to every rank (save, exit 0); a second one kills. If this process dies,
-    the ranks are asked to stop.
+    SIGINT and SIGTERM become a stop request to every rank (save, exit 0); a second one kills. If this process
+    dies, the ranks are asked to stop.
     """
     environment = {
         **os.environ,

@@ -1,7 +1,8 @@
 """The loss of a step as a sum of shares.
 
-Rule of shares: every term given to `backward` is this rank's share of this micro-batch, normalised by a total of the
-global batch; shares add up, over ranks and micro-batches, to the loss of the global batch, however it was cut.
+Rule of shares: every term given to `backward` is this rank's share of this micro-batch, normalised by a total
+of the global batch; shares add up, over ranks and micro-batches, to the loss of the global batch, however it
+was cut.
 """
 
 from dataclasses import dataclass

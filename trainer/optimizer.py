@@ -1,4 +1,4 @@
-"""AdamW over parameter groups: decayed matrices, undecayed rest, experts apart where DeepSpeed reduces them apart."""
+"""AdamW over parameter groups: decayed matrices, undecayed rest, experts apart as DeepSpeed reduces them."""
 
 import torch
 from torch import nn
@@ -9,8 +9,8 @@ from trainer.config import OptimizerConfig
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
     """torch's AdamW; weight decay falls on matrices other than embeddings.
 
-    Parameters that the engine marked with `group_name` (experts, reduced over their own group) form groups of their own
-    with DeepSpeed's keys `moe` and `name`; the rate is set by the loop at every step.
+    Parameters that the engine marked with `group_name` (experts, reduced over their own group) form groups of
+    their own, with DeepSpeed's keys `moe` and `name`. The loop sets the rate at every step.
     """
     groups: dict[str, dict] = {}
     for name, parameter in model.named_parameters():

@@ -1,4 +1,4 @@
-"""Who does what: the arithmetic of ranks, rows and experts. Pure and torch-free; no other file divides by a number of ranks."""
+"""Who does what: the arithmetic of ranks, rows and experts. Pure and torch-free."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class ParallelConfig:
 class ParallelPlan:
     """The layout of one run over `world_size` ranks.
 
-    Every rank is a data-parallel rank. Expert-parallel groups are `ep_size` consecutive ranks, so that a group stays
-    inside a node; expert-data-parallel groups hold every ep_size-th rank.
+    Every rank is a data-parallel rank. Expert-parallel groups are `ep_size` consecutive ranks, so that one
+    stays inside a node; expert-data-parallel groups hold every ep_size-th rank.
     """
 
     world_size: int

@@ -1,4 +1,4 @@
-"""One rank of a frozen run: `python -m trainer.run RUN_DIR` under srun, torchrun or `trainer.launch`. No Hydra."""
+"""One rank of a frozen run: `python -m trainer.run RUN_DIR` under srun, torchrun or `trainer.launch`."""
 
 import logging
 import os

@@ -18,8 +18,8 @@ _PACKAGES = ("torch", "deepspeed", "datasets", "hydra-core", "numpy", "safetenso
 def freeze(run_dir: Path, cfg: DictConfig, overrides: list[str]) -> None:
     """Write config.yaml, overrides.txt, environment.json and git.txt of a new run.
 
-    A folder that holds the same configuration already is left as it is (the run goes on); one that holds another
-    raises ConfigError with the keys that differ.
+    A folder that holds the same configuration already is left as it is (the run goes on); one that holds
+    another raises ConfigError with the keys that differ.
     """
     frozen = run_dir / "config.yaml"
     if frozen.exists():
@@ -28,7 +28,7 @@ def freeze(run_dir: Path, cfg: DictConfig, overrides: list[str]) -> None:
         if differing:
             raise ConfigError(
                 [
-                    f"{run_dir} holds another run; choose another name=... or delete the folder. Keys that differ:",
+                    f"{run_dir} holds another run; choose another name=... or delete it. Keys that differ:",
                     *(
                         f"  {key}: folder {old.get(key, 'absent')}, now {new.get(key, 'absent')}"
                         for key in differing
@@ -75,7 +75,7 @@ def _flat(cfg: Any) -> dict[str, Any]:
 
 
 def _environment() -> dict[str, Any]:
-    packages = {}
+    packages: dict[str, str | None] = {}
     for name in _PACKAGES:
         try:
             packages[name] = version(name)

@@ -71,7 +71,7 @@ def seed_everything(seed: int, rank: int) -> None:
 
 def random_state() -> dict:
     """The state of every generator of this rank, of types that torch loads with weights_only=True."""
-    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # type: ignore[misc]
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     version, internal, gauss = random.getstate()
     state = {
         "torch": torch.get_rng_state(),
@@ -107,7 +107,7 @@ class StopRequest:
 
 
 def redirect_output(log_file: Path) -> TextIO:
-    """Send file descriptors 1 and 2, and Python logging, to `log_file`: libraries talk there, below Python too.
+    """Send file descriptors 1 and 2 and Python logging to `log_file`: libraries talk there, C code too.
 
     Returns the old standard output, for progress and errors that a person must see.
     """

@@ -8,8 +8,8 @@ from trainer.config import ScheduleConfig
 def learning_rate(config: ScheduleConfig, peak: float, step: int, total_steps: int) -> float:
     """Learning rate of the update numbered `step` (from 0) out of `total_steps`.
 
-    Linear warmup to `peak`, a plateau, then a fall to `min_lr_ratio * peak` over the last `decay_fraction` of the run:
-    half a cosine (arXiv 1608.03983) for `cosine`, a line for `wsd` (arXiv 2404.06395), none for `constant`.
+    Linear warmup to `peak`, a plateau, then a fall to `min_lr_ratio * peak` over the last `decay_fraction` of
+    the run: half a cosine (arXiv 1608.03983), a line for `wsd` (arXiv 2404.06395), none for `constant`.
     """
     if step < config.warmup_steps:
         return peak * (step + 1) / config.warmup_steps

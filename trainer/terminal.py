@@ -78,7 +78,8 @@ def closing(
         rows.append(
             (
                 "experts",
-                f"balance {metrics['balance_loss']:.3f} (1 = even), busiest {1 + metrics['max_violation']:.1f} x the mean, "
+                f"balance {metrics['balance_loss']:.3f} (1 = even), "
+                f"busiest {1 + metrics['max_violation']:.1f} x the mean, "
                 f"{metrics['dead_experts']} of {experts} unused in the last step",
             )
         )

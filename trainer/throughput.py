@@ -10,7 +10,7 @@ _PEAKS = {"B200": 2.25e15, "GB200": 2.5e15, "H200": 989e12, "H100": 989e12, "A10
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Peak FLOP/s of one rank's device: from the table for known GPUs in bf16, else measured by a matrix product."""
+    """Peak FLOP/s of one rank's device: of the table for known GPUs in bf16, else measured by a product."""
     if device.type == "cuda" and dtype == torch.bfloat16:
         name = torch.cuda.get_device_name(device)
         for part, peak in _PEAKS.items():

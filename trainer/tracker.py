@@ -1,4 +1,4 @@
-"""Where metrics go: metrics.jsonl always, Weights & Biases online or offline. The one file that imports wandb."""
+"""Where metrics go: metrics.jsonl always, Weights & Biases online or offline."""
 
 import json
 import netrc
@@ -49,7 +49,7 @@ class Tracker:
             self._run.finish()
 
 
-def _wandb_mode(configured: str) -> str:
+def _wandb_mode(configured: str) -> Any:
     """`auto` is online where a key is at hand, else offline; WANDB_MODE of the environment goes before it."""
     if configured != "auto":
         return configured

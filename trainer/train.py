@@ -146,16 +146,18 @@ def train_step(
     config: RunConfig,
     rate: float,
 ) -> tuple[StepSums, list[Tensor], float]:
-    """One optimizer step: this rank's sums and losses per micro-batch, and the gradient norm of the global batch."""
+    """One optimizer step: this rank's sums, its losses per micro-batch, and the global gradient norm."""
     if frequencies.counts_first and config.model.num_experts:
         with torch.no_grad():
-            frequencies.count_first(engine.forward(batch).router.tokens_per_expert for batch in micro_batches)
+            routers = [engine.forward(batch).router for batch in micro_batches]
+            frequencies.count_first([router.tokens_per_expert for router in routers if router is not None])
     sums = StepSums.zeros(
         len(config.model.moe_layers), config.model.num_experts, micro_batches[0].labels.device
     )
     losses = []
     for batch in micro_batches:
         output = engine.forward(batch)
+        assert output.cross_entropy_sum is not None
         routed = frequencies.of(output.router.tokens_per_expert) if output.router is not None else None
         shares = loss_shares(output.cross_entropy_sum, output.router, routed, totals)
         loss = shares.total(config.model.router_aux_loss_coef, config.balance.z_loss_coef)
@@ -166,7 +168,7 @@ def train_step(
 
 
 def build_model(config: RunConfig, plan: ParallelPlan, ranks: Ranks) -> CausalLM:
-    """The model with this rank's experts only, its weights read from `stage.init_from` or drawn from the seed."""
+    """The model with this rank's experts only, weights read from `stage.init_from` or drawn from the seed."""
     ep_rank = plan.ep_rank(ranks.rank)
     with torch.device("meta"):
         model = CausalLM(config.model, backend=config.experts.backend, recompute=config.recompute)
@@ -189,8 +191,9 @@ def describe(config: RunConfig, plan: ParallelPlan, progress: Progress) -> str:
     """What is about to be trained, in one line."""
     total, active = config.model.num_parameters(), config.model.num_active_parameters()
     return (
-        f"{config.name}: {total / 1e6:,.1f}M parameters ({active / 1e6:,.1f}M active), {plan.world_size} ranks, "
-        f"ep_size {plan.ep_size}, ZeRO {config.zero_stage}, {plan.gradient_accumulation_steps} micro-batches per step, "
+        f"{config.name}: {total / 1e6:,.1f}M parameters ({active / 1e6:,.1f}M active), "
+        f"{plan.world_size} ranks, ep_size {plan.ep_size}, ZeRO {config.zero_stage}, "
+        f"{plan.gradient_accumulation_steps} micro-batches per step, "
         f"{config.stage.step_tokens:,} tokens per step, {config.stage.total_steps:,} steps"
         + (f", going on after step {progress.step}" if progress.step else "")
     )
@@ -205,7 +208,8 @@ def diverged(step: int, micro_batches: list[Batch], losses: list[Tensor], ranks:
         f"rank {rank}, rows {list(row)}" for rank, found in enumerate(everywhere) for row in found
     )
     return (
-        f"the gradient is not finite at step {step} ({where or 'every loss is finite: the backward pass overflowed'}); "
-        f"the last checkpoint is unharmed. Lower optimizer.lr or clip (optimizer.max_grad_norm), then go on with: "
-        f"python -m trainer.resume {run_dir}"
+        f"the gradient is not finite at step {step} "
+        f"({where or 'every loss is finite: the backward overflowed'}); the last checkpoint is unharmed. "
+        f"Look at these rows, or start a run with a lower optimizer.lr from its weights: "
+        f"stage.init_from={run_dir}/checkpoints/.../hf"
     )

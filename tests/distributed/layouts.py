@@ -1,4 +1,4 @@
-"""Trains one small model for a few steps under any layout of ranks, on rows made up here, and gathers what came out."""
+"""Trains one small model for a few steps under any layout of ranks, and gathers what came out."""
 
 from typing import Any
 
@@ -105,7 +105,7 @@ def train_small(*overrides: str) -> Outcome:
 
 
 def train_oracle() -> Outcome:
-    """The same three steps by the obvious means: one process, fp64, all rows at once, plain autograd and torch's AdamW."""
+    """The same three steps by obvious means: one process, fp64, all rows at once, autograd, torch's AdamW."""
     config = small_config("micro_batch_size=4", "experts.backend=reference")
     with torch.device("meta"):
         model = CausalLM(config.model, backend="reference")

@@ -162,7 +162,7 @@ def test_a_loss_that_is_no_number_names_step_rank_and_rows(train, tmp_path):
     found = re.findall(r"rank (\d), rows \[(\d+), (\d+)\]", broken.stdout)
     assert "not finite at step 1" in broken.stdout
     assert found, broken.stdout
-    assert all((int(first) // 2) % 2 == int(rank) for rank, first, _ in found), "two rows per rank, dealt in turn"
+    assert all((int(first) // 2) % 2 == int(rank) for rank, first, _ in found), "dealt in turn, two at a time"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,71 @@
+"""A composed configuration as nested dataclasses, with every mismatch named. Torch-free."""
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import fields, is_dataclass, make_dataclass
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from moe.config import ConfigError
+
+T = TypeVar("T")
+
+
+def typed(cls: type[T], cfg: Any) -> T:
+    """`cfg` as an instance of the dataclass `cls`.
+
+    OmegaConf converts and checks each value; unlike its own merge, every unknown, missing and mistyped key is
+    reported, in one ConfigError.
+    """
+    problems: list[str] = []
+    instance = _typed(cls, cfg, "", problems)
+    if problems:
+        raise ConfigError(problems)
+    return instance
+
+
+def similar(key: str, known: Iterable[str]) -> str:
+    """` (did you mean ...?)` for a key close to a known one, else nothing."""
+    close = difflib.get_close_matches(key, list(known), n=1)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def _typed(cls: Any, cfg: Any, path: str, problems: list[str]) -> Any:
+    """An instance of `cls`, or None where a key of it is missing; appends to `problems`."""
+    if not isinstance(cfg, DictConfig):
+        problems.append(f"{path.rstrip('.')}={cfg} must be a group of keys")
+        return None
+    hints = get_type_hints(cls)
+    known = [field.name for field in fields(cls)]
+    unknown = [str(key) for key in cfg if str(key) not in known]
+    problems += [f"{path}{key} is unknown{similar(key, known)}; remove it" for key in unknown]
+    values: dict[str, Any] = {}
+    for key in known:
+        if key not in cfg or OmegaConf.is_missing(cfg, key):
+            problems.append(f"{path}{key} has no value; give {path}{key}=...")
+            continue
+        hint, value = hints[key], cfg[key]
+        of_dict = get_args(hint)[1] if get_origin(hint) is dict else None
+        if is_dataclass(hint):
+            values[key] = _typed(hint, value, f"{path}{key}.", problems)
+        elif is_dataclass(of_dict) and isinstance(value, DictConfig):
+            values[key] = {
+                name: _typed(of_dict, value[name], f"{path}{key}.{name}.", problems)
+                for name in map(str, value)
+            }
+        else:
+            values[key] = _leaf(hint, value, f"{path}{key}", problems)
+    return cls(**values) if len(values) == len(known) else None
+
+
+def _leaf(hint: Any, value: Any, path: str, problems: list[str]) -> Any:
+    """One value, converted by OmegaConf to its declared type."""
+    try:
+        node: Any = OmegaConf.structured(make_dataclass("Leaf", [("value", hint)]))
+        node.value = value
+        return OmegaConf.to_object(node).value  # type: ignore[union-attr]
+    except OmegaConfBaseException:
+        problems.append(f"{path}={value} must be of type {getattr(hint, '__name__', hint)}")
+        return None
