@@ -54,9 +54,8 @@ def pack_rows(spans: list[np.ndarray], seq_len: int, end_of_text: int) -> Packed
     labels = np.where(valid & ~ends, tokens[:, 1:], NO_LOSS)
 
     starts = np.ones_like(valid)
-    starts[:, 1:] = ends[:, :-1] | (
-        valid[:, :-1] & ~valid[:, 1:]
-    )  # a new document, or the first of the padding
+    padding_starts = valid[:, :-1] & ~valid[:, 1:]
+    starts[:, 1:] = ends[:, :-1] | padding_starts
     positions = np.arange(seq_len)
     position_ids = positions - np.maximum.accumulate(np.where(starts, positions, 0), axis=1)
     cu_seqlens = np.append(np.flatnonzero(starts), starts.size).astype(np.int32)

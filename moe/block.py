@@ -21,10 +21,12 @@ class MoEBlock(nn.Module):
         self.experts = Experts(config.num_experts, config.hidden_size, config.moe_intermediate_size, backend)
         self.dispatcher: Dispatcher = LocalDispatcher()
 
-    def forward(self, hidden: Tensor, token_mask: Tensor | None = None) -> tuple[Tensor, RouterStatistics]:
+    def forward(
+        self, hidden: Tensor, token_mask: Tensor | None = None, selection_bias: Tensor | None = None
+    ) -> tuple[Tensor, RouterStatistics]:
         """hidden [B,S,H], token_mask [B,S] bool (False: in no statistic) -> [B,S,H], its statistics."""
         x = hidden.flatten(0, 1)
         mask = None if token_mask is None else token_mask.flatten()
-        routing_weights, expert_indices, statistics = self.gate(x, mask)
+        routing_weights, expert_indices, statistics = self.gate(x, mask, selection_bias)
         y = self.dispatcher(x, routing_weights, expert_indices, self.experts)
         return y.view_as(hidden), statistics

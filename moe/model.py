@@ -49,18 +49,21 @@ class DecoderLayer(nn.Module):
         documents: Documents,
         token_mask: Tensor | None,
         cache: KeyValueCache | None,
+        selection_bias: Tensor | None,
     ) -> tuple[Tensor, RouterStatistics | None]:
         """hidden [B, S, H] -> [B, S, H] and, from a sparse layer, its router statistics."""
         hidden = hidden + self.self_attn(self.input_layernorm(hidden), rotary, documents, cache)
         normed = self.post_attention_layernorm(hidden)
-        update, statistics = _call(self._feed_forward, normed, token_mask, recompute=self.recompute_experts)
+        update, statistics = _call(
+            self._feed_forward, normed, token_mask, selection_bias, recompute=self.recompute_experts
+        )
         return hidden + update, statistics
 
     def _feed_forward(
-        self, hidden: Tensor, token_mask: Tensor | None
+        self, hidden: Tensor, token_mask: Tensor | None, selection_bias: Tensor | None
     ) -> tuple[Tensor, RouterStatistics | None]:
         if isinstance(self.mlp, MoEBlock):
-            return self.mlp(hidden, token_mask)
+            return self.mlp(hidden, token_mask, selection_bias)
         return self.mlp(hidden), None
 
 
@@ -84,6 +87,7 @@ class Decoder(nn.Module):
         cu_seqlens: Tensor,
         token_mask: Tensor | None,
         cache: KeyValueCache | None,
+        selection_bias: Tensor | None,
     ) -> tuple[Tensor, RouterStatistics | None]:
         """[B, S] ids -> hidden states [B, S, H] after the final norm, and the statistics of all routers."""
         hidden = self.embed_tokens(input_ids)  # [B, S, H]
@@ -91,10 +95,11 @@ class Decoder(nn.Module):
         rotary = rotary_tables(
             position_ids.flatten(), self.config.head_dim, self.config.rope_theta, hidden.dtype
         )
-        per_layer = []
+        per_layer: list[RouterStatistics] = []
         for layer in self.layers:
+            bias = None if selection_bias is None else selection_bias[len(per_layer)]  # a row each
             hidden, statistics = _call(
-                layer, hidden, rotary, documents, token_mask, cache, recompute=self.recompute_layers
+                layer, hidden, rotary, documents, token_mask, cache, bias, recompute=self.recompute_layers
             )
             if statistics is not None:
                 per_layer.append(statistics)
@@ -140,6 +145,8 @@ class CausalLM(nn.Module):
         token_mask: Tensor | None = None,
         labels: Tensor | None = None,
         cache: KeyValueCache | None = None,
+        selection_bias: Tensor | None = None,
+        routing_only: bool = False,
     ) -> ModelOutput:
         """Logits, or with labels the summed cross entropy; and the router statistics.
 
@@ -147,9 +154,13 @@ class CausalLM(nn.Module):
         token_mask [B, S] bool: False keeps a token (padding) out of the router statistics.
         labels [B, S] int64, already shifted, -100 = no loss.
         cache: the tokens go on where its rows ended; one sequence per row, and position_ids say so.
+        selection_bias [L, E] fp32: added to the routers' scores for the choice of experts only.
+        routing_only: the router statistics are all that is wanted; the head does not run.
         Ids must lie in the vocabulary: nothing checks them here.
         """
-        hidden, router = self.model(input_ids, position_ids, cu_seqlens, token_mask, cache)
+        hidden, router = self.model(input_ids, position_ids, cu_seqlens, token_mask, cache, selection_bias)
+        if routing_only:
+            return ModelOutput(None, None, router)
         if labels is None:
             return ModelOutput(self.lm_head(hidden), None, router)
         return ModelOutput(None, self.lm_head(hidden, labels), router)

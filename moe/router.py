@@ -43,15 +43,20 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
 
     def forward(
-        self, hidden: Tensor, token_mask: Tensor | None = None
+        self, hidden: Tensor, token_mask: Tensor | None = None, selection_bias: Tensor | None = None
     ) -> tuple[Tensor, Tensor, RouterStatistics]:
         """hidden [T,H], token_mask [T] bool (None: all count) -> routing_weights [T,K], expert_indices [T,K].
 
-        The weights come in the dtype of `hidden`.
+        `selection_bias` [E] fp32 moves the choice of experts, not their weights, which have the dtype of
+        `hidden`.
         """
         logits = _Float32Linear.apply(hidden, self.weight)  # [T,E] fp32
         probabilities = logits.softmax(-1)
-        routing_weights, expert_indices = probabilities.topk(self.num_experts_per_tok, dim=-1)
+        if selection_bias is None:
+            routing_weights, expert_indices = probabilities.topk(self.num_experts_per_tok, dim=-1)
+        else:
+            expert_indices = (probabilities + selection_bias).topk(self.num_experts_per_tok, dim=-1).indices
+            routing_weights = probabilities.gather(-1, expert_indices)
         if self.norm_topk_prob:
             routing_weights = routing_weights / routing_weights.sum(-1, keepdim=True)
         statistics = _statistics(logits, probabilities, expert_indices, token_mask)

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from data_pipeline.manifest import sync_folder, write_atomically
+from moe.balance import Balance
 from moe.config import ConfigError
 from moe.hf import finish_folder, write_shards
 from trainer.config import RunConfig
@@ -49,7 +50,7 @@ class Checkpoints:
             "zero_stage": config.zero_stage,
         }
 
-    def save(self, engine: Engine, progress: Progress) -> Path:
+    def save(self, engine: Engine, balance: Balance, progress: Progress) -> Path:
         """Write the checkpoint of `progress`; every rank must call it. Returns its folder."""
         final = self._folder / f"step-{progress.step:08d}"
         partial = self._folder / f".step-{progress.step:08d}.attempt-{self._attempt}"
@@ -68,6 +69,7 @@ class Checkpoints:
             merged = {name: place for part in everywhere for name, place in part.items()}
             finish_folder(self._config.model, DTYPES[self._config.dtype], merged, partial / "hf")
             shutil.copyfile(Path(self._config.data.dir) / "tokenizer.json", partial / "hf" / "tokenizer.json")
+            torch.save(balance.state(), partial / "balance.pt")
             record = {"progress": asdict(progress), "layout": self._layout, "attempt": self._attempt}
             (partial / "trainer.json").write_text(json.dumps(record, indent=1))
             _sync_tree(partial)
@@ -79,7 +81,7 @@ class Checkpoints:
         self._ranks.barrier()
         return final
 
-    def load_latest(self, engine: Engine) -> Progress | None:
+    def load_latest(self, engine: Engine, balance: Balance) -> Progress | None:
         """Restore the newest checkpoint into `engine`; None where there is none. Every rank must call it.
 
         Raises ConfigError if it was written on another layout of ranks.
@@ -98,6 +100,7 @@ class Checkpoints:
                 [f"{folder} was written on another layout ({'; '.join(differing)}); use the same"]
             )
         engine.load(folder / "deepspeed")
+        balance.load_state(torch.load(folder / "balance.pt", weights_only=True, map_location="cpu"))
         set_random_state(torch.load(folder / f"random-{self._ranks.rank}.pt", weights_only=True))
         return Progress(**record["progress"])
 

@@ -58,7 +58,9 @@ class BalanceConfig:
     """The load-balancing loss and the router z-loss."""
 
     mode: str
+    micro_weight: float
     z_loss_coef: float
+    bias_update_rate: float
 
 
 @dataclass
@@ -159,7 +161,7 @@ class RunConfig:
             ("dtype", self.dtype, ("fp32", "bf16")),
             ("recompute", self.recompute, ("none", "experts", "full")),
             ("experts.backend", self.experts.backend, ("reference", "loop", "grouped")),
-            ("balance.mode", self.balance.mode, ("exact", "micro_batch")),
+            ("balance.mode", self.balance.mode, ("exact", "prior_buffer", "buffer", "micro_batch")),
             ("schedule.kind", self.schedule.kind, ("cosine", "wsd", "constant")),
             ("tracker.wandb", self.tracker.wandb, ("auto", "online", "offline", "disabled")),
         ]:
@@ -171,7 +173,9 @@ class RunConfig:
             ("optimizer.max_grad_norm", self.optimizer.max_grad_norm, 0),
             ("optimizer.weight_decay", self.optimizer.weight_decay, 0),
             ("schedule.warmup_steps", self.schedule.warmup_steps, 0),
+            ("balance.micro_weight", self.balance.micro_weight, 0),
             ("balance.z_loss_coef", self.balance.z_loss_coef, 0),
+            ("balance.bias_update_rate", self.balance.bias_update_rate, 0),
             ("checkpoint.every_steps", self.checkpoint.every_steps, 1),
             ("checkpoint.keep", self.checkpoint.keep, 1),
             ("evaluate.every_steps", self.evaluate.every_steps, 0),

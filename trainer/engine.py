@@ -152,14 +152,18 @@ class Engine:
         )
         self.module: nn.Module = self._engine.module
 
-    def forward(self, batch: Batch) -> ModelOutput:
-        """The model on one micro-batch: sum of cross entropy and router statistics."""
+    def forward(
+        self, batch: Batch, selection_bias: Tensor | None = None, routing_only: bool = False
+    ) -> ModelOutput:
+        """One micro-batch: the sum of cross entropy (unless `routing_only`) and the router statistics."""
         return self._engine(
             batch.input_ids,
             batch.position_ids,
             batch.cu_seqlens,
             token_mask=batch.token_mask,
             labels=batch.labels,
+            selection_bias=selection_bias,
+            routing_only=routing_only,
         )
 
     def backward(self, loss_share: Tensor) -> None:

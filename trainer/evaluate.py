@@ -2,6 +2,7 @@
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from data_pipeline.loader import Loader
 from trainer.config import RunConfig
@@ -11,7 +12,9 @@ from trainer.runtime import Ranks
 
 
 @torch.no_grad()
-def evaluate(engine: Engine, config: RunConfig, plan: ParallelPlan, ranks: Ranks) -> dict[str, float]:
+def evaluate(
+    engine: Engine, selection_bias: Tensor | None, config: RunConfig, plan: ParallelPlan, ranks: Ranks
+) -> dict[str, float]:
     """Cross entropy per labelled token: `loss/<source>` for each source, `loss/validation` over all of them.
 
     Every rank must call it; rows are dealt out like those of training.
@@ -35,7 +38,7 @@ def evaluate(engine: Engine, config: RunConfig, plan: ParallelPlan, ranks: Ranks
                 if number * rows_at_once >= config.evaluate.rows:
                     break
                 for batch in micro_batches:
-                    output = engine.forward(batch.to(ranks.device))
+                    output = engine.forward(batch.to(ranks.device), selection_bias)
                     assert output.cross_entropy_sum is not None
                     sums[index, 0] += output.cross_entropy_sum
                     sums[index, 1] += (batch.labels != -100).sum()

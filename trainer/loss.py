@@ -12,8 +12,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data_pipeline.loader import Batch
-from moe.balance import balance_loss_share
+from moe.balance import balance_loss_share, expert_frequencies
 from moe.router import RouterStatistics
+from trainer.config import BalanceConfig
 
 
 @dataclass(frozen=True)
@@ -47,11 +48,13 @@ class LossShares:
 
     cross_entropy: Tensor
     balance: Tensor  # [L], before its weight
+    local_balance: Tensor  # [L], with the frequencies of this micro-batch alone, before its weight
     z: Tensor  # [L], before its weight
 
-    def total(self, balance_coef: float, z_coef: float) -> Tensor:
+    def total(self, balance_coef: float, config: BalanceConfig) -> Tensor:
         """What `backward` takes."""
-        return self.cross_entropy + balance_coef * self.balance.sum() + z_coef * self.z.sum()
+        balance = self.balance.sum() + config.micro_weight * self.local_balance.sum()
+        return self.cross_entropy + balance_coef * balance + config.z_loss_coef * self.z.sum()
 
 
 def loss_shares(
@@ -61,10 +64,12 @@ def loss_shares(
     cross_entropy = cross_entropy_sum / max(totals.label_tokens, 1)
     if router is None or frequencies is None:
         nothing = cross_entropy_sum.new_zeros(0)
-        return LossShares(cross_entropy, nothing, nothing)
+        return LossShares(cross_entropy, nothing, nothing, nothing)
     tokens = max(totals.tokens, 1)
+    local = expert_frequencies(router.tokens_per_expert)
     return LossShares(
         cross_entropy,
         balance_loss_share(frequencies, router.probability_sums, tokens),
+        balance_loss_share(local, router.probability_sums, tokens),
         router.z_sums / tokens,
     )

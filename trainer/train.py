@@ -10,11 +10,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data_pipeline.loader import Batch, Loader
-from moe.balance import GlobalFrequencies
+from moe.balance import Balance
 from moe.dispatch import AllToAllDispatcher, DeduplicatedAllToAllDispatcher
 from moe.hf import load_hf
 from moe.init import init_weights
-from moe.model import CausalLM
+from moe.model import CausalLM, ModelOutput
 from moe.parallelize import apply_expert_parallel
 from trainer.checkpoint import Checkpoints, Progress
 from trainer.config import RunConfig
@@ -49,9 +49,9 @@ def train(
     model = build_model(config, plan, ranks)
     optimizer = build_optimizer(model, config.optimizer)
     engine = Engine(model, optimizer, config, plan, ranks)
-    frequencies = GlobalFrequencies(config.balance.mode, plan.gradient_accumulation_steps)
+    balance = build_balance(config, plan, ranks.device)
     checkpoints = Checkpoints(run_dir, attempt, config, plan, ranks)
-    progress = checkpoints.load_latest(engine) or Progress(step=0, next_row=0)
+    progress = checkpoints.load_latest(engine, balance) or Progress(step=0, next_row=0)
     loader = Loader(
         config.data,
         seq_len=config.stage.seq_len,
@@ -81,7 +81,7 @@ def train(
             break
 
         rate = learning_rate(config.schedule, config.optimizer.lr, step, total_steps)
-        sums, losses, grad_norm = train_step(engine, micro_batches, totals, frequencies, config, rate)
+        sums, losses, grad_norm = train_step(engine, micro_batches, totals, balance, config, rate)
         if not math.isfinite(grad_norm):  # the same on every rank: the norm is global
             raise TrainingError(diverged(step + 1, micro_batches, losses, ranks, run_dir))
         step += 1
@@ -109,19 +109,19 @@ def train(
         paused = time.perf_counter()
         every = config.evaluate.every_steps
         if every and (step % every == 0 or last):
-            held_out = evaluate(engine, config, plan, ranks)
+            held_out = evaluate(engine, balance.bias, config, plan, ranks)
             screen.say(f"step {step}: " + ", ".join(f"{key} {value:.3f}" for key, value in held_out.items()))
             if tracker is not None:
                 tracker.log({"step": step, "tokens": step * step_tokens, **held_out})
             metrics |= held_out
         if step % config.checkpoint.every_steps == 0 or last:
-            checkpoints.save(engine, Progress(step, step * plan.global_batch_size))
+            checkpoints.save(engine, balance, Progress(step, step * plan.global_batch_size))
             saved_step = step
         clock.exclude(time.perf_counter() - paused)
 
     if outcome == "stopped":
         if saved_step < step:
-            checkpoints.save(engine, Progress(step, step * plan.global_batch_size))
+            checkpoints.save(engine, balance, Progress(step, step * plan.global_batch_size))
         screen.say(f"stopped at step {step} of {total_steps}; go on with: python -m trainer.resume {run_dir}")
     else:
         unigram = {
@@ -142,29 +142,51 @@ def train_step(
     engine: Engine,
     micro_batches: list[Batch],
     totals: Totals,
-    frequencies: GlobalFrequencies,
+    balance: Balance,
     config: RunConfig,
     rate: float,
 ) -> tuple[StepSums, list[Tensor], float]:
     """One optimizer step: this rank's sums, its losses per micro-batch, and the global gradient norm."""
-    if frequencies.counts_first and config.model.num_experts:
-        with torch.no_grad():
-            routers = [engine.forward(batch).router for batch in micro_batches]
-            frequencies.count_first([router.tokens_per_expert for router in routers if router is not None])
-    sums = StepSums.zeros(
-        len(config.model.moe_layers), config.model.num_experts, micro_batches[0].labels.device
-    )
+    model, bias = config.model, balance.bias
+    kept: list[ModelOutput] = []
+    if balance.counts_first:
+        # Full recompute keeps little of a forward: all of them wait for the counts. ZeRO-3 would lose gradients.
+        if config.recompute == "full" and config.zero_stage < 3:
+            kept = counted = [engine.forward(batch, bias) for batch in micro_batches]
+        else:
+            with torch.no_grad():
+                counted = [engine.forward(batch, bias, routing_only=True) for batch in micro_batches]
+        balance.count_first(
+            [output.router.tokens_per_expert for output in counted if output.router is not None]
+        )
+    sums = StepSums.zeros(len(model.moe_layers), model.num_experts, micro_batches[0].labels.device)
     losses = []
     for batch in micro_batches:
-        output = engine.forward(batch)
+        output = kept.pop(0) if kept else engine.forward(batch, bias)
         assert output.cross_entropy_sum is not None
-        routed = frequencies.of(output.router.tokens_per_expert) if output.router is not None else None
-        shares = loss_shares(output.cross_entropy_sum, output.router, routed, totals)
-        loss = shares.total(config.model.router_aux_loss_coef, config.balance.z_loss_coef)
+        frequencies = None
+        if output.router is not None:
+            slots = totals.tokens * model.num_experts_per_tok
+            frequencies = balance.frequencies(output.router.tokens_per_expert, slots)
+        shares = loss_shares(output.cross_entropy_sum, output.router, frequencies, totals)
+        loss = shares.total(model.router_aux_loss_coef, config.balance)
         engine.backward(loss)
         sums.add(shares, output.router)
         losses.append(loss.detach())
+    balance.end_step()
     return sums, losses, engine.step(rate)
+
+
+def build_balance(config: RunConfig, plan: ParallelPlan, device: torch.device) -> Balance:
+    """The expert frequencies and the selection bias of a run."""
+    return Balance(
+        config.balance.mode,
+        num_layers=len(config.model.moe_layers),
+        num_experts=config.model.num_experts,
+        micro_batches_per_step=plan.gradient_accumulation_steps,
+        bias_update_rate=config.balance.bias_update_rate,
+        device=device,
+    )
 
 
 def build_model(config: RunConfig, plan: ParallelPlan, ranks: Ranks) -> CausalLM:

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from data_pipeline.loader import Batch
 from data_pipeline.packing import pack_rows
-from moe.balance import GlobalFrequencies
 from moe.init import init_weights
 from moe.model import CausalLM
 from trainer.config import RunConfig
@@ -19,7 +18,7 @@ from trainer.loss import agree_on_totals
 from trainer.optimizer import build_optimizer
 from trainer.parallel import ParallelPlan
 from trainer.runtime import Ranks
-from trainer.train import build_model, train_step
+from trainer.train import build_balance, build_model, train_step
 
 ROWS, SEQ_LEN, VOCAB, STEPS, RATE = 4, 48, 64, 3, 1e-2
 END_OF_TEXT = 0
@@ -89,12 +88,12 @@ def train_small(*overrides: str) -> Outcome:
     config.check(plan)
     model = build_model(config, plan, ranks)
     engine = Engine(model, build_optimizer(model, config.optimizer), config, plan, ranks)
-    frequencies = GlobalFrequencies(config.balance.mode, plan.gradient_accumulation_steps)
+    balance = build_balance(config, plan, ranks.device)
     outcome: Outcome = {"losses": [], "balance_losses": [], "grad_norms": []}
     for step in range(STEPS):
         batches = micro_batches(plan, ranks.rank, step)
         totals = agree_on_totals(batches, False, ranks.device)
-        sums, _, grad_norm = train_step(engine, batches, totals, frequencies, config, RATE)
+        sums, _, grad_norm = train_step(engine, batches, totals, balance, config, RATE)
         metrics = sums.over_ranks().describe(totals)
         outcome["losses"].append(metrics["loss"])
         outcome["balance_losses"].append(metrics["balance_loss"])
@@ -104,14 +103,19 @@ def train_small(*overrides: str) -> Outcome:
     return outcome
 
 
-def train_oracle() -> Outcome:
-    """The same three steps by obvious means: one process, fp64, all rows at once, autograd, torch's AdamW."""
-    config = small_config("micro_batch_size=4", "experts.backend=reference")
+def oracle_model(config: RunConfig) -> CausalLM:
+    """The whole model with the obvious expert loop in fp64, of the same initial values."""
     with torch.device("meta"):
         model = CausalLM(config.model, backend="reference")
     model.to_empty(device="cpu")
     init_weights(model, config.seed)
-    model.double()
+    return model.double()
+
+
+def train_oracle() -> Outcome:
+    """The same three steps by obvious means: one process, fp64, all rows at once, autograd, torch's AdamW."""
+    config = small_config("micro_batch_size=4", "experts.backend=reference")
+    model = oracle_model(config)
     matrices = [p for name, p in model.named_parameters() if p.ndim > 1 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim == 1 or "embed" in name]
     optimizer = torch.optim.AdamW(

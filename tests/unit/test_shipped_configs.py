@@ -62,7 +62,8 @@ def test_every_documented_command_is_sound(document, words):
     ).is_file(), words
     if module in ("trainer", "data_pipeline"):
         # a sweep's lists are one value at a time
-        overrides = [argument.split(",")[0] for argument in arguments if argument != "-m"]
+        flags = ("-m", "--cfg", "job")
+        overrides = [argument.split(",")[0] for argument in arguments if argument not in flags]
         config = load({"trainer": "train", "data_pipeline": "prepare"}[module], overrides)
         config.check(ParallelPlan.of(config, config.parallel.nproc_per_node))
 

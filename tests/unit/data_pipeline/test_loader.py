@@ -3,6 +3,7 @@
 import itertools
 import shutil
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -141,6 +142,19 @@ def test_validation_is_read_once_in_plain_order(prepared: DataConfig, world_size
         assert set(padding) == {-100}
 
 
+def test_validation_rows_are_counted_with_the_padded_last(prepared: DataConfig) -> None:
+    for source, record in Manifest.load(Path(prepared.dir)).sources.items():
+        tokens = record.splits["validation"].tokens
+        for seq_len in (tokens - 2, tokens - 1, tokens, 32):
+            loader = make(
+                prepared, seq_len=seq_len, micro=1, global_batch_size=1, split="validation", source=source
+            )
+            assert loader.rows_available() == -(-(tokens - 1) // seq_len)
+            steps = list(loader)
+            assert len(steps) == loader.rows_available()
+            assert sum(int(batch.token_mask.sum()) for [batch] in steps) == tokens - 1
+
+
 def test_the_order_depends_on_the_seed(prepared: DataConfig) -> None:
     [[one]], [[two]] = take(make(prepared), 1), take(make(prepared, seed=8), 1)
     assert not torch.equal(one.input_ids, two.input_ids)
@@ -185,7 +199,10 @@ def test_close_never_hangs(prepared: DataConfig) -> None:
         loader = make(prepared)
         for _ in range(steps):
             next(loader)
-        loader.close()  # the reader waits for room in the queue
+        while not loader._queue.full():
+            time.sleep(0.001)
+        time.sleep(0.05)  # now the reader waits for room in the queue
+        loader.close()
         loader.close()
         with pytest.raises(StopIteration):
             next(loader)

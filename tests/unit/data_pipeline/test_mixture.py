@@ -23,6 +23,11 @@ def test_quotas_are_within_one_of_the_share(weights: list[float], total: int) ->
         assert abs(quota - weight * total / sum(weights)) < 1
 
 
+def test_rows_left_over_go_to_the_largest_remainders() -> None:
+    assert integer_quotas([0.6, 0.3, 0.1], 7) == [4, 2, 1]  # shares 4.2, 2.1, 0.7
+    assert integer_quotas([1.0, 1.0, 1.0], 8) == [3, 3, 2]
+
+
 @settings(max_examples=15, deadline=None)
 @given(
     weights=st.lists(st.floats(0.05, 20), min_size=1, max_size=5),

@@ -146,6 +146,24 @@ def test_killed_preparation_goes_on_to_the_same_bytes(data_config: DataConfig, t
     assert finished.items() <= inodes.items()
 
 
+def test_leftovers_of_a_process_of_the_same_number(data_config: DataConfig) -> None:
+    """In a container process numbers repeat from start to start."""
+    prepare(data_config, VOCAB_SIZE, SEED)
+    before, folder = contents(data_config.dir), Path(data_config.dir)
+    (folder / "manifest.json").rename(folder / "plan.json")
+    (folder / "slices" / "letters-00001").rename(folder / "slices" / f".letters-00001.{os.getpid()}")
+    prepare(data_config, VOCAB_SIZE, SEED)
+    assert contents(folder) == before
+
+
+def test_the_seed_chooses_what_is_held_out(data_config: DataConfig, prepared: DataConfig) -> None:
+    prepare(data_config, VOCAB_SIZE, SEED + 1)
+    one, two = (set(documents_of(config, "letters", "validation")) for config in (prepared, data_config))
+    assert one
+    assert two
+    assert len(one & two) < min(len(one), len(two))
+
+
 def test_a_prepared_folder_is_left_alone(
     data_config: DataConfig, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -199,7 +217,7 @@ def test_folders_that_are_not_ours_or_in_use(data_config: DataConfig) -> None:
     assert [path.name for path in folder.iterdir()] == ["thesis.tex"]
     (folder / "thesis.tex").unlink()
     descriptor = os.open(folder, os.O_RDONLY)
-    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    fcntl.flock(descriptor, fcntl.LOCK_SH)
     with pytest.raises(DataError, match="being prepared by another process"):
         prepare(data_config, VOCAB_SIZE, SEED)
     os.close(descriptor)

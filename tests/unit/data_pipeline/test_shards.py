@@ -76,6 +76,15 @@ def test_a_shard_of_another_size(folder: Path, change: int) -> None:
             check(folder)
 
 
+def test_a_missing_shard_among_too_many_to_look_at(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "_SIZES_CHECKED", 0)
+    monkeypatch.setattr(shards, "_BLOCKS_CHECKED", 1000)
+    path = largest_shard(folder)
+    path.unlink()
+    with pytest.raises(DataError, match=rf"{path} cannot be read \(No such file or directory\)"):
+        open_prepared(folder)
+
+
 def test_a_shard_cut_off_after_the_start(folder: Path) -> None:
     record = Manifest.load(folder).sources["letters"].splits["train"]
     stream = TokenStream(folder, record.shards)

@@ -2,7 +2,7 @@
 
 import torch
 
-from moe.balance import GlobalFrequencies, balance_loss_share, expert_frequencies
+from moe.balance import Balance, balance_loss_share, expert_frequencies
 
 
 def test_balanced_routing_costs_one_and_collapse_costs_the_ratio():
@@ -32,14 +32,43 @@ def test_shares_of_micro_batches_add_up_to_the_global_batch():
     sums = torch.stack([part.sum(0) for part in probabilities.split([5, 25])])
     whole = balance_loss_share(expert_frequencies(counts.sum(0)), sums.sum(0), 30)
 
-    exact = GlobalFrequencies("exact", micro_batches_per_step=2)
-    exact.count_first(counts)
-    shares = [balance_loss_share(exact.of(c), s, 30) for c, s in zip(counts, sums, strict=True)]
-    torch.testing.assert_close(sum(shares), whole, rtol=1e-12, atol=0)
+    def total(mode: str) -> torch.Tensor:
+        balance = Balance(mode, num_layers=1, num_experts=16, micro_batches_per_step=2)
+        if balance.counts_first:
+            balance.count_first([c.unsqueeze(0) for c in counts])
+        return sum(
+            balance_loss_share(balance.frequencies(c.unsqueeze(0), 120), s.unsqueeze(0), 30)
+            for c, s in zip(counts, sums, strict=True)
+        )
 
-    naive = GlobalFrequencies("micro_batch", micro_batches_per_step=2)
-    shares = [balance_loss_share(naive.of(c), s, 30) for c, s in zip(counts, sums, strict=True)]
-    assert abs(sum(shares) - whole) > 1e-3
+    torch.testing.assert_close(total("exact"), whole.unsqueeze(0), rtol=1e-12, atol=0)
+    assert abs(total("micro_batch") - whole) > 1e-3
+    assert abs(total("buffer") - whole) > 1e-4
+
+
+def test_the_prior_fills_what_has_not_been_seen():
+    """With the same routing every step, the prior makes the first micro-batch's frequencies exact."""
+    parts = [torch.tensor([[6.0, 2.0]]), torch.tensor([[0.0, 8.0]])]
+    balance = Balance("prior_buffer", num_layers=1, num_experts=2, micro_batches_per_step=2)
+    first = [balance.frequencies(part, 16) for part in parts]
+    assert first[0].tolist() == [[0.75, 0.25]]  # nothing known yet: the buffer alone
+    assert first[1].tolist() == [[6 / 16, 10 / 16]]
+    balance.end_step()
+    second = balance.frequencies(parts[0], 16)
+    torch.testing.assert_close(second, 0.5 * torch.tensor([[0.75, 0.25]]) + 0.5 * first[1])
+
+    resumed = Balance("prior_buffer", num_layers=1, num_experts=2, micro_batches_per_step=2)
+    balance.end_step()
+    resumed.load_state(balance.state())
+    assert torch.equal(resumed.frequencies(parts[1], 16), balance.frequencies(parts[1], 16))
+
+
+def test_the_selection_bias_moves_towards_the_idle():
+    balance = Balance("exact", num_layers=1, num_experts=4, micro_batches_per_step=1, bias_update_rate=0.5)
+    for _ in range(2):
+        balance.frequencies(torch.tensor([[8.0, 0.0, 4.0, 4.0]]), 16)
+        balance.end_step()
+    assert balance.bias.tolist() == [[-1.0, 1.0, 0.0, 0.0]]
 
 
 def test_no_tokens_cost_nothing():

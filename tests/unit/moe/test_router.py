@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from moe.router import Router, RouterStatistics, stack_statistics
@@ -118,3 +119,16 @@ def test_stack_statistics() -> None:
     assert [value.shape for value in stacked] == [(2, E), (2, E), (2,), (2,)]
     for layer, expected in enumerate(layers):
         assert all(torch.equal(value[layer], other) for value, other in zip(stacked, expected, strict=True))
+
+
+def test_a_selection_bias_moves_the_choice_and_not_the_weights():
+    torch.manual_seed(0)
+    router = Router(8, 6, 2, norm_topk_prob=False)
+    torch.nn.init.normal_(router.weight)
+    hidden = torch.randn(5, 8)
+    bias = torch.zeros(6)
+    bias[3] = 10.0
+    weights, indices, _ = router(hidden, selection_bias=bias)
+    assert (indices == 3).any(dim=1).all()
+    probabilities = F.linear(hidden, router.weight).softmax(-1)
+    torch.testing.assert_close(weights, probabilities.gather(-1, indices))

@@ -1,0 +1,210 @@
+"""The balance loss is exactly the global batch's: value and router gradient, however the batch is cut.
+
+One plain SGD step of rate 1 turns parameters into gradients under any ZeRO stage: gradient = before - after.
+The weights of balance and z-loss are large, so that cross entropy and the rounding of the difference are small.
+"""
+
+from collections.abc import Callable
+from itertools import product
+from typing import Any
+
+import layouts
+import pytest
+import torch
+import torch.distributed as dist
+from harness import run_ranks
+
+import moe.block
+import trainer.loss
+from moe.balance import expert_frequencies
+from moe.block import MoEBlock
+from trainer.engine import Engine, init_deepspeed
+from trainer.loss import agree_on_totals
+from trainer.parallel import ParallelPlan
+from trainer.runtime import Ranks
+from trainer.train import build_balance, build_model, train_step
+
+TOLERANCE = 1e-6
+WEIGHTS = ["model.router_aux_loss_coef=1000", "balance.z_loss_coef=10", "optimizer.max_grad_norm=0"]
+ALL = [
+    (
+        world,
+        [
+            f"deepspeed=zero{stage}",
+            f"micro_batch_size={rows}",
+            f"parallel.ep_size={ep}",
+            f"recompute={again}",
+        ],
+    )
+    for world, stage, rows, ep, again in product((1, 2, 4), (0, 1, 2, 3), (1, 2, 4), (1, 2), ("none", "full"))
+    if 4 % (world * rows) == 0 and ep <= world
+]
+# every pair of world and stage, of stage and recompute, of micro-batches and recompute
+COVERING = [
+    (
+        world,
+        [
+            f"deepspeed=zero{stage}",
+            f"micro_batch_size={rows}",
+            f"parallel.ep_size={ep}",
+            f"recompute={again}",
+        ],
+    )
+    for world, stage, rows, ep, again in [
+        (1, 0, 1, 1, "full"),
+        (1, 1, 2, 1, "none"),
+        (1, 2, 4, 1, "full"),
+        (1, 3, 1, 1, "none"),
+        (2, 0, 2, 2, "none"),
+        (2, 1, 1, 2, "full"),
+        (2, 2, 1, 1, "none"),
+        (2, 3, 1, 2, "full"),
+        (4, 1, 1, 2, "none"),
+        (4, 2, 1, 1, "full"),
+        (4, 3, 1, 2, "none"),
+        (4, 0, 1, 2, "full"),
+    ]
+]
+
+
+def oracle() -> dict[str, Any]:
+    """Balance loss and router gradients in fp64, one process, all rows at once, by the formula."""
+    config = layouts.small_config("micro_batch_size=4", *WEIGHTS)
+    model = layouts.oracle_model(config)
+    (batch,) = layouts.micro_batches(ParallelPlan.of(config, 1), 0, 0)
+    output = model(batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.token_mask, batch.labels)
+    tokens, experts, top_k = batch.token_mask.sum(), 8, 2
+    f = output.router.tokens_per_expert / (top_k * tokens)
+    balance = experts * (f * output.router.probability_sums / tokens).sum(dim=1)
+    cross_entropy = output.cross_entropy_sum / (batch.labels != -100).sum()
+    (cross_entropy + 1000 * balance.sum() + 10 * (output.router.z_sums / tokens).sum()).backward()
+    gradients = {n: p.grad.float() for n, p in model.named_parameters() if n.endswith("mlp.gate.weight")}
+    return {"balance": balance.mean().item(), "gradients": gradients}
+
+
+def measure(*overrides: str) -> dict[str, Any]:
+    """The same from one step through the engine under a layout."""
+    init_deepspeed(torch.device("cpu"))
+    ranks = Ranks(dist.get_rank(), dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
+    config = layouts.small_config(*WEIGHTS, *overrides)
+    plan = ParallelPlan.of(config, ranks.world_size)
+    config.check(plan)
+    config.deepspeed["zero_allow_untested_optimizer"] = True
+    model = build_model(config, plan, ranks)
+    groups: dict[bool, dict[str, Any]] = {}
+    for parameter in model.parameters():
+        expert = getattr(parameter, "group_name", None)
+        group = groups.setdefault(
+            bool(expert), {"params": [], "name": expert or "shared", "moe": bool(expert)}
+        )
+        group["params"].append(parameter)
+    engine = Engine(model, torch.optim.SGD(list(groups.values()), lr=1.0), config, plan, ranks)
+    before = layouts.gather_parameters(engine, plan, ranks)
+    batches = layouts.micro_batches(plan, ranks.rank, 0)
+    totals = agree_on_totals(batches, False, ranks.device)
+    sums, _, _ = train_step(engine, batches, totals, build_balance(config, plan, ranks.device), config, 1.0)
+    after = layouts.gather_parameters(engine, plan, ranks)
+    balance = sums.over_ranks().describe(totals)["balance_loss"]
+    engine.close()
+    return {
+        "balance": balance,
+        "gradients": {n: before[n] - after[n] for n in before if n.endswith("gate.weight")},
+    }
+
+
+def measure_many(overrides: list[list[str]], mutant: str | None = None) -> list[dict[str, Any]]:
+    if mutant is not None:
+        MUTANTS[mutant]()
+    return [measure(*one) for one in overrides]
+
+
+def deviation(measured: dict[str, Any], expected: dict[str, Any]) -> float:
+    """Largest relative error of the value and of any layer's router gradient (by norm)."""
+    errors = [abs(measured["balance"] / expected["balance"] - 1)]
+    for name, gradient in expected["gradients"].items():
+        errors.append(((measured["gradients"][name] - gradient).norm() / gradient.norm()).item())
+    return max(errors)
+
+
+@pytest.fixture(scope="module")
+def expected() -> dict[str, Any]:
+    return oracle()
+
+
+def check(
+    selection: list[tuple[int, list[str]]], world_size: int, expected: dict[str, Any], timeout: float
+) -> None:
+    chosen = [overrides for size, overrides in selection if size == world_size]
+    for overrides, measured in zip(
+        chosen, run_ranks(measure_many, world_size, chosen, timeout=timeout)[0], strict=True
+    ):
+        assert deviation(measured, expected) < TOLERANCE, overrides
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_exact_is_the_global_batch(expected, world_size):
+    check(COVERING, world_size, expected, timeout=200)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_exact_is_the_global_batch_in_every_layout(expected, world_size):
+    check(ALL, world_size, expected, timeout=800)
+
+
+@pytest.mark.parametrize("mode", ["micro_batch", "buffer", "prior_buffer"])
+def test_the_other_modes_are_approximations(expected, mode):
+    layout = [f"balance.mode={mode}", "micro_batch_size=1"]
+    assert deviation(run_ranks(measure_many, 1, [layout])[0][0], expected) > 1e-3
+
+
+def divide_twice_by_the_ranks() -> None:
+    build: Callable[..., None] = Engine.__init__
+
+    def forgetful(self: Any, *args: Any) -> None:
+        build(self, *args)
+        self._world_size = 1  # what DeepSpeed's average over ranks is undone by
+
+    Engine.__init__ = forgetful  # type: ignore
+
+
+def count_in_recompute() -> None:
+    """Counts kept as module state grow by every forward, the recomputed ones too."""
+    forward: Callable[..., Any] = MoEBlock.forward
+
+    def counting(self: Any, *args: Any) -> Any:
+        y, statistics = forward(self, *args)
+        self.total = getattr(self, "total", 0) + statistics.tokens_per_expert.detach()
+        return y, statistics._replace(tokens_per_expert=self.total)
+
+    moe.block.MoEBlock.forward = counting  # type: ignore
+
+
+def pool_layers() -> None:
+    share = trainer.loss.balance_loss_share
+    trainer.loss.balance_loss_share = lambda f, s, n: share(f.mean(0, keepdim=True), s, n)  # type: ignore
+
+
+def count_padding() -> None:
+    forward: Callable[..., Any] = MoEBlock.forward
+    moe.block.MoEBlock.forward = lambda self, hidden, mask=None, bias=None: forward(self, hidden, None, bias)  # type: ignore
+
+
+def frequencies_of_the_micro_batch() -> None:
+    trainer.train.Balance.frequencies = lambda self, counts, slots: expert_frequencies(counts)  # type: ignore
+
+
+MUTANTS = {
+    "f per micro-batch": frequencies_of_the_micro_batch,
+    "divided by the ranks twice": divide_twice_by_the_ranks,
+    "counted in recompute": count_in_recompute,
+    "layers pooled": pool_layers,
+    "padding counted": count_padding,
+}
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_a_wrong_loss_is_noticed(expected, mutant):
+    layout = ["deepspeed=zero1", "micro_batch_size=1", "parallel.ep_size=2", "recompute=full"]
+    assert deviation(run_ranks(measure_many, 2, [layout], mutant)[0][0], expected) > 100 * TOLERANCE
