@@ -150,7 +150,7 @@ def train_step(
     model, bias = config.model, balance.bias
     kept: list[ModelOutput] = []
     if balance.counts_first:
-        # Full recompute keeps little of a forward: all of them wait for the counts. ZeRO-3 would lose gradients.
+        # Full recompute keeps little of a forward: all wait for the counts. ZeRO-3 would lose gradients.
         if config.recompute == "full" and config.zero_stage < 3:
             kept = counted = [engine.forward(batch, bias) for batch in micro_batches]
         else:

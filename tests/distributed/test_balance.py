@@ -1,7 +1,7 @@
 """The balance loss is exactly the global batch's: value and router gradient, however the batch is cut.
 
 One plain SGD step of rate 1 turns parameters into gradients under any ZeRO stage: gradient = before - after.
-The weights of balance and z-loss are large, so that cross entropy and the rounding of the difference are small.
+The weights of balance and z-loss are large: cross entropy and the rounding of the difference are small.
 """
 
 from collections.abc import Callable
