@@ -1,7 +1,7 @@
 """SwiGLU experts: the weighted sum of this rank's experts for every token.
 
 `reference` is the slow obvious version and the oracle. `loop` and `grouped` run one autograd function on two
-different grouped matrix products.
+different grouped matrix products. `megablocks` and `liger` are optional packages.
 """
 
 from collections.abc import Callable
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from moe import experts_optional
 from moe.config import ConfigError
 from moe.grouping import Grouping
 
@@ -58,6 +59,8 @@ def supports(backend: str, device: torch.device | str, dtype: torch.dtype) -> st
         return f"experts.backend=grouped has no {dtype} kernel; use loop or reference"
     if backend == "grouped" and kind not in ("cpu", "cuda"):
         return f"experts.backend=grouped has no kernel on {kind}; use loop or reference"
+    if backend in ("megablocks", "liger"):
+        return experts_optional.obstacle(backend, kind, dtype)
     return None
 
 
@@ -186,4 +189,6 @@ BACKENDS: dict[str, Callable[..., Tensor]] = {
     "reference": _reference,
     "loop": _fused(_Products(_loop_project, _loop_outer)),
     "grouped": _fused(_Products(_grouped_project, _grouped_outer)),
+    "megablocks": experts_optional.megablocks,
+    "liger": experts_optional.liger,
 }

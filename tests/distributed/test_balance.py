@@ -26,50 +26,41 @@ from trainer.train import build_balance, build_model, train_step
 
 TOLERANCE = 1e-6
 WEIGHTS = ["model.router_aux_loss_coef=1000", "balance.z_loss_coef=10", "optimizer.max_grad_norm=0"]
+
+
+def layout(world: int, stage: int, count: int, ep_size: int, recompute: str) -> tuple[int, list[str]]:
+    """Number of ranks, and the overrides for so many micro-batches per step."""
+    rows = f"micro_batch_size={layouts.ROWS // (world * count)}"
+    return world, [f"deepspeed=zero{stage}", rows, f"parallel.ep_size={ep_size}", f"recompute={recompute}"]
+
+
 ALL = [
-    (
-        world,
-        [
-            f"deepspeed=zero{stage}",
-            f"micro_batch_size={rows}",
-            f"parallel.ep_size={ep}",
-            f"recompute={again}",
-        ],
+    layout(world, stage, count, ep_size, recompute)
+    for world, stage, count, ep_size, recompute in product(
+        (1, 2, 4), (0, 1, 2, 3), (1, 2, 4), (1, 2), ("none", "full")
     )
-    for world, stage, rows, ep, again in product((1, 2, 4), (0, 1, 2, 3), (1, 2, 4), (1, 2), ("none", "full"))
-    if 4 % (world * rows) == 0 and ep <= world
+    if ep_size <= world
 ]
 # every pair of world and stage, of stage and recompute, of micro-batches and recompute
 COVERING = [
-    (
-        world,
-        [
-            f"deepspeed=zero{stage}",
-            f"micro_batch_size={rows}",
-            f"parallel.ep_size={ep}",
-            f"recompute={again}",
-        ],
-    )
-    for world, stage, rows, ep, again in [
-        (1, 0, 1, 1, "full"),
-        (1, 1, 2, 1, "none"),
-        (1, 2, 4, 1, "full"),
-        (1, 3, 1, 1, "none"),
-        (2, 0, 2, 2, "none"),
-        (2, 1, 1, 2, "full"),
-        (2, 2, 1, 1, "none"),
-        (2, 3, 1, 2, "full"),
-        (4, 1, 1, 2, "none"),
-        (4, 2, 1, 1, "full"),
-        (4, 3, 1, 2, "none"),
-        (4, 0, 1, 2, "full"),
-    ]
+    layout(1, 0, 4, 1, "full"),
+    layout(1, 1, 2, 1, "none"),
+    layout(1, 2, 1, 1, "full"),
+    layout(1, 3, 4, 1, "none"),
+    layout(2, 0, 1, 2, "none"),
+    layout(2, 1, 4, 2, "full"),
+    layout(2, 2, 2, 1, "none"),
+    layout(2, 3, 2, 2, "full"),
+    layout(4, 1, 4, 2, "none"),
+    layout(4, 2, 2, 1, "full"),
+    layout(4, 3, 1, 2, "none"),
+    layout(4, 0, 4, 2, "full"),
 ]
 
 
 def oracle() -> dict[str, Any]:
     """Balance loss and router gradients in fp64, one process, all rows at once, by the formula."""
-    config = layouts.small_config("micro_batch_size=4", *WEIGHTS)
+    config = layouts.small_config(f"micro_batch_size={layouts.ROWS}", *WEIGHTS)
     model = layouts.oracle_model(config)
     (batch,) = layouts.micro_batches(ParallelPlan.of(config, 1), 0, 0)
     output = model(batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.token_mask, batch.labels)
@@ -155,8 +146,9 @@ def test_exact_is_the_global_batch_in_every_layout(expected, world_size):
 
 @pytest.mark.parametrize("mode", ["micro_batch", "buffer", "prior_buffer"])
 def test_the_other_modes_are_approximations(expected, mode):
-    layout = [f"balance.mode={mode}", "micro_batch_size=1"]
-    assert deviation(run_ranks(measure_many, 1, [layout])[0][0], expected) > 1e-3
+    _, overrides = layout(1, 1, 4, 1, "none")
+    measured = run_ranks(measure_many, 1, [[*overrides, f"balance.mode={mode}"]])[0][0]
+    assert deviation(measured, expected) > 1e-3
 
 
 def divide_twice_by_the_ranks() -> None:
@@ -206,5 +198,5 @@ MUTANTS = {
 
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_a_wrong_loss_is_noticed(expected, mutant):
-    layout = ["deepspeed=zero1", "micro_batch_size=1", "parallel.ep_size=2", "recompute=full"]
-    assert deviation(run_ranks(measure_many, 2, [layout], mutant)[0][0], expected) > 100 * TOLERANCE
+    _, overrides = layout(2, 1, 4, 2, "full")
+    assert deviation(run_ranks(measure_many, 2, [overrides], mutant)[0][0], expected) > 100 * TOLERANCE

@@ -1,0 +1,165 @@
+"""Expert compute by megablocks 0.10 and by liger-kernel 0.8, both optional and imported at first use.
+
+Both are Triton kernels: they need a CUDA device, or TRITON_INTERPRET=1, which runs them anywhere, slowly.
+"""
+
+import functools
+import os
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moe.grouping import Grouping
+
+# T tokens, K slots per token, E local experts, H hidden, I intermediate
+# M slots whose expert is here
+
+_REQUIREMENTS: dict[str, tuple[tuple[str, ...], str]] = {  # backend: packages, remedy
+    "megablocks": (("megablocks", "stk", "triton"), "run `make megablocks`"),
+    "liger": (("liger_kernel", "triton"), "run `.venv/bin/python -m pip install liger-kernel==0.8.5`"),
+}
+
+
+def obstacle(backend: str, device_type: str, dtype: torch.dtype) -> str | None:
+    """Why "megablocks" or "liger" cannot run on `device_type` in `dtype`, and the remedy; None if it can."""
+    key = f"experts.backend={backend}"
+    packages, remedy = _REQUIREMENTS[backend]
+    missing = [package for package in packages if find_spec(package) is None]
+    if missing:
+        return f"{key} needs {', '.join(missing)}, not installed here; {remedy}"
+    if device_type != "cuda" and not _interpreted():
+        return f"{key} runs Triton kernels, which need a CUDA device, not {device_type}; use loop or grouped"
+    dtypes = [torch.bfloat16, torch.float16, torch.float32]
+    if backend == "megablocks" and find_spec("grouped_gemm"):
+        dtypes = [torch.bfloat16]  # all that grouped_gemm has
+    if backend == "liger" and not _interpreted():
+        dtypes.remove(torch.float32)  # its products would silently be TF32
+    if dtype not in dtypes:
+        return f"{key} has no {dtype} kernel here, only {', '.join(map(str, dtypes))}; use loop or reference"
+    return None
+
+
+def _present_slots(compute: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A backend from `compute(x, routing_weights, expert_indices, w1, w3, w2)`, whose slots must all be here.
+
+    Where some are elsewhere, each of the M others becomes a token with a single slot.
+    """
+
+    def backend(
+        x: Tensor,
+        routing_weights: Tensor,
+        expert_indices: Tensor,
+        num_rows: int | None,
+        w1: Tensor,
+        w3: Tensor,
+        w2: Tensor,
+    ) -> Tensor:
+        absent = expert_indices == len(w1)  # [T,K]
+        if num_rows is None:
+            num_rows = absent.numel() - int(absent.sum())
+        if num_rows == absent.numel():
+            return compute(x, routing_weights, expert_indices, w1, w3, w2)
+        here = Grouping.by(absent.long(), 1, num_rows)
+        weights = routing_weights.flatten()[here.slot].unsqueeze(1)  # [M,1]
+        ids = expert_indices.flatten()[here.slot].unsqueeze(1)  # [M,1]
+        return here.combine(compute(here.gather(x), weights, ids, w1, w3, w2))
+
+    return backend
+
+
+@_present_slots
+def megablocks(
+    x: Tensor, routing_weights: Tensor, expert_indices: Tensor, w1: Tensor, w3: Tensor, w2: Tensor
+) -> Tensor:
+    """The grouped path of megablocks' dropless layer (`ParallelDroplessMLP` with `GroupedGLU`)."""
+    ops, gmm = _load_megablocks()
+    num_experts, top_k = len(w1), expert_indices.shape[1]
+    ids = expert_indices.flatten().int()  # [T*K]
+    sorted_ids, order = ops.sort(ids, num_experts.bit_length())
+    counts = ops.histogram(ids, num_experts)  # [E]
+    ends = ops.inclusive_cumsum(counts, 0).view(num_experts)
+    rows = ops.gather(x.contiguous(), order, sorted_ids, ends, top_k)  # [T*K,H]
+    counts = counts.cpu().long()  # where grouped_gemm wants them
+    # GroupedGLU holds w2 as [E,I,H]; that copy would live until backward, where ZeRO-3 could not free it.
+    product = functools.partial(gmm, batch_sizes=counts, trans_b=True)
+    hidden = F.silu(product(rows, w1)) * product(rows, w3)  # [T*K,I]
+    return ops.scatter(product(hidden, w2), order, sorted_ids, routing_weights.flatten(), ends, top_k)
+
+
+@_present_slots
+def liger(
+    x: Tensor, routing_weights: Tensor, expert_indices: Tensor, w1: Tensor, w3: Tensor, w2: Tensor
+) -> Tensor:
+    """liger-kernel's LigerFusedMoEFunction, over a copy of w1 and w3 in its layout, [E,2I,H]."""
+    gate_up = torch.cat([w1, w3], 1)
+    return _load_liger().apply(x, gate_up, w2, expert_indices.int(), routing_weights)
+
+
+@functools.cache
+def _load_megablocks() -> tuple[ModuleType, Callable[..., Tensor]]:
+    """megablocks.ops and grouped_gemm's `gmm`, on torch where their CUDA extensions are not installed."""
+    stand_ins = [
+        _module("megablocks_ops", sort=_sort, histogram=_histogram, inclusive_cumsum=_inclusive_cumsum),
+        _module("grouped_gemm", ops=_module("ops", gmm=_gmm), backend=None),
+    ]
+    missing = {module.__name__: module for module in stand_ins if find_spec(module.__name__) is None}
+    sys.modules.update(missing)
+    try:
+        from megablocks import grouped_gemm_util, ops
+        from megablocks.backend import kernels
+    finally:  # nobody else may take them for the real ones
+        for name in missing:
+            del sys.modules[name]
+    _fix_configurations(kernels)
+    return ops, grouped_gemm_util.ops.gmm
+
+
+@functools.cache
+def _load_liger() -> Any:
+    from liger_kernel.ops import fused_moe, fused_moe_kernels
+
+    _fix_configurations(fused_moe_kernels)
+    return fused_moe.LigerFusedMoEFunction
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _fix_configurations(kernels: ModuleType) -> None:
+    """Triton's interpreter cannot choose between configurations: there is no device to time them on."""
+    for kernel in vars(kernels).values():
+        if _interpreted():
+            del getattr(kernel, "configs", [])[1:]
+
+
+def _module(name: str, **members: Any) -> ModuleType:
+    module = ModuleType(name)
+    vars(module).update(members)
+    return module
+
+
+def _sort(keys: Tensor, end_bit: int, sorted_keys: Tensor, order: Tensor) -> None:
+    values, indices = keys.sort(stable=True)
+    sorted_keys.copy_(values)
+    order.copy_(indices)
+
+
+def _histogram(ids: Tensor, num_bins: int) -> Tensor:
+    return torch.bincount(ids, minlength=num_bins).int()
+
+
+def _inclusive_cumsum(counts: Tensor, dim: int, out: Tensor) -> None:
+    torch.cumsum(counts, dim, out=out)
+
+
+def _gmm(rows: Tensor, weights: Tensor, batch_sizes: Tensor, trans_b: bool = False) -> Tensor:
+    """A loop, as grouped_gemm's own on Hopper, so that every device and dtype can run it."""
+    groups = zip(rows.split(batch_sizes.tolist()), (weights.mT if trans_b else weights).unbind(), strict=True)
+    return torch.cat([group @ weight for group, weight in groups])
