@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all check clean
+.PHONY: demo test test-all check megablocks clean
 
 demo: .venv/installed
 	$(BIN)/python -m data_pipeline experiment=demo
@@ -27,6 +27,17 @@ check: .venv/installed
 	$(BIN)/python -m pip install --quiet torch==2.13.0
 	$(BIN)/python -m pip install --quiet -e '.[test]'
 	touch $@
+
+# megablocks pins an older torch, hence --no-deps. Its CUDA extension, which nvcc 13 does not compile, is left out:
+# moe/experts_optional.py sorts and counts with torch instead. The list of architectures only keeps setup.py from
+# asking for a GPU.
+megablocks: .venv/installed
+	$(BIN)/python -m pip install --quiet triton 'setuptools>=70.1'
+	TORCH_CUDA_ARCH_LIST=9.0 $(BIN)/python -m pip download --quiet --no-deps --no-build-isolation \
+		--no-binary :all: --dest build megablocks==0.10.0
+	tar -xzf build/megablocks-0.10.0.tar.gz -C build
+	sed -i "s/^if 'cu' in/if False and 'cu' in/" build/megablocks-0.10.0/setup.py
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation stanford-stk==0.7.1 ./build/megablocks-0.10.0
 
 clean:
 	rm -rf .venv runs data build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -22,3 +22,12 @@ def apply_expert_parallel(model: nn.Module, *, ep_rank: int, ep_size: int, dispa
             share = weight.detach().chunk(ep_size)[ep_rank].clone()  # a copy, so that the rest is freed
             setattr(experts, name, nn.Parameter(share, requires_grad=weight.requires_grad))
         block.dispatcher = dispatcher
+
+
+def bytes_dispatched(model: nn.Module) -> int:
+    """Bytes that the forward passes of this rank have sent to other ranks' experts so far."""
+    return sum(
+        {
+            id(b.dispatcher): b.dispatcher.bytes_sent for b in model.modules() if isinstance(b, MoEBlock)
+        }.values()
+    )

@@ -15,6 +15,7 @@ class ParallelConfig:
 
     nproc_per_node: int
     ep_size: int
+    ep_within_node: bool
     dispatcher: str
 
 
@@ -51,6 +52,16 @@ class ParallelPlan:
     def ep_rank(self, rank: int) -> int:
         """Position of `rank` in its expert-parallel group."""
         return rank % self.ep_size
+
+    def groups_across_nodes(self, hosts: list[str]) -> list[str]:
+        """Expert-parallel groups whose ranks do not share a host, as text; `hosts` is indexed by rank."""
+        found = []
+        for first in range(0, self.world_size, self.ep_size):
+            group = range(first, first + self.ep_size)
+            names = sorted({hosts[rank] for rank in group})
+            if len(names) > 1:
+                found.append(f"ranks {group[0]}-{group[-1]} on {', '.join(names)}")
+        return found
 
     def problems(self, num_experts: int) -> list[str]:
         """Every broken law of the layout, one line each."""

@@ -1,6 +1,7 @@
 """The run, from top to bottom."""
 
 import math
+import socket
 import time
 from pathlib import Path
 from typing import TextIO
@@ -11,11 +12,13 @@ from torch import Tensor
 
 from data_pipeline.loader import Batch, Loader
 from moe.balance import Balance
+from moe.config import ConfigError
 from moe.dispatch import AllToAllDispatcher, DeduplicatedAllToAllDispatcher
+from moe.experts import supports
 from moe.hf import load_hf
 from moe.init import init_weights
 from moe.model import CausalLM, ModelOutput
-from moe.parallelize import apply_expert_parallel
+from moe.parallelize import apply_expert_parallel, bytes_dispatched
 from trainer.checkpoint import Checkpoints, Progress
 from trainer.config import RunConfig
 from trainer.engine import DTYPES, Engine, expert_parallel_group, init_deepspeed, mark_experts
@@ -46,6 +49,7 @@ def train(
     screen = Terminal(terminal if ranks.is_main else None, total_steps)
 
     init_deepspeed(ranks.device)
+    check_hosts(config, plan, ranks, screen)
     model = build_model(config, plan, ranks)
     optimizer = build_optimizer(model, config.optimizer)
     engine = Engine(model, optimizer, config, plan, ranks)
@@ -69,7 +73,7 @@ def train(
     screen.say(describe(config, plan, progress))
 
     metrics: dict = {}
-    clock, logged_step, saved_step = StepClock(), progress.step, progress.step
+    clock, logged_step, saved_step, logged_bytes = StepClock(), progress.step, progress.step, 0
     step, outcome, batches = progress.step, "finished", iter(loader)
     while step < total_steps:
         waiting = time.perf_counter()
@@ -88,8 +92,8 @@ def train(
 
         last = step == total_steps
         if step % config.tracker.log_every_steps == 0 or last:
-            step_seconds, data_wait_seconds = clock.lap(step - logged_step)
-            logged_step = step
+            steps = step - logged_step
+            step_seconds, data_wait_seconds = clock.lap(steps)
             tokens_per_second = step_tokens / step_seconds
             metrics = {
                 "step": step,
@@ -102,7 +106,9 @@ def train(
                 "data_wait_seconds": data_wait_seconds,
                 "mfu": tokens_per_second * flops_per_token / peak,
                 "memory_gib": memory_gib(ranks.device),
+                "dispatch_gib": (bytes_dispatched(model) - logged_bytes) / steps / 2**30,
             }
+            logged_step, logged_bytes = step, bytes_dispatched(model)
             if tracker is not None:
                 tracker.log(metrics)
                 screen.progress(metrics)
@@ -191,6 +197,10 @@ def build_balance(config: RunConfig, plan: ParallelPlan, device: torch.device) -
 
 def build_model(config: RunConfig, plan: ParallelPlan, ranks: Ranks) -> CausalLM:
     """The model with this rank's experts only, weights read from `stage.init_from` or drawn from the seed."""
+    if config.model.num_experts and (
+        why := supports(config.experts.backend, ranks.device, DTYPES[config.dtype])
+    ):
+        raise ConfigError([why])
     ep_rank = plan.ep_rank(ranks.rank)
     with torch.device("meta"):
         model = CausalLM(config.model, backend=config.experts.backend, recompute=config.recompute)
@@ -203,10 +213,28 @@ def build_model(config: RunConfig, plan: ParallelPlan, ranks: Ranks) -> CausalLM
     else:
         load_hf(model, Path(config.stage.init_from), ep_rank=ep_rank)
     model.to(DTYPES[config.dtype])
-    mark_experts(
-        model, config.model.num_experts, plan.ep_size, ep_rank
-    )  # last: new parameters lose their marks
+    # Last: a parameter that is made anew loses its marks.
+    mark_experts(model, config.model.num_experts, plan.ep_size, ep_rank)
     return model
+
+
+def check_hosts(config: RunConfig, plan: ParallelPlan, ranks: Ranks, screen: Terminal) -> None:
+    """Say which expert-parallel groups span nodes, where every token would cross the network.
+
+    Raises ConfigError instead under `parallel.ep_within_node`. Every rank must call it.
+    """
+    hosts: list = [None] * ranks.world_size
+    dist.all_gather_object(hosts, socket.gethostname())
+    apart = plan.groups_across_nodes(hosts)
+    if apart and config.parallel.ep_within_node:
+        raise ConfigError(
+            [
+                f"parallel.ep_size={plan.ep_size} spans nodes ({'; '.join(apart)}); "
+                f"use at most the ranks of a node, or parallel.ep_within_node=false"
+            ]
+        )
+    if apart:
+        screen.say(f"warning: expert-parallel groups span nodes, which is slow: {'; '.join(apart)}")
 
 
 def describe(config: RunConfig, plan: ParallelPlan, progress: Progress) -> str:

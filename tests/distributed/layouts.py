@@ -79,8 +79,8 @@ def micro_batches(plan: ParallelPlan, rank: int, step: int) -> list[Batch]:
     return batches
 
 
-def train_small(*overrides: str) -> Outcome:
-    """Three steps under the configuration that the overrides name."""
+def train_small(*overrides: str, steps: int = STEPS, same_rows: bool = False) -> Outcome:
+    """So many steps under the configuration that the overrides name, on new rows or on the same."""
     init_deepspeed(torch.device("cpu"))
     ranks = Ranks(dist.get_rank(), dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
     config = small_config(*overrides)
@@ -90,8 +90,8 @@ def train_small(*overrides: str) -> Outcome:
     engine = Engine(model, build_optimizer(model, config.optimizer), config, plan, ranks)
     balance = build_balance(config, plan, ranks.device)
     outcome: Outcome = {"losses": [], "balance_losses": [], "grad_norms": []}
-    for step in range(STEPS):
-        batches = micro_batches(plan, ranks.rank, step)
+    for step in range(steps):
+        batches = micro_batches(plan, ranks.rank, 0 if same_rows else step)
         totals = agree_on_totals(batches, False, ranks.device)
         sums, _, grad_norm = train_step(engine, batches, totals, balance, config, RATE)
         metrics = sums.over_ranks().describe(totals)

@@ -69,9 +69,13 @@ def test_a_run_learns_and_leaves_a_folder_that_transformers_loads(train, tmp_pat
     [
         ["deepspeed=zero1"],
         ["deepspeed=zero3", "dtype=bf16", "recompute=full"],
+        [
+            *("deepspeed=zero2", "parallel.dispatcher=all_to_all"),
+            *("balance.mode=prior_buffer", "balance.bias_update_rate=0.01", "balance.micro_weight=0.01"),
+        ],
         ["deepspeed=zero0", "parallel.ep_size=1"],
     ],
-    ids=["zero1", "zero3-bf16", "zero0"],
+    ids=["zero1", "zero3-bf16", "zero2-prior-bias", "zero0"],
 )
 def test_interrupted_equals_straight(train, small, tmp_path, layout):
     """Stopped by a signal, resumed, killed, resumed again: bit for bit the run that nobody touched."""
@@ -122,6 +126,14 @@ def interrupt(
             return process.wait(timeout=60)
         finally:
             process.kill()
+
+
+def test_evaluation_leaves_training_alone(train, tmp_path):
+    """Held-out rows pass through the same model; no count, prior, bias or random number may move."""
+    balance = ["balance.mode=prior_buffer", "balance.bias_update_rate=0.01", "checkpoint.every_steps=8"]
+    assert train("name=never", *balance, "evaluate.every_steps=0").returncode == 0
+    assert train("name=always", *balance, "evaluate.every_steps=1").returncode == 0
+    assert_same_run(tmp_path / "runs/never", tmp_path / "runs/always")
 
 
 def test_the_same_configuration_goes_on_and_another_is_refused(train, tmp_path):

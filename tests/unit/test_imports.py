@@ -25,8 +25,7 @@ EXTRA = {
     "data_pipeline/chat.py": {"tokenizers"},
     "trainer/engine.py": {"deepspeed"},
     "trainer/tracker.py": {"wandb"},
-    "moe/experts_megablocks.py": {"megablocks"},
-    "moe/experts_liger.py": {"liger_kernel"},
+    "moe/experts_optional.py": {"megablocks", "liger_kernel"},
 }
 TORCH_FREE = ["moe.config", "data_pipeline.config", "trainer.config", "trainer.parallel", "trainer.cli"]
 

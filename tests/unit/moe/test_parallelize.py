@@ -4,10 +4,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from hydra import compose, initialize_config_module
+from omegaconf import OmegaConf
 from torch import nn
 
 from moe.block import MoEBlock
+from moe.config import ModelConfig
 from moe.dispatch import LocalDispatcher
+from moe.model import CausalLM
 from moe.parallelize import apply_expert_parallel
 
 E, H, INTERMEDIATE = 8, 16, 4
@@ -71,3 +75,23 @@ def test_wrong_layouts_are_our_bugs() -> None:
     apply_expert_parallel(model, ep_rank=0, ep_size=2, dispatcher=LocalDispatcher())
     with pytest.raises(AssertionError, match="already distributed"):
         apply_expert_parallel(model, ep_rank=0, ep_size=2, dispatcher=LocalDispatcher())
+
+
+def test_235b_fits_on_256_ranks_of_80_gib():
+    """No rank builds the whole model: on meta, each rank of ep_size 128 holds one expert per layer."""
+    with initialize_config_module("conf", version_base="1.3"):
+        values = OmegaConf.to_container(compose("train", overrides=["model=qwen3_235b_a22b", "name=t"]).model)
+    config = ModelConfig(**values)
+    world_size, ep_size = 256, 128
+    with torch.device("meta"):
+        model = CausalLM(config, backend="grouped")
+    apply_expert_parallel(model, ep_rank=77, ep_size=ep_size, dispatcher=LocalDispatcher())
+    experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
+    shared = sum(p.numel() for p in model.parameters()) - experts
+    assert experts * ep_size + shared == 235_093_634_560
+    assert experts == 94 * 3 * 1536 * 4096
+    weights = 2 * (experts + shared)  # bf16, whole on the rank before ZeRO and under ZeRO 1
+    gradients = 4 * (experts + shared)  # fp32 sums
+    # fp32 masters and two moments, cut over the ranks that hold the same parameter
+    optimizer = 12 * (experts / (world_size / ep_size) + shared / world_size)
+    assert (weights + gradients + optimizer) / 2**30 < 65

@@ -88,3 +88,12 @@ def test_steps_cover_the_token_budget(run_config):
 def test_dense_models_have_no_expert_parallelism(run_config):
     found = broken(run_config("model=tiny_dense", "parallel.ep_size=2"), world_size=2)
     assert any("needs experts" in line for line in found)
+
+
+def test_expert_groups_across_nodes_are_found(run_config):
+    plan = ParallelPlan.of(run_config("parallel.ep_size=4", "stage.global_batch_size=8"), 8)
+    assert plan.groups_across_nodes(["a"] * 4 + ["b"] * 4) == []
+    assert plan.groups_across_nodes(["a"] * 6 + ["b"] * 2) == ["ranks 4-7 on a, b"]
+    assert [plan.ep_rank(rank) for rank in range(8)] == [0, 1, 2, 3, 0, 1, 2, 3], (
+        "groups are consecutive ranks"
+    )
