@@ -38,8 +38,8 @@ def obstacle(backend: str, device_type: str, dtype: torch.dtype) -> str | None:
     dtypes = [torch.bfloat16, torch.float16, torch.float32]
     if backend == "megablocks" and find_spec("grouped_gemm"):
         dtypes = [torch.bfloat16]  # all that grouped_gemm has
-    if backend == "liger" and not _interpreted():
-        dtypes.remove(torch.float32)  # its products would silently be TF32
+    if backend == "liger":  # its fp32 products on a device are TF32; the interpreter has no bf16 atomics
+        dtypes = [torch.float32] if _interpreted() else [torch.bfloat16, torch.float16]
     if dtype not in dtypes:
         return f"{key} has no {dtype} kernel here, only {', '.join(map(str, dtypes))}; use loop or reference"
     return None
@@ -78,7 +78,7 @@ def megablocks(
     x: Tensor, routing_weights: Tensor, expert_indices: Tensor, w1: Tensor, w3: Tensor, w2: Tensor
 ) -> Tensor:
     """The grouped path of megablocks' dropless layer (`ParallelDroplessMLP` with `GroupedGLU`)."""
-    ops, gmm = _load_megablocks()
+    ops, grouped_gemm = _load_megablocks()
     num_experts, top_k = len(w1), expert_indices.shape[1]
     ids = expert_indices.flatten().int()  # [T*K]
     sorted_ids, order = ops.sort(ids, num_experts.bit_length())
@@ -87,7 +87,7 @@ def megablocks(
     rows = ops.gather(x.contiguous(), order, sorted_ids, ends, top_k)  # [T*K,H]
     counts = counts.cpu().long()  # where grouped_gemm wants them
     # GroupedGLU holds w2 as [E,I,H]; that copy would live until backward, where ZeRO-3 could not free it.
-    product = functools.partial(gmm, batch_sizes=counts, trans_b=True)
+    product = functools.partial(grouped_gemm.gmm, batch_sizes=counts, trans_b=True)
     hidden = F.silu(product(rows, w1)) * product(rows, w3)  # [T*K,I]
     return ops.scatter(product(hidden, w2), order, sorted_ids, routing_weights.flatten(), ends, top_k)
 
@@ -102,8 +102,8 @@ def liger(
 
 
 @functools.cache
-def _load_megablocks() -> tuple[ModuleType, Callable[..., Tensor]]:
-    """megablocks.ops and grouped_gemm's `gmm`, on torch where their CUDA extensions are not installed."""
+def _load_megablocks() -> tuple[ModuleType, Any]:
+    """megablocks.ops and grouped_gemm.ops, on torch where their CUDA extensions are not installed."""
     stand_ins = [
         _module("megablocks_ops", sort=_sort, histogram=_histogram, inclusive_cumsum=_inclusive_cumsum),
         _module("grouped_gemm", ops=_module("ops", gmm=_gmm), backend=None),
@@ -117,7 +117,7 @@ def _load_megablocks() -> tuple[ModuleType, Callable[..., Tensor]]:
         for name in missing:
             del sys.modules[name]
     _fix_configurations(kernels)
-    return ops, grouped_gemm_util.ops.gmm
+    return ops, grouped_gemm_util.ops
 
 
 @functools.cache

@@ -160,7 +160,11 @@ class RunConfig:
         for key, value, choices in [
             ("dtype", self.dtype, ("fp32", "bf16")),
             ("recompute", self.recompute, ("none", "experts", "full")),
-            ("experts.backend", self.experts.backend, ("reference", "loop", "grouped")),
+            (
+                "experts.backend",
+                self.experts.backend,
+                ("reference", "loop", "grouped", "megablocks", "liger"),
+            ),
             ("balance.mode", self.balance.mode, ("exact", "prior_buffer", "buffer", "micro_batch")),
             ("schedule.kind", self.schedule.kind, ("cosine", "wsd", "constant")),
             ("tracker.wandb", self.tracker.wandb, ("auto", "online", "offline", "disabled")),
@@ -195,6 +199,14 @@ class RunConfig:
             found.append(f"optimizer.betas={self.optimizer.betas} must hold two numbers, as [0.9, 0.95]")
         if not self.optimizer.lr > 0:
             found.append(f"optimizer.lr={self.optimizer.lr} must be above 0")
+        if self.experts.backend == "grouped":
+            values = 8 if self.dtype == "bf16" else 4  # rows of 16 bytes
+            for key in ("hidden_size", "moe_intermediate_size"):
+                if (size := getattr(self.model, key)) % values:
+                    found.append(
+                        f"model.{key}={size} is not a multiple of {values}, which experts.backend=grouped "
+                        f"needs in {self.dtype}; round it up or use experts.backend=loop"
+                    )
         if self.stage.seq_len > self.model.max_position_embeddings:
             found.append(
                 f"stage.seq_len={self.stage.seq_len} exceeds model.max_position_embeddings="

@@ -5,22 +5,33 @@ import os
 import sys
 import traceback
 from pathlib import Path
-
-import torch.distributed as dist
+from typing import TYPE_CHECKING, TextIO
 
 from data_pipeline.config import DataError
 from trainer.config import ConfigError, RunConfig
 from trainer.run_folder import read_state, write_state
-from trainer.runtime import Ranks, StopRequest, TrainingError, redirect_output
-from trainer.train import train
+from trainer.stop import StopRequest
 
-USER_ERRORS = (ConfigError, DataError)
+if TYPE_CHECKING:
+    from trainer.runtime import Ranks
 
 
-def main(run_dir: Path) -> int:
+def main(arguments: list[str]) -> int:
     """Train this rank's part. Returns 0 done or stopped, 2 for the user's error, 1 for anything else."""
-    stop = StopRequest()  # before anything slow: a signal during start-up counts
-    config = RunConfig.of_run(run_dir)
+    if len(arguments) != 1:
+        print("usage: python -m trainer.run RUN_DIR (with RANK, WORLD_SIZE and so on set)", file=sys.stderr)
+        return 2
+    stop = StopRequest()  # before the slow imports: a signal during start-up counts
+    import torch.distributed as dist
+
+    from trainer.runtime import Ranks, redirect_output
+
+    run_dir = Path(arguments[0])
+    try:
+        config = RunConfig.of_run(run_dir)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
     ranks = Ranks.join()
     shared = [read_state(run_dir)["attempt"] + 1]
     dist.broadcast_object_list(shared)
@@ -28,26 +39,36 @@ def main(run_dir: Path) -> int:
     if ranks.is_main:
         write_state(run_dir, "running", attempt)
     terminal = redirect_output(run_dir / "logs" / f"attempt-{attempt}" / f"rank-{ranks.rank}.log")
-    state = "failed"
+    state, code = _train(config, run_dir, attempt, ranks, stop, terminal)
+    if ranks.is_main:
+        write_state(run_dir, state, attempt)
+    return code
+
+
+def _train(
+    config: RunConfig, run_dir: Path, attempt: int, ranks: "Ranks", stop: StopRequest, terminal: TextIO
+) -> tuple[str, int]:
+    """The state of the run afterwards, and the exit code; errors go to the log and to the terminal."""
+    from trainer.runtime import TrainingError
+    from trainer.train import train
+
     try:
-        state = train(config, run_dir, attempt, ranks, stop, terminal)
+        outcome = train(config, run_dir, attempt, ranks, stop, terminal)
         ranks.leave()
-        return 0
-    except (*USER_ERRORS, TrainingError) as error:
+        return outcome, 0
+    except (ConfigError, DataError, TrainingError) as error:
         logging.error("%s", error)
         print(f"rank {ranks.rank}: {error}", file=terminal)
-        return 2 if isinstance(error, USER_ERRORS) else 1
+        return "failed", 1 if isinstance(error, TrainingError) else 2
     except Exception:
         logging.exception("rank %s", ranks.rank)
         print(f"rank {ranks.rank}: {traceback.format_exc()}", file=terminal)
-        return 1
-    finally:
-        if ranks.is_main:
-            write_state(run_dir, state, attempt)
-        logging.shutdown()
+        return "failed", 1
 
 
 if __name__ == "__main__":
-    code = main(Path(sys.argv[1]))
+    code = main(sys.argv[1:])
     if code:
+        sys.stdout.flush()
+        sys.stderr.flush()
         os._exit(code)  # the process group of a failed rank may block at interpreter exit

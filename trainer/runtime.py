@@ -3,12 +3,10 @@
 import logging
 import os
 import random
-import signal
 import sys
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from types import FrameType
 from typing import TextIO
 
 import numpy as np
@@ -17,7 +15,6 @@ import torch.distributed as dist
 
 # Collectives that wait longer than this belong to a dead run.
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)  # NCCL takes SIGUSR1
 
 
 class TrainingError(RuntimeError):
@@ -92,18 +89,6 @@ def set_random_state(state: dict) -> None:
     random.setstate((version, tuple(internal), gauss))
     if "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"])
-
-
-class StopRequest:
-    """Set by a stop signal; the loop asks all ranks to agree on it."""
-
-    def __init__(self) -> None:
-        self.requested = False
-        for number in STOP_SIGNALS:
-            signal.signal(number, self._on_signal)
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
 
 
 def redirect_output(log_file: Path) -> TextIO:

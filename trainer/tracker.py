@@ -15,7 +15,9 @@ class Tracker:
 
     def __init__(self, config: RunConfig, run_dir: Path, attempt: int) -> None:
         self._attempt = attempt
-        self._metrics = (run_dir / "metrics.jsonl").open("a", buffering=1)
+        path = run_dir / "metrics.jsonl"
+        _drop_torn_line(path)
+        self._metrics = path.open("a", buffering=1)
         self._run: Any = None
         mode = _wandb_mode(config.tracker.wandb)
         if mode != "disabled":
@@ -47,6 +49,14 @@ class Tracker:
         if self._run is not None:
             self._run.summary.update(summary)
             self._run.finish()
+
+
+def _drop_torn_line(path: Path) -> None:
+    """A killed attempt may have left half a line; what follows would be glued to it."""
+    if path.exists():
+        text = path.read_bytes()
+        with path.open("r+b") as file:
+            file.truncate(text.rfind(b"\n") + 1)
 
 
 def _wandb_mode(configured: str) -> Any:

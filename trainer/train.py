@@ -27,8 +27,9 @@ from trainer.loss import Totals, agree_on_totals, loss_shares
 from trainer.metrics import StepSums
 from trainer.optimizer import build_optimizer
 from trainer.parallel import ParallelPlan
-from trainer.runtime import Ranks, StopRequest, TrainingError, seed_everything
+from trainer.runtime import Ranks, TrainingError, seed_everything
 from trainer.schedule import learning_rate
+from trainer.stop import StopRequest
 from trainer.terminal import Terminal, closing
 from trainer.throughput import StepClock, memory_gib, peak_flops
 from trainer.tracker import Tracker

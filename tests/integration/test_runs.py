@@ -41,7 +41,7 @@ def assert_same_run(a: Path, b: Path) -> None:
 
 
 def test_a_run_learns_and_leaves_a_folder_that_transformers_loads(train, tmp_path):
-    done = train("name=a", "stage.train_tokens=15360", "optimizer.lr=5e-3")
+    done = train("name=a", "stage.train_tokens=15360", "optimizer.lr=5e-3", "tracker.wandb=offline")
     assert done.returncode == 0, done.stdout + done.stderr
     run_dir = tmp_path / "runs/a"
     losses = [line["loss"] for line in metrics(run_dir)]
@@ -50,6 +50,9 @@ def test_a_run_learns_and_leaves_a_folder_that_transformers_loads(train, tmp_pat
     assert json.loads((run_dir / "state").read_text())["state"] == "finished"
     assert "held out" in done.stdout
     assert "next" in done.stdout
+
+    (offline,) = (run_dir / "wandb").glob("offline-run-*/*.wandb")
+    assert b"balance_loss" in offline.read_bytes()
 
     folder = run_dir / "checkpoints/step-00000030/hf"
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")

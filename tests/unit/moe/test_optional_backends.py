@@ -114,13 +114,15 @@ def test_supports_the_cpu_only_by_the_interpreter(
     assert supports(backend, "cpu", torch.float32) is None
 
 
-def test_supports_fp32_where_it_is_fp32(installed: set[str]) -> None:
+def test_supports_only_the_dtypes_with_a_kernel(installed: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
     assert supports("megablocks", "cuda", torch.float32) is None
     installed.add("grouped_gemm")
     assert "no torch.float32 kernel here, only torch.bfloat16" in str(
         supports("megablocks", "cuda", torch.float32)
     )
     assert "no torch.float32 kernel" in str(supports("liger", "cuda", torch.float32))
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert "no torch.bfloat16 kernel" in str(supports("liger", "cpu", torch.bfloat16))
 
 
 if __name__ == "__main__":

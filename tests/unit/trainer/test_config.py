@@ -71,11 +71,16 @@ def test_laws_come_together(run_config):
         ("+deepspeed.gradient_clipping=1.0", "deepspeed.gradient_clipping is set by optimizer.max_grad_norm"),
         ("+deepspeed.zero_optimisation={}", r"(did you mean zero_optimization?)"),
         ("deepspeed.zero_optimization.stage=4", "deepspeed.zero_optimization.stage=4 is unknown"),
+        (
+            ["experts.backend=grouped", "model.hidden_size=100"],
+            "model.hidden_size=100 is not a multiple of 8",
+        ),
         ("parallel.dispatcher=magic", "parallel.dispatcher=magic is unknown"),
     ],
 )
 def test_each_law(run_config, override, message):
-    found = broken(run_config("stage.global_batch_size=8", override), world_size=4)
+    overrides = [override] if isinstance(override, str) else override
+    found = broken(run_config("stage.global_batch_size=8", *overrides), world_size=4)
     assert any(message in line for line in found), found
     assert len(found) == 1, "one mistake, one line"
 
