@@ -1,8 +1,9 @@
-"""Error and cost of the balance modes: `python tests/bench/balance_modes.py [PREPARED_DIR]`.
+"""Error and cost of the balance modes: `python tests/bench/balance_modes.py [PREPARED_DIR [HF_FOLDER]]`.
 
 One rank, 8 micro-batches per step, each of one domain (code, prose, code, ...), as a loader that packs long
 documents gives them. Error: the router gradient of the balance loss against the exact one, relative, by norm,
-mean over layers and the last steps. Cost: seconds per optimizer step, modes interleaved, the median.
+mean over layers and the last steps; an untrained router has little to get wrong, so name the weights of a run.
+Cost: seconds per optimizer step, modes interleaved, the median.
 """
 
 import os
@@ -27,7 +28,7 @@ MODES = ("exact", "prior_buffer", "buffer", "micro_batch")
 MICRO_BATCHES, STEPS, MEASURED = 8, 10, 3
 
 
-def configure(folder: str, mode: str, recompute: str) -> RunConfig:
+def configure(folder: str, weights: str, mode: str, recompute: str) -> RunConfig:
     overrides = [
         "name=t",
         "model=tiny_moe",
@@ -37,6 +38,7 @@ def configure(folder: str, mode: str, recompute: str) -> RunConfig:
     ]
     overrides += ["stage.seq_len=256", f"stage.global_batch_size={4 * MICRO_BATCHES}", "micro_batch_size=4"]
     overrides += [f"balance.mode={mode}", f"recompute={recompute}", "deepspeed=zero1"]
+    overrides += [f"stage.init_from={weights}"] if weights else []
     with initialize_config_module("conf", version_base="1.3"):
         return RunConfig.load(compose("train", overrides=overrides))
 
@@ -81,23 +83,25 @@ def router_gradients(
     return torch.stack([gradient.flatten() for gradient in total])
 
 
-def main(folder: str) -> None:
+def main(folder: str = "data/embedded", weights: str = "") -> None:
     """Print the table."""
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="29544")
     ranks = Ranks.join()
     init_deepspeed(ranks.device)
-    config = configure(folder, "exact", "none")
+    config = configure(folder, weights, "exact", "none")
     plan = ParallelPlan.of(config, 1)
     steps = single_domain_steps(config, STEPS)
 
     model = build_model(config, plan, ranks)
     engine = Engine(model, build_optimizer(model, config.optimizer), config, plan, ranks)
     training = build_balance(config, plan, ranks.device)
-    watched = {mode: build_balance(configure(folder, mode, "none"), plan, ranks.device) for mode in MODES}
+    watched = {
+        mode: build_balance(configure(folder, weights, mode, "none"), plan, ranks.device) for mode in MODES
+    }
     errors: dict[str, list[float]] = {mode: [] for mode in MODES}
     for number, batches in enumerate(steps):
         if number < STEPS - MEASURED - 1:  # the step before the measured ones gives the prior
-            train_step(engine, batches, agree_on_totals(batches, False, ranks.device), training, config, 1e-3)
+            train_step(engine, batches, agree_on_totals(batches, False, ranks.device), training, config, 1e-4)
             continue
         gradients = {
             mode: router_gradients(engine, batches, balance, config) for mode, balance in watched.items()
@@ -106,14 +110,14 @@ def main(folder: str) -> None:
             exact = gradients["exact"]
             for mode in MODES:
                 errors[mode].append(((gradients[mode] - exact).norm(dim=1) / exact.norm(dim=1)).mean().item())
-        train_step(engine, batches, agree_on_totals(batches, False, ranks.device), training, config, 1e-3)
+        train_step(engine, batches, agree_on_totals(batches, False, ranks.device), training, config, 1e-4)
     engine.close()
 
     seconds: dict[tuple[str, str], list[float]] = {}
     for recompute in ("none", "full"):
         runs = {}
         for mode in MODES:
-            chosen = configure(folder, mode, recompute)
+            chosen = configure(folder, weights, mode, recompute)
             model = build_model(chosen, plan, ranks)
             engine = Engine(model, build_optimizer(model, chosen.optimizer), chosen, plan, ranks)
             runs[mode] = (engine, build_balance(chosen, plan, ranks.device), chosen)
@@ -121,7 +125,7 @@ def main(folder: str) -> None:
             for mode, (engine, balance, chosen) in runs.items():
                 totals = agree_on_totals(batches, False, ranks.device)
                 start = time.perf_counter()
-                train_step(engine, batches, totals, balance, chosen, 1e-3)
+                train_step(engine, batches, totals, balance, chosen, 1e-4)
                 seconds.setdefault((recompute, mode), []).append(time.perf_counter() - start)
         for engine, _, _ in runs.values():
             engine.close()
@@ -139,4 +143,4 @@ def main(folder: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1] if len(sys.argv) > 1 else "data/embedded")
+    main(*sys.argv[1:])
