@@ -2,7 +2,7 @@
 
 One rank, 8 micro-batches per step, each of one domain (code, prose, code, ...), as a loader that packs long
 documents gives them. Error: the router gradient of the balance loss against the exact one, relative, by norm,
-mean over layers and the last steps; an untrained router has little to get wrong, so name the weights of a run.
+mean over layers and the last steps; an untrained router has little to get wrong: name the weights of a run.
 Cost: seconds per optimizer step, modes interleaved, the median.
 """
 
