@@ -1,6 +1,7 @@
 """Start the ranks of a run on this machine and see them through."""
 
 import ctypes
+import fcntl
 import os
 import signal
 import socket
@@ -10,6 +11,8 @@ import time
 from pathlib import Path
 from types import FrameType
 
+from moe.config import ConfigError
+
 _GRACE_SECONDS = 10.0  # for the other ranks, once one has failed
 
 
@@ -17,8 +20,9 @@ def launch(run_dir: Path, nproc: int) -> int:
     """Run `python -m trainer.run RUN_DIR` on `nproc` ranks; returns the exit code of the first failure, or 0.
 
     SIGINT and SIGTERM become a stop request to every rank (save, exit 0); a second one kills. If this process
-    dies, the ranks are asked to stop.
+    dies, the ranks are asked to stop. Raises ConfigError while ranks of the same run are alive here.
     """
+    lock = _only_one(run_dir)
     environment = {
         **os.environ,
         "WORLD_SIZE": str(nproc),
@@ -36,11 +40,24 @@ def launch(run_dir: Path, nproc: int) -> int:
             env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             start_new_session=True,  # Ctrl-C reaches the ranks through us, once
             preexec_fn=_stop_with_parent,
+            pass_fds=[lock],  # held until the last rank is gone
         )
         for rank in range(nproc)
     ]
+    os.close(lock)
     _forward_stop_signals(ranks)
     return _wait(ranks)
+
+
+def _only_one(run_dir: Path) -> int:
+    """A descriptor that holds the run folder's lock."""
+    descriptor = os.open(run_dir / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise ConfigError([f"{run_dir} is running already; stop it first, or choose another name"]) from error
+    return descriptor
 
 
 def _wait(ranks: list[subprocess.Popen]) -> int:

@@ -17,10 +17,10 @@ def main(arguments: list[str]) -> int:
     try:
         config = RunConfig.of_run(run_dir)
         config.check(ParallelPlan.of(config, config.parallel.nproc_per_node))
+        return start(run_dir, config)
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
-    return start(run_dir, config)
 
 
 if __name__ == "__main__":

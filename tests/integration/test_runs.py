@@ -131,6 +131,18 @@ def interrupt(
             process.kill()
 
 
+def test_a_run_cannot_be_started_twice_at_once(small, tmp_path):
+    def start_another(launcher: subprocess.Popen) -> None:
+        second = python("trainer.resume", "runs/twice", cwd=tmp_path)
+        assert second.returncode == 2
+        assert "runs/twice is running already" in second.stderr
+        launcher.send_signal(signal.SIGINT)
+
+    arguments = [*small, "name=twice", "stage.train_tokens=409600", "evaluate.every_steps=0"]
+    assert interrupt(arguments, tmp_path, tmp_path / "runs/twice", 1, start_another) == 0
+    assert json.loads((tmp_path / "runs/twice/state").read_text()) == {"attempt": 1, "state": "stopped"}
+
+
 def test_evaluation_leaves_training_alone(train, tmp_path):
     """Held-out rows pass through the same model; no count, prior, bias or random number may move."""
     balance = ["balance.mode=prior_buffer", "balance.bias_update_rate=0.01", "checkpoint.every_steps=8"]
