@@ -151,6 +151,8 @@ class Engine:
             model=model, optimizer=optimizer, config=settings, dist_init_required=False
         )
         self.module: nn.Module = self._engine.module
+        if self._zero_stage == 0:
+            optimizer.state.clear()  # bf16 without ZeRO would start Adam's bias correction at its second step
 
     def forward(
         self, batch: Batch, selection_bias: Tensor | None = None, routing_only: bool = False

@@ -10,7 +10,8 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ad
     """torch's AdamW; weight decay falls on matrices other than embeddings.
 
     Parameters that the engine marked with `group_name` (experts, reduced over their own group) form groups of
-    their own, with DeepSpeed's keys `moe` and `name`. The loop sets the rate at every step.
+    their own, with DeepSpeed's keys `moe` and `name`. The rate is 0 until the loop sets it at every step:
+    DeepSpeed steps once while it sets up, and that must move nothing.
     """
     groups: dict[str, dict] = {}
     for name, parameter in model.named_parameters():
@@ -30,6 +31,4 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ad
             group["moe"] = True
         group["params"].append(parameter)
     beta1, beta2 = config.betas
-    return torch.optim.AdamW(
-        list(groups.values()), lr=config.lr, betas=(beta1, beta2), eps=config.eps, fused=True
-    )
+    return torch.optim.AdamW(list(groups.values()), lr=0.0, betas=(beta1, beta2), eps=config.eps, fused=True)

@@ -3,7 +3,6 @@
 from itertools import product
 
 import pytest
-import torch
 from harness import run_ranks
 from layouts import ROWS, Outcome, run_many, train_oracle
 
@@ -81,12 +80,10 @@ def test_the_micro_batch_loss_depends_on_the_cut(oracle):
     assert deviation(naive, oracle)["balance_losses"] > 1e-3
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_bf16_keeps_fp32_masters(stage):
-    """bf16 is noise, so only gross errors (a factor, a lost gradient) would show."""
-    layout = [f"deepspeed=zero{stage}", micro_batches_per_step(2, 4), "dtype=bf16"]
-    one, two = run_ranks(run_many, 2, [layout, [*layout, "parallel.ep_size=2"]])[0]
-    worst = deviation(two, one)
-    assert worst["losses"] < 1e-2
-    assert worst["grad_norms"] < 5e-2
-    assert all(torch.isfinite(p).all() for p in two["parameters"].values())
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_bf16_follows_fp32(oracle, stage):
+    """bf16 is noise, here up to 2e-3; a factor, a lost gradient, or Adam off by a step would show."""
+    layout = [f"deepspeed=zero{stage}", micro_batches_per_step(2, 4), "dtype=bf16", "parallel.ep_size=2"]
+    worst = deviation(run_ranks(run_many, 2, [layout])[0][0], oracle)
+    assert worst["losses"] < 1e-3
+    assert worst["grad_norms"] < 5e-3
