@@ -4,7 +4,9 @@ import math
 import re
 from dataclasses import dataclass
 
-SOURCE_KINDS = ("embedded", "jsonl", "parquet", "text")
+SOURCE_KINDS = ("embedded", "jsonl", "parquet", "arrow", "hub", "text", "tree", "sft")
+KINDS_WITH_TEXT_COLUMN = ("jsonl", "parquet", "arrow", "hub")
+ON_BAD_ROW = ("skip", "quarantine", "error")
 BLOCK_ROWS = 16384  # the mixture holds its weights exactly, to one row, over each block of this many rows
 
 
@@ -16,9 +18,11 @@ class DataError(Exception):
 class SourceConfig:
     """One source of documents.
 
-    kind: embedded (text found on every machine) | jsonl (.jsonl, .jsonl.gz) | parquet | text (a file is a
-    document).
-    paths: files or globs; for `embedded` the names of collections of data_pipeline.samples.
+    kind: embedded (text found on every machine) | jsonl (.jsonl, .jsonl.gz, .jsonl.zst) | parquet | arrow |
+    hub (datasets of the Hugging Face hub) | text (a file is a document) | tree (folders; every text file
+    below is a document) | sft (conversations: rows with `messages`, in files of any of these formats).
+    paths: files or globs; for `tree` folders; for `hub` NAME[@REVISION][:CONFIG]:SPLIT; for `embedded` the
+    names of collections of data_pipeline.samples.
     text_key: the column or JSON key that holds the text; null for the kinds that have none.
     weight: this source's share of the training tokens, relative to the other sources; 0 = prepared, not
     trained on.
@@ -41,6 +45,12 @@ class DataConfig:
     tokenizer_vocab_size: ids of the tokenizer to train; null when `tokenizer` is given.
     sources: by name; the name is part of file names and metrics.
     validation_fraction: share of the documents, chosen by their hash, that is never trained on.
+    deduplicate: keep the first of equal documents of a source.
+    min_characters: shorter documents are bad rows (reason too_short); conversations are not concerned.
+    max_chat_tokens: longer conversations are bad rows (reason too_long); null = no limit.
+    on_bad_row: skip (leave it out, list it in rejects.jsonl) | quarantine (and keep the whole row there) |
+    error (stop at the first one).
+    max_bad_fraction: share of bad rows beyond which a source is broken and nothing is prepared.
     slice_bytes: bytes of input in one unit of work, of restart and of parallelism.
     shard_bytes: most bytes in one file of tokens (a longer document has a shard of its own).
     num_workers: processes that prepare; 1 = this process. The result does not depend on it.
@@ -51,6 +61,11 @@ class DataConfig:
     tokenizer_vocab_size: int | None
     sources: dict[str, SourceConfig]
     validation_fraction: float
+    deduplicate: bool
+    min_characters: int
+    max_chat_tokens: int | None
+    on_bad_row: str
+    max_bad_fraction: float
     slice_bytes: int
     shard_bytes: int
     num_workers: int
@@ -60,6 +75,9 @@ class DataConfig:
         settings: dict[str, object] = {
             "data.tokenizer_vocab_size": self.tokenizer_vocab_size,
             "data.validation_fraction": self.validation_fraction,
+            "data.deduplicate": self.deduplicate,
+            "data.min_characters": self.min_characters,
+            "data.max_chat_tokens": self.max_chat_tokens,
         }
         for name, source in sorted(self.sources.items()):
             settings[f"data.sources.{name}.kind"] = source.kind
@@ -83,6 +101,14 @@ class DataConfig:
             )
         if not 0 <= self.validation_fraction < 1:
             found.append(f"data.validation_fraction={self.validation_fraction} is not in [0, 1)")
+        if self.min_characters < 1:
+            found.append(f"data.min_characters={self.min_characters} is not positive; 1 leaves out nothing")
+        if self.max_chat_tokens is not None and self.max_chat_tokens < 1:
+            found.append(f"data.max_chat_tokens={self.max_chat_tokens} is not positive; null = no limit")
+        if self.on_bad_row not in ON_BAD_ROW:
+            found.append(f"data.on_bad_row={self.on_bad_row} is unknown; use {', '.join(ON_BAD_ROW)}")
+        if not 0 <= self.max_bad_fraction <= 1:
+            found.append(f"data.max_bad_fraction={self.max_bad_fraction} is not in [0, 1]")
         if self.slice_bytes < 1:
             found.append(f"data.slice_bytes={self.slice_bytes} is not positive")
         if self.shard_bytes < 4:
@@ -110,7 +136,7 @@ def _source_problems(name: str, source: SourceConfig, total_weight: float) -> li
         found.append(f"{key}.kind={source.kind} is unknown; use {', '.join(SOURCE_KINDS)}")
     if not source.paths:
         found.append(f"{key}.paths is empty")
-    has_columns = source.kind in ("jsonl", "parquet")
+    has_columns = source.kind in KINDS_WITH_TEXT_COLUMN
     if has_columns and not source.text_key:
         found.append(f"{key}.text_key={source.text_key}: {source.kind} needs the name of the text column")
     if not has_columns and source.text_key is not None:
