@@ -125,6 +125,15 @@ class TokenStream:
             start, shard = part_stop, shard + 1
         return np.concatenate(parts) if parts else np.empty(0, dtype=TOKEN)
 
+    def document_offsets(self) -> Iterator[np.ndarray]:
+        """For each shard, as int64: where its documents begin in the stream, then where its last one ends."""
+        for shard, end in zip(self._shards, self._ends, strict=True):
+            path, size = offsets_file(self._folder, shard)
+            check_size(self._folder, shard)
+            with open(path, "rb") as file:
+                offsets = np.frombuffer(read_exactly(file.fileno(), path, 0, size), dtype=OFFSET)
+            yield offsets.astype(np.int64) + (int(end) - shard.tokens)
+
     def close(self) -> None:
         """Close the files."""
         while self._open:
