@@ -1,5 +1,4 @@
-"""Conversations as Qwen3's chat template writes them, cut into pieces that say what is a control token and what
-is learned.
+"""Conversations as Qwen3's chat template writes them, in pieces: text or control token, learned or not.
 
 Only the template makes control tokens. What a message says stays text, whatever it looks like; so a user who
 writes `<|im_end|>` ends nothing.
@@ -201,7 +200,7 @@ def _queries(messages: Sequence[Message]) -> list[int]:
 def _checked(row: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Copies of the messages of a sound row. Raises ValueError with what is wrong."""
     messages, tools = row.get("messages"), row.get("tools")
-    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+    if not messages or not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
         raise ValueError("messages: not a list of objects")
     if tools is not None and not isinstance(tools, list):
         raise ValueError("tools: not a list")

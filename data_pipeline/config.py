@@ -65,7 +65,7 @@ class DataConfig:
     longer ones, of all sources together; a source's weight is then the share of its documents that is taken,
     relative to the source with the largest.
     predict_first_token: whether the end of a document predicts the first token of the next one in its row.
-    fim_rates: source -> share of its documents rearranged for fill-in-the-middle when they are read; {} = none.
+    fim_rates: source -> share of its documents that are rearranged for fill-in-the-middle; {} = none.
     fim_spm_share: share of the fill-in-the-middle documents that have the suffix first (SPM; else PSM).
     weight_changes: training tokens -> weights of sources that hold from then on, e.g. {1000000: {code: 2.0}};
     sources that are not named keep theirs.
@@ -187,7 +187,7 @@ def _order_problems(config: DataConfig) -> list[str]:
     ends = [0]
     for span in config.skip:
         if len(span) != 2 or not ends[-1] <= span[0] < span[1]:
-            found.append(f"data.skip: {span} is no range [first, end) after the one before; sort and join them")
+            found.append(f"data.skip: {span} is no range [first, end) after the last one; sort and join them")
             break
         ends.append(span[1])
     return found
