@@ -94,15 +94,8 @@ def conclude(jobs: dict[str, list[SliceJob]], config: DataConfig, folder: Path) 
                 duplicates = find_duplicates([job.survey / "hashes" for job in of_source])
                 skipped[DUPLICATE] = len(duplicates)
                 np.save(of_source[0].duplicates, duplicates)
-            bad = bad_rows(skipped)
-            if bad > config.max_bad_fraction * (bad + documents) or not documents:
-                reasons = ", ".join(f"{count} {code}" for code, count in skipped.most_common())
-                broken.append(
-                    f"data.sources.{name}: {bad} of {bad + documents} rows are bad ({reasons or 'no rows'}),"
-                    f" data.max_bad_fraction={config.max_bad_fraction} and at least one document are the law;"
-                    f" they are listed in {folder}/rejects.jsonl: mend the files, or allow more"
-                )
             found[name] = +skipped
+            broken += _broken(name, found[name], documents, config, folder)
         rejects.flush()
         os.fsync(rejects.fileno())
     os.replace(partial, folder / "rejects.jsonl")
@@ -110,6 +103,18 @@ def conclude(jobs: dict[str, list[SliceJob]], config: DataConfig, folder: Path) 
     if broken:
         raise DataError("\n".join(broken))
     return found
+
+
+def _broken(name: str, skipped: Counter[str], documents: int, config: DataConfig, folder: Path) -> list[str]:
+    """What is wrong with a source as a whole."""
+    bad, rows = bad_rows(skipped), bad_rows(skipped) + documents
+    if documents and bad <= config.max_bad_fraction * rows:
+        return []
+    reasons = ", ".join(f"{count} {code}" for code, count in skipped.most_common()) or "no rows"
+    what = "" if documents else "no document; "
+    start = f"data.sources.{name}: {what}{bad} of {rows} rows are bad ({reasons}),"
+    law = f" more than data.max_bad_fraction={config.max_bad_fraction} allows," if documents else ""
+    return [f"{start}{law} they are listed in {folder}/rejects.jsonl; mend the files or the source"]
 
 
 def _gather(jobs: list[SliceJob], rejects: TextIO) -> tuple[Counter[str], int]:

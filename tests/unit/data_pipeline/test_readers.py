@@ -29,7 +29,7 @@ def source_of(kind: str, *paths: Path | str) -> SourceConfig:
 
 @pytest.fixture
 def read(data_config: DataConfig) -> Read:
-    """`read(kind, *paths, slice_bytes=, **settings)`: the texts of a source, and its rejects but blank lines."""
+    """`read(kind, *paths, slice_bytes=, **settings)`: texts and rejects of a source, without blank lines."""
 
     def read_source(
         kind: str, *paths: Path | str, slice_bytes: int = 10**9, **settings: object
@@ -94,7 +94,9 @@ def test_messy_jsonl(tmp_path: Path, read: Read, suffix: str, slice_bytes: int) 
             assert content[: reject.row.offset].count(b"\n") == reject.row.line - 1
 
 
-ROWS = b"".join(b'{"text": "%d %s"}\n' % (i, random.Random(i).randbytes(40).hex().encode()) for i in range(9000))
+ROWS = b"".join(
+    b'{"text": "%d %s"}\n' % (i, random.Random(i).randbytes(40).hex().encode()) for i in range(9000)
+)
 
 
 @pytest.mark.parametrize("suffix", ["jsonl.gz", "jsonl.zst"])
@@ -159,7 +161,7 @@ def test_source_trees(tmp_path: Path, read: Read) -> None:
 
 
 def write_table(path: Path, table: pa.Table) -> None:
-    """In the format of the suffix, two rows to a group; .stream.arrow is what `datasets` keeps in its cache."""
+    """In the format of the suffix, two rows to a group; .stream.arrow as `datasets` keeps it in its cache."""
     if path.suffix == ".parquet":
         pq.write_table(table, path, row_group_size=2)
         return
