@@ -29,12 +29,12 @@ def list_inputs(name: str, source: SourceConfig, known: dict[str, InputFile]) ->
 
     Raises DataError for a path that leads to no file and for a dataset that cannot be had.
     """
-    if source.kind == "embedded":
-        return [_embedded_input(collection) for collection in source.paths]
     found: dict[str, None] = {}
     for path in source.paths:
         key = f"data.sources.{name}.paths: {path}"
-        if source.kind == "hub" or (source.kind == "sft" and ":" in path):
+        if format_of(source.kind, path) == "embedded":
+            files = [path]
+        elif source.kind == "hub" or (source.kind == "sft" and ":" in path):
             files = _hub_files(key, path)
         elif source.kind == "tree":
             files = _tree_files(key, path)
@@ -43,7 +43,10 @@ def list_inputs(name: str, source: SourceConfig, known: dict[str, InputFile]) ->
             if not files:
                 raise DataError(f"{key} matches no file; a folder is named as folder/**/*.EXT")
         found |= dict.fromkeys(files)
-    return [_hashed(path, known.get(path)) for path in found]
+    return [
+        _embedded_input(path) if format_of(source.kind, path) == "embedded" else _hashed(path, known.get(path))
+        for path in found
+    ]
 
 
 def plan_slices(source: SourceConfig, inputs: list[InputFile], slice_bytes: int) -> list[list[Part]]:

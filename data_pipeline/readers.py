@@ -52,6 +52,8 @@ class Row(NamedTuple):
 
 def format_of(kind: str, path: str) -> str:
     """What a file of a source is read as: jsonl, parquet, arrow, text or embedded."""
+    if kind == "sft" and path in samples.COLLECTIONS:
+        return "embedded"
     if kind == "sft":
         return {".parquet": "parquet", ".arrow": "arrow"}.get(Path(path).suffix, "jsonl")
     return {"hub": "arrow", "tree": "text"}.get(kind, kind)
@@ -105,7 +107,8 @@ def check_columns(name: str, source: SourceConfig, parts: list[Part]) -> None:
 
 def _read_embedded(source: SourceConfig, part: Part) -> Iterator[Row]:
     for line, text in enumerate(samples.documents(part.path)[part.start : part.stop], 1):
-        yield Row(line, part.start + line - 1, None, text, None)
+        value = json.loads(text) if source.kind == "sft" else text
+        yield Row(line, part.start + line - 1, None, value, None)
 
 
 def _read_text(source: SourceConfig, part: Part) -> Iterator[Row]:

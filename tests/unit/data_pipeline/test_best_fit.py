@@ -1,6 +1,7 @@
 """Rows of whole documents: every target once, conversations whole, shares of lengths, plans that last."""
 
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +40,7 @@ class Stream:
         """(token, next token) within each document."""
         spans = zip(self._ends[:-1], self._ends[1:], strict=True)
         documents = [self._tokens[start:stop].tolist() for start, stop in spans]
-        return Counter(pair for document in documents for pair in zip(document, document[1:], strict=False))
+        return Counter(pair for document in documents for pair in pairwise(document))
 
 
 def open_rows(folder: Path, streams: dict[str, Stream], seq_len: int, shares: dict | None = None, **weights):

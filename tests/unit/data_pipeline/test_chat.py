@@ -1,6 +1,6 @@
-"""Conversations: equal to Qwen3's own renderings, learned where they should be, cut and refused as documented.
+"""Conversations: equal to Qwen3's own renderings, learned where they should be, cut and refused as said.
 
-The renderings and the tokenizer are read from the folder `shared/data` beside the repository, where there is one.
+The renderings and the tokenizer are read from the folder `shared/data` beside the repository, if it is there.
 """
 
 import gzip
@@ -131,7 +131,8 @@ def test_tool_calls_are_control_tokens_and_their_exchange_is_one_sample() -> Non
     }
     pieces = one(row)
     assert learned(pieces) == [
-        '<think>\nuse the tool\n</think>\n\n<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call><|im_end|>',
+        "<think>\nuse the tool\n</think>\n\n"
+        '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call><|im_end|>',
         "<think>\nread it\n</think>\n\n3<|im_end|>",
     ]
     controls = [piece.control for piece in pieces if piece.control]
