@@ -3,6 +3,7 @@
 from omegaconf import DictConfig
 
 from data_pipeline.prepare import prepare
+from data_pipeline.rows import make_plans
 from trainer.cli import compose_and
 from trainer.config import ConfigError, RunConfig
 
@@ -14,6 +15,7 @@ def prepare_here(cfg: DictConfig) -> int:
     if problems:
         raise ConfigError(problems)
     prepare(config.data, config.model.vocab_size, config.seed)
+    make_plans(config.data, config.stage.seq_len)
     print(f"Next: python -m trainer experiment=... with the same data (data.dir={config.data.dir})")
     return 0
 

@@ -21,7 +21,14 @@ FILES = [
     if not path.stem.startswith("_")
 ]
 # what a user has to fill in
-NEEDED = {"data=jsonl": ["data.dir=d", "data.sources.text.paths=[x.jsonl]"]}
+NO_START = ["stage.init_from=null"]  # the run of the stage before
+NEEDED = {
+    "data=jsonl": ["data.dir=d", "data.sources.text.paths=[x.jsonl]"],
+    "stage=stem_code_4k": NO_START,
+    **{f"stage={name}": [*NO_START, "model=qwen3_30b_a3b"] for name in ("long_context_32k", "sft")},
+    **{f"experiment=demo_{name}": NO_START for name in ("stem_code", "long_context", "sft")},
+    **{f"experiment=qwen3_30b_a3b_{name}": NO_START for name in ("stem_code_4k", "long_context_32k", "sft")},
+}
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
