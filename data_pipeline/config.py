@@ -109,6 +109,12 @@ class DataConfig:
             settings[f"data.sources.{name}.text_key"] = source.text_key
         return settings
 
+    def trained_sources(self) -> set[str]:
+        """The names of the sources that have a weight at some time of the run."""
+        weights = [{name: source.weight for name, source in self.sources.items()}]
+        weights += self.weight_changes.values()
+        return {name for of in weights for name, weight in of.items() if weight > 0}
+
     def problems(self) -> list[str]:
         """Every broken law, one line each: key, value, law, remedy."""
         found = []

@@ -43,10 +43,8 @@ def list_inputs(name: str, source: SourceConfig, known: dict[str, InputFile]) ->
             if not files:
                 raise DataError(f"{key} matches no file; a folder is named as folder/**/*.EXT")
         found |= dict.fromkeys(files)
-    return [
-        _embedded_input(path) if format_of(source.kind, path) == "embedded" else _hashed(path, known.get(path))
-        for path in found
-    ]
+    is_embedded = {path: format_of(source.kind, path) == "embedded" for path in found}
+    return [_embedded_input(path) if is_embedded[path] else _hashed(path, known.get(path)) for path in found]
 
 
 def plan_slices(source: SourceConfig, inputs: list[InputFile], slice_bytes: int) -> list[list[Part]]:

@@ -93,7 +93,8 @@ class Loader:
         self.manifest = open_prepared(folder)
         self.manifest.check_settings(config.content_settings(), folder)
         self._streams = open_streams(folder, self.manifest, split)
-        wanted = {name: stream for name, stream in self._streams.items() if source in (None, name)}
+        names = config.trained_sources() if source is None else {source}
+        wanted = {name: stream for name, stream in self._streams.items() if name in names}
         self._rows = open_rows(config, self.manifest, wanted, split, seq_len, seed)
         self._skipped = SkippedRows(config.skip if source is None else [])
         self._predict_first_token = config.predict_first_token
@@ -123,8 +124,7 @@ class Loader:
 
     def describe(self) -> list[str]:
         """A line for each source that is read: rows in an epoch, and what packing made of its documents."""
-        read = self._rows if self._mixture is None else self._mixture.names
-        return [describe_rows(name, self._rows[name], self._seq_len) for name in read]
+        return [describe_rows(name, rows, self._seq_len) for name, rows in self._rows.items()]
 
     def __iter__(self) -> Iterator[list[Batch]]:
         return self
@@ -179,7 +179,9 @@ class Loader:
             limits = [s.max_epochs for s in config.sources.values() if s.weight and s.max_epochs is not None]
             settings = {JOINT: (1.0, min(limits, default=None))}
         else:
-            settings = {name: (s.weight, s.max_epochs) for name, s in config.sources.items()}
+            settings = {
+                name: (config.sources[name].weight, config.sources[name].max_epochs) for name in self._rows
+            }
         sources = {
             name: MixtureSource(weight, len(self._rows[name]), max_epochs, self._rows[name].mean_tokens)
             for name, (weight, max_epochs) in settings.items()

@@ -21,8 +21,8 @@ def open_rows(
     seq_len: int,
     seed: int,
 ) -> dict[str, ConcatRows | BestFitRows]:
-    """The rows of each stream, by source; under length_shares the training rows of all that have a weight, as
-    `JOINT`. Plans that best_fit needs and that are not there are made.
+    """The rows of each stream, by source; under length_shares the training rows of all together, as `JOINT`.
+    Plans that best_fit needs and that are not there are made.
 
     Training documents are rearranged for fill-in-the-middle, validation documents are not; the rest of a
     validation stream under concat gets a padded row. Raises DataError for a tokenizer without control tokens
@@ -41,9 +41,8 @@ def open_rows(
         for name, stream in streams.items()
     }
     if config.length_shares and is_train:
-        joint = {name: source for name, source in sources.items() if source.weight > 0}
         plan = f"{JOINT}-{split}"
-        return {JOINT: BestFitRows(folder, plan, joint, seq_len, end_of_text, config.length_shares)}
+        return {JOINT: BestFitRows(folder, plan, sources, seq_len, end_of_text, config.length_shares)}
     return {
         name: BestFitRows(folder, f"{name}-{split}", {name: source}, seq_len, end_of_text, {})
         for name, source in sources.items()
@@ -55,9 +54,10 @@ def make_plans(config: DataConfig, seq_len: int) -> None:
     folder = Path(config.dir)
     manifest = open_prepared(folder)
     for split in SPLITS:
-        streams = open_streams(folder, manifest, split)
+        names = config.trained_sources() if split == "train" else set(config.sources)
+        streams = {name: s for name, s in open_streams(folder, manifest, split).items() if name in names}
         for name, rows in open_rows(config, manifest, streams, split, seq_len, seed=0).items():
-            if split == "train" and (name == JOINT or config.sources[name].weight > 0):
+            if split == "train":
                 print(f"  {describe_rows(name, rows, seq_len)}", flush=True)
 
 
