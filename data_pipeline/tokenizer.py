@@ -67,6 +67,10 @@ class Tokenizer:
             raise DataError(f"the tokenizer has no token {name}; use one with the control tokens of Qwen3")
         return number
 
+    def vocabulary(self) -> dict[str, int]:
+        """Every token and its id."""
+        return self._full.get_vocab(with_added_tokens=True)
+
     def decode(self, ids: list[int]) -> str:
         """Text of ids; control tokens appear as their names."""
         return self._full.decode(ids, skip_special_tokens=False)

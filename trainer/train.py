@@ -16,7 +16,7 @@ from moe.hf import load_hf
 from moe.init import init_weights
 from moe.model import CausalLM, ModelOutput
 from moe.parallelize import apply_expert_parallel
-from trainer.checkpoint import Checkpoints, Progress, hf_folder
+from trainer.checkpoint import Checkpoints, Progress, check_tokenizer, hf_folder
 from trainer.config import RunConfig
 from trainer.engine import DTYPES, Engine, expert_parallel_group, init_deepspeed, mark_experts
 from trainer.evaluate import evaluate
@@ -203,7 +203,9 @@ def build_model(config: RunConfig, plan: ParallelPlan, ranks: Ranks) -> CausalLM
     if config.stage.init_from is None:
         init_weights(model, config.seed, ep_rank=ep_rank)
     else:
-        load_hf(model, hf_folder(Path(config.stage.init_from)), ep_rank=ep_rank)
+        weights = hf_folder(Path(config.stage.init_from))
+        check_tokenizer(weights, Path(config.data.dir))
+        load_hf(model, weights, ep_rank=ep_rank)
     model.to(DTYPES[config.dtype])
     mark_experts(
         model, config.model.num_experts, plan.ep_size, ep_rank

@@ -71,6 +71,7 @@ def test_every_documented_command_is_sound(document, words):
         # a sweep's lists are one value at a time
         flags = ("-m", "--cfg", "job")
         overrides = [argument.split(",")[0] for argument in arguments if argument not in flags]
+        overrides += [needed for override in overrides for needed in NEEDED.get(override, [])]
         config = load({"trainer": "train", "data_pipeline": "prepare"}[module], overrides)
         config.check(ParallelPlan.of(config, config.parallel.nproc_per_node))
 
