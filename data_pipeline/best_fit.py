@@ -94,13 +94,14 @@ class BestFitRows:
     def __len__(self) -> int:
         return self.report.rows
 
+    def places(self, row: int) -> list[tuple[TokenStream, int]]:
+        """For each document of a row, its stream and the token there that its part begins with."""
+        return [(source.stream, start) for source, start, _ in self._contents(row)]
+
     def read(self, row: int) -> Row:
         """Row number `row`; an empty one beyond the last."""
         tokens, learned, lengths = [], [], []
-        for length, item in self._bins.contents(row) if row < len(self) else ():
-            place = int(self._items[self._first_items[length] + item])
-            source = self._sources[place >> _SOURCE_SHIFT]
-            start = place & ((1 << _SOURCE_SHIFT) - 1)
+        for source, start, length in self._contents(row):
             document = source.stream.read(start, start + length)
             if source.fim is not None:
                 document = source.fim(document, start, self._end_of_text)
@@ -110,6 +111,12 @@ class BestFitRows:
         if not tokens:
             return Row(np.empty(0, np.uint32), np.empty(0, np.int64), np.empty(0, np.bool_))
         return Row(np.concatenate(tokens), np.cumsum(lengths) - lengths, np.concatenate(learned))
+
+    def _contents(self, row: int) -> Iterator[tuple[PackedSource, int, int]]:
+        """Source, first token and length of each part of a row."""
+        for length, item in self._bins.contents(row) if row < len(self) else ():
+            place = int(self._items[self._first_items[length] + item])
+            yield self._sources[place >> _SOURCE_SHIFT], place & ((1 << _SOURCE_SHIFT) - 1), length
 
 
 def _make_plan(sources: list[PackedSource], seq_len: int, shares: dict[int, float], path: Path) -> None:

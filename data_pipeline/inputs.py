@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from data_pipeline import samples
 from data_pipeline.config import DataError, SourceConfig
-from data_pipeline.readers import COMPRESSED, Part, format_of, table_groups
+from data_pipeline.readers import COMPRESSED, Part, format_of, hub_files, table_groups
 
 _BINARY_PROBE_BYTES = 8192
 
@@ -35,7 +35,7 @@ def list_inputs(name: str, source: SourceConfig, known: dict[str, InputFile]) ->
         if format_of(source.kind, path) == "embedded":
             files = [path]
         elif source.kind == "hub" or (source.kind == "sft" and ":" in path):
-            files = _hub_files(key, path)
+            files = hub_files(key, path)
         elif source.kind == "tree":
             files = _tree_files(key, path)
         else:
@@ -85,18 +85,6 @@ def _grouped(number: int, path: str, sizes: list[int], slice_bytes: int) -> Iter
         total += size
     if sizes:
         yield Part(number, path, start, len(sizes), total)
-
-
-def _hub_files(key: str, dataset: str) -> list[str]:
-    from datasets import load_dataset  # slow to import: only for those who read the hub
-
-    name, *config, split = dataset.split(":")
-    name, _, revision = name.partition("@")
-    try:
-        rows = load_dataset(name, *config, split=split, revision=revision or None)
-    except Exception as error:  # the library raises whatever its many layers raise
-        raise DataError(f"{key} cannot be loaded by datasets.load_dataset ({error})") from error
-    return [file["filename"] for file in rows.cache_files]
 
 
 def _tree_files(key: str, folder: str) -> list[str]:

@@ -11,10 +11,11 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
+from data_pipeline.best_fit import BestFitRows
 from data_pipeline.config import DataConfig
 from data_pipeline.manifest import SPLITS
 from data_pipeline.mixture import Mixture, MixtureSource, SkippedRows
-from data_pipeline.packing import Row, pack_rows
+from data_pipeline.packing import ConcatRows, Row, pack_rows
 from data_pipeline.rows import JOINT, describe_rows, open_rows, open_streams
 from data_pipeline.shards import open_prepared
 
@@ -122,6 +123,19 @@ class Loader:
         if self._mixture is not None:
             self._mixture.check_budget(self._skipped(total_rows - 1) + 1)
 
+    def origins(self, row: int) -> list[str]:
+        """Where each document of a row, as Batch.rows counts them, comes from."""
+        names = {id(stream): name for name, stream in self._streams.items()}
+        found = []
+        rows, local_row = self._locate(row)
+        for stream, token in rows.places(local_row):
+            name, document = names[id(stream)], stream.documents.at(token)
+            file, offset = stream.documents.source_row(document)
+            path = self.manifest.inputs[name][file]["path"]
+            within = token - stream.documents.span(document)[0]
+            found.append(f"{name}, document {document} from its token {within}, {path} at {offset}")
+        return found
+
     def describe(self) -> list[str]:
         """A line for each source that is read: rows in an epoch, and what packing made of its documents."""
         return [describe_rows(name, rows, self._seq_len) for name, rows in self._rows.items()]
@@ -208,8 +222,12 @@ class Loader:
         return Batch(input_ids, labels, position_ids, cu_seqlens, token_mask, rows)
 
     def _read_row(self, row: int) -> Row:
+        rows, local_row = self._locate(row)
+        return rows.read(local_row)
+
+    def _locate(self, row: int) -> tuple[ConcatRows | BestFitRows, int]:
         if self._mixture is None:
             assert self._source is not None
-            return self._rows[self._source].read(row)
+            return self._rows[self._source], row
         location = self._mixture.locate(row)
-        return self._rows[location.source].read(location.row)
+        return self._rows[location.source], location.row

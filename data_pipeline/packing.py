@@ -45,6 +45,9 @@ class RowSource(Protocol):
     def read(self, row: int) -> Row:
         """Row number `row`; an empty one beyond the last."""
 
+    def places(self, row: int) -> list[tuple[TokenStream, int]]:
+        """For each document of a row, its stream and the token there that its part begins with."""
+
 
 class ConcatRows:
     """The rows of a stream under "concat". The last tokens fill no row: they are left out, or (`pad`) get one
@@ -67,6 +70,10 @@ class ConcatRows:
 
     def __len__(self) -> int:
         return self._rows
+
+    def places(self, row: int) -> list[tuple[TokenStream, int]]:
+        """For each document of a row, its stream and the token there that its part begins with."""
+        return [(self._stream, row * self._seq_len + start) for start in self.read(row).starts.tolist()]
 
     def read(self, row: int) -> Row:
         """Row number `row`; an empty one beyond the last."""

@@ -75,6 +75,19 @@ def read_rows(source: SourceConfig, part: Part) -> Iterator[Row]:
         yield from _READERS[format](source, part)
 
 
+def hub_files(key: str, dataset: str) -> list[str]:
+    """The arrow files of a dataset NAME[@REVISION][:CONFIG]:SPLIT, fetched into the cache of `datasets`."""
+    from datasets import load_dataset  # slow to import: only for those who read the hub
+
+    name, *config, split = dataset.split(":")
+    name, _, revision = name.partition("@")
+    try:
+        rows = load_dataset(name, *config, split=split, revision=revision or None)
+    except Exception as error:  # the library raises whatever its many layers raise
+        raise DataError(f"{key} cannot be loaded by datasets.load_dataset ({error})") from error
+    return [file["filename"] for file in rows.cache_files]
+
+
 def table_groups(format: str, path: str) -> list[int]:
     """Bytes of each row group of a parquet file, or record batch of an arrow file."""
     with _whole(path, format):

@@ -24,6 +24,7 @@ from data_pipeline.tokenizer import load_tokenizer
 DATA = Path(os.environ.get("DATA_PIPELINE_TEST_DATA", Path(__file__).parents[4] / "shared" / "data"))
 MESSY = DATA / "corpus" / "messy"
 pytestmark = pytest.mark.skipif(not MESSY.is_dir(), reason=f"{DATA} is not there")
+VOCAB_SIZE = 8192  # of the tokenizer beside the data
 BAD_REASONS = {"type_or_json": "type|json", "utf8 or replace (str has surrogate; .encode() raises)": "utf8"}
 
 
@@ -41,6 +42,7 @@ def expectations(name: str) -> dict[int, str]:
 
 
 def config_of(data_config: DataConfig, sources: dict[str, SourceConfig], **settings: Any) -> DataConfig:
+    settings |= {"tokenizer": str(DATA / "tokenizer" / "bpe8k.json"), "tokenizer_vocab_size": None}
     return replace(data_config, sources=sources, validation_fraction=0.0, min_characters=2, **settings)
 
 
@@ -62,7 +64,7 @@ def test_every_row_of_messy_jsonl(data_config: DataConfig, slice_bytes: int, on_
     source = SourceConfig("jsonl", [str(path)], "text", 1.0, None)
     settings = {"slice_bytes": slice_bytes, "on_bad_row": on_bad_row}
     config = config_of(data_config, {"messy": source}, **settings)
-    manifest = prepare(config, 512, 0)
+    manifest = prepare(config, VOCAB_SIZE, 0)
     verify(Path(config.dir))
 
     lines = path.read_bytes().split(b"\n")
@@ -103,7 +105,7 @@ def test_every_row_of_messy_jsonl(data_config: DataConfig, slice_bytes: int, on_
 def test_every_row_of_messy_sft(data_config: DataConfig) -> None:
     source = SourceConfig("sft", [str(MESSY / "messy_sft.jsonl")], None, 1.0, None)
     config = config_of(data_config, {"chat": source}, max_chat_tokens=8192)
-    prepare(config, 512, 0)
+    prepare(config, VOCAB_SIZE, 0)
     bad = {}
     for reject in map(json.loads, (Path(config.dir) / "rejects.jsonl").read_text().splitlines()):
         bad[reject["line"]] = reject["reason"]
