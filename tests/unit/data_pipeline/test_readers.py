@@ -200,7 +200,9 @@ def test_conversations_in_every_format(tmp_path: Path, read: Read) -> None:
         {"messages": [{"role": "user", "content": "2+2"}, {"role": "assistant", "content": str(n)}]}
         for n in range(3)
     ]
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"messages": []}]))
+    (tmp_path / "a.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in [*rows, {"messages": rows[0]["messages"][:1]}])
+    )
     for suffix in ("parquet", "arrow"):
         write_table(tmp_path / f"a.{suffix}", pa.Table.from_pylist(rows))
     documents, rejects = read("sft", tmp_path / "a.jsonl", tmp_path / "a.parquet", tmp_path / "a.arrow")
