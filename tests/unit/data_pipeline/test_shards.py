@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -155,6 +156,20 @@ def test_verify_lists_everything(folder: Path) -> None:
     assert lines[0].startswith(f"{folder}/tokenizer.json is not the tokenizer")
     assert any(line.startswith(f"{tokens} has 0 bytes") for line in lines)
     assert any(line.startswith(f"{offsets} is damaged between bytes 0 and") for line in lines)
+
+
+def test_verify_finds_offsets_that_do_not_fit_the_tokens(folder: Path) -> None:
+    """Files that are as their checksums say, and wrong all the same."""
+    manifest = Manifest.load(folder)
+    shard = next(shard for shard in manifest.shards() if shard.documents > 1)
+    path, _ = shards.shard_file(folder, shard, "offsets")
+    offsets = np.fromfile(path, dtype="<u8")
+    offsets[1] += 1
+    path.write_bytes(offsets.tobytes())
+    shard.crc32["offsets"] = f"{zlib.crc32(offsets.tobytes()):08x}"
+    manifest.save(folder)
+    with pytest.raises(DataError, match=f"{shard.name}: tokens and offsets do not fit together"):
+        verify(folder)
 
 
 def test_manifest_missing_damaged_or_of_another_format(folder: Path) -> None:
