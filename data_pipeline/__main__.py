@@ -1,8 +1,20 @@
-"""`python -m data_pipeline experiment=NAME`: prepare the data of a run."""
+"""Prepare the data of a run, check a prepared folder, look at rows as the model sees them.
+
+python -m data_pipeline experiment=NAME [key=value ...]
+python -m data_pipeline verify DIR
+python -m data_pipeline inspect ROW|SOURCE|SOURCE:ROW experiment=NAME [key=value ...]
+"""
+
+import sys
+from pathlib import Path
 
 from omegaconf import DictConfig
 
+from data_pipeline.config import DataError
+from data_pipeline.inspect import show
 from data_pipeline.prepare import prepare
+from data_pipeline.rows import make_plans
+from data_pipeline.shards import verify
 from trainer.cli import compose_and
 from trainer.config import ConfigError, RunConfig
 
@@ -14,9 +26,39 @@ def prepare_here(cfg: DictConfig) -> int:
     if problems:
         raise ConfigError(problems)
     prepare(config.data, config.model.vocab_size, config.seed)
+    make_plans(config.data, config.stage.seq_len)
     print(f"Next: python -m trainer experiment=... with the same data (data.dir={config.data.dir})")
     return 0
 
 
-if __name__ == "__main__":
+def verify_here(folder: str) -> int:
+    """Read every byte of a prepared folder; say what it holds, or what is damaged."""
+    try:
+        manifest = verify(Path(folder))
+    except DataError as error:
+        print(error, file=sys.stderr)
+        return 2
+    tokens = sum(shard.tokens for shard in manifest.shards())
+    print(f"{folder} is whole: {tokens:,} tokens in {len(manifest.shards())} shards")
+    return 0
+
+
+def main(arguments: list[str]) -> None:
+    """The command line; exits with its code."""
+    if arguments[:1] == ["verify"] and len(arguments) == 2:
+        sys.exit(verify_here(arguments[1]))
+    if arguments[:1] == ["inspect"] and len(arguments) >= 2:
+        which = arguments[1]
+        sys.argv[1:] = arguments[2:]  # the rest is Hydra's
+
+        def inspect_here(cfg: DictConfig) -> int:
+            config = RunConfig.load(cfg)
+            print(show(config.data, which, seq_len=config.stage.seq_len, seed=config.seed))
+            return 0
+
+        compose_and("prepare", inspect_here)
     compose_and("prepare", prepare_here)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -4,7 +4,10 @@ import math
 import re
 from dataclasses import dataclass
 
-SOURCE_KINDS = ("embedded", "jsonl", "parquet", "text")
+SOURCE_KINDS = ("embedded", "jsonl", "parquet", "arrow", "hub", "text", "tree", "sft")
+KINDS_WITH_TEXT_COLUMN = ("jsonl", "parquet", "arrow", "hub")
+ON_BAD_ROW = ("skip", "quarantine", "error")
+PACKINGS = ("concat", "best_fit")
 BLOCK_ROWS = 16384  # the mixture holds its weights exactly, to one row, over each block of this many rows
 
 
@@ -16,9 +19,11 @@ class DataError(Exception):
 class SourceConfig:
     """One source of documents.
 
-    kind: embedded (text found on every machine) | jsonl (.jsonl, .jsonl.gz) | parquet | text (a file is a
-    document).
-    paths: files or globs; for `embedded` the names of collections of data_pipeline.samples.
+    kind: embedded (text found on every machine) | jsonl (.jsonl, .jsonl.gz, .jsonl.zst) | parquet | arrow |
+    hub (datasets of the Hugging Face hub) | text (a file is a document) | tree (folders; every text file
+    below is a document) | sft (conversations: rows with `messages`, in files of any of these formats).
+    paths: files or globs; for `tree` folders; for `hub` NAME[@REVISION][:CONFIG]:SPLIT; for `embedded` the
+    names of collections of data_pipeline.samples.
     text_key: the column or JSON key that holds the text; null for the kinds that have none.
     weight: this source's share of the training tokens, relative to the other sources; 0 = prepared, not
     trained on.
@@ -41,9 +46,30 @@ class DataConfig:
     tokenizer_vocab_size: ids of the tokenizer to train; null when `tokenizer` is given.
     sources: by name; the name is part of file names and metrics.
     validation_fraction: share of the documents, chosen by their hash, that is never trained on.
+    deduplicate: keep the first of equal documents of a source.
+    min_characters: shorter documents are bad rows (reason too_short); conversations are not concerned.
+    max_chat_tokens: longer conversations are bad rows (reason too_long); null = no limit.
+    think_flag_share: a number marks the mode in the questions of conversations: `/no_think` where the answer
+    has no reasoning, `/think` in this share of the others; null leaves questions as they are.
+    on_bad_row: skip (leave it out, list it in rejects.jsonl) | quarantine (and keep the whole row there) |
+    error (stop at the first one).
+    max_bad_fraction: share of bad rows beyond which a source is broken and nothing is prepared.
     slice_bytes: bytes of input in one unit of work, of restart and of parallelism.
     shard_bytes: most bytes in one file of tokens (a longer document has a shard of its own).
     num_workers: processes that prepare; 1 = this process. The result does not depend on it.
+
+    packing: concat (documents end to end, cut where a row ends) | best_fit (whole documents, combined so that
+    little padding is left; longer ones in near-equal pieces, longer conversations left out).
+    length_shares: {} = documents of every length. Else, for best_fit: shares of the tokens by the length of
+    their document: {4096: 0.25, 16384: 0.75} takes 25 % from documents of 4096 to 16383 tokens and 75 % from
+    longer ones, of all sources together; a source's weight is then the share of its documents that is taken,
+    relative to the source with the largest.
+    predict_first_token: whether the end of a document predicts the first token of the next one in its row.
+    fim_rates: source -> share of its documents that are rearranged for fill-in-the-middle; {} = none.
+    fim_spm_share: share of the fill-in-the-middle documents that have the suffix first (SPM; else PSM).
+    weight_changes: training tokens -> weights of sources that hold from then on, e.g. {1000000: {code: 2.0}};
+    sources that are not named keep theirs.
+    skip: ranges [first, end) of global row numbers that are left out.
     """
 
     dir: str
@@ -51,20 +77,43 @@ class DataConfig:
     tokenizer_vocab_size: int | None
     sources: dict[str, SourceConfig]
     validation_fraction: float
+    deduplicate: bool
+    min_characters: int
+    max_chat_tokens: int | None
+    think_flag_share: float | None
+    on_bad_row: str
+    max_bad_fraction: float
     slice_bytes: int
     shard_bytes: int
     num_workers: int
+    packing: str
+    length_shares: dict[int, float]
+    predict_first_token: bool
+    fim_rates: dict[str, float]
+    fim_spm_share: float
+    weight_changes: dict[int, dict[str, float]]
+    skip: list[list[int]]
 
     def content_settings(self) -> dict[str, object]:
         """The keys that decide which tokens a prepared folder holds, apart from the bytes of its inputs."""
         settings: dict[str, object] = {
             "data.tokenizer_vocab_size": self.tokenizer_vocab_size,
             "data.validation_fraction": self.validation_fraction,
+            "data.deduplicate": self.deduplicate,
+            "data.min_characters": self.min_characters,
+            "data.max_chat_tokens": self.max_chat_tokens,
+            "data.think_flag_share": self.think_flag_share,
         }
         for name, source in sorted(self.sources.items()):
             settings[f"data.sources.{name}.kind"] = source.kind
             settings[f"data.sources.{name}.text_key"] = source.text_key
         return settings
+
+    def trained_sources(self) -> set[str]:
+        """The names of the sources that have a weight at some time of the run."""
+        weights = [{name: source.weight for name, source in self.sources.items()}]
+        weights += self.weight_changes.values()
+        return {name for of in weights for name, weight in of.items() if weight > 0}
 
     def problems(self) -> list[str]:
         """Every broken law, one line each: key, value, law, remedy."""
@@ -83,6 +132,16 @@ class DataConfig:
             )
         if not 0 <= self.validation_fraction < 1:
             found.append(f"data.validation_fraction={self.validation_fraction} is not in [0, 1)")
+        if self.min_characters < 1:
+            found.append(f"data.min_characters={self.min_characters} is not positive; 1 leaves out nothing")
+        if self.max_chat_tokens is not None and self.max_chat_tokens < 1:
+            found.append(f"data.max_chat_tokens={self.max_chat_tokens} is not positive; null = no limit")
+        if self.think_flag_share is not None and not 0 <= self.think_flag_share <= 1:
+            found.append(f"data.think_flag_share={self.think_flag_share} is not in [0, 1]; null = no flags")
+        if self.on_bad_row not in ON_BAD_ROW:
+            found.append(f"data.on_bad_row={self.on_bad_row} is unknown; use {', '.join(ON_BAD_ROW)}")
+        if not 0 <= self.max_bad_fraction <= 1:
+            found.append(f"data.max_bad_fraction={self.max_bad_fraction} is not in [0, 1]")
         if self.slice_bytes < 1:
             found.append(f"data.slice_bytes={self.slice_bytes} is not positive")
         if self.shard_bytes < 4:
@@ -98,7 +157,46 @@ class DataConfig:
             found.append(
                 f"data.sources: the weights sum to {total_weight}; give one source a positive weight"
             )
-        return found
+        return found + _order_problems(self)
+
+
+def _order_problems(config: DataConfig) -> list[str]:
+    found = []
+    if config.packing not in PACKINGS:
+        found.append(f"data.packing={config.packing} is unknown; use {', '.join(PACKINGS)}")
+    if not 0 <= config.fim_spm_share <= 1:
+        found.append(f"data.fim_spm_share={config.fim_spm_share} is not in [0, 1]")
+    for name, rate in config.fim_rates.items():
+        if name not in config.sources or config.sources[name].kind == "sft":
+            found.append(f"data.fim_rates.{name} is no source of text; name one, or remove it")
+        if not 0 <= rate <= 1:
+            found.append(f"data.fim_rates.{name}={rate} is not in [0, 1]")
+    shares = config.length_shares
+    if shares and config.packing != "best_fit":
+        found.append(f"data.length_shares={shares} needs data.packing=best_fit; set it to {{}}")
+    if shares and (min(shares) < 1 or not all(0 < s <= 1 for s in shares.values())):
+        found.append(f"data.length_shares={shares}: lengths are above 0 and shares in (0, 1]")
+    if shares and abs(sum(shares.values()) - 1) > 1e-9:
+        found.append(f"data.length_shares={shares}: the shares sum to {sum(shares.values())}, not 1")
+    if shares and config.weight_changes:
+        found.append("data.weight_changes has no use with data.length_shares; set one of them to {}")
+    weights = {name: source.weight for name, source in config.sources.items()}
+    for tokens, changed in sorted(config.weight_changes.items()):
+        key = f"data.weight_changes.{tokens}"
+        if tokens < 1:
+            found.append(f"{key}: the number of tokens is not positive; the first weights stand in sources")
+        for name in sorted(changed.keys() - weights.keys()):
+            found.append(f"{key}.{name} is no source; use {', '.join(weights)}")
+        weights |= changed
+        if not all(0 <= weight < math.inf for weight in changed.values()) or not sum(weights.values()) > 0:
+            found.append(f"{key}={changed}: weights are finite numbers >= 0, at least one above 0")
+    ends = [0]
+    for span in config.skip:
+        if len(span) != 2 or not ends[-1] <= span[0] < span[1]:
+            found.append(f"data.skip: {span} is no range [first, end) after the last one; sort and join them")
+            break
+        ends.append(span[1])
+    return found
 
 
 def _source_problems(name: str, source: SourceConfig, total_weight: float) -> list[str]:
@@ -110,7 +208,7 @@ def _source_problems(name: str, source: SourceConfig, total_weight: float) -> li
         found.append(f"{key}.kind={source.kind} is unknown; use {', '.join(SOURCE_KINDS)}")
     if not source.paths:
         found.append(f"{key}.paths is empty")
-    has_columns = source.kind in ("jsonl", "parquet")
+    has_columns = source.kind in KINDS_WITH_TEXT_COLUMN
     if has_columns and not source.text_key:
         found.append(f"{key}.text_key={source.text_key}: {source.kind} needs the name of the text column")
     if not has_columns and source.text_key is not None:

@@ -8,15 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from data_pipeline.best_fit import BestFitRows
 from data_pipeline.config import DataConfig
 from data_pipeline.manifest import SPLITS
-from data_pipeline.mixture import Mixture, MixtureSource
-from data_pipeline.packing import count_rows, pack_rows, row_span
-from data_pipeline.shards import TokenStream, open_prepared
+from data_pipeline.mixture import Mixture, MixtureSource, SkippedRows
+from data_pipeline.packing import ConcatRows, Row, pack_rows
+from data_pipeline.rows import JOINT, describe_rows, open_rows, open_streams
+from data_pipeline.shards import open_prepared
 
 _STEPS_AHEAD = 2
 
@@ -30,7 +31,7 @@ class Batch:
     position_ids: Tensor  # [B,S] int64, from 0 in every document and every row
     cu_seqlens: Tensor  # [D+1] int32: document borders over the flattened B*S tokens, first 0, last B*S
     token_mask: Tensor  # [B,S] bool: False on padding
-    rows: tuple[int, ...]  # global row numbers
+    rows: tuple[int, ...]  # global row numbers, as data.skip counts them
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on a device."""
@@ -48,8 +49,9 @@ class Loader:
     """Iterates over optimizer steps; each is the list of this rank's micro-batches.
 
     Slot b of micro-batch m on rank r is global row step * global_batch_size + (m * world_size + r) *
-    micro_batch_size + b, and what a row holds does not depend on the ranks. `next_row` is the first row that
-    has not been handed out: a new Loader that starts there goes on exactly, with any number of ranks.
+    micro_batch_size + b of those that data.skip leaves, and what a row holds does not depend on the ranks.
+    `next_row` is the first row that has not been handed out: a new Loader that starts there goes on exactly,
+    with any number of ranks.
 
     source=None: the endless mixture of the sources. source=NAME: that source alone, in plain order, once; the
     last step is filled up with rows of padding, so every rank has as many micro-batches. Validation needs a
@@ -91,24 +93,18 @@ class Loader:
         folder = Path(config.dir)
         self.manifest = open_prepared(folder)
         self.manifest.check_settings(config.content_settings(), folder)
-        self._streams = {
-            name: TokenStream(folder, record.splits[split].shards)
-            for name, record in self.manifest.sources.items()
-            if source in (None, name)
-        }
+        self._streams = open_streams(folder, self.manifest, split)
+        names = config.trained_sources() if source is None else {source}
+        wanted = {name: stream for name, stream in self._streams.items() if name in names}
+        self._rows = open_rows(config, self.manifest, wanted, split, seq_len, seed)
+        self._skipped = SkippedRows(config.skip if source is None else [])
+        self._predict_first_token = config.predict_first_token
         self._mixture: Mixture | None = None
         self._last_row: int | None = None  # plain order ends
         if source is None:
-            rows = {
-                name: count_rows(len(stream), seq_len, pad=False) for name, stream in self._streams.items()
-            }
-            sources = {
-                name: MixtureSource(settings.weight, rows[name], settings.max_epochs)
-                for name, settings in config.sources.items()
-            }
-            self._mixture = Mixture(sources, seed)
+            self._mixture = self._mix(config, seed)
         else:
-            self._last_row = count_rows(len(self._streams[source]), seq_len, pad=True)
+            self._last_row = len(self._rows[source])
 
         self._queue: queue.Queue[list[Batch] | None] = queue.Queue(maxsize=_STEPS_AHEAD)
         self._closed = threading.Event()
@@ -117,12 +113,32 @@ class Loader:
 
     def rows_available(self) -> int | None:
         """Rows that can be served from row 0 on; None = no limit."""
-        return self._last_row if self._mixture is None else self._mixture.rows_available()
+        if self._mixture is None:
+            return self._last_row
+        available = self._mixture.rows_available()
+        return None if available is None else self._skipped.kept(available)
 
     def check_budget(self, total_rows: int) -> None:
         """Raise a DataError that lists the sources which max_epochs keeps from serving `total_rows` rows."""
         if self._mixture is not None:
-            self._mixture.check_budget(total_rows)
+            self._mixture.check_budget(self._skipped(total_rows - 1) + 1)
+
+    def origins(self, row: int) -> list[str]:
+        """Where each document of a row, as Batch.rows counts them, comes from."""
+        names = {id(stream): name for name, stream in self._streams.items()}
+        found = []
+        rows, local_row = self._locate(row)
+        for stream, token in rows.places(local_row):
+            name, document = names[id(stream)], stream.documents.at(token)
+            file, offset = stream.documents.source_row(document)
+            path = self.manifest.inputs[name][file]["path"]
+            within = token - stream.documents.span(document)[0]
+            found.append(f"{name}, document {document} from its token {within}, {path} at {offset}")
+        return found
+
+    def describe(self) -> list[str]:
+        """A line for each source that is read: rows in an epoch, and what packing made of its documents."""
+        return [describe_rows(name, rows, self._seq_len) for name, rows in self._rows.items()]
 
     def __iter__(self) -> Iterator[list[Batch]]:
         return self
@@ -172,24 +188,46 @@ class Loader:
             self._error = error
         self._queue.put(None)
 
+    def _mix(self, config: DataConfig, seed: int) -> Mixture:
+        if JOINT in self._rows:
+            limits = [s.max_epochs for s in config.sources.values() if s.weight and s.max_epochs is not None]
+            settings = {JOINT: (1.0, min(limits, default=None))}
+        else:
+            settings = {
+                name: (config.sources[name].weight, config.sources[name].max_epochs) for name in self._rows
+            }
+        sources = {
+            name: MixtureSource(weight, len(self._rows[name]), max_epochs, self._rows[name].mean_tokens)
+            for name, (weight, max_epochs) in settings.items()
+        }
+        changes: dict[int, dict[str, float]] = {}  # row -> weights
+        for tokens, weights in sorted(config.weight_changes.items()):
+            changes.setdefault(-(-tokens // self._seq_len), {}).update(weights)
+        return Mixture(sources, seed, changes)
+
     def _step(self, first_row: int) -> list[Batch]:
         stride = self._world_size * self._micro_batch_size
         start = first_row + self._rank * self._micro_batch_size
         return [self._batch(row) for row in range(start, start + self._global_batch_size, stride)]
 
     def _batch(self, first_row: int) -> Batch:
-        rows = tuple(range(first_row, first_row + self._micro_batch_size))
+        rows = tuple(self._skipped(first_row + slot) for slot in range(self._micro_batch_size))
         packed = pack_rows(
-            [self._read_row(row) for row in rows], self._seq_len, self.manifest.tokenizer.end_of_text
+            [self._read_row(row) for row in rows],
+            self._seq_len,
+            self.manifest.tokenizer.end_of_text,
+            predict_first_token=self._predict_first_token,
         )
         input_ids, labels, position_ids, cu_seqlens, token_mask = map(torch.from_numpy, packed)
         return Batch(input_ids, labels, position_ids, cu_seqlens, token_mask, rows)
 
-    def _read_row(self, row: int) -> np.ndarray:
+    def _read_row(self, row: int) -> Row:
+        rows, local_row = self._locate(row)
+        return rows.read(local_row)
+
+    def _locate(self, row: int) -> tuple[ConcatRows | BestFitRows, int]:
         if self._mixture is None:
             assert self._source is not None
-            stream = self._streams[self._source]
-        else:
-            location = self._mixture.locate(row)
-            stream, row = self._streams[location.source], location.row
-        return stream.read(*row_span(row, self._seq_len, len(stream)))
+            return self._rows[self._source], row
+        location = self._mixture.locate(row)
+        return self._rows[location.source], location.row

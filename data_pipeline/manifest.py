@@ -5,9 +5,11 @@
     slices/<source>-00000/
         train-00000.tokens            uint32 little-endian: documents end to end, each closed by <|endoftext|>
         train-00000.offsets           uint64 little-endian: where the documents begin, then the shard's end
+        train-00000.rows              per document: uint32 input file, uint64 offset of its row in it
+        train-00000.loss              conversations only: a bit per token, lowest first: is it learned?
         validation-00000.tokens ...
         slice.json unigrams.npy       what the slice adds to the manifest
-        rejects.jsonl                 rows that are no documents: file, offset, reason, first characters
+    rejects.jsonl                     rows that are no documents: file, line, offset, reason, first bytes
 
 The tokens of a source and split are those of its shards in the order of the manifest.
 """
@@ -20,20 +22,19 @@ from typing import Any
 
 from data_pipeline.config import DataError
 
-FORMAT = "token-shards-1"
+FORMAT = "token-shards-2"
 SPLITS = ("train", "validation")
 REMEDY = "move the folder away and run python -m data_pipeline again"
 
 
 @dataclass
 class ShardRecord:
-    """name: path below slices/, without suffix. Each crc32: eight hex digits per block of the file."""
+    """name: path below slices/, without suffix. crc32: by suffix, eight hex digits per block of the file."""
 
     name: str
     documents: int
     tokens: int
-    tokens_crc32: str
-    offsets_crc32: str
+    crc32: dict[str, str]
 
 
 @dataclass
@@ -48,7 +49,9 @@ class SplitRecord:
 
 @dataclass
 class SourceRecord:
-    """unigram_entropy: nats per training token under their own frequencies.
+    """skipped: rows that were left out, by the code of the reason; `rejected` of them were bad.
+
+    unigram_entropy: nats per training token under their own frequencies.
 
     validation_unigram_cross_entropy: nats per validation token under the (add-one) frequencies of the
     training tokens; a model that scores below it has learned more than which tokens are common. None without
@@ -56,6 +59,7 @@ class SourceRecord:
     """
 
     splits: dict[str, SplitRecord]
+    skipped: dict[str, int]
     rejected: int
     unigram_entropy: float
     validation_unigram_cross_entropy: float | None
@@ -80,6 +84,7 @@ class Manifest:
     inputs: dict[str, list[dict[str, Any]]]
     tokenizer: TokenizerRecord
     sources: dict[str, SourceRecord]
+    rejects_sha256: str
 
     @staticmethod
     def load(folder: Path) -> "Manifest":

@@ -3,8 +3,11 @@ configuration.
 
 Rows are dealt in blocks. Each block holds a fixed integer quota of every source, spread evenly over the
 block; the rows of a source are dealt one after the other, through a permutation of its own in every epoch.
+Weights may change at given rows: a new stretch of blocks begins there, and every source goes on where it was.
 """
 
+import bisect
+import itertools
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -13,6 +16,9 @@ import numpy as np
 
 from data_pipeline.config import BLOCK_ROWS, DataError
 from data_pipeline.permutation import Permutation, derive_key, mix
+
+_NO_LIMIT = 1 << 62  # rows of a source that may be seen
+_NO_END = 1 << 60  # of the rows of the run
 
 
 class Location(NamedTuple):
@@ -25,11 +31,23 @@ class Location(NamedTuple):
 
 @dataclass
 class MixtureSource:
-    """weight: relative share of the rows. rows: in one epoch. max_epochs: None = no limit."""
+    """weight: relative share of the tokens. rows: in one epoch. max_epochs: None = no limit. row_tokens: in a
+    row, on average.
+    """
 
     weight: float
     rows: int
     max_epochs: float | None
+    row_tokens: float
+
+
+class _Stretch(NamedTuple):
+    """Rows from `first` on have these quotas; `dealt` [source] rows were dealt before. Next one at `end`."""
+
+    first: int
+    end: int
+    quotas: np.ndarray
+    dealt: np.ndarray
 
 
 def integer_quotas(weights: list[float], total: int) -> list[int]:
@@ -45,13 +63,22 @@ def integer_quotas(weights: list[float], total: int) -> list[int]:
 class Mixture:
     """The infinite sequence of rows that the weights, the seed and the number of rows of every source define.
 
-    Sources are taken in the order of their names, so the order of a YAML file does not matter; those of
-    weight 0 are left out. Raises DataError for a source that is to be read and has no row.
+    weight_changes: row -> the weights of sources that hold from it on. Sources are taken in the order of
+    their names, so the order of a YAML file does not matter; those that never have a weight are left out.
+    Raises DataError for a source that is to be read and has no row.
     """
 
-    def __init__(self, sources: dict[str, MixtureSource], seed: int) -> None:
+    def __init__(
+        self,
+        sources: dict[str, MixtureSource],
+        seed: int,
+        weight_changes: dict[int, dict[str, float]] | None = None,
+    ) -> None:
         self.seed = seed
-        self.names = sorted(name for name, source in sources.items() if source.weight > 0)
+        changes = sorted((weight_changes or {}).items())
+        used = {name for name, source in sources.items() if source.weight > 0}
+        used |= {name for _, weights in changes for name, weight in weights.items() if weight > 0}
+        self.names = sorted(used)
         self.sources = [sources[name] for name in self.names]
         empty = [name for name, source in zip(self.names, self.sources, strict=True) if source.rows < 1]
         if empty:
@@ -59,17 +86,37 @@ class Mixture:
                 f"data.sources {', '.join(empty)}: no whole row of training text;"
                 " add text, shorten stage.seq_len, or set the weight to 0"
             )
-        self.quotas = np.array(integer_quotas([source.weight for source in self.sources], BLOCK_ROWS))
-        self.limits = [1 << 62 if s.max_epochs is None else int(s.max_epochs * s.rows) for s in self.sources]
+        self.limits = [
+            _NO_LIMIT if s.max_epochs is None else int(s.max_epochs * s.rows) for s in self.sources
+        ]
         self._block = lru_cache(maxsize=2)(self._deal_block)
         self._permutation = lru_cache(maxsize=2 * len(self.names))(self._permute_epoch)
+        self._stretches: list[_Stretch] = []
+        weights = {name: source.weight for name, source in sources.items()}
+        dealt = np.zeros(len(self.names), dtype=np.int64)
+        starts = [0, *(row for row, _ in changes), _NO_END]
+        for (first, end), changed in zip(
+            itertools.pairwise(starts), [{}, *(w for _, w in changes)], strict=True
+        ):
+            weights |= changed
+            row_shares = [
+                weights[name] / source.row_tokens
+                for name, source in zip(self.names, self.sources, strict=True)
+            ]
+            self._stretches.append(
+                _Stretch(first, end, np.array(integer_quotas(row_shares, BLOCK_ROWS)), dealt)
+            )
+            if end < _NO_END:
+                dealt = dealt + self._counts(len(self._stretches) - 1, end - first)
 
     def locate(self, row: int) -> Location:
         """Where global row `row` comes from. Raises DataError beyond a source's max_epochs."""
-        block, slot = divmod(row, BLOCK_ROWS)
-        dealt, ranks = self._block(block)
-        i = int(dealt[slot])
-        index = block * int(self.quotas[i]) + int(ranks[slot])
+        number = self._stretch_of(row)
+        stretch = self._stretches[number]
+        block, slot = divmod(row - stretch.first, BLOCK_ROWS)
+        sources, ranks = self._block(number, block)
+        i = int(sources[slot])
+        index = int(stretch.dealt[i]) + block * int(stretch.quotas[i]) + int(ranks[slot])
         if index >= self.limits[i]:
             self.check_budget(row + 1)
         epoch, index = divmod(index, self.sources[i].rows)
@@ -77,18 +124,23 @@ class Mixture:
 
     def rows_available(self) -> int | None:
         """How many rows can be served before a source is exhausted (max_epochs); None = no limit."""
-        if all(source.max_epochs is None for source in self.sources):
-            return None
-        limits = np.array(self.limits)
-        block = int((limits // self.quotas).min())
-        dealt, ranks = self._block(block)
-        return block * BLOCK_ROWS + int(np.argmax(ranks >= (limits - block * self.quotas)[dealt]))
+        for number, stretch in enumerate(self._stretches):
+            left = np.array(self.limits) - stretch.dealt
+            blocks = int((left // np.maximum(stretch.quotas, 1))[stretch.quotas > 0].min())
+            if stretch.first + blocks * BLOCK_ROWS >= stretch.end:
+                continue
+            sources, ranks = self._block(number, blocks)
+            over = ranks >= (left - blocks * stretch.quotas)[sources]
+            row = stretch.first + blocks * BLOCK_ROWS + int(np.argmax(over))
+            if row < stretch.end:
+                return row
+        return None
 
     def rows_needed(self, total_rows: int) -> dict[str, int]:
         """How many of the rows 0 .. total_rows - 1 come from each source."""
-        blocks, rest = divmod(total_rows, BLOCK_ROWS)
-        dealt = self._block(blocks)[0][:rest]
-        counts = blocks * self.quotas + np.bincount(dealt, minlength=len(self.names))
+        number = self._stretch_of(total_rows)
+        stretch = self._stretches[number]
+        counts = stretch.dealt + self._counts(number, total_rows - stretch.first)
         return dict(zip(self.names, counts.tolist(), strict=True))
 
     def check_budget(self, total_rows: int) -> None:
@@ -105,19 +157,49 @@ class Mixture:
         if exhausted:
             raise DataError("\n".join(exhausted))
 
-    def _deal_block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
+    def _stretch_of(self, row: int) -> int:
+        return bisect.bisect_right(self._stretches, row, key=lambda stretch: stretch.first) - 1
+
+    def _counts(self, stretch: int, rows: int) -> np.ndarray:
+        """[source] how many of the first `rows` rows of a stretch come from each."""
+        blocks, rest = divmod(rows, BLOCK_ROWS)
+        dealt = self._block(stretch, blocks)[0][:rest]
+        return blocks * self._stretches[stretch].quotas + np.bincount(dealt, minlength=len(self.names))
+
+    def _deal_block(self, stretch: int, block: int) -> tuple[np.ndarray, np.ndarray]:
         """Source number of each slot of a block, and how many earlier slots of the block have the same
         source.
 
         Card k of a source with quota q lies at a random time in [k, k+1) / q; slots are in the order of time.
         So every stretch of the block, not only the whole, holds every source close to its share.
         """
-        dealt = np.repeat(np.arange(len(self.quotas)), self.quotas)
-        ranks = np.concatenate([np.arange(quota) for quota in self.quotas])
-        words = np.arange(BLOCK_ROWS, dtype=np.uint64) + np.uint64(derive_key(self.seed, "block", block) >> 1)
-        times = (ranks + (mix(words) >> 11) / 2.0**53) / self.quotas[dealt]
+        quotas = self._stretches[stretch].quotas
+        dealt = np.repeat(np.arange(len(quotas)), quotas)
+        ranks = np.concatenate([np.arange(quota) for quota in quotas])
+        words = np.arange(BLOCK_ROWS, dtype=np.uint64)
+        words += np.uint64(derive_key(self.seed, "block", stretch, block) >> 1)
+        times = (ranks + (mix(words) >> 11) / 2.0**53) / quotas[dealt]
         order = np.argsort(times, kind="stable")
         return dealt[order], ranks[order]
 
     def _permute_epoch(self, source: int, epoch: int) -> Permutation:
         return Permutation(self.sources[source].rows, derive_key(self.seed, self.names[source], epoch))
+
+
+class SkippedRows:
+    """The rows that are left after ranges [first, end) of them are left out, numbered anew."""
+
+    def __init__(self, skip: list[list[int]]) -> None:
+        self._skip = skip
+        lengths = [end - first for first, end in skip]
+        self._before = list(itertools.accumulate(lengths, initial=0))  # rows left out before each range
+        # the new number of the first row after each range: a row moves over all ranges it does not lie before
+        self._firsts = [first - before for (first, _), before in zip(skip, self._before, strict=False)]
+
+    def __call__(self, row: int) -> int:
+        """The number, before leaving out, of the row that is number `row` after it."""
+        return row + self._before[bisect.bisect_right(self._firsts, row)]
+
+    def kept(self, rows: int) -> int:
+        """How many of the rows 0 .. rows - 1 are left."""
+        return rows - sum(min(end, rows) - first for first, end in self._skip if first < rows)

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.config import DataConfig, DataError
+from data_pipeline.inputs import InputFile, list_inputs
 from data_pipeline.manifest import differing_settings, to_json, write_atomically
-from data_pipeline.readers import InputFile, list_inputs
 
 
 @dataclass
@@ -47,6 +47,7 @@ def agree_on_plan(config: DataConfig, seed: int, given: str | None, folder: Path
     settings = {
         **config.content_settings(),
         "data.tokenizer": None if given is None else f"sha256 {hashlib.sha256(given.encode()).hexdigest()}",
+        "data.on_bad_row": "quarantine" if config.on_bad_row == "quarantine" else "skip or error",
         "data.slice_bytes": config.slice_bytes,
         "data.shard_bytes": config.shard_bytes,
         "seed": seed,

@@ -1,4 +1,5 @@
-"""Text to token shards: cut the sources into slices, write every slice once, commit with a manifest.
+"""Text to token shards: cut the sources into slices, survey them, write every slice once, commit with a
+manifest.
 
 A run that was killed, however hard, is run again: finished slices stay, and the result is the same to the
 byte, for any number of workers.
@@ -10,14 +11,17 @@ import hashlib
 import multiprocessing
 import os
 import shutil
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.config import DataConfig, DataError, SourceConfig
+from data_pipeline.config import DataConfig, DataError
+from data_pipeline.documents import Document, read_documents
+from data_pipeline.inputs import InputFile, plan_slices
 from data_pipeline.manifest import (
     FORMAT,
     SPLITS,
@@ -29,8 +33,9 @@ from data_pipeline.manifest import (
 )
 from data_pipeline.plan import Plan, agree_on_plan, describe_inputs
 from data_pipeline.progress import PrepareProgress
-from data_pipeline.readers import InputFile, Piece, plan_slices, read_slice
+from data_pipeline.readers import check_columns
 from data_pipeline.slices import SliceJob, SliceRecord, start_worker, write_slice
+from data_pipeline.survey import bad_rows, conclude, survey_slice
 from data_pipeline.tokenizer import Tokenizer, fetch_tokenizer, load_tokenizer, train_tokenizer
 
 _TRAINING_CHARACTERS = 4_000_000  # of text that a tokenizer is trained on, shared evenly by the sources
@@ -54,12 +59,17 @@ def prepare(config: DataConfig, vocab_size: int, seed: int) -> Manifest:
             manifest, outcome = Manifest.load(folder), "already prepared"
         else:
             _clean(folder)
-            slices = {name: _slices(name, config, plan.inputs[name]) for name in sorted(config.sources)}
-            sha256 = _settle_tokenizer(config, given, slices, folder)
-            jobs = {name: _jobs(name, config, slices[name], sha256, seed) for name in slices}
-            _write_slices([job for of_source in jobs.values() for job in of_source], config.num_workers)
+            jobs = {name: _jobs(name, config, plan.inputs[name], seed) for name in sorted(config.sources)}
+            _settle_tokenizer(config, given, jobs, folder)
+            every_job = [job for of_source in jobs.values() for job in of_source]
+            to_do = [job for job in every_job if not job.survey.is_dir()]
+            _run(survey_slice, "survey", "documents", every_job, to_do, config.num_workers)
+            skipped = conclude(jobs, config, folder)
+            to_do = [job for job in every_job if not job.target.is_dir()]
+            _run(write_slice, "prepare", "tokens", every_job, to_do, config.num_workers)
             _clean(folder)
-            manifest, outcome = _commit(plan, jobs, folder), "prepared"
+            manifest, outcome = _commit(plan, jobs, skipped, folder), "prepared"
+        shutil.rmtree(folder / "survey", ignore_errors=True)
         (folder / "plan.json").unlink(missing_ok=True)
     print(f"{outcome}: {folder}\n{_summary(manifest)}", flush=True)
     return manifest
@@ -86,7 +96,7 @@ def _clean(folder: Path) -> None:
     """Remove what killed workers left half-written."""
     for path in folder.glob(".*.partial"):
         path.unlink()
-    for path in (folder / "slices").glob(".*"):
+    for path in [*(folder / "slices").glob(".*"), *(folder / "survey").glob(".*")]:
         shutil.rmtree(path, ignore_errors=True)  # a dying worker may still write there
 
 
@@ -104,71 +114,75 @@ def _check_vocabulary(config: DataConfig, given: str | None, vocab_size: int) ->
         )
 
 
-def _slices(name: str, config: DataConfig, inputs: list[InputFile]) -> list[list[Piece]]:
-    slices = plan_slices(config.sources[name], inputs, config.slice_bytes)
+def _jobs(name: str, config: DataConfig, inputs: list[InputFile], seed: int) -> list[SliceJob]:
+    source = config.sources[name]
+    slices = plan_slices(source, inputs, config.slice_bytes)
     if not slices:
         raise DataError(
             f"data.sources.{name}.paths: {describe_inputs(inputs)} hold nothing; name files with text"
         )
-    return slices
-
-
-def _jobs(name: str, config: DataConfig, slices: list[list[Piece]], sha256: str, seed: int) -> list[SliceJob]:
+    check_columns(name, source, slices[0])
     return [
-        SliceJob(
-            name=f"{name}-{number:05d}",
-            source=config.sources[name],
-            pieces=pieces,
-            bytes=sum(piece.bytes for piece in pieces),
-            folder=Path(config.dir),
-            tokenizer_sha256=sha256,
-            seed=seed,
-            validation_fraction=config.validation_fraction,
-            shard_bytes=config.shard_bytes,
-        )
-        for number, pieces in enumerate(slices)
+        SliceJob(f"{name}-{number:05d}", name, parts, config, tokenizer_sha256="", seed=seed)
+        for number, parts in enumerate(slices)
     ]
 
 
 def _settle_tokenizer(
-    config: DataConfig, given: str | None, slices: dict[str, list[list[Piece]]], folder: Path
-) -> str:
-    """Write tokenizer.json, unless an earlier attempt has; returns its sha256."""
+    config: DataConfig, given: str | None, jobs: dict[str, list[SliceJob]], folder: Path
+) -> None:
+    """Write tokenizer.json, unless an earlier attempt has, and tell every job its sha256."""
     path = folder / "tokenizer.json"
     if not path.exists():
         if given is None:
             assert config.tokenizer_vocab_size is not None
-            given = train_tokenizer(_training_texts(config.sources, slices), config.tokenizer_vocab_size)
+            given = train_tokenizer(_training_texts(jobs), config.tokenizer_vocab_size)
         write_atomically(path, given.encode())
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    for of_source in jobs.values():
+        for job in of_source:
+            job.tokenizer_sha256 = sha256
 
 
-def _training_texts(sources: dict[str, SourceConfig], slices: dict[str, list[list[Piece]]]) -> Iterator[str]:
+def _training_texts(jobs: dict[str, list[SliceJob]]) -> Iterator[str]:
     """Text to train a tokenizer on: as much of every source, from evenly spaced places in it."""
-    for name, of_source in slices.items():
+    for of_source in jobs.values():
         places = of_source[:: -(-len(of_source) // _TRAINING_PLACES)]
-        for pieces in places:
-            left = _TRAINING_CHARACTERS // (len(slices) * len(places))
-            for text in read_slice(sources[name], pieces, lambda reject: None):
+        for job in places:
+            left = _TRAINING_CHARACTERS // (len(jobs) * len(places))
+            for text in _texts(job):
                 yield text[:left]
                 left -= len(text)
                 if left <= 0:
                     break
 
 
-def _write_slices(jobs: list[SliceJob], num_workers: int) -> None:
-    """Write the slices that are not there yet."""
-    to_do = [job for job in jobs if not job.target.is_dir()]
+def _texts(job: SliceJob) -> Iterator[str]:
+    for part in job.parts:
+        for item in read_documents(job.config, job.source, part):
+            if isinstance(item, Document):
+                yield from item.texts()
+
+
+def _run(
+    act: Callable[[SliceJob], int],
+    title: str,
+    unit: str,
+    jobs: list[SliceJob],
+    to_do: list[SliceJob],
+    num_workers: int,
+) -> None:
+    """Let the workers act on the jobs that are not done yet."""
     total = sum(job.bytes for job in jobs)
-    with PrepareProgress(total, total - sum(job.bytes for job in to_do)) as progress:
+    with PrepareProgress(title, unit, total, total - sum(job.bytes for job in to_do)) as progress:
         if num_workers == 1:
             for job in to_do:
-                progress.advance(job.bytes, write_slice(job))
+                progress.advance(job.bytes, act(job))
             return
         # spawn: a fork would copy the threads of the tokenizer in an unknown state
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(num_workers, context, initializer=start_worker) as pool:
-            running = {pool.submit(write_slice, job): job for job in to_do}
+            running = {pool.submit(act, job): job for job in to_do}
             try:
                 for future in as_completed(running):
                     progress.advance(running[future].bytes, future.result())
@@ -181,17 +195,17 @@ def _write_slices(jobs: list[SliceJob], num_workers: int) -> None:
                 pool.shutdown(cancel_futures=True)
 
 
-def _commit(plan: Plan, jobs: dict[str, list[SliceJob]], folder: Path) -> Manifest:
+def _commit(
+    plan: Plan, jobs: dict[str, list[SliceJob]], skipped: dict[str, Counter[str]], folder: Path
+) -> Manifest:
     """Gather what the slices hold and write the manifest."""
     tokenizer = load_tokenizer(folder)
     unigrams = {name: np.zeros((len(SPLITS), tokenizer.vocab_size), dtype=np.int64) for name in jobs}
     sources = {}
     for name, of_source in jobs.items():
         splits = {split: SplitRecord(documents=0, tokens=0, bytes=0, shards=[]) for split in SPLITS}
-        rejected = 0
         for job in of_source:
             record = SliceRecord.load(job.target)
-            rejected += record.rejected
             unigrams[name] += record.unigrams
             for split, part in record.splits.items():
                 splits[split].documents += part.documents
@@ -200,14 +214,14 @@ def _commit(plan: Plan, jobs: dict[str, list[SliceJob]], folder: Path) -> Manife
                 splits[split].shards += part.shards
         if not splits["train"].documents:
             raise DataError(
-                f"data.sources.{name}: no training document, {rejected} rows were rejected;"
-                f" the reasons are in {folder}/slices/{name}-*/rejects.jsonl. Mend paths or text_key,"
-                " prepare into another folder"
+                f"data.sources.{name}: all {splits['validation'].documents} documents are held out for"
+                " validation; lower data.validation_fraction or name more files, in another folder"
             )
         train, validation = unigrams[name]
         sources[name] = SourceRecord(
             splits,
-            rejected,
+            skipped=dict(skipped[name]),
+            rejected=bad_rows(skipped[name]),
             unigram_entropy=_cross_entropy(train, train),
             validation_unigram_cross_entropy=_cross_entropy(validation, train + 1)
             if validation.any()
@@ -224,6 +238,7 @@ def _commit(plan: Plan, jobs: dict[str, list[SliceJob]], folder: Path) -> Manife
             max_token_id=max(int(np.flatnonzero(counts.any(axis=0))[-1]) for counts in unigrams.values()),
         ),
         sources=sources,
+        rejects_sha256=hashlib.sha256((folder / "rejects.jsonl").read_bytes()).hexdigest(),
     )
     manifest.save(folder)
     return manifest
@@ -243,6 +258,7 @@ def _summary(manifest: Manifest) -> str:
             f"{split} {part.tokens:,} tokens of {part.documents:,} documents"
             for split, part in source.splits.items()
         ]
-        rejected = f", {source.rejected:,} rows rejected" if source.rejected else ""
-        lines.append(f"  {name}: {', '.join(parts)}{rejected}")
+        skipped = [f"{count:,} {code}" for code, count in sorted(source.skipped.items())]
+        left_out = f"; left out: {', '.join(skipped)}" if skipped else ""
+        lines.append(f"  {name}: {', '.join(parts)}{left_out}")
     return "\n".join(lines)

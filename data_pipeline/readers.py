@@ -1,231 +1,274 @@
-"""Documents from files. A source is cut into slices of like size, each of which can be read alone."""
+"""Rows from files: JSON lines, tables, text. A row that cannot be read costs that row and says why."""
 
-import glob
+import contextlib
 import gzip
-import hashlib
+import io
+import itertools
 import json
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from data_pipeline import samples
 from data_pipeline.config import DataError, SourceConfig
 
-_HEAD_BYTES = 200
+if TYPE_CHECKING:
+    import pyarrow
+
+COMPRESSED = (".gz", ".zst")
+BLANK = "blank"
+CHAT_KEY = "messages"
+_BOM = b"\xef\xbb\xbf"
+_PROBED_ROWS = 64
+_TABLE_ROWS = 1024
 
 
-class InputFile(NamedTuple):
-    """A file that is read; `mtime_ns` only saves reading it again to see that it is unchanged."""
+class Part(NamedTuple):
+    """What a slice reads of one file: [start, stop) in bytes of lines, row groups of parquet, record batches
+    of arrow, documents of an embedded collection. `file` is its number among the inputs of the source."""
 
-    path: str
-    bytes: int
-    mtime_ns: int
-    sha256: str
-
-
-class Piece(NamedTuple):
-    """What a slice reads of one file: bytes [start, stop); for `embedded` documents."""
-
+    file: int
     path: str
     start: int
     stop: int
     bytes: int
 
 
-class Reject(NamedTuple):
-    """A row that is no document. offset: its byte in the (decompressed) file; its row number in parquet."""
+class Row(NamedTuple):
+    """A row of a part.
 
-    path: str
+    line: from 1 in the part. offset: its first byte in the (decompressed) file, or its row number in a table.
+    raw: its bytes; None where only `value` is known. value: a JSON object, a table's row, or a text. fault:
+    why it holds no value, `code` or `code: details`.
+    """
+
+    line: int
     offset: int
-    reason: str
-    head: str
+    raw: bytes | None
+    value: Any
+    fault: str | None
 
 
-OnReject = Callable[[Reject], None]
+def format_of(kind: str, path: str) -> str:
+    """What a file of a source is read as: jsonl, parquet, arrow, text or embedded."""
+    if kind == "sft" and path in samples.COLLECTIONS:
+        return "embedded"
+    if kind == "sft":
+        return {".parquet": "parquet", ".arrow": "arrow"}.get(Path(path).suffix, "jsonl")
+    return {"hub": "arrow", "tree": "text"}.get(kind, kind)
 
 
-def list_inputs(name: str, source: SourceConfig, known: dict[str, InputFile]) -> list[InputFile]:
-    """The files of a source, in the order in which they are read; hashed, unless `known` has them at this
-    size and age.
+def column_of(source: SourceConfig) -> str | None:
+    """The key or column that holds a document; None where the whole row does."""
+    return CHAT_KEY if source.kind == "sft" else source.text_key
 
-    Raises DataError for a path or glob without a file.
+
+def read_rows(source: SourceConfig, part: Part) -> Iterator[Row]:
+    """The rows of a part, in order, blank lines included.
+
+    Raises DataError for a file that cannot be read as what it is said to be, and for a table without the
+    text column.
     """
-    if source.kind == "embedded":
-        return [_embedded_input(collection) for collection in source.paths]
-    found: dict[str, None] = {}
-    for pattern in source.paths:
-        files = [path for path in sorted(glob.glob(pattern, recursive=True)) if Path(path).is_file()]
-        if not files:
-            raise DataError(
-                f"data.sources.{name}.paths: {pattern} matches no file; a folder is named as folder/**/*.EXT"
-            )
-        found |= dict.fromkeys(files)
-    return [_hashed(path, known.get(path)) for path in found]
+    format = format_of(source.kind, part.path)
+    with _whole(part.path, format):
+        yield from _READERS[format](source, part)
 
 
-def plan_slices(source: SourceConfig, inputs: list[InputFile], slice_bytes: int) -> list[list[Piece]]:
-    """Cut a source into slices of about `slice_bytes` (a file that cannot be cut is never split)."""
-    slices: list[list[Piece]] = []
-    room = 0
-    for piece in _pieces(source, inputs, slice_bytes):
-        if not slices or piece.bytes > room:
-            slices.append([])
-            room = slice_bytes
-        slices[-1].append(piece)
-        room -= piece.bytes
-    return slices
+def hub_files(key: str, dataset: str) -> list[str]:
+    """The arrow files of a dataset NAME[@REVISION][:CONFIG]:SPLIT, fetched into the cache of `datasets`."""
+    from datasets import load_dataset  # slow to import: only for those who read the hub
 
-
-def read_slice(source: SourceConfig, pieces: list[Piece], on_reject: OnReject) -> Iterator[str]:
-    """The documents of a slice, in order. A bad row costs that row, which goes to `on_reject`.
-
-    Raises DataError for a file that cannot be read as what it is said to be.
-    """
-    for piece in pieces:
-        for offset, text in _READERS[source.kind](source, piece, on_reject):
-            fault = _fault(text)
-            if isinstance(text, str) and fault is None:
-                yield text
-            else:
-                on_reject(Reject(piece.path, offset, fault or "", repr(text)[:_HEAD_BYTES]))
-
-
-def _fault(text: object) -> str | None:
-    """Why a value is no document; None if it is one."""
-    if text is None:
-        return "null"
-    if not isinstance(text, str):
-        return f"type: the text is of type {type(text).__name__}"
-    if not text.strip():
-        return "empty"
+    name, *config, split = dataset.split(":")
+    name, _, revision = name.partition("@")
     try:
-        text.encode()
-    except UnicodeEncodeError:
-        return "utf8: a lone surrogate"
-    return None
+        rows = load_dataset(name, *config, split=split, revision=revision or None)
+    except Exception as error:  # the library raises whatever its many layers raise
+        raise DataError(f"{key} cannot be loaded by datasets.load_dataset ({error})") from error
+    return [file["filename"] for file in rows.cache_files]
 
 
-def _pieces(source: SourceConfig, inputs: list[InputFile], slice_bytes: int) -> Iterator[Piece]:
-    for file in inputs:
-        if source.kind == "embedded":
-            for index, text in enumerate(samples.documents(file.path)):
-                yield Piece(file.path, index, index + 1, len(text.encode()))
-        elif source.kind == "jsonl" and not file.path.endswith(".gz"):
-            for start in range(0, file.bytes, slice_bytes):
-                stop = min(start + slice_bytes, file.bytes)
-                yield Piece(file.path, start, stop, stop - start)
-        else:
-            yield Piece(file.path, 0, file.bytes, file.bytes)
+def table_groups(format: str, path: str) -> list[int]:
+    """Bytes of each row group of a parquet file, or record batch of an arrow file."""
+    with _whole(path, format):
+        if format == "arrow":
+            return [batch.nbytes for batch in _arrow_table(path)[1]]
+        import pyarrow.parquet
+
+        metadata = pyarrow.parquet.read_metadata(path)
+        return [metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups)]
 
 
-def _hashed(path: str, known: InputFile | None) -> InputFile:
-    status = Path(path).stat()
-    if known is not None and (known.bytes, known.mtime_ns) == (status.st_size, status.st_mtime_ns):
-        return known
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return InputFile(path, status.st_size, status.st_mtime_ns, digest)
-
-
-def _embedded_input(collection: str) -> InputFile:
-    digest, size = hashlib.sha256(), 0
-    for text in samples.documents(collection):
-        data = text.encode()
-        digest.update(len(data).to_bytes(8, "little") + data)
-        size += len(data)
-    return InputFile(collection, size, 0, digest.hexdigest())
-
-
-def _read_embedded(source: SourceConfig, piece: Piece, on_reject: OnReject) -> Iterator[tuple[int, object]]:
-    yield from enumerate(samples.documents(piece.path)[piece.start : piece.stop], piece.start)
-
-
-def _read_text(source: SourceConfig, piece: Piece, on_reject: OnReject) -> Iterator[tuple[int, object]]:
-    data = Path(piece.path).read_bytes().removeprefix(b"\xef\xbb\xbf")
-    try:
-        yield 0, data.decode()
-    except UnicodeDecodeError as error:
-        on_reject(Reject(piece.path, error.start, "utf8", repr(data[error.start :][:_HEAD_BYTES])))
-
-
-def _read_jsonl(source: SourceConfig, piece: Piece, on_reject: OnReject) -> Iterator[tuple[int, object]]:
-    for offset, line in _lines(piece, on_reject):
-        reason = "json"
-        try:
-            row = json.loads(line.decode())
-            if not isinstance(row, dict):
-                reason = f"type: the row is of type {type(row).__name__}, not an object"
-            elif source.text_key not in row:
-                reason = f"missing: the row has no key {source.text_key!r}"
-            else:
-                yield offset, row[source.text_key]
-                continue
-        except UnicodeDecodeError:
-            reason = "utf8"
-        except (ValueError, RecursionError) as error:
-            reason = f"json: {error}"
-        on_reject(Reject(piece.path, offset, reason, repr(line[:_HEAD_BYTES])))
-
-
-def _lines(piece: Piece, on_reject: OnReject) -> Iterator[tuple[int, bytes]]:
-    """Offset and bytes of the lines that begin in the piece, blank ones left out."""
-    if piece.path.endswith(".gz"):
-        offset = 0
-        try:
-            with gzip.open(piece.path, "rb") as file:
-                for offset, line in _lines_from(file, 0):
-                    yield offset, line
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            on_reject(Reject(piece.path, offset, f"gzip: the rest of the file is lost ({error})", ""))
+def check_columns(name: str, source: SourceConfig, parts: list[Part]) -> None:
+    """Raise DataError, with the columns that there are, if no early row of a source has its text column."""
+    column = column_of(source)
+    if column is None:
         return
-    with open(piece.path, "rb") as file:
-        if piece.start:  # the line that covers the byte before belongs to the piece before
-            file.seek(piece.start - 1)
-            file.readline()
-        for offset, line in _lines_from(file, file.tell()):
-            if offset >= piece.stop:
-                return
-            yield offset, line
-
-
-def _lines_from(file: BinaryIO | gzip.GzipFile, offset: int) -> Iterator[tuple[int, bytes]]:
-    for line in file:  # cuts at \n only: other line separators of Unicode may stand in a row
-        content = line.removeprefix(b"\xef\xbb\xbf") if offset == 0 else line
-        if content.strip():
-            yield offset, content
-        offset += len(line)
-
-
-def _read_parquet(source: SourceConfig, piece: Piece, on_reject: OnReject) -> Iterator[tuple[int, object]]:
-    import pyarrow  # slow to import, as is datasets: only for those who read such files
-    import pyarrow.parquet
-    from datasets import load_dataset
-
-    try:
-        columns = pyarrow.parquet.read_schema(piece.path)
-        is_text = source.text_key in columns.names and columns.field(source.text_key).type in (
-            pyarrow.string(),
-            pyarrow.large_string(),
-        )
-        if not is_text:
-            listed = ", ".join(f"{field.name}: {field.type}" for field in columns)
-            raise DataError(f"{piece.path} has no text column {source.text_key!r}; its columns are {listed}")
-        files = {"train": [piece.path]}
-        rows = load_dataset(
-            "parquet", data_files=files, split="train", streaming=True, columns=[source.text_key]
-        )
-        for number, row in enumerate(rows):
-            yield number, row[source.text_key]
-    except (pyarrow.ArrowException, OSError) as error:
+    wanted: type = list if source.kind == "sft" else str
+    rows = (row for part in parts for row in read_rows(source, part) if row.fault is None)
+    columns: dict[str, str] = {}
+    for row in itertools.islice(rows, _PROBED_ROWS):
+        if isinstance(row.value.get(column), wanted):
+            return
+        columns |= {key: type(value).__name__ for key, value in row.value.items()}
+    if columns:
         raise DataError(
-            f"{piece.path} is no whole parquet file ({error}); fetch or write it again"
-        ) from error
+            f"data.sources.{name}: the first rows of {parts[0].path} have no {column!r} of type"
+            f" {wanted.__name__}; their columns are {', '.join(f'{k}: {v}' for k, v in columns.items())}"
+        )
 
 
-_READERS: dict[str, Callable[[SourceConfig, Piece, OnReject], Iterator[tuple[int, object]]]] = {
+def _read_embedded(source: SourceConfig, part: Part) -> Iterator[Row]:
+    for line, text in enumerate(samples.documents(part.path)[part.start : part.stop], 1):
+        value = json.loads(text) if source.kind == "sft" else text
+        yield Row(line, part.start + line - 1, None, value, None)
+
+
+def _read_text(source: SourceConfig, part: Part) -> Iterator[Row]:
+    raw = Path(part.path).read_bytes()
+    try:
+        yield Row(1, 0, raw, raw.removeprefix(_BOM).decode(), None)
+    except UnicodeDecodeError as error:
+        fault = f"utf8: byte {len(raw) - len(error.object) + error.start} of the file is not UTF-8"
+        yield Row(1, 0, raw, None, fault)
+
+
+def _read_jsonl(source: SourceConfig, part: Part) -> Iterator[Row]:
+    line, end = 0, 0
+    try:
+        for line, offset, raw in _lines(part):
+            end = offset + len(raw)
+            yield _json_row(line, offset, raw)
+    except (EOFError, zlib.error, OSError) as error:
+        if not part.path.endswith(COMPRESSED) or getattr(error, "errno", None):
+            raise
+        yield Row(line + 1, end, b"", None, f"compression: the rest of the file is lost ({error})")
+
+
+def _json_row(line: int, offset: int, raw: bytes) -> Row:
+    value, fault = None, None
+    if not raw or raw.isspace():
+        return Row(line, offset, raw, None, BLANK)
+    try:
+        value = json.loads(raw.decode())
+        if not isinstance(value, dict):
+            fault = f"type: the row is of type {type(value).__name__}, not an object"
+    except UnicodeDecodeError as error:
+        fault = f"utf8: byte {error.start} of the row is not UTF-8"
+    except (ValueError, RecursionError) as error:
+        fault = f"json: {error}"
+    return Row(line, offset, raw, value, fault)
+
+
+def _lines(part: Part) -> Iterator[tuple[int, int, bytes]]:
+    """Number, offset and bytes of the lines that begin in the part, cut at \\n only: other line separators of
+    Unicode may stand in a row."""
+    with _open_lines(part.path) as file:
+        offset = part.start
+        if part.start:  # the line that covers the byte before belongs to the part before
+            file.seek(part.start - 1)
+            offset += len(file.readline()) - 1
+        for number in itertools.count(1):
+            if offset >= part.stop and not part.path.endswith(COMPRESSED):
+                return
+            line = file.readline()
+            if not line:
+                return
+            yield number, offset, line.removeprefix(_BOM) if offset == 0 else line
+            offset += len(line)
+
+
+@contextlib.contextmanager
+def _open_lines(path: str) -> Iterator[IO[bytes]]:
+    if path.endswith(".gz"):
+        with gzip.open(path, "rb") as file:
+            yield file  # type: ignore[misc]
+    elif path.endswith(".zst"):
+        import pyarrow
+
+        with io.BufferedReader(pyarrow.input_stream(path, compression="zstd")) as file:
+            yield file
+    else:
+        with open(path, "rb") as file:
+            yield file
+
+
+def _read_parquet(source: SourceConfig, part: Part) -> Iterator[Row]:
+    import pyarrow.parquet
+
+    with pyarrow.parquet.ParquetFile(part.path) as file:
+        columns = _columns(source, part.path, file.schema_arrow)
+        first = sum(file.metadata.row_group(group).num_rows for group in range(part.start))
+        groups = range(part.start, part.stop)
+        yield from _table_rows(file.iter_batches(_TABLE_ROWS, groups, columns, use_threads=False), first)
+
+
+def _read_arrow(source: SourceConfig, part: Part) -> Iterator[Row]:
+    schema, batches = _arrow_table(part.path)
+    columns = _columns(source, part.path, schema)
+    first = sum(batch.num_rows for batch in itertools.islice(batches, part.start))
+    groups = itertools.islice(batches, part.stop - part.start)
+    wanted = (group if columns is None else group.select(columns) for group in groups)
+    yield from _table_rows(wanted, first)
+
+
+def _arrow_table(path: str) -> tuple["pyarrow.Schema", Iterator["pyarrow.RecordBatch"]]:
+    """Schema and record batches of an arrow file: the stream that `datasets` writes, or the file format."""
+    import pyarrow
+
+    file = pyarrow.memory_map(path)
+    if file.read(6) == b"ARROW1":
+        table = pyarrow.ipc.open_file(file)
+        return table.schema, (table.get_batch(index) for index in range(table.num_record_batches))
+    file.seek(0)
+    stream = pyarrow.ipc.open_stream(file)
+    return stream.schema, iter(stream)
+
+
+def _columns(source: SourceConfig, path: str, schema: "pyarrow.Schema") -> list[str] | None:
+    """The columns to read: the text, or all that a conversation may need. Raises DataError without it."""
+    from pyarrow import types
+
+    column = column_of(source)
+    kind = schema.field(column).type if schema.names.count(column) == 1 else None
+    if kind is not None and types.is_dictionary(kind):
+        kind = kind.value_type
+    is_text = kind is not None and (types.is_string(kind) or types.is_large_string(kind))
+    is_list = kind is not None and (types.is_list(kind) or types.is_large_list(kind))
+    if not (is_list if source.kind == "sft" else is_text):
+        listed = ", ".join(f"{field.name}: {field.type}" for field in schema)
+        wanted = "list" if source.kind == "sft" else "text"
+        raise DataError(f"{path} has no {wanted} column {column!r}; its columns are {listed}")
+    return None if column is None or source.kind == "sft" else [column]
+
+
+def _table_rows(batches: Iterable["pyarrow.RecordBatch"], first: int) -> Iterator[Row]:
+    line = 0
+    for batch in batches:
+        for start in range(0, batch.num_rows, _TABLE_ROWS):
+            for value in batch.slice(start, _TABLE_ROWS).to_pylist():
+                line += 1
+                yield Row(line, first + line - 1, None, value, None)
+
+
+@contextlib.contextmanager
+def _whole(path: str, format: str) -> Iterator[None]:
+    """Name the file in the errors of those who read it."""
+    damage: tuple[type[Exception], ...] = (OSError,)
+    if format in ("parquet", "arrow"):
+        import pyarrow  # slow to import: only for those who read tables
+
+        damage = (OSError, pyarrow.ArrowException)
+    try:
+        yield
+    except damage as error:
+        raise DataError(f"{path} is no whole {format} file ({error}); fetch or write it again") from error
+
+
+_READERS: dict[str, Callable[[SourceConfig, Part], Iterator[Row]]] = {
     "embedded": _read_embedded,
     "jsonl": _read_jsonl,
     "parquet": _read_parquet,
+    "arrow": _read_arrow,
     "text": _read_text,
 }

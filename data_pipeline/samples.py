@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import json
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,12 +27,14 @@ _SHORTEST_PROSE = 200  # characters; a module with less docstring than this says
 def documents(collection: str) -> tuple[str, ...]:
     """The documents of a collection: in a fixed order, no two equal.
 
-    collection: `stdlib_code` (one module's source is one document) or `stdlib_prose` (the language reference
-    of pydoc, and one module's docstrings as one document). Raises DataError for another name.
+    collection: `stdlib_code` (one module's source is one document), `stdlib_prose` (the language reference
+    of pydoc, and one module's docstrings as one document) or `stdlib_chat` (JSON of conversations: what a
+    function does, by its docstring; every other one thinks about the arguments first). Raises DataError for
+    another name.
     """
-    if collection not in _COLLECTIONS:
-        raise DataError(f"embedded collection {collection!r} is unknown; use {', '.join(_COLLECTIONS)}")
-    return tuple(dict.fromkeys(_COLLECTIONS[collection]()))
+    if collection not in COLLECTIONS:
+        raise DataError(f"embedded collection {collection!r} is unknown; use {', '.join(COLLECTIONS)}")
+    return tuple(dict.fromkeys(COLLECTIONS[collection]()))
 
 
 @functools.cache
@@ -74,4 +77,20 @@ def _docstrings(name: str, node: ast.AST) -> Iterator[str]:
         yield from _docstrings(f"{name}.{child_name}" if is_definition else name, child)
 
 
-_COLLECTIONS = {"stdlib_code": _code, "stdlib_prose": _prose}
+def _chat() -> Iterator[str]:
+    functions = [
+        (f"{module}.{node.name}", node, docstring.strip())
+        for module, source in _modules().items()
+        for node in ast.parse(source).body
+        if isinstance(node, ast.FunctionDef) and (docstring := ast.get_docstring(node)) and docstring.strip()
+    ]
+    for number, (name, node, docstring) in enumerate(functions):
+        answer = {"role": "assistant", "content": docstring}
+        if number % 2:
+            arguments = [argument.arg for argument in ast.walk(node.args) if isinstance(argument, ast.arg)]
+            answer["reasoning_content"] = f"{name} takes {', '.join(arguments) or 'no arguments'}."
+        question = {"role": "user", "content": f"What does {name}({ast.unparse(node.args)}) do?"}
+        yield json.dumps({"messages": [question, answer]}, ensure_ascii=False)
+
+
+COLLECTIONS = {"stdlib_code": _code, "stdlib_prose": _prose, "stdlib_chat": _chat}

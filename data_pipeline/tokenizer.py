@@ -60,6 +60,17 @@ class Tokenizer:
             encoding.ids for encoding in self._text_only.encode_batch_fast(texts, add_special_tokens=False)
         ]
 
+    def control_id(self, name: str) -> int:
+        """Id of a control token. Raises DataError for a tokenizer without it."""
+        number = self._full.token_to_id(name)
+        if number is None:
+            raise DataError(f"the tokenizer has no token {name}; use one with the control tokens of Qwen3")
+        return number
+
+    def vocabulary(self) -> dict[str, int]:
+        """Every token and its id."""
+        return self._full.get_vocab(with_added_tokens=True)
+
     def decode(self, ids: list[int]) -> str:
         """Text of ids; control tokens appear as their names."""
         return self._full.decode(ids, skip_special_tokens=False)

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from data_pipeline.manifest import sync_folder, write_atomically
+from data_pipeline.tokenizer import load_tokenizer
 from moe.balance import Balance
 from moe.config import ConfigError
 from moe.hf import finish_folder, write_shards
@@ -130,6 +131,19 @@ def hf_folder(source: Path) -> Path:
             raise ConfigError([f"{source} has no checkpoint yet; train it first"])
         source = newest
     return source / "hf" if (source / "hf").is_dir() else source
+
+
+def check_tokenizer(weights: Path, data_dir: Path) -> None:
+    """Raises ConfigError if the tokenizer that lies beside the weights is not that of the data."""
+    if not (weights / "tokenizer.json").is_file():
+        return
+    if load_tokenizer(weights).vocabulary() != load_tokenizer(data_dir).vocabulary():
+        raise ConfigError(
+            [
+                f"stage.init_from: {weights} was trained with another tokenizer than data.dir={data_dir};"
+                f" prepare the data with data.tokenizer={weights}"
+            ]
+        )
 
 
 def _sync_tree(folder: Path) -> None:

@@ -19,7 +19,7 @@ class StageConfig:
     seq_len: int
     global_batch_size: int  # rows per optimizer step
     train_tokens: int
-    init_from: str | None  # Hugging Face folder
+    init_from: str | None  # run folder, checkpoint or Hugging Face folder whose weights it starts from
 
     @property
     def step_tokens(self) -> int:
@@ -214,10 +214,14 @@ class RunConfig:
             )
         if not self.name or Path(self.name).is_absolute() or ".." in Path(self.name).parts:
             found.append(f"name={self.name!r} must be a relative path inside output_dir")
-        if self.stage.init_from is not None and not Path(self.stage.init_from).is_dir():
+        origin = None if self.stage.init_from is None else Path(self.stage.init_from)
+        if origin is not None and not origin.is_dir():
             found.append(
-                f"stage.init_from={self.stage.init_from} is not a folder; name a Hugging Face folder"
+                f"stage.init_from={origin} is not a folder; name a run folder, a checkpoint or a Hugging Face"
+                " folder"
             )
+        elif origin is not None and (origin / "config.yaml").is_file() and not (origin / "latest").is_file():
+            found.append(f"stage.init_from={origin} is a run without a checkpoint; train it first")
         return found
 
 

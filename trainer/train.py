@@ -19,7 +19,7 @@ from moe.hf import load_hf
 from moe.init import init_weights
 from moe.model import CausalLM, ModelOutput
 from moe.parallelize import apply_expert_parallel, bytes_dispatched
-from trainer.checkpoint import Checkpoints, Progress
+from trainer.checkpoint import Checkpoints, Progress, check_tokenizer, hf_folder
 from trainer.config import RunConfig
 from trainer.engine import DTYPES, Engine, expert_parallel_group, init_deepspeed, mark_experts
 from trainer.evaluate import evaluate
@@ -71,7 +71,7 @@ def train(
     tracker = Tracker(config, run_dir, attempt) if ranks.is_main else None
     peak = peak_flops(ranks.device, DTYPES[config.dtype]) * ranks.world_size
     flops_per_token = config.model.flops_per_token(config.stage.seq_len)
-    screen.say(describe(config, plan, progress))
+    screen.say("\n  ".join([describe(config, plan, progress), *loader.describe()]))
 
     metrics: dict = {}
     clock, logged_step, saved_step, logged_bytes = StepClock(), progress.step, progress.step, 0
@@ -105,6 +105,8 @@ def train(
                 "tokens_per_second": tokens_per_second,
                 "step_seconds": step_seconds,
                 "data_wait_seconds": data_wait_seconds,
+                "stall_fraction": data_wait_seconds / step_seconds,
+                "padding": 1 - totals.tokens / step_tokens,
                 "mfu": tokens_per_second * flops_per_token / peak,
                 "memory_gib": memory_gib(ranks.device),
                 "dispatch_gib": (bytes_dispatched(model) - logged_bytes) / steps / 2**30,
@@ -212,7 +214,9 @@ def build_model(config: RunConfig, plan: ParallelPlan, ranks: Ranks) -> CausalLM
     if config.stage.init_from is None:
         init_weights(model, config.seed, ep_rank=ep_rank)
     else:
-        load_hf(model, Path(config.stage.init_from), ep_rank=ep_rank)
+        weights = hf_folder(Path(config.stage.init_from))
+        check_tokenizer(weights, Path(config.data.dir))
+        load_hf(model, weights, ep_rank=ep_rank)
     model.to(DTYPES[config.dtype])
     # Last: a parameter that is made anew loses its marks.
     mark_experts(model, config.model.num_experts, plan.ep_size, ep_rank)

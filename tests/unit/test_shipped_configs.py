@@ -21,7 +21,14 @@ FILES = [
     if not path.stem.startswith("_")
 ]
 # what a user has to fill in
-NEEDED = {"data=jsonl": ["data.dir=d", "data.sources.text.paths=[x.jsonl]"]}
+NO_START = ["stage.init_from=null"]  # the run of the stage before
+NEEDED = {
+    "data=jsonl": ["data.dir=d", "data.sources.text.paths=[x.jsonl]"],
+    "stage=stem_code_4k": NO_START,
+    **{f"stage={name}": [*NO_START, "model=qwen3_30b_a3b"] for name in ("long_context_32k", "sft")},
+    **{f"experiment=demo_{name}": NO_START for name in ("stem_code", "long_context", "sft")},
+    **{f"experiment=qwen3_30b_a3b_{name}": NO_START for name in ("stem_code_4k", "long_context_32k", "sft")},
+}
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -64,6 +71,7 @@ def test_every_documented_command_is_sound(document, words):
         # a sweep's lists are one value at a time
         flags = ("-m", "--cfg", "job")
         overrides = [argument.split(",")[0] for argument in arguments if argument not in flags]
+        overrides += [needed for override in overrides for needed in NEEDED.get(override, [])]
         config = load({"trainer": "train", "data_pipeline": "prepare"}[module], overrides)
         config.check(ParallelPlan.of(config, config.parallel.nproc_per_node))
 

@@ -48,9 +48,22 @@ def data_config(corpus: Path, tmp_path: Path) -> DataConfig:
             "numbers": SourceConfig("text", [str(corpus / "numbers" / "*.txt")], None, 1.0, None),
         },
         validation_fraction=0.1,
+        deduplicate=True,
+        min_characters=1,
+        max_chat_tokens=None,
+        think_flag_share=None,
+        on_bad_row="skip",
+        max_bad_fraction=1.0,
         slice_bytes=10_000,
         shard_bytes=8_000,
         num_workers=1,
+        packing="concat",
+        length_shares={},
+        predict_first_token=False,
+        fim_rates={},
+        fim_spm_share=0.5,
+        weight_changes={},
+        skip=[],
     )
 
 

@@ -1,10 +1,8 @@
 """Every broken law of the data configuration is reported, with its key."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
-from omegaconf import OmegaConf
 
 from data_pipeline.config import BLOCK_ROWS, DataConfig, SourceConfig
 
@@ -64,8 +62,32 @@ def test_all_broken_laws_are_reported_at_once(data_config: DataConfig) -> None:
     assert len(broken.problems()) == 3
 
 
-def test_embedded_configuration_is_typed_and_good(repository: Path) -> None:
-    path = repository / "conf" / "data" / "embedded.yaml"
-    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(DataConfig), OmegaConf.load(path)))
-    assert isinstance(config, DataConfig)
-    assert config.problems() == []
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"packing": "best"}, "data.packing=best"),
+        ({"length_shares": {4: 1.0}}, "data.length_shares={4: 1.0} needs data.packing=best_fit"),
+        ({"length_shares": {4: 0.5}, "packing": "best_fit"}, "data.length_shares={4: 0.5}: the shares sum"),
+        ({"length_shares": {0: 1.0}, "packing": "best_fit"}, "data.length_shares={0: 1.0}: lengths"),
+        ({"fim_rates": {"nobody": 0.5}}, "data.fim_rates.nobody is no source"),
+        ({"fim_rates": {"letters": 1.5}}, "data.fim_rates.letters=1.5"),
+        ({"fim_spm_share": -0.1}, "data.fim_spm_share=-0.1"),
+        ({"think_flag_share": 2.0}, "data.think_flag_share=2.0"),
+        ({"weight_changes": {0: {"letters": 1.0}}}, "data.weight_changes.0:"),
+        ({"weight_changes": {9: {"nobody": 1.0}}}, "data.weight_changes.9.nobody is no source"),
+        ({"weight_changes": {9: {"letters": 0.0, "numbers": 0.0}}}, "data.weight_changes.9="),
+        ({"skip": [[5, 5]]}, "data.skip: [5, 5]"),
+        ({"skip": [[5, 9], [8, 10]]}, "data.skip: [8, 10]"),
+    ],
+)
+def test_broken_laws_of_the_order(data_config: DataConfig, changes: dict, key: str) -> None:
+    [problem] = replace(data_config, **changes).problems()
+    assert problem.startswith(key)
+
+
+def test_sources_that_are_trained_on(data_config: DataConfig) -> None:
+    idle = {name: replace(source, weight=0.0) for name, source in data_config.sources.items()}
+    changed = replace(data_config, sources={**data_config.sources, "letters": idle["letters"]})
+    assert changed.trained_sources() == {"numbers"}
+    later = replace(changed, weight_changes={9: {"letters": 1.0, "numbers": 0.0}})
+    assert later.trained_sources() == {"letters", "numbers"}

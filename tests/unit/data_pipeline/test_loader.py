@@ -1,6 +1,8 @@
 """The same global batches for any number of ranks, resumed at any step; reading ahead never hangs."""
 
 import itertools
+import json
+import random
 import shutil
 import threading
 import time
@@ -10,16 +12,68 @@ from pathlib import Path
 import pytest
 import torch
 
-from data_pipeline.config import DataConfig, DataError
+from data_pipeline import chat
+from data_pipeline.config import DataConfig, DataError, SourceConfig
 from data_pipeline.loader import Batch, Loader
 from data_pipeline.manifest import Manifest
+from data_pipeline.prepare import prepare
 from data_pipeline.shards import TokenStream
+from data_pipeline.tokenizer import load_tokenizer
 
-SEQ_LEN, GLOBAL_BATCH, SEED = 32, 12, 7
+SEQ_LEN, GLOBAL_BATCH, SEED, VOCAB_SIZE = 32, 24, 7, 512
+CHAT_SEQ_LEN = 96
+
+
+@pytest.fixture(scope="module")
+def conversations(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """JSON Lines of 150 conversations of one to three answers, half of these with reasoning."""
+    chance = random.Random(1)
+    path = tmp_path_factory.mktemp("conversations") / "chat.jsonl"
+    with open(path, "w") as file:
+        for number in range(150):
+            messages = []
+            for _ in range(chance.randint(1, 3)):
+                question, answer = (" ".join(chance.choices("etaoin", k=chance.randint(1, 15))) for _ in "qa")
+                messages.append({"role": "user", "content": f"{number} {question}"})
+                messages.append({"role": "assistant", "content": answer})
+                if chance.random() < 0.5:
+                    messages[-1]["reasoning_content"] = " ".join(chance.choices("shrdlu", k=9))
+            file.write(json.dumps({"messages": messages}) + "\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def _mixed_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("mixed") / "data"
+
+
+@pytest.fixture
+def mixed(data_config: DataConfig, conversations: Path, _mixed_folder: Path) -> DataConfig:
+    """All that the order of rows knows, in one configuration."""
+    config = replace(
+        data_config,
+        dir=str(_mixed_folder),
+        sources={
+            **data_config.sources,
+            "chat": SourceConfig("sft", [str(conversations)], None, 0.0, None),
+        },
+        packing="best_fit",
+        fim_rates={"letters": 0.5},
+        weight_changes={40 * SEQ_LEN: {"chat": 4.0}, 130 * SEQ_LEN: {"numbers": 0.0, "letters": 1.0}},
+        skip=[[5, 9], [31, 32], [100, 148]],
+    )
+    prepare(config, VOCAB_SIZE, SEED)
+    return config
+
+
+@pytest.fixture(params=["concat", "everything"])
+def ordered(request: pytest.FixtureRequest) -> DataConfig:
+    """The plain configuration, and the one with all that the order of rows knows."""
+    return request.getfixturevalue("prepared" if request.param == "concat" else "mixed")
 
 
 def make(
-    config: DataConfig, rank: int = 0, world_size: int = 1, micro: int = 12, **changes: object
+    config: DataConfig, rank: int = 0, world_size: int = 1, micro: int = GLOBAL_BATCH, **changes: object
 ) -> Loader:
     options = {"seq_len": SEQ_LEN, "global_batch_size": GLOBAL_BATCH, "seed": SEED, **changes}
     return Loader(config, micro_batch_size=micro, rank=rank, world_size=world_size, **options)
@@ -35,8 +89,9 @@ def by_row(batches: list[Batch]) -> dict[int, tuple]:
     rows = {}
     for batch in batches:
         borders = batch.cu_seqlens.tolist()
+        seq_len = batch.input_ids.shape[1]
         for slot, row in enumerate(batch.rows):
-            start, stop = slot * SEQ_LEN, (slot + 1) * SEQ_LEN
+            start, stop = slot * seq_len, (slot + 1) * seq_len
             assert start in borders
             assert stop in borders
             assert row not in rows
@@ -65,30 +120,112 @@ def test_shapes_and_types(prepared: DataConfig) -> None:
 
 
 @pytest.mark.parametrize(
-    ("world_size", "micro"), [(1, 1), (1, 4), (2, 1), (2, 6), (3, 2), (3, 4), (4, 1), (4, 3), (12, 1)]
+    ("world_size", "micro"), [(1, 1), (1, 4), (2, 1), (2, 12), (3, 2), (3, 4), (4, 3), (8, 1), (8, 3)]
 )
-def test_global_batches_do_not_depend_on_the_ranks(prepared: DataConfig, world_size: int, micro: int) -> None:
-    steps = 5
-    expected = [by_row(batches) for batches in take(make(prepared), steps)]
-    ranks = [take(make(prepared, rank, world_size, micro), steps) for rank in range(world_size)]
+def test_global_batches_do_not_depend_on_the_ranks(ordered: DataConfig, world_size: int, micro: int) -> None:
+    steps = 8
+    expected = [by_row(batches) for batches in take(make(ordered), steps)]
+    ranks = [take(make(ordered, rank, world_size, micro), steps) for rank in range(world_size)]
+    skipped = {row for first, end in ordered.skip for row in range(first, end)}
+    numbers = [row for row in range(1000) if row not in skipped]
     for step in range(steps):
         micro_batches = [batch for rank in ranks for batch in rank[step]]
         assert by_row(micro_batches) == expected[step]
         for r, rank in enumerate(ranks):  # the formula that the checkpoints of others rely on
             for m, batch in enumerate(rank[step]):
                 first = step * GLOBAL_BATCH + m * world_size * micro + r * micro
-                assert batch.rows == tuple(range(first, first + micro))
+                assert batch.rows == tuple(numbers[first : first + micro])
 
 
 @pytest.mark.parametrize("stop", [0, 1, 3, 7])
-def test_resume_is_one_integer_at_any_world_size(prepared: DataConfig, stop: int) -> None:
-    whole = [by_row(batches) for batches in take(make(prepared), 9)]
-    before = make(prepared, 0, 2, 3)
+@pytest.mark.parametrize("world_size", [3, 8])
+def test_resume_is_one_integer_at_any_world_size(ordered: DataConfig, stop: int, world_size: int) -> None:
+    whole = [by_row(batches) for batches in take(make(ordered), 9)]
+    before = make(ordered, 0, 2, 3)
     take(before, stop)
     assert before.next_row == stop * GLOBAL_BATCH
-    ranks = [take(make(prepared, rank, 4, 1, next_row=before.next_row), 9 - stop) for rank in range(4)]
+    later = {"next_row": before.next_row}
+    ranks = [take(make(ordered, rank, world_size, 1, **later), 9 - stop) for rank in range(world_size)]
     after = [by_row([batch for rank in ranks for batch in rank[step]]) for step in range(9 - stop)]
     assert after == whole[stop:]
+
+
+def test_skipped_rows_are_left_out_and_the_others_stay(mixed: DataConfig) -> None:
+    whole = by_row([batch for step in take(make(replace(mixed, skip=[])), 8) for batch in step])
+    some = by_row([batch for step in take(make(mixed), 5) for batch in step])
+    assert len(some) == 5 * GLOBAL_BATCH
+    assert max(some) == 5 * GLOBAL_BATCH - 1 + 4 + 1 + 48
+    assert all(some[row] == whole[row] for row in some)
+
+
+def test_weights_change_with_the_tokens(mixed: DataConfig) -> None:
+    """Sources are told by what they read: chat has control tokens, the numbers no letter."""
+    im_start = load_tokenizer(mixed.dir).control_id("<|im_start|>")
+    rows = by_row([batch for step in take(make(replace(mixed, skip=[])), 8) for batch in step])
+    with_chat = [row for row, (input_ids, *_) in rows.items() if im_start in input_ids]
+    assert min(with_chat) >= 40
+    assert len([row for row in with_chat if row < 130]) > 30
+    without = take(make(replace(mixed, skip=[], weight_changes={})), 8)
+    same = by_row([batch for step in without for batch in step])
+    assert all(same[row] == rows[row] for row in range(40))
+
+
+def test_conversations_are_whole_and_only_answers_have_labels(mixed: DataConfig, conversations: Path) -> None:
+    only = {name: replace(s, weight=float(name == "chat")) for name, s in mixed.sources.items()}
+    config = replace(mixed, sources=only, weight_changes={}, skip=[])
+    tokenizer = load_tokenizer(config.dir)
+    expected: dict[tuple, int] = {}
+    for line in conversations.read_text().splitlines():
+        for pieces in chat.samples(json.loads(line), None):
+            ids, learned = chat.encode(pieces, tokenizer)
+            if len(ids) <= CHAT_SEQ_LEN:  # with the closing id it fits into a row of CHAT_SEQ_LEN + 1
+                labels = [*(i if bit else -100 for i, bit in zip(ids[1:], learned[1:], strict=True)), -100]
+                expected[*ids, *labels] = 0
+    loader = make(config, micro=1, global_batch_size=1, seq_len=CHAT_SEQ_LEN)
+    with loader:
+        [line] = loader.describe()
+        for _ in range(len(loader._rows["chat"])):
+            [batch] = next(loader)
+            ids, labels = batch.input_ids[0].tolist(), batch.labels[0].tolist()
+            borders = batch.cu_seqlens.tolist()
+            for start, stop in itertools.pairwise(borders):
+                if not batch.token_mask[0, start]:
+                    assert labels[start:stop] == [-100] * (stop - start)
+                    continue
+                document, targets = ids[start:stop], labels[start:stop]
+                if document[-1] == loader.manifest.tokenizer.end_of_text:
+                    assert targets.pop() == -100, "the closing id predicts nothing"
+                    document.pop()
+                expected[*document, *targets] += 1
+    assert "longer than a row" in line
+    validation = len(expected) - sum(expected.values())
+    assert set(expected.values()) == {0, 1}
+    assert 0 < validation < 0.25 * len(expected), "held out"
+
+
+def test_fill_in_the_middle_changes_documents_and_not_their_order(prepared: DataConfig) -> None:
+    tokenizer = load_tokenizer(prepared.dir)
+    prefix = tokenizer.control_id("<|fim_prefix|>")
+    for packing in ("concat", "best_fit"):
+        plain = replace(prepared, packing=packing)
+        changed = replace(plain, fim_rates={"letters": 1.0})
+        before, after = (
+            by_row([b for step in take(make(config), 6) for b in step]) for config in (plain, changed)
+        )
+        whole = 0
+        for row, (input_ids, labels, positions, mask, borders) in after.items():
+            assert (positions, mask, borders) == before[row][2:]
+            if input_ids == before[row][0]:
+                assert prefix not in input_ids, "a row of the other source"
+                continue
+            for start, stop in itertools.pairwise(borders):
+                if stop - start >= 8 and all(mask[start:stop]):
+                    assert input_ids[start] == prefix
+                    assert labels[start] == input_ids[start + 1]
+                    whole += 1
+        assert whole > 50
+        validation = make(changed, split="validation", source="letters")
+        assert not any(prefix in b.input_ids for step in validation for b in step), "held-out text stays text"
 
 
 def test_rows_are_the_tokens_of_their_sources(prepared: DataConfig) -> None:

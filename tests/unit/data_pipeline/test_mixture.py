@@ -7,12 +7,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipeline.config import BLOCK_ROWS, DataError
-from data_pipeline.mixture import Mixture, MixtureSource, integer_quotas
+from data_pipeline.mixture import Mixture, MixtureSource, SkippedRows, integer_quotas
 
 
-def mixture(seed: int = 0, **sources: tuple) -> Mixture:
+def mixture(seed: int = 0, changes: dict | None = None, **sources: tuple) -> Mixture:
     """name=(weight, rows[, max_epochs])."""
-    return Mixture({name: MixtureSource(*(*fields, None)[:3]) for name, fields in sources.items()}, seed)
+    made = {name: MixtureSource(*(*fields, None)[:3], row_tokens=64.0) for name, fields in sources.items()}
+    return Mixture(made, seed, changes)
 
 
 @given(weights=st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=12), total=st.integers(1, 20_000))
@@ -113,3 +114,73 @@ def test_no_limit_and_no_rows() -> None:
     assert mixture(a=(1.0, 10)).rows_available() is None
     with pytest.raises(DataError, match=r"data\.sources empty: no whole row"):
         mixture(a=(1.0, 10), empty=(1.0, 0))
+
+
+def test_weights_are_shares_of_the_tokens() -> None:
+    """Rows of `sparse` hold a third of the tokens of a full one: three times as many make the same share."""
+    sources = {"full": MixtureSource(1.0, 90, None, 96.0), "sparse": MixtureSource(1.0, 90, None, 32.0)}
+    needed = Mixture(sources, 0).rows_needed(BLOCK_ROWS)
+    assert needed == {"full": BLOCK_ROWS // 4, "sparse": BLOCK_ROWS * 3 // 4}
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    rows=st.lists(st.integers(1, 150), min_size=3, max_size=3),
+    changes=st.dictionaries(
+        st.integers(1, 1200),
+        st.dictionaries(st.sampled_from("abc"), st.floats(0.1, 9), min_size=1),
+        max_size=3,
+    ),
+    seed=st.integers(0, 2**32),
+)
+def test_changed_weights_lose_and_repeat_no_row(rows: list[int], changes: dict, seed: int) -> None:
+    mixed = mixture(seed, changes, **{name: (1.0, n) for name, n in zip("abc", rows, strict=True)})
+    seen: dict[str, list[tuple[int, int]]] = {name: [] for name in mixed.names}
+    for g in range(1500):
+        if g in changes or g == 1499:
+            assert mixed.rows_needed(g) == {name: len(found) for name, found in seen.items()}
+        source, epoch, row = mixed.locate(g)
+        seen[source].append((epoch, row))
+    for name, n in zip("abc", rows, strict=True):
+        for epoch in range(len(seen[name]) // n):
+            part = seen[name][epoch * n : (epoch + 1) * n]
+            assert sorted(part) == [(epoch, row) for row in range(n)]
+
+
+def test_weights_change_at_their_row() -> None:
+    changes = {1000: {"a": 3.0}, 21_000: {"a": 0.0, "late": 1.0}}
+    mixed = mixture(3, changes, a=(1.0, 50), b=(1.0, 70), late=(0.0, 10))
+    plain = mixture(3, None, a=(1.0, 50), b=(1.0, 70), late=(0.0, 10))
+    assert [mixed.locate(g) for g in range(1000)] == [plain.locate(g) for g in range(1000)]
+    counts = [
+        Counter(mixed.locate(g).source for g in span) for span in (range(1000, 17_384), range(21_000, 37_384))
+    ]
+    assert counts[0] == {"a": 12_288, "b": 4096}
+    assert counts[1] == {"late": 8192, "b": 8192}
+
+
+@pytest.mark.parametrize("limit", [4.0, 12.0, 13.0, 30.0])
+def test_budget_over_changed_weights(limit: float) -> None:
+    mixed = mixture(1, {500: {"a": 9.0}, 20_000: {"a": 0.0}}, a=(1.0, 1000, limit), b=(1.0, 70))
+    available = mixed.rows_available()
+    needed = mixed.rows_needed(25_000)["a"]
+    assert (available is None) == (needed <= limit * 1000)
+    if available is None:
+        mixed.locate(10**9)
+        return
+    assert mixed.locate(available - 1)
+    with pytest.raises(DataError, match=r"data\.sources\.a\.max_epochs"):
+        mixed.locate(available)
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(1, 9)), max_size=5), st.integers(0, 60))
+def test_skipped_rows_leave_out_the_ranges_and_nothing_else(steps: list[tuple[int, int]], rows: int) -> None:
+    skip, at = [], 0
+    for gap, length in steps:
+        skip.append([at + gap, at + gap + length])
+        at += gap + length
+    left_out = {row for first, end in skip for row in range(first, end)}
+    expected = [row for row in range(200) if row not in left_out]
+    skipped = SkippedRows(skip)
+    assert [skipped(row) for row in range(len(expected))] == expected
+    assert skipped.kept(rows) == sum(row < rows for row in expected)

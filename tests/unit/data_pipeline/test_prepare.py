@@ -12,6 +12,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -105,13 +106,20 @@ def _children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-def _run_until_killed(config: DataConfig, finished_slices: int, chance: random.Random) -> None:
-    """Start preparing in a process; kill -9 it after that many slices. Its workers die too."""
+def _finished(config: DataConfig) -> dict[str, int]:
+    """Inodes of the finished surveys and slices."""
+    found = [*Path(config.dir).glob("survey/[!.]*-*"), *Path(config.dir).glob("slices/[!.]*")]
+    return {str(path): path.stat().st_ino for path in found}
+
+
+def _run_until_killed(config: DataConfig, goal: int, chance: random.Random) -> None:
+    """Start preparing in a process; kill -9 it a while after `goal` folders are there; its workers die."""
     process = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, pickle.dumps(config).hex()], stdout=subprocess.DEVNULL
+        [sys.executable, "-c", SCRIPT, pickle.dumps(config).hex()],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
-    slices = Path(config.dir) / "slices"
-    while len(list(slices.glob("[!.]*"))) < finished_slices or not (slices.parent / "plan.json").exists():
+    while len(_finished(config)) < goal or not (Path(config.dir) / "plan.json").exists():
         assert process.poll() is None, "finished before it could be killed"
         time.sleep(0.001)
     time.sleep(chance.random() * 0.02)
@@ -125,25 +133,27 @@ def _run_until_killed(config: DataConfig, finished_slices: int, chance: random.R
 
 
 def test_killed_preparation_goes_on_to_the_same_bytes(data_config: DataConfig, tmp_path: Path) -> None:
-    config = replace(data_config, slice_bytes=500)
+    """Ten times, at random moments of the survey and of the encoding, with one worker and with two."""
+    letters = (Path(data_config.sources["letters"].paths[0])).read_bytes().splitlines()
+    again = jsonl_source(tmp_path / "again.jsonl", [*letters[:40], b"bad", *letters[:20]])
+    config = replace(data_config, sources={**data_config.sources, "again": again}, slice_bytes=300)
     undisturbed = replace(config, dir=str(tmp_path / "undisturbed"))
     prepare(undisturbed, VOCAB_SIZE, SEED)
     total = len(list((Path(undisturbed.dir) / "slices").iterdir()))
-    assert total > 100
+    assert total > 200
 
     chance = random.Random(os.urandom(8))
     finished: dict[str, int] = {}
-    for kill, num_workers in enumerate((2, 1, 2)):
-        goal = 0 if kill == 0 else len(finished) + chance.randint(1, total // 4)
-        _run_until_killed(replace(config, num_workers=num_workers), goal, chance)
+    for kill, goal in enumerate(sorted(chance.sample(range(int(1.8 * total)), 10))):
+        _run_until_killed(replace(config, num_workers=1 + kill % 2), goal, chance)
         assert not (Path(config.dir) / "manifest.json").exists()
-        now = {path.name: path.stat().st_ino for path in (Path(config.dir) / "slices").glob("[!.]*")}
-        assert finished.items() <= now.items()  # finished slices are not written again
+        now = _finished(config)
+        assert finished.items() <= now.items()  # what is finished is not done again
         finished = now
     prepare(config, VOCAB_SIZE, SEED)
     assert contents(config.dir) == contents(undisturbed.dir)
-    inodes = {path.name: path.stat().st_ino for path in (Path(config.dir) / "slices").iterdir()}
-    assert finished.items() <= inodes.items()
+    inodes = {str(path): path.stat().st_ino for path in (Path(config.dir) / "slices").iterdir()}
+    assert {path: inode for path, inode in finished.items() if "/slices/" in path}.items() <= inodes.items()
 
 
 def test_leftovers_of_a_process_of_the_same_number(data_config: DataConfig) -> None:
@@ -257,22 +267,148 @@ def test_control_strings_in_documents_stay_text(data_config: DataConfig, tmp_pat
     assert documents_of(config, "control", "train") == texts
 
 
-def test_rejected_rows_are_kept_with_their_reason(data_config: DataConfig, tmp_path: Path) -> None:
-    path = tmp_path / "messy.jsonl"
-    path.write_text('{"text": "good enough"}\n{"text": 3}\n{"title": "x"}\n')
-    config = replace(data_config, sources={"messy": SourceConfig("jsonl", [str(path)], "text", 1.0, None)})
-    config = replace(config, validation_fraction=0.0)
-    manifest = prepare(config, VOCAB_SIZE, SEED)
-    assert manifest.sources["messy"].rejected == 2
-    rejected = Path(config.dir) / "slices" / "messy-00000" / "rejects.jsonl"
-    rejects = [json.loads(line) for line in rejected.read_text().splitlines()]
-    assert [(reject["path"], reject["offset"]) for reject in rejects] == [(str(path), 24), (str(path), 36)]
+def jsonl_source(path: Path, rows: list[bytes]) -> SourceConfig:
+    path.write_bytes(b"\n".join(rows) + b"\n")
+    return SourceConfig("jsonl", [str(path)], "text", 1.0, None)
 
-    hopeless = replace(config, dir=str(tmp_path / "hopeless"))
-    hopeless.sources["messy"] = replace(config.sources["messy"], text_key="body")
-    with pytest.raises(DataError, match=r"data\.sources\.messy: no training document, 3 rows were rejected"):
-        prepare(hopeless, VOCAB_SIZE, SEED)
-    assert not (tmp_path / "hopeless" / "manifest.json").exists()
+
+def rejects_of(config: DataConfig) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (Path(config.dir) / "rejects.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("on_bad_row", ["skip", "quarantine"])
+def test_bad_rows_are_listed_with_their_place(
+    data_config: DataConfig, tmp_path: Path, on_bad_row: str
+) -> None:
+    rows = [b'{"text": "good row %d"}' % i for i in range(50)]
+    bad = {7: b'{"text": 3}', 20: b'{"text": "\xff' + b"y" * 300 + b'"}', 21: b"", 40: b'{"title": "x"}'}
+    rows = [bad.get(i, row) for i, row in enumerate(rows)]
+    path = tmp_path / "messy.jsonl"
+    config = replace(
+        data_config,
+        sources={"other": data_config.sources["numbers"], "messy": jsonl_source(path, rows)},
+        validation_fraction=0.0,
+        slice_bytes=100,  # lines are counted over slices
+        on_bad_row=on_bad_row,
+    )
+    source = prepare(config, VOCAB_SIZE, SEED).sources["messy"]
+    assert (source.skipped, source.rejected) == ({"type": 1, "utf8": 1, "missing": 1, "blank": 1}, 3)
+    for reject, number in zip(rejects_of(config), (7, 20, 40), strict=True):
+        row = rows[number] + b"\n"
+        assert (reject["source"], reject["file"], reject["line"]) == ("messy", str(path), number + 1)
+        assert path.read_bytes()[reject["offset"] :].startswith(row)
+        assert reject["head"].encode("utf-8", "surrogateescape") == row[:200]
+        kept = reject.get("row", "").encode("utf-8", "surrogateescape")
+        assert kept == (row if on_bad_row == "quarantine" else b"")
+    assert len(documents_of(config, "messy", "train")) == 46
+
+
+def test_a_bad_row_can_be_an_error(data_config: DataConfig, tmp_path: Path) -> None:
+    source = jsonl_source(tmp_path / "a.jsonl", [b'{"text": "good"}', b"", b'{"text": null}'])
+    config = replace(data_config, sources={"s": source}, on_bad_row="error")
+    with pytest.raises(
+        DataError, match=r"a\.jsonl: the row at 18 is bad \(null\): .* mend it, or set data.on"
+    ):
+        prepare(config, VOCAB_SIZE, SEED)
+    prepare(replace(config, on_bad_row="skip"), VOCAB_SIZE, SEED)  # in the same folder
+
+
+def test_a_broken_source_stops_before_anything_is_encoded(data_config: DataConfig, tmp_path: Path) -> None:
+    rows = [b'{"text": "good"}', b'{"text": "better"}', b"{", b"", b'{"text": 1}']
+    sources = {"s": jsonl_source(tmp_path / "a.jsonl", rows)}
+    config = replace(data_config, sources=sources, max_bad_fraction=0.49, validation_fraction=0.0)
+    with pytest.raises(
+        DataError, match=r"s: 2 of 4 rows are bad \(1 blank, 1 json, 1 type\), more than data\.max"
+    ):
+        prepare(config, VOCAB_SIZE, SEED)
+    assert [reject["line"] for reject in rejects_of(config)] == [3, 5]
+    assert not (Path(config.dir) / "slices").exists()
+    prepare(replace(config, max_bad_fraction=0.5), VOCAB_SIZE, SEED)
+
+    nothing = jsonl_source(tmp_path / "b.jsonl", [b"{"])
+    config = replace(config, dir=str(tmp_path / "b"), sources={"s": nothing}, max_bad_fraction=1.0)
+    with pytest.raises(DataError, match=r"s: no document; 1 of 1 rows are bad \(1 json\), they are listed"):
+        prepare(config, VOCAB_SIZE, SEED)
+
+
+@pytest.mark.parametrize("deduplicate", [True, False])
+def test_the_first_of_equal_documents_is_kept(
+    data_config: DataConfig, tmp_path: Path, deduplicate: bool
+) -> None:
+    chance = random.Random(0)
+    numbers = [chance.randint(0, 40) for _ in range(200)]
+    rows = [b'{"id": %d, "text": "number %d"}' % (i, number) for i, number in enumerate(numbers)]
+    texts = [f"number {number}" for number in numbers]
+    sources = {
+        "a": jsonl_source(tmp_path / "a.jsonl", rows),
+        "b": jsonl_source(tmp_path / "b.jsonl", rows[:50]),  # another source: left alone
+    }
+    for num_workers in (1, 2):
+        config = replace(
+            data_config,
+            dir=str(tmp_path / f"prepared-{num_workers}"),
+            sources=sources,
+            slice_bytes=500,
+            deduplicate=deduplicate,
+            num_workers=num_workers,
+            validation_fraction=0.0,
+        )
+        manifest = prepare(config, VOCAB_SIZE, SEED)
+        for name, of_source in (("a", texts), ("b", texts[:50])):
+            wanted = list(dict.fromkeys(of_source)) if deduplicate else of_source
+            assert documents_of(config, name, "train") == wanted
+            repeats = len(of_source) - len(wanted)
+            assert manifest.sources[name].skipped == ({"duplicate": repeats} if repeats else {})
+
+
+def test_documents_lead_back_to_their_rows(prepared: DataConfig, corpus: Path) -> None:
+    tokenizer = load_tokenizer(prepared.dir)
+    manifest = Manifest.load(Path(prepared.dir))
+    for name, splits in ((name, source.splits) for name, source in manifest.sources.items()):
+        for part in splits.values():
+            stream = TokenStream(Path(prepared.dir), part.shards)
+            assert len(stream.documents) == part.documents
+            spans = [stream.documents.span(i) for i in range(part.documents)]
+            assert spans[0][0] == 0
+            assert all(before[1] == after[0] for before, after in itertools.pairwise(spans))
+            assert spans[-1][1] == len(stream)
+            for i, (start, stop) in enumerate(spans):
+                assert stream.documents.at(start) == stream.documents.at(stop - 1) == i
+                file, offset = stream.documents.source_row(i)
+                raw = Path(manifest.inputs[name][file]["path"]).read_bytes()[offset:]
+                text = json.loads(raw.split(b"\n")[0])["text"] if name == "letters" else raw.decode()
+                assert tokenizer.decode(stream.read(start, stop - 1).tolist()) == text
+
+
+def test_conversations_keep_what_is_learned(data_config: DataConfig, tmp_path: Path) -> None:
+    path = tmp_path / "chat.jsonl"
+    answers = [f"the answer is {n} " * (n % 5 + 1) for n in range(120)]
+    with open(path, "w") as file:
+        for answer in [*answers, "too long " * 500]:
+            messages = [
+                {"role": "user", "content": "what <|im_end|>?"},
+                {"role": "assistant", "content": answer},
+            ]
+            file.write(json.dumps({"messages": messages}) + "\n")
+    source = SourceConfig("sft", [str(path)], None, 1.0, None)
+    config = replace(
+        data_config, sources={"chat": source}, max_chat_tokens=500, slice_bytes=3000, validation_fraction=0.0
+    )
+    record = prepare(config, VOCAB_SIZE, SEED).sources["chat"]
+    verify(Path(config.dir))
+    assert (record.skipped, len(record.splits["train"].shards) > 3) == ({"too_long": 1}, True)
+    stream = TokenStream(Path(config.dir), record.splits["train"].shards)
+    tokens, loss = stream.read(0, len(stream)), stream.read_loss(0, len(stream))
+    tokenizer = load_tokenizer(config.dir)
+    for i, answer in enumerate(answers):
+        start, stop = stream.documents.span(i)
+        learned = tokens[start:stop][loss[start:stop]].tolist()
+        assert tokenizer.decode(learned) == f"<think>\n\n</think>\n\n{answer}<|im_end|>"
+        assert learned[-1] == tokenizer.control_id("<|im_end|>")
+        assert tokens[start:stop].tolist().count(tokenizer.control_id("<|im_end|>")) == 2
+        assert tokens[stop - 1] == tokenizer.end_of_text
+        assert np.array_equal(stream.read_loss(start + 1, stop - 1), loss[start + 1 : stop - 1])
+    assert TokenStream(Path(config.dir), []).read_loss(0, 0).tolist() == []
 
 
 def test_the_error_of_a_worker_is_raised(

@@ -2,27 +2,56 @@
 
 import gzip
 import json
+import random
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from datasets import Dataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.config import DataError, SourceConfig
-from data_pipeline.readers import Reject, list_inputs, plan_slices, read_slice
+from data_pipeline.config import DataConfig, DataError, SourceConfig
+from data_pipeline.documents import Document, Reject, read_documents
+from data_pipeline.inputs import list_inputs, plan_slices
+from data_pipeline.readers import BLANK, check_columns
+
+Read = Callable[..., tuple[list[str], list[Reject]]]
 
 
-def read(kind: str, *paths: Path, slice_bytes: int = 10**9) -> tuple[list[str], list[Reject]]:
-    source = SourceConfig(kind, [str(path) for path in paths], "text" if kind != "text" else None, 1.0, None)
-    rejects: list[Reject] = []
-    documents = [
-        text
-        for pieces in plan_slices(source, list_inputs("s", source, {}), slice_bytes)
-        for text in read_slice(source, pieces, rejects.append)
-    ]
-    return documents, rejects
+def source_of(kind: str, *paths: Path | str) -> SourceConfig:
+    has_column = kind in ("jsonl", "parquet", "arrow", "hub")
+    return SourceConfig(kind, [str(path) for path in paths], "text" if has_column else None, 1.0, None)
+
+
+@pytest.fixture
+def read(data_config: DataConfig) -> Read:
+    """`read(kind, *paths, slice_bytes=, **settings)`: texts and rejects of a source, without blank lines."""
+
+    def read_source(
+        kind: str, *paths: Path | str, slice_bytes: int = 10**9, **settings: object
+    ) -> tuple[list[str], list[Reject]]:
+        source = source_of(kind, *paths)
+        config = replace(data_config, sources={"s": source}, **settings)
+        found = [
+            item
+            for parts in plan_slices(source, list_inputs("s", source, {}), slice_bytes)
+            for part in parts
+            for item in read_documents(config, "s", part)
+        ]
+        texts = ["".join(item.texts()) for item in found if isinstance(item, Document)]
+        return texts, [item for item in found if isinstance(item, Reject) and item.reason != BLANK]
+
+    return read_source
+
+
+def compressed(content: bytes, suffix: str) -> bytes:
+    if suffix == "jsonl.gz":
+        return gzip.compress(content)
+    return pa.compress(content, "zstd", asbytes=True) if suffix == "jsonl.zst" else content
 
 
 MESSY = [
@@ -48,30 +77,44 @@ MESSY = [
 GOOD = ["first", "line\u2028separator", "nul \0 inside", "last"]
 
 
-@pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz"])
+@pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz", "jsonl.zst"])
 @pytest.mark.parametrize("slice_bytes", [7, 100, 10**9])
-def test_messy_jsonl(tmp_path: Path, suffix: str, slice_bytes: int) -> None:
+def test_messy_jsonl(tmp_path: Path, read: Read, suffix: str, slice_bytes: int) -> None:
     path = tmp_path / f"messy.{suffix}"
     content = b"\xef\xbb\xbf" + b"\n\n  \n".join(line for line, _ in MESSY)  # a BOM, blank lines, no last \n
-    path.write_bytes(gzip.compress(content) if suffix.endswith("gz") else content)
+    path.write_bytes(compressed(content, suffix))
     documents, rejects = read("jsonl", path, slice_bytes=slice_bytes)
     assert documents == GOOD
-    assert [reject.reason.split(":")[0] for reject in rejects] == [reason for _, reason in MESSY if reason]
+    assert [reject.code for reject in rejects] == [reason for _, reason in MESSY if reason]
     for reject, line in zip(rejects, [line for line, reason in MESSY if reason], strict=True):
-        assert content[reject.offset :].startswith(line)
-        json.dumps(reject)
+        assert content[reject.row.offset :].startswith(line)
+        assert reject.head(None).encode("utf-8", "surrogateescape").rstrip(b"\n") == line
+        assert reject.head().encode("utf-8", "surrogateescape").rstrip(b"\n") == line[:200]
+        if slice_bytes == 10**9 or suffix != "jsonl":
+            assert content[: reject.row.offset].count(b"\n") == reject.row.line - 1
 
 
-def test_truncated_gzip_keeps_what_is_whole(tmp_path: Path) -> None:
-    path = tmp_path / "cut.jsonl.gz"
-    rows = b"".join(
-        b'{"text": "%d %s"}\n' % (i, bytes(97 + (i * i + j * j) % 26 for j in range(50))) for i in range(900)
-    )
-    path.write_bytes(gzip.compress(rows)[:-2000])
+ROWS = b"".join(
+    b'{"text": "%d %s"}\n' % (i, random.Random(i).randbytes(40).hex().encode()) for i in range(9000)
+)
+
+
+@pytest.mark.parametrize("suffix", ["jsonl.gz", "jsonl.zst"])
+def test_what_is_whole_of_a_damaged_archive_is_kept(tmp_path: Path, read: Read, suffix: str) -> None:
+    path = tmp_path / f"cut.{suffix}"
+    path.write_bytes(compressed(ROWS, suffix)[:-2000])
     documents, rejects = read("jsonl", path)
-    assert 0 < len(documents) < 900
-    assert documents[0].startswith("0 ")
-    assert rejects[-1].reason.startswith("gzip: the rest of the file is lost")
+    assert 1000 < len(documents) < 9000
+    assert documents == [json.loads(line)["text"] for line in ROWS.splitlines()[: len(documents)]]
+    assert rejects[-1].reason.startswith("compression: the rest of the file is lost")
+    assert rejects[-1].row.line == len(documents) + 1
+
+
+@pytest.mark.parametrize("suffix", ["jsonl.gz", "jsonl.zst"])
+def test_archives_of_several_members(tmp_path: Path, read: Read, suffix: str) -> None:
+    (tmp_path / f"two.{suffix}").write_bytes(compressed(ROWS, suffix) + compressed(ROWS, suffix))
+    documents, rejects = read("jsonl", tmp_path / f"two.{suffix}")
+    assert (len(documents), rejects) == (18000, [])
 
 
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40)
@@ -81,7 +124,7 @@ def test_truncated_gzip_keeps_what_is_whole(tmp_path: Path) -> None:
     final_newline=st.booleans(),
 )
 def test_slices_of_jsonl_read_every_line_once(
-    tmp_path: Path, lengths: list[int], slice_bytes: int, final_newline: bool
+    tmp_path: Path, read: Read, lengths: list[int], slice_bytes: int, final_newline: bool
 ) -> None:
     texts = [f"{i}" + "x" * length for i, length in enumerate(lengths)]
     content = "\n".join(json.dumps({"text": text}) for text in texts) + "\n" * final_newline
@@ -93,51 +136,137 @@ def test_slices_of_jsonl_read_every_line_once(
     assert rejects == []
 
 
-def test_text_files_and_globs(tmp_path: Path) -> None:
+def test_text_files_and_globs(tmp_path: Path, read: Read) -> None:
     (tmp_path / "deep" / "er").mkdir(parents=True)
     (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbfsecond\r\n")
     (tmp_path / "deep" / "er" / "a.txt").write_text("third")
     (tmp_path / "a.txt").write_text("first")
-    (tmp_path / "deep" / "bad.txt").write_bytes(b"good until \xff here")
+    (tmp_path / "deep" / "bad.txt").write_bytes(b"\xef\xbb\xbfgood until \xff here")
     documents, rejects = read("text", tmp_path / "*.txt", tmp_path / "**" / "*.txt", slice_bytes=1)
     assert documents == ["first", "second\r\n", "third"]
-    assert [(reject.offset, reject.reason) for reject in rejects] == [(11, "utf8")]
+    assert [reject.reason for reject in rejects] == ["utf8: byte 14 of the file is not UTF-8"]
 
 
-@pytest.mark.parametrize("kind", [pa.string(), pa.large_string()])
-def test_parquet(tmp_path: Path, kind: pa.DataType) -> None:
-    texts = ["one", None, "", "two"]
-    pq.write_table(pa.table({"n": [1, 2, 3, 4], "text": pa.array(texts, kind)}), tmp_path / "a.parquet")
-    documents, rejects = read("parquet", tmp_path / "a.parquet", tmp_path / "*.parquet")
-    assert documents == ["one", "two"]
-    assert [(reject.offset, reject.reason) for reject in rejects] == [(1, "null"), (2, "empty")]
+def test_source_trees(tmp_path: Path, read: Read) -> None:
+    for path in ("b.py", "a/z.py", "a/.hidden.py", ".git/config", "c/Makefile"):
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).write_text(f"text of {path}")
+    (tmp_path / "a" / "logo.png").write_bytes(b"\x89PNG\0\0")
+    (tmp_path / "a" / "link.py").symlink_to(tmp_path / "b.py")
+    documents, rejects = read("tree", tmp_path)
+    assert documents == ["text of b.py", "text of a/z.py", "text of c/Makefile"]
+    assert rejects == []
+    with pytest.raises(DataError, match=r"data\.sources\.s\.paths: /no/folder is no folder with text files"):
+        read("tree", "/no/folder")
 
 
-def test_parquet_without_the_column_lists_the_columns(tmp_path: Path) -> None:
-    pq.write_table(pa.table({"content": ["a"], "text": [1]}), tmp_path / "a.parquet")
-    with pytest.raises(
-        DataError, match="no text column 'text'; its columns are content: string, text: int64"
-    ):
-        read("parquet", tmp_path / "a.parquet")
+def write_table(path: Path, table: pa.Table) -> None:
+    """In the format of the suffix, two rows to a group; .stream.arrow as `datasets` keeps it in its cache."""
+    if path.suffix == ".parquet":
+        pq.write_table(table, path, row_group_size=2)
+        return
+    new = pa.ipc.new_stream if path.name.endswith(".stream.arrow") else pa.ipc.new_file
+    with new(str(path), table.schema) as writer:
+        writer.write_table(table, max_chunksize=2)
 
 
-def test_damaged_parquet(tmp_path: Path) -> None:
-    pq.write_table(
-        pa.table({"text": [str(i) * 50 for i in range(5000)]}), tmp_path / "a.parquet", compression="gzip"
+@pytest.mark.parametrize("slice_bytes", [1, 10**9])
+@pytest.mark.parametrize("suffix", ["parquet", "arrow", "stream.arrow"])
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.dictionary(pa.int8(), pa.string())])
+def test_tables(tmp_path: Path, read: Read, suffix: str, kind: pa.DataType, slice_bytes: int) -> None:
+    texts = ["one", None, "", "two", "three"]
+    column = pa.array(texts).cast(kind)
+    write_table(tmp_path / f"a.{suffix}", pa.table({"n": [1, 2, 3, 4, 5], "text": column}))
+    documents, rejects = read(suffix.split(".")[-1], tmp_path / f"a.{suffix}", slice_bytes=slice_bytes)
+    assert documents == ["one", "two", "three"]
+    assert [(reject.row.offset, reject.reason) for reject in rejects] == [(1, "null"), (2, "empty")]
+    assert rejects[0].head() == '{"text": null}'
+
+
+def test_hub_datasets_are_read_from_the_cache(
+    tmp_path: Path, read: Read, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder stands for a dataset of the hub: `datasets` loads both alike."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "set").mkdir()
+    Dataset.from_dict({"text": ["one", "two"]}).to_parquet(tmp_path / "set" / "train.parquet")
+    assert read("hub", f"{tmp_path}/set:train") == (["one", "two"], [])
+    with pytest.raises(DataError, match=r"paths: .*/set:nosplit cannot be loaded by datasets\.load_dataset"):
+        read("hub", f"{tmp_path}/set:nosplit")
+
+
+def test_conversations_in_every_format(tmp_path: Path, read: Read) -> None:
+    rows = [
+        {"messages": [{"role": "user", "content": "2+2"}, {"role": "assistant", "content": str(n)}]}
+        for n in range(3)
+    ]
+    (tmp_path / "a.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in [*rows, {"messages": rows[0]["messages"][:1]}])
     )
-    content = bytearray((tmp_path / "a.parquet").read_bytes())
-    (tmp_path / "cut.parquet").write_bytes(content[:-100])
-    content[200:400] = bytes(200)
-    (tmp_path / "flipped.parquet").write_bytes(content)
-    for name in ("cut", "flipped"):
-        with pytest.raises(DataError, match=rf"{name}\.parquet is no whole parquet file"):
-            read("parquet", tmp_path / f"{name}.parquet")
+    for suffix in ("parquet", "arrow"):
+        write_table(tmp_path / f"a.{suffix}", pa.Table.from_pylist(rows))
+    documents, rejects = read("sft", tmp_path / "a.jsonl", tmp_path / "a.parquet", tmp_path / "a.arrow")
+    assert len(documents) == 9
+    assert documents[:3] == documents[3:6] == documents[6:]
+    assert [reject.code for reject in rejects] == ["no_target"]
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+def test_a_table_without_the_column_lists_its_columns(tmp_path: Path, read: Read, suffix: str) -> None:
+    write_table(tmp_path / f"a.{suffix}", pa.table({"content": ["a"], "text": [1]}))
+    columns = "its columns are content: string, text: int64"
+    with pytest.raises(DataError, match=f"no text column 'text'; {columns}"):
+        read(suffix, tmp_path / f"a.{suffix}")
+    with pytest.raises(DataError, match=f"no list column 'messages'; {columns}"):
+        read("sft", tmp_path / f"a.{suffix}")
+
+
+def test_jsonl_without_the_column_lists_its_columns(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"id": 1, "body": "a"}\nnot json\n{"id": 2, "text": null}\n')
+
+    def check(kind: str) -> None:
+        source = source_of(kind, path)
+        check_columns("s", source, plan_slices(source, list_inputs("s", source, {}), 10**9)[0])
+
+    columns = "their columns are id: int, body: str, text: NoneType"
+    with pytest.raises(DataError, match=f"data.sources.s: .*a.jsonl have no 'text' of type str; {columns}"):
+        check("jsonl")
+    with pytest.raises(DataError, match=f"have no 'messages' of type list; {columns}"):
+        check("sft")
+    path.write_text(path.read_text() + '{"text": "one good row is enough"}\n')
+    check("jsonl")
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+def test_damaged_tables(tmp_path: Path, read: Read, suffix: str) -> None:
+    table = pa.table({"text": [str(i) * 50 for i in range(5000)]})
+    write_table(tmp_path / f"a.{suffix}", table)
+    content = bytearray((tmp_path / f"a.{suffix}").read_bytes())
+    (tmp_path / f"cut.{suffix}").write_bytes(content[:-100])
+    with pytest.raises(DataError, match=rf"cut\.{suffix} is no whole {suffix} file"):
+        read(suffix, tmp_path / f"cut.{suffix}")
+    if suffix == "parquet":
+        pq.write_table(table, tmp_path / "flipped.parquet", compression="gzip")
+        content = bytearray((tmp_path / "flipped.parquet").read_bytes())
+        content[200:400] = bytes(200)
+        (tmp_path / "flipped.parquet").write_bytes(content)
+        with pytest.raises(DataError, match=r"flipped\.parquet is no whole parquet file"):
+            read("parquet", tmp_path / "flipped.parquet")
+
+
+def test_short_documents_are_bad_rows(tmp_path: Path, read: Read) -> None:
+    (tmp_path / "a.txt").write_text("long enough")
+    (tmp_path / "b.txt").write_text("short")
+    documents, rejects = read("text", tmp_path / "*.txt", min_characters=6)
+    assert documents == ["long enough"]
+    assert [reject.reason for reject in rejects] == ["too_short: 5 characters"]
 
 
 def test_inputs_are_hashed_once(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("text")
-    source = SourceConfig("text", [str(path)], None, 1.0, None)
+    source = source_of("text", path)
     [first] = list_inputs("s", source, {})
     marked = first._replace(sha256="known")
     assert list_inputs("s", source, {str(path): marked}) == [marked]  # same size and age: not read again
@@ -148,4 +277,4 @@ def test_inputs_are_hashed_once(tmp_path: Path) -> None:
 
 def test_missing_path() -> None:
     with pytest.raises(DataError, match=r"data\.sources\.s\.paths: /no/\*\.jsonl matches no file"):
-        list_inputs("s", SourceConfig("jsonl", ["/no/*.jsonl"], "text", 1.0, None), {})
+        list_inputs("s", source_of("jsonl", "/no/*.jsonl"), {})

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +38,7 @@ def test_stream_reads_any_span(
     writer = ShardWriter(folder / "slices" / "s", "s", "train", capacity * 4)
     tokens = np.arange(sum(lengths), dtype=np.uint32) * 70_001
     for document in np.split(tokens, np.cumsum(lengths)[:-1]):
-        writer.add(document)
+        writer.add(document, (0, 0))
     stream = TokenStream(folder, writer.close())
     assert len(stream) == len(tokens)
     start = data.draw(st.integers(0, len(tokens)))
@@ -54,7 +55,7 @@ def test_more_shards_than_open_files(prepared: DataConfig, monkeypatch: pytest.M
     few = TokenStream(Path(prepared.dir), record.shards)
     for start in np.random.default_rng(0).integers(0, len(tokens) - 100, 50).tolist():
         assert np.array_equal(few.read(start, start + 100), tokens[start : start + 100])
-    assert len(few._open) == 2
+    assert len(few._files._open) == 2
     few.close()
     whole.close()
 
@@ -119,11 +120,11 @@ def test_blocks_are_checked_one_by_one(tmp_path: Path, monkeypatch: pytest.Monke
     folder.mkdir(parents=True)
     writer = ShardWriter(folder, "s", "train", 1 << 20)
     for length in (5, 40, 1, 30):
-        writer.add(np.arange(length, dtype=np.uint32))
+        writer.add(np.arange(length, dtype=np.uint32), (0, 0))
     [record] = writer.close()
-    assert len(record.tokens_crc32) == 8 * 5  # 76 tokens of 4 bytes in blocks of 64
-    path, size = shards.tokens_file(tmp_path, record)
-    blocks = list(shards._blocks(path, size, record.tokens_crc32))
+    assert len(record.crc32["tokens"]) == 8 * 5  # 76 tokens of 4 bytes in blocks of 64
+    path, _ = shards.shard_file(tmp_path, record, "tokens")
+    blocks = list(shards._blocks(tmp_path, record, "tokens"))
     assert [(offset, size) for _, offset, size, _ in blocks] == [
         (0, 64),
         (64, 64),
@@ -157,11 +158,25 @@ def test_verify_lists_everything(folder: Path) -> None:
     assert any(line.startswith(f"{offsets} is damaged between bytes 0 and") for line in lines)
 
 
+def test_verify_finds_offsets_that_do_not_fit_the_tokens(folder: Path) -> None:
+    """Files that are as their checksums say, and wrong all the same."""
+    manifest = Manifest.load(folder)
+    shard = next(shard for shard in manifest.shards() if shard.documents > 1)
+    path, _ = shards.shard_file(folder, shard, "offsets")
+    offsets = np.fromfile(path, dtype="<u8")
+    offsets[1] += 1
+    path.write_bytes(offsets.tobytes())
+    shard.crc32["offsets"] = f"{zlib.crc32(offsets.tobytes()):08x}"
+    manifest.save(folder)
+    with pytest.raises(DataError, match=f"{shard.name}: tokens and offsets do not fit together"):
+        verify(folder)
+
+
 def test_manifest_missing_damaged_or_of_another_format(folder: Path) -> None:
     path = folder / "manifest.json"
     fields = json.loads(path.read_bytes())
     path.write_text(json.dumps({**fields, "format": "token-shards-0"}))
-    with pytest.raises(DataError, match="format 'token-shards-0' is not 'token-shards-1'"):
+    with pytest.raises(DataError, match="format 'token-shards-0' is not 'token-shards-2'"):
         open_prepared(folder)
     path.write_text(json.dumps(fields)[:-500])
     with pytest.raises(DataError, match=r"manifest\.json is damaged"):

@@ -1,0 +1,271 @@
+"""Conversations as Qwen3's chat template writes them, in pieces: text or control token, learned or not.
+
+Only the template makes control tokens. What a message says stays text, whatever it looks like; so a user who
+writes `<|im_end|>` ends nothing.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from data_pipeline.permutation import derive_key
+from data_pipeline.tokenizer import Tokenizer
+
+Message = Mapping[str, Any]
+
+_MARKUP = re.compile(r"(<\|im_start\|>|<\|im_end\|>|</?think>|</?tool_call>|</?tool_response>)")
+_FLAG = re.compile(r"(?<!\S)/(no_think|think)(?!\S)")
+_TOOLS_BEFORE = (
+    "# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
+    "You are provided with function signatures within <tools></tools> XML tags:\n<tools>"
+)
+_TOOLS_AFTER = (
+    "\n</tools>\n\nFor each function call, return a json object with function name and arguments within"
+    " <tool_call></tool_call> XML tags:\n<tool_call>\n"
+    '{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call><|im_end|>\n'
+)
+
+
+class Piece(NamedTuple):
+    """Text, or the name of one control token; exactly one of the two is set. loss: whether it is learned."""
+
+    text: str | None
+    control: str | None
+    loss: bool
+
+
+class _Pieces(list[Piece]):
+    def text(self, text: str, loss: bool = False) -> None:
+        """Append what a person or a program wrote; joins the text before it, as one tokenization."""
+        if text and self and self[-1].text is not None and self[-1].loss == loss:
+            text = str(self.pop().text) + text
+        if text:
+            self.append(Piece(text, None, loss))
+
+    def markup(self, template: str, loss: bool = False) -> None:
+        """Append what the template itself writes: its control strings are control tokens."""
+        for position, part in enumerate(_MARKUP.split(template)):
+            if position % 2:
+                self.append(Piece(None, part, loss))
+            else:
+                self.text(part, loss)
+
+
+def render(row: Mapping[str, Any], options: Mapping[str, Any], *, loss_from: int = 0) -> list[Piece]:
+    """The pieces of a row's `messages` and `tools`; joined, they are what Qwen3's own template renders.
+
+    options: `add_generation_prompt`, `enable_thinking` as the template knows them. Learned are the bodies of
+    assistant messages from number `loss_from` on, each with the `<|im_end|>` that closes it.
+    """
+    messages = row["messages"]
+    last_query = max(_queries(messages), default=len(messages) - 1)
+    out = _Pieces()
+    _render_system(out, messages, row.get("tools"))
+    for i, message in enumerate(messages):
+        role, content = message["role"], _content(message)
+        if role == "user" or (role == "system" and i > 0):
+            out.markup(f"<|im_start|>{role}\n")
+            out.text(content)
+            out.markup("<|im_end|>\n")
+        elif role == "assistant":
+            is_last = i == len(messages) - 1
+            reasoning, _ = _split_reasoning(message)
+            thinks = i > last_query and (is_last or bool(reasoning))
+            out.markup("<|im_start|>assistant\n")
+            _render_body(out, message, thinks, loss=i >= loss_from)
+            out.markup("\n")
+        elif role == "tool":
+            if i == 0 or messages[i - 1]["role"] != "tool":
+                out.markup("<|im_start|>user")
+            out.markup("\n<tool_response>\n")
+            out.text(content)
+            out.markup("\n</tool_response>")
+            if i == len(messages) - 1 or messages[i + 1]["role"] != "tool":
+                out.markup("<|im_end|>\n")
+    if options.get("add_generation_prompt"):
+        out.markup("<|im_start|>assistant\n")
+        if options.get("enable_thinking") is False:
+            out.markup("<think>\n\n</think>\n\n")
+    return out
+
+
+def samples(row: Mapping[str, Any], think_flag_share: float | None) -> list[list[Piece]]:
+    """What is trained on of a row: one sample per answer with reasoning, and one for what comes after.
+
+    The template drops the reasoning of all but the last answer, so an answer with reasoning is learned as the
+    last of a sample that ends with it. Every assistant message is learned in one sample, that of the next
+    such end.
+
+    think_flag_share: None leaves questions as they are. A number marks the mode in them (arXiv 2505.09388,
+    section 4.3): ` /no_think` after a question answered without reasoning, ` /think` after this share of the
+    others, and after every one that a /no_think before it would make wrong.
+
+    Raises ValueError, with the reason, for a row that is malformed, has no target, or answers against its
+    flags.
+    """
+    messages = _checked(row)
+    queries = _queries(messages)
+    exchanges = []  # (question, end of its answer, whether it has reasoning)
+    for query, until in zip(queries, [*queries[1:], len(messages)], strict=True):
+        answers = [i for i in range(query, until) if messages[i]["role"] == "assistant"]
+        if answers:
+            thinks = any(_split_reasoning(messages[i])[0] for i in answers)
+            exchanges.append((query, answers[-1] + 1, thinks))
+    _apply_flags(messages, exchanges, think_flag_share)
+    found, learned = [], 0
+    for query, end, thinks in exchanges:
+        if thinks or query == exchanges[-1][0]:
+            cut = {"messages": messages[:end], "tools": row.get("tools")}
+            found.append(render(cut, {}, loss_from=learned))
+            learned = end
+    return found
+
+
+def encode(pieces: Sequence[Piece], tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
+    """Ids (uint32 [n]) and whether each is learned (bool [n]) of rendered pieces."""
+    ids: list[int] = []
+    loss: list[bool] = []
+    for text, control, learned in pieces:
+        new = tokenizer.encode(text) if text is not None else [tokenizer.control_id(str(control))]
+        ids += new
+        loss += [learned] * len(new)
+    return np.array(ids, dtype=np.uint32), np.array(loss, dtype=np.bool_)
+
+
+def _render_system(out: _Pieces, messages: Sequence[Message], tools: Sequence[Any] | None) -> None:
+    system = _content(messages[0]) if messages[0]["role"] == "system" else None
+    if tools:
+        out.markup("<|im_start|>system\n")
+        if system is not None:
+            out.text(system + "\n\n")
+        out.markup(_TOOLS_BEFORE)
+        for tool in tools:
+            out.text("\n" + json.dumps(tool, ensure_ascii=False))
+        out.markup(_TOOLS_AFTER)
+    elif system is not None:
+        out.markup("<|im_start|>system\n")
+        out.text(system)
+        out.markup("<|im_end|>\n")
+
+
+def _render_body(out: _Pieces, message: Message, thinks: bool, loss: bool) -> None:
+    reasoning, content = _split_reasoning(message)
+    if thinks:
+        out.markup("<think>\n", loss)
+        out.text(reasoning.strip("\n"), loss)
+        out.markup("\n</think>\n\n", loss)
+        content = content.lstrip("\n")
+    out.text(content, loss)
+    for number, call in enumerate(message.get("tool_calls") or ()):
+        function = call.get("function") or call
+        arguments = function["arguments"]
+        if not isinstance(arguments, str):
+            arguments = json.dumps(arguments, ensure_ascii=False)
+        out.markup(("\n" if content or number else "") + '<tool_call>\n{"name": "', loss)
+        out.text(function["name"] + '", "arguments": ' + arguments, loss)
+        out.markup("}\n</tool_call>", loss)
+    out.markup("<|im_end|>", loss)
+
+
+def _content(message: Message) -> str:
+    content = message.get("content")
+    return content if isinstance(content, str) else ""
+
+
+def _split_reasoning(message: Message) -> tuple[str, str]:
+    """Reasoning and answer, from a field of its own or from within the content."""
+    content, reasoning = _content(message), message.get("reasoning_content")
+    if isinstance(reasoning, str):
+        return reasoning, content
+    if "</think>" not in content:
+        return "", content
+    before, after = content.split("</think>")[0], content.split("</think>")[-1]
+    return before.rstrip("\n").split("<think>")[-1].lstrip("\n"), after.lstrip("\n")
+
+
+def _queries(messages: Sequence[Message]) -> list[int]:
+    """Numbers of the user messages that ask something (some rows send tool responses as the user)."""
+    return [
+        i
+        for i, message in enumerate(messages)
+        if message["role"] == "user"
+        and isinstance(content := message.get("content"), str)
+        and not (content.startswith("<tool_response>") and content.endswith("</tool_response>"))
+    ]
+
+
+def _checked(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Copies of the messages of a sound row. Raises ValueError with what is wrong."""
+    messages, tools = row.get("messages"), row.get("tools")
+    if not messages or not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
+        raise ValueError("messages: not a list of objects")
+    if tools is not None and not isinstance(tools, list):
+        raise ValueError("tools: not a list")
+    for i, message in enumerate(messages):
+        if fault := _fault(message):
+            raise ValueError(f"messages[{i}]: {fault}")
+    first_answer = next((i for i, m in enumerate(messages) if m["role"] == "assistant"), None)
+    if first_answer is None:
+        raise ValueError("no_target: no message of the assistant")
+    if not any(query < first_answer for query in _queries(messages)):
+        raise ValueError(f"messages[{first_answer}]: the assistant speaks before the user")
+    return [dict(message) for message in messages]
+
+
+def _fault(message: dict[str, Any]) -> str | None:
+    """What is wrong with a message; None for a sound one."""
+    role, content, calls = message.get("role"), message.get("content"), message.get("tool_calls")
+    if role not in ("system", "user", "assistant", "tool"):
+        return f"role {role!r} is none of system, user, assistant, tool"
+    if not isinstance(content, str) and not (content is None and calls):
+        return f"content is of type {type(content).__name__}, not text"
+    if role != "assistant":
+        return None
+    if not isinstance(message.get("reasoning_content"), str | None):
+        return "reasoning_content is not text"
+    if not isinstance(calls, list | None) or not all(_is_call(call) for call in calls or ()):
+        return "tool_calls is no list of objects with a name and arguments"
+    reasoning, answer = _split_reasoning(message)
+    tags = [tag for tag in _MARKUP.findall(_content(message)) if tag.endswith("think>")]
+    in_content = message.get("reasoning_content") is None and _content(message).lstrip().startswith("<think>")
+    if tags != (["<think>", "</think>"] if in_content else []) or _MARKUP.search(reasoning):
+        return "template: <think> and </think> do not enclose the reasoning at the start"
+    if not answer.strip() and not calls:
+        return "no_target: the answer is empty"
+    return None
+
+
+def _is_call(call: Any) -> bool:
+    function = (call.get("function") or call) if isinstance(call, dict) else None
+    return (
+        isinstance(function, dict)
+        and isinstance(function.get("name"), str)
+        and isinstance(function.get("arguments"), str | dict)
+    )
+
+
+def _apply_flags(
+    messages: list[dict[str, Any]], exchanges: list[tuple[int, int, bool]], think_flag_share: float | None
+) -> None:
+    """Add the flags of the modes to the questions. Raises ValueError where an answer ignores its flag."""
+    mode = None  # what the last flag, of the system or a user, asks for
+    start = 0
+    for query, end, thinks in exchanges:
+        asked = [m["content"] for m in messages[start : query + 1] if m["role"] in ("system", "user")]
+        flags = _FLAG.findall("\n".join(asked))
+        mode = flags[-1] if flags else mode
+        if think_flag_share is not None and not flags:
+            wanted = "think" if thinks else "no_think"
+            key = derive_key(0, json.dumps(messages, sort_keys=True), query)
+            if not thinks or mode == "no_think" or key < think_flag_share * 2**64:
+                messages[query]["content"] += f" /{wanted}"
+                mode = wanted
+        if mode is not None and thinks != (mode == "think"):
+            raise ValueError(
+                f"messages[{query}]: the last flag is /{mode}, but the answer has"
+                f" {'' if thinks else 'no '}reasoning"
+            )
+        start = end

@@ -1,0 +1,70 @@
+"""A person sees what the model sees: text, borders, origins, and what is learned."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from data_pipeline.__main__ import main
+from data_pipeline.config import DataConfig, DataError, SourceConfig
+from data_pipeline.inspect import show
+from data_pipeline.manifest import Manifest
+from data_pipeline.prepare import prepare
+
+SEED = 7
+
+
+def test_a_row_of_text(prepared: DataConfig, corpus: Path) -> None:
+    lines = show(prepared, "numbers:0", seq_len=256, seed=SEED).split("\n--- ")
+    assert lines[0] == f"row 0: 256 tokens, {258 - len(lines)} targets; [- not learned -]"
+    path = Manifest.load(Path(prepared.dir)).inputs["numbers"]
+    for number, shown in enumerate(lines[1:]):
+        origin, text = shown.split("\n", 1)
+        assert f": numbers, document {number} from its token 0, " in origin
+        file = next(entry["path"] for entry in path if entry["path"] in origin)
+        whole = Path(file).read_text() + "<|endoftext|>"
+        plain = text.replace("[-", "", 1).replace("-]", "", 1)
+        assert whole.startswith(plain)
+        assert text.startswith("[-")  # the first token of a document is not predicted
+        if number < len(lines) - 2:
+            assert plain == whole
+
+
+def test_a_row_of_the_run_is_found_by_its_number(prepared: DataConfig) -> None:
+    shown = [show(prepared, str(row), seq_len=64, seed=SEED) for row in range(12)]
+    assert all(text.startswith(f"row {row}: 64 tokens") for row, text in enumerate(shown))
+    sources = {name for name in prepared.sources if any(f": {name}, document " in text for text in shown)}
+    assert sources == {"letters", "numbers"}
+    assert show(prepared, "letters", seq_len=64, seed=SEED) == show(
+        prepared, "letters:0", seq_len=64, seed=SEED
+    )
+
+
+def test_the_targets_of_a_conversation(data_config: DataConfig, tmp_path: Path) -> None:
+    path = tmp_path / "chat.jsonl"
+    messages = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]
+    path.write_text(json.dumps({"messages": messages}) + "\n")
+    source = SourceConfig("sft", [str(path)], None, 1.0, None)
+    config = replace(data_config, sources={"chat": source}, validation_fraction=0.0, packing="best_fit")
+    prepare(config, 512, SEED)
+    text = show(config, "0", seq_len=128, seed=SEED)
+    question = "[-<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n-]"
+    assert f"{question}<think>\n\n</think>\n\n4<|im_end|>[-\n-]\n--- tokens" in text  # the end is no input
+    assert f"chat, document 0 from its token 0, {path} at 0" in text
+    assert text.endswith("to 128: padding")
+
+
+@pytest.mark.parametrize("which", ["nobody", "letters:x", "letters:99999"])
+def test_what_is_no_row(prepared: DataConfig, which: str) -> None:
+    with pytest.raises(DataError, match=f"{which}.* (is no row: give ROW, SOURCE or|there are only)"):
+        show(prepared, which, seq_len=64, seed=SEED)
+
+
+def test_verify_command(prepared: DataConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["verify", prepared.dir])
+    assert (end.value.code, " is whole: " in capsys.readouterr().out) == (0, True)
+    with pytest.raises(SystemExit) as end:
+        main(["verify", str(tmp_path)])
+    assert (end.value.code, "is missing: the data is not prepared" in capsys.readouterr().err) == (2, True)
