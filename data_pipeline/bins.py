@@ -28,7 +28,7 @@ class _Group(NamedTuple):
 
     def split(self, bins: int) -> tuple["_Group", "_Group"]:
         """The first `bins` bins, and the others."""
-        rest = tuple(part._replace(first=part.first + bins * part.per_bin) for part in self.parts)
+        rest = tuple(_Part(length, each, first + bins * each) for length, each, first in self.parts)
         return _Group(bins, self.parts), _Group(self.bins - bins, rest)
 
 
@@ -87,13 +87,12 @@ def pack_lengths(counts: np.ndarray, capacity: int) -> Bins:
                 space = capacity
                 group = _Group(-(-left // (capacity // length)), ())
             each = min(space // length, left)  # items that a bin takes before the next one is opened
-            filled, rest = group.split(min(group.bins, left // each))
-            part = _Part(length, each, item)
-            put(space - each * length, filled._replace(parts=(*filled.parts, part)))
-            if rest.bins:
+            if left // each < group.bins:
+                group, rest = group.split(left // each)
                 put(space, rest)
-            left -= filled.bins * each
-            item += filled.bins * each
+            put(space - each * length, _Group(group.bins, (*group.parts, _Part(length, each, item))))
+            left -= group.bins * each
+            item += group.bins * each
     flat = [group for space in spaces for group in groups[space]]
     return Bins(
         np.cumsum([0, *(group.bins for group in flat)]),
