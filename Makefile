@@ -7,7 +7,7 @@ BIN := .venv/bin
 demo: .venv/installed
 	$(BIN)/python -m data_pipeline experiment=demo
 	$(BIN)/python -m trainer experiment=demo
-	$(BIN)/python -m trainer.generate runs/demo "def "
+	$(BIN)/python -m trainer.generate runs/demo "def " --temperature 0.7
 
 test: check
 	$(BIN)/python -m pytest -m "not slow" tests
@@ -15,7 +15,7 @@ test: check
 test-all: check
 	$(BIN)/python -m pytest tests
 
-# The quick loop: style, types and the unit tests.
+# The quick loop: style and types.
 check: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

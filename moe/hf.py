@@ -20,6 +20,7 @@ CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5 * 10**9
+WriteError = SafetensorError  # what a full disk raises in `write_shards`
 
 # our stacked tensor -> the projection of one expert on the hub
 _PROJECTIONS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
@@ -108,16 +109,27 @@ def write_shards(
 
 
 def finish_folder(
-    config: ModelConfig, dtype: torch.dtype, written: Mapping[str, Written], folder: Path
+    config: ModelConfig,
+    dtype: torch.dtype,
+    written: Mapping[str, Written],
+    folder: Path,
+    end_of_text: int | None = None,
 ) -> None:
-    """Write config.json and the index over all that `write_shards` wrote into `folder`, on every rank."""
+    """Write config.json and the index over all that `write_shards` wrote into `folder`, on every rank.
+
+    `end_of_text` is the token id at which generation stops.
+    """
     files = {name: place.file for name, place in written.items()}
     if len(set(files.values())) == 1:
         (folder / next(iter(files.values()))).rename(folder / SINGLE)
     else:
         total = sum(place.nbytes for place in written.values())
         _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": files})
-    _write_json(folder / CONFIG, {**config.to_hf(), "torch_dtype": str(dtype).removeprefix("torch.")})
+    ends = {} if end_of_text is None else {"eos_token_id": end_of_text, "pad_token_id": end_of_text}
+    name = str(dtype).removeprefix("torch.")
+    _write_json(folder / CONFIG, {**config.to_hf(), "torch_dtype": name, **ends})
+    if ends:
+        _write_json(folder / "generation_config.json", ends)
 
 
 def save_hf(model: CausalLM, folder: str | Path, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:

@@ -14,15 +14,16 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from data_pipeline.manifest import sync_folder, write_atomically
+from data_pipeline.manifest import Manifest, sync_folder, write_atomically
 from data_pipeline.tokenizer import load_tokenizer
 from moe.balance import Balance
 from moe.config import ConfigError
-from moe.hf import finish_folder, write_shards
+from moe.hf import WriteError, finish_folder, write_shards
 from trainer.config import RunConfig
 from trainer.engine import DTYPES, Engine
 from trainer.parallel import ParallelPlan
-from trainer.runtime import Ranks, random_state, set_random_state
+from trainer.run_folder import latest_checkpoint
+from trainer.runtime import Ranks, TrainingError, random_state, set_random_state
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,20 @@ class Checkpoints:
         }
 
     def save(self, engine: Engine, balance: Balance, progress: Progress) -> Path:
-        """Write the checkpoint of `progress`; every rank must call it. Returns its folder."""
+        """Write the checkpoint of `progress`; every rank must call it. Returns its folder.
+
+        Raises TrainingError where it cannot be written (a full disk); the checkpoints before it stay.
+        """
+        try:
+            return self._save(engine, balance, progress)
+        except (OSError, RuntimeError, WriteError) as error:
+            free = shutil.disk_usage(self._latest.parent).free / 2**30
+            raise TrainingError(
+                f"cannot write the checkpoint of step {progress.step} into {self._folder} "
+                f"({free:.1f} GiB free): {error}; the checkpoints before it are unharmed"
+            ) from error
+
+    def _save(self, engine: Engine, balance: Balance, progress: Progress) -> Path:
         final = self._folder / f"step-{progress.step:08d}"
         partial = self._folder / f".step-{progress.step:08d}.attempt-{self._attempt}"
         if self._ranks.is_main:
@@ -68,17 +82,20 @@ class Checkpoints:
         dist.all_gather_object(everywhere, written)
         if self._ranks.is_main:
             merged = {name: place for part in everywhere for name, place in part.items()}
-            finish_folder(self._config.model, DTYPES[self._config.dtype], merged, partial / "hf")
-            shutil.copyfile(Path(self._config.data.dir) / "tokenizer.json", partial / "hf" / "tokenizer.json")
+            data_dir = Path(self._config.data.dir)
+            end_of_text = Manifest.load(data_dir).tokenizer.end_of_text
+            dtype = DTYPES[self._config.dtype]
+            finish_folder(self._config.model, dtype, merged, partial / "hf", end_of_text)
+            shutil.copyfile(data_dir / "tokenizer.json", partial / "hf" / "tokenizer.json")
             torch.save(balance.state(), partial / "balance.pt")
             record = {"progress": asdict(progress), "layout": self._layout, "attempt": self._attempt}
             (partial / "trainer.json").write_text(json.dumps(record, indent=1))
             _sync_tree(partial)
-            shutil.rmtree(final, ignore_errors=True)
+            self._retire([path for path in self._whole() if path >= final])  # of a future that was undone
             partial.rename(final)
             sync_folder(self._folder)
             write_atomically(self._latest, f"{final.name}\n".encode())
-            self._prune()
+            self._retire(self._whole()[: -self._config.checkpoint.keep])
         self._ranks.barrier()
         return final
 
@@ -90,7 +107,13 @@ class Checkpoints:
         folder = latest_checkpoint(self._folder.parent)
         if folder is None:
             return None
-        record = json.loads((folder / "trainer.json").read_text())
+        try:
+            record = json.loads((folder / "trainer.json").read_text())
+        except (OSError, ValueError) as error:
+            there = ", ".join(path.name for path in self._whole()) or "none"
+            raise ConfigError(
+                [f"{self._latest} names {folder.name}, which cannot be read ({error}); whole ones: {there}"]
+            ) from error
         differing = [
             f"{key}: checkpoint {record['layout'][key]}, run {value}"
             for key, value in self._layout.items()
@@ -105,32 +128,16 @@ class Checkpoints:
         set_random_state(torch.load(folder / f"random-{self._ranks.rank}.pt", weights_only=True))
         return Progress(**record["progress"])
 
-    def _prune(self) -> None:
-        for old in sorted(self._folder.glob("step-*"))[: -self._config.checkpoint.keep]:
-            shutil.rmtree(old)
+    def _whole(self) -> list[Path]:
+        return sorted(self._folder.glob("step-*"))
+
+    def _retire(self, checkpoints: list[Path]) -> None:
+        """Remove checkpoints, and what crashes left: hidden first, so that none is ever seen half gone."""
+        for path in checkpoints:
+            path.rename(path.with_name(f".{path.name}.retired"))
         for leftover in self._folder.glob(".step-*"):
-            shutil.rmtree(leftover)
-
-
-def latest_checkpoint(run_dir: Path) -> Path | None:
-    """The newest whole checkpoint of a run folder."""
-    pointer = run_dir / "latest"
-    if not pointer.is_file():
-        return None
-    return run_dir / "checkpoints" / pointer.read_text().strip()
-
-
-def hf_folder(source: Path) -> Path:
-    """The Hugging Face folder in a run folder (its newest checkpoint), in a checkpoint, or the folder itself.
-
-    Raises ConfigError for a run that has no checkpoint yet.
-    """
-    if (source / "config.yaml").is_file():
-        newest = latest_checkpoint(source)
-        if newest is None:
-            raise ConfigError([f"{source} has no checkpoint yet; train it first"])
-        source = newest
-    return source / "hf" if (source / "hf").is_dir() else source
+            if not leftover.name.endswith(f"attempt-{self._attempt}"):
+                shutil.rmtree(leftover)
 
 
 def check_tokenizer(weights: Path, data_dir: Path) -> None:

@@ -15,7 +15,7 @@ from data_pipeline.shards import open_prepared
 from trainer.config import ConfigError, RunConfig
 from trainer.launch import launch
 from trainer.parallel import ParallelPlan
-from trainer.run_folder import freeze
+from trainer.run_folder import freeze, lock
 
 
 def compose_and(config_name: str, act: Callable[[DictConfig], int]) -> NoReturn:
@@ -41,6 +41,9 @@ def compose_and(config_name: str, act: Callable[[DictConfig], int]) -> NoReturn:
         entry()
     except SystemExit as done:
         sys.exit(2 if done.code and not composed else done.code)
+    except KeyboardInterrupt:
+        print("interrupted before the run was started", file=sys.stderr)
+        sys.exit(1)
     sys.exit(0)
 
 
@@ -52,8 +55,12 @@ def train_here(cfg: DictConfig) -> int:
     config = RunConfig.load(cfg)
     config.check(ParallelPlan.of(config, config.parallel.nproc_per_node))
     check_data(config)
+    for group, key in (("data", "dir"), ("stage", "init_from")):  # the run goes on from any folder
+        if cfg[group][key] is not None:
+            cfg[group][key] = str(Path(cfg[group][key]).resolve())
+    held = lock(config.run_dir)
     freeze(config.run_dir, cfg, list(hydra_config.overrides.task))
-    return start(config.run_dir, config)
+    return start(config.run_dir, config, held)
 
 
 def check_data(config: RunConfig) -> None:
@@ -64,9 +71,9 @@ def check_data(config: RunConfig) -> None:
     manifest.check_vocab_size(config.model.vocab_size)
 
 
-def start(run_dir: Path, config: RunConfig) -> int:
-    """Start the ranks of a frozen run and say at the end where it is."""
-    code = launch(run_dir, config.parallel.nproc_per_node)
+def start(run_dir: Path, config: RunConfig, held: int) -> int:
+    """Start the ranks of a frozen run whose lock is held, and say where to look if they fail."""
+    code = launch(run_dir, config.parallel.nproc_per_node, held)
     if code:
         print(f"The run failed; logs are in {run_dir}/logs", file=sys.stderr)
     return code

@@ -1,14 +1,14 @@
 """What a run is: typed, checked as a whole before anything starts. Torch-free, for login nodes."""
 
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
-
-from omegaconf import OmegaConf
 
 from data_pipeline.config import DataConfig
 from moe.config import ConfigError, ModelConfig
 from trainer.parallel import ParallelConfig, ParallelPlan
+from trainer.run_folder import hf_folder, read_frozen
 from trainer.typed import similar, typed
 
 
@@ -131,7 +131,7 @@ class RunConfig:
         path = run_dir / "config.yaml"
         if not path.is_file():
             raise ConfigError([f"{run_dir} is not a run folder: it holds no config.yaml"])
-        return cls.load(OmegaConf.load(path))
+        return cls.load(read_frozen(path))
 
     @property
     def run_dir(self) -> Path:
@@ -149,13 +149,16 @@ class RunConfig:
             *self.model.problems(),
             *self.data.problems(),
             *plan.problems(self.model.num_experts),
+            *self._value_problems(),
             *self._own_problems(),
+            *self._init_problems(),
             *_deepspeed_problems(self.deepspeed),
         ]
         if problems:
             raise ConfigError(problems)
 
-    def _own_problems(self) -> list[str]:
+    def _value_problems(self) -> list[str]:
+        """Laws of single values: a choice, a least value, a fraction."""
         found = []
         for key, value, choices in [
             ("dtype", self.dtype, ("fp32", "bf16")),
@@ -174,6 +177,7 @@ class RunConfig:
         for key, number, least in [
             ("stage.seq_len", self.stage.seq_len, 1),
             ("stage.train_tokens", self.stage.train_tokens, 1),
+            ("optimizer.eps", self.optimizer.eps, 0),
             ("optimizer.max_grad_norm", self.optimizer.max_grad_norm, 0),
             ("optimizer.weight_decay", self.optimizer.weight_decay, 0),
             ("schedule.warmup_steps", self.schedule.warmup_steps, 0),
@@ -193,10 +197,29 @@ class RunConfig:
             ("schedule.min_lr_ratio", self.schedule.min_lr_ratio),
             *((f"optimizer.betas[{i}]", beta) for i, beta in enumerate(self.optimizer.betas)),
         ]:
-            if not 0 <= share <= 1:
+            if not 0 <= share <= 1 or (share == 1 and "betas" in key):
                 found.append(f"{key}={share} is outside 0 to 1; use a fraction")
+        return found
+
+    def _own_problems(self) -> list[str]:
+        """Laws that single values do not show."""
+        found = []
         if len(self.optimizer.betas) != 2:
             found.append(f"optimizer.betas={self.optimizer.betas} must hold two numbers, as [0.9, 0.95]")
+        if not 0 <= self.seed < 2**31:
+            found.append(f"seed={self.seed} is outside 0 to 2^31 - 1")
+        if self.schedule.warmup_steps > self.stage.total_steps and self.schedule.kind != "constant":
+            found.append(
+                f"schedule.warmup_steps={self.schedule.warmup_steps} exceeds the "
+                f"{self.stage.total_steps} steps of the run, so that the peak rate is never reached; "
+                "shorten it or raise stage.train_tokens"
+            )
+        router = ("micro_weight", "z_loss_coef", "bias_update_rate")
+        found += [
+            f"balance.{key}={getattr(self.balance, key)} needs experts, but model.num_experts=0; use 0"
+            for key in router
+            if self.model.num_experts == 0 and getattr(self.balance, key)
+        ]
         if not self.optimizer.lr > 0:
             found.append(f"optimizer.lr={self.optimizer.lr} must be above 0")
         if self.experts.backend == "grouped":
@@ -212,17 +235,40 @@ class RunConfig:
                 f"stage.seq_len={self.stage.seq_len} exceeds model.max_position_embeddings="
                 f"{self.model.max_position_embeddings}; shorten the rows or raise the model's limit"
             )
-        if not self.name or Path(self.name).is_absolute() or ".." in Path(self.name).parts:
+        if Path(self.name) == Path() or Path(self.name).is_absolute() or ".." in Path(self.name).parts:
             found.append(f"name={self.name!r} must be a relative path inside output_dir")
-        origin = None if self.stage.init_from is None else Path(self.stage.init_from)
-        if origin is not None and not origin.is_dir():
-            found.append(
-                f"stage.init_from={origin} is not a folder; name a run folder, a checkpoint or a Hugging Face"
-                " folder"
-            )
-        elif origin is not None and (origin / "config.yaml").is_file() and not (origin / "latest").is_file():
-            found.append(f"stage.init_from={origin} is a run without a checkpoint; train it first")
         return found
+
+    def _init_problems(self) -> list[str]:
+        """Whether the weights of stage.init_from are of this model."""
+        if self.stage.init_from is None:
+            return []
+        origin = Path(self.stage.init_from)
+        if not origin.is_dir():
+            return [
+                f"stage.init_from={origin} is not a folder; "
+                "name a run folder, a checkpoint or a Hugging Face folder"
+            ]
+        try:
+            path = hf_folder(origin) / "config.json"
+            theirs = ModelConfig.from_hf(json.loads(path.read_text()))
+        except ConfigError as error:
+            return [f"stage.init_from={origin}: {problem}" for problem in error.problems]
+        except (OSError, ValueError) as error:
+            return [
+                f"stage.init_from={origin} is no Hugging Face folder: config.json cannot be read ({error})"
+            ]
+        return [
+            f"stage.init_from={origin} has {field.name}={getattr(theirs, field.name)}, "
+            f"but model.{field.name}={getattr(self.model, field.name)}; set the same"
+            for field in fields(ModelConfig)
+            if field.name not in _FREE_AT_HAND_OVER
+            and getattr(theirs, field.name) != getattr(self.model, field.name)
+        ]
+
+
+# What a stage may change of the model whose weights it takes over.
+_FREE_AT_HAND_OVER = {"initializer_range", "max_position_embeddings", "rope_theta", "router_aux_loss_coef"}
 
 
 # Keys of DeepSpeed that other keys of ours set; a second place for the same number would be a contradiction.

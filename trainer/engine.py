@@ -81,6 +81,8 @@ def _as_autoep(block_class: type[MoEBlock]) -> type:
 
 def mark_experts(model: nn.Module, num_experts: int, ep_size: int, ep_rank: int) -> None:
     """Make every MoE block of `model`, which holds this rank's experts, an AutoEP layer for DeepSpeed."""
+    if not num_experts:
+        return
     group_name = f"ep_size_{ep_size}"
     placement = legacy_uniform_autoep_placement_descriptor(num_experts, num_experts // ep_size, ep_size)
     for block in model.modules():

@@ -38,6 +38,7 @@ def evaluate(
                 if number * rows_at_once >= config.evaluate.rows:
                     break
                 for batch in micro_batches:
+                    batch.labels[[row >= config.evaluate.rows for row in batch.rows]] = -100
                     output = engine.forward(batch.to(ranks.device), selection_bias)
                     assert output.cross_entropy_sum is not None
                     sums[index, 0] += output.cross_entropy_sum

@@ -14,7 +14,7 @@ from moe.attention import KeyValueCache
 from moe.config import ConfigError, ModelConfig
 from moe.hf import load_hf
 from moe.model import CausalLM
-from trainer.checkpoint import hf_folder
+from trainer.run_folder import hf_folder
 
 
 def load_model(folder: Path, device: torch.device) -> CausalLM:
@@ -67,6 +67,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--temperature", type=float, default=0.0, help="0 = greedy")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
+    if options.tokens < 1 or not 0 <= options.temperature < float("inf"):
+        parser.error("--tokens must be above 0 and --temperature a finite number from 0 on")
     torch.manual_seed(options.seed)
     try:
         folder = hf_folder(options.source)

@@ -1,7 +1,6 @@
 """Start the ranks of a run on this machine and see them through."""
 
 import ctypes
-import fcntl
 import os
 import signal
 import socket
@@ -11,18 +10,18 @@ import time
 from pathlib import Path
 from types import FrameType
 
-from moe.config import ConfigError
+from trainer.run_folder import read_state, write_state
+from trainer.stop import STOP_SIGNALS
 
 _GRACE_SECONDS = 10.0  # for the other ranks, once one has failed
 
 
-def launch(run_dir: Path, nproc: int) -> int:
+def launch(run_dir: Path, nproc: int, lock: int) -> int:
     """Run `python -m trainer.run RUN_DIR` on `nproc` ranks; returns the exit code of the first failure, or 0.
 
     SIGINT and SIGTERM become a stop request to every rank (save, exit 0); a second one kills. If this process
-    dies, the ranks are asked to stop. Raises ConfigError while ranks of the same run are alive here.
+    dies, the ranks are asked to stop. `lock` (`run_folder.lock`) is held until the last rank is gone.
     """
-    lock = _only_one(run_dir)
     environment = {
         **os.environ,
         "WORLD_SIZE": str(nproc),
@@ -34,30 +33,23 @@ def launch(run_dir: Path, nproc: int) -> int:
     # Large blocks are kept instead of returned: page faults cost a fifth of the time of a step on a CPU.
     environment.setdefault("MALLOC_MMAP_THRESHOLD_", str(8 << 30))
     environment.setdefault("MALLOC_TRIM_THRESHOLD_", str(16 << 30))
-    ranks = [
-        subprocess.Popen(
+    ranks: list[subprocess.Popen] = []
+    _forward_stop_signals(ranks)
+    for rank in range(nproc):
+        process = subprocess.Popen(
             [sys.executable, "-m", "trainer.run", str(run_dir)],
             env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             start_new_session=True,  # Ctrl-C reaches the ranks through us, once
-            preexec_fn=_stop_with_parent,
-            pass_fds=[lock],  # held until the last rank is gone
+            preexec_fn=_prepare_rank,
+            pass_fds=[lock],
         )
-        for rank in range(nproc)
-    ]
+        ranks.append(process)
+    code = _wait(ranks)
+    state = read_state(run_dir)
+    if code and state["state"] == "running":  # killed: no rank could say so itself
+        write_state(run_dir, "failed", state["attempt"])
     os.close(lock)
-    _forward_stop_signals(ranks)
-    return _wait(ranks)
-
-
-def _only_one(run_dir: Path) -> int:
-    """A descriptor that holds the run folder's lock."""
-    descriptor = os.open(run_dir / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(descriptor)
-        raise ConfigError([f"{run_dir} is running already; stop it first, or choose another name"]) from error
-    return descriptor
+    return code
 
 
 def _wait(ranks: list[subprocess.Popen]) -> int:
@@ -91,10 +83,11 @@ def _forward_stop_signals(ranks: list[subprocess.Popen]) -> None:
     signal.signal(signal.SIGTERM, forward)
 
 
-def _stop_with_parent() -> None:
-    """In the child: ask the kernel for SIGTERM when the launcher dies (prctl PR_SET_PDEATHSIG; Linux)."""
+def _prepare_rank() -> None:
+    """In the child: hold stop signals until it listens; on Linux, have one sent when the launcher dies."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def _free_port() -> int:

@@ -3,9 +3,11 @@
 import sys
 from pathlib import Path
 
-from trainer.cli import start
+from data_pipeline.config import DataError
+from trainer.cli import check_data, start
 from trainer.config import ConfigError, RunConfig
 from trainer.parallel import ParallelPlan
+from trainer.run_folder import lock
 
 
 def main(arguments: list[str]) -> int:
@@ -17,8 +19,9 @@ def main(arguments: list[str]) -> int:
     try:
         config = RunConfig.of_run(run_dir)
         config.check(ParallelPlan.of(config, config.parallel.nproc_per_node))
-        return start(run_dir, config)
-    except ConfigError as error:
+        check_data(config)
+        return start(run_dir, config, lock(run_dir))
+    except (ConfigError, DataError) as error:
         print(error, file=sys.stderr)
         return 2
 

@@ -4,16 +4,21 @@ import logging
 import os
 import sys
 import traceback
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from data_pipeline.config import DataError
 from trainer.config import ConfigError, RunConfig
+from trainer.parallel import ParallelPlan
 from trainer.run_folder import read_state, write_state
 from trainer.stop import StopRequest
 
 if TYPE_CHECKING:
     from trainer.runtime import Ranks
+
+
+ENVIRONMENT = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def main(arguments: list[str]) -> int:
@@ -28,7 +33,13 @@ def main(arguments: list[str]) -> int:
 
     run_dir = Path(arguments[0])
     try:
+        missing = [key for key in ENVIRONMENT if key not in os.environ]
+        if missing:
+            raise ConfigError(
+                [f"{', '.join(missing)} not set: start ranks by srun, torchrun or trainer.resume"]
+            )
         config = RunConfig.of_run(run_dir)
+        config.check(ParallelPlan.of(config, int(os.environ["WORLD_SIZE"])))
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
@@ -41,7 +52,10 @@ def main(arguments: list[str]) -> int:
     terminal = redirect_output(run_dir / "logs" / f"attempt-{attempt}" / f"rank-{ranks.rank}.log")
     state, code = _train(config, run_dir, attempt, ranks, stop, terminal)
     if ranks.is_main:
-        write_state(run_dir, state, attempt)
+        try:
+            write_state(run_dir, state, attempt)
+        except OSError as error:
+            print(f"cannot write the state of the run ({error})", file=terminal)
     return code
 
 
@@ -53,7 +67,8 @@ def _train(
     from trainer.train import train
 
     try:
-        outcome = train(config, run_dir, attempt, ranks, stop, terminal)
+        with ExitStack() as cleanup:
+            outcome = train(config, run_dir, attempt, ranks, stop, terminal, cleanup)
         ranks.leave()
         return outcome, 0
     except (ConfigError, DataError, TrainingError) as error:
@@ -67,7 +82,11 @@ def _train(
 
 
 if __name__ == "__main__":
-    code = main(sys.argv[1:])
+    try:
+        code = main(sys.argv[1:])
+    except Exception:
+        traceback.print_exc()
+        code = 1
     if code:
         sys.stdout.flush()
         sys.stderr.flush()

@@ -1,6 +1,8 @@
 """The run folder: frozen once, then the one thing a rank needs to know. Torch-free."""
 
+import fcntl
 import json
+import os
 import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
@@ -8,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from data_pipeline.manifest import to_json, write_atomically
-from trainer.config import ConfigError
+from moe.config import ConfigError
 
 _PACKAGES = ("torch", "deepspeed", "datasets", "hydra-core", "numpy", "safetensors", "tokenizers", "wandb")
 
@@ -23,7 +27,7 @@ def freeze(run_dir: Path, cfg: DictConfig, overrides: list[str]) -> None:
     """
     frozen = run_dir / "config.yaml"
     if frozen.exists():
-        old, new = _flat(OmegaConf.load(frozen)), _flat(cfg)
+        old, new = _flat(read_frozen(frozen)), _flat(cfg)
         differing = [key for key in {**old, **new} if old.get(key) != new.get(key)]
         if differing:
             raise ConfigError(
@@ -37,7 +41,6 @@ def freeze(run_dir: Path, cfg: DictConfig, overrides: list[str]) -> None:
             )
         return
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "overrides.txt").write_text("".join(f"{line}\n" for line in overrides))
         (run_dir / "environment.json").write_text(json.dumps(_environment(), indent=1))
         (run_dir / "git.txt").write_text(_git())
@@ -48,10 +51,66 @@ def freeze(run_dir: Path, cfg: DictConfig, overrides: list[str]) -> None:
         ) from error
 
 
+def read_frozen(path: Path) -> Any:
+    """The composed configuration in a config.yaml. Raises ConfigError for a file that is none."""
+    try:
+        return OmegaConf.load(path)
+    except (OSError, UnicodeDecodeError, YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(
+            [f"{path} cannot be read ({error}); restore it, or start a run of another name"]
+        ) from error
+
+
+def lock(run_dir: Path) -> int:
+    """A descriptor that holds the run folder, as long as it or an inherited copy is open.
+
+    Raises ConfigError while another run holds it, and where the folder cannot be written.
+    """
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(run_dir / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise ConfigError(
+            [f"output_dir: cannot write the run folder {run_dir} ({error.strerror}); choose another"]
+        ) from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise ConfigError([f"{run_dir} is running already; stop it first, or choose another name"]) from error
+    return descriptor
+
+
+def latest_checkpoint(run_dir: Path) -> Path | None:
+    """The newest whole checkpoint of a run folder."""
+    pointer = run_dir / "latest"
+    if not pointer.is_file():
+        return None
+    return run_dir / "checkpoints" / pointer.read_text().strip()
+
+
+def hf_folder(source: Path) -> Path:
+    """The Hugging Face folder in a run folder (its newest checkpoint), in a checkpoint, or the folder itself.
+
+    Raises ConfigError for a run that has no checkpoint yet.
+    """
+    if (source / "config.yaml").is_file():
+        newest = latest_checkpoint(source)
+        if newest is None:
+            raise ConfigError([f"{source} has no checkpoint yet; train it first"])
+        source = newest
+    return source / "hf" if (source / "hf").is_dir() else source
+
+
 def read_state(run_dir: Path) -> dict[str, Any]:
     """`{"state": running|stopped|finished|failed, "attempt": int}`; attempt 0 before the first start."""
     path = run_dir / "state"
-    return json.loads(path.read_text()) if path.exists() else {"state": "new", "attempt": 0}
+    try:
+        return json.loads(path.read_text()) if path.exists() else {"state": "new", "attempt": 0}
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            [f"{path} cannot be read ({error}); delete it, attempts count from 1 again"]
+        ) from error
 
 
 def write_state(run_dir: Path, state: str, attempt: int) -> None:

@@ -13,6 +13,7 @@ class StopRequest:
         self.requested = False
         for number in STOP_SIGNALS:
             signal.signal(number, self._on_signal)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # the launcher holds them back until now
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.requested = True

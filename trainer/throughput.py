@@ -6,7 +6,7 @@ import time
 import torch
 
 # Dense bf16 peak in FLOP/s by vendor data sheets, by a part of the device's name.
-_PEAKS = {"B200": 2.25e15, "GB200": 2.5e15, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12}
+_PEAKS = {"GB200": 2.5e15, "B200": 2.25e15, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12}
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:

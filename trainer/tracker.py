@@ -43,11 +43,10 @@ class Tracker:
         if self._run is not None:
             self._run.log(metrics)
 
-    def close(self, summary: dict[str, Any]) -> None:
+    def close(self) -> None:
         """Flush and finish."""
         self._metrics.close()
         if self._run is not None:
-            self._run.summary.update(summary)
             self._run.finish()
 
 

@@ -3,6 +3,7 @@
 import math
 import socket
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TextIO
 
@@ -19,7 +20,7 @@ from moe.hf import load_hf
 from moe.init import init_weights
 from moe.model import CausalLM, ModelOutput
 from moe.parallelize import apply_expert_parallel, bytes_dispatched
-from trainer.checkpoint import Checkpoints, Progress, check_tokenizer, hf_folder
+from trainer.checkpoint import Checkpoints, Progress, check_tokenizer
 from trainer.config import RunConfig
 from trainer.engine import DTYPES, Engine, expert_parallel_group, init_deepspeed, mark_experts
 from trainer.evaluate import evaluate
@@ -27,6 +28,7 @@ from trainer.loss import Totals, agree_on_totals, loss_shares
 from trainer.metrics import StepSums
 from trainer.optimizer import build_optimizer
 from trainer.parallel import ParallelPlan
+from trainer.run_folder import hf_folder
 from trainer.runtime import Ranks, TrainingError, seed_everything
 from trainer.schedule import learning_rate
 from trainer.stop import StopRequest
@@ -38,16 +40,24 @@ DISPATCHERS = {"all_to_all": AllToAllDispatcher, "deduplicated": DeduplicatedAll
 
 
 def train(
-    config: RunConfig, run_dir: Path, attempt: int, ranks: Ranks, stop: StopRequest, terminal: TextIO
+    config: RunConfig,
+    run_dir: Path,
+    attempt: int,
+    ranks: Ranks,
+    stop: StopRequest,
+    terminal: TextIO,
+    cleanup: ExitStack,
 ) -> str:
     """Train until the token budget or a stop request; returns "finished" or "stopped".
 
-    Raises TrainingError when the loss is no number any more; the last good checkpoint stays.
+    `cleanup` closes what is open however training ends. Raises TrainingError when the loss is no number any
+    more, or a checkpoint cannot be written; the last good checkpoint stays.
     """
     plan = ParallelPlan.of(config, ranks.world_size)
     seed_everything(config.seed, ranks.rank)
     total_steps, step_tokens = config.stage.total_steps, config.stage.step_tokens
     screen = Terminal(terminal if ranks.is_main else None, total_steps)
+    cleanup.callback(screen.close)
 
     init_deepspeed(ranks.device)
     check_hosts(config, plan, ranks, screen)
@@ -67,8 +77,11 @@ def train(
         seed=config.seed,
         next_row=progress.next_row,
     )
+    cleanup.callback(loader.close)
     loader.check_budget(total_steps * plan.global_batch_size)
     tracker = Tracker(config, run_dir, attempt) if ranks.is_main else None
+    if tracker is not None:
+        cleanup.callback(tracker.close)
     peak = peak_flops(ranks.device, DTYPES[config.dtype]) * ranks.world_size
     flops_per_token = config.model.flops_per_token(config.stage.seq_len)
     screen.say("\n  ".join([describe(config, plan, progress), *loader.describe()]))
@@ -139,10 +152,6 @@ def train(
         screen.say(
             closing(config, metrics, unigram, run_dir) if metrics else "nothing to do: the run is finished"
         )
-    loader.close()
-    if tracker is not None:
-        tracker.close(metrics)
-    screen.close()
     engine.close()
     return outcome
 

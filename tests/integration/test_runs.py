@@ -143,6 +143,50 @@ def test_a_run_cannot_be_started_twice_at_once(small, tmp_path):
     assert json.loads((tmp_path / "runs/twice/state").read_text()) == {"attempt": 1, "state": "stopped"}
 
 
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_a_dense_model_trains(train, tmp_path, stage):
+    done = train(
+        "name=d", "model=tiny_dense", f"deepspeed=zero{stage}", "parallel.ep_size=1", "optimizer.lr=5e-3"
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    losses = [line["loss"] for line in metrics(tmp_path / "runs/d")]
+    assert losses[-1] < losses[0] - 0.3
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(train, tmp_path):
+    """The folder of the next checkpoint cannot be made: as a full or read-only disk answers."""
+    assert train("name=full", "stage.train_tokens=2048").returncode == 0
+    run_dir = tmp_path / "runs/full"
+    before = weights(run_dir)
+    (run_dir / "config.yaml").write_text((run_dir / "config.yaml").read_text().replace(": 2048", ": 4096"))
+    (run_dir / "checkpoints/.step-00000008.attempt-2").write_text("in the way")
+    done = python("trainer.resume", "runs/full", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "cannot write the checkpoint of step 8" in done.stdout
+    assert json.loads((run_dir / "state").read_text())["state"] == "failed"
+    after = weights(run_dir)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_two_starts_of_one_name_never_mix(small, tmp_path):
+    """Whichever is first, the other is refused, and the frozen configuration is the one that ran."""
+    rates = ("1e-3", "5e-3")
+    starts = [
+        subprocess.Popen(
+            [sys.executable, "-m", *small, "name=race", f"optimizer.lr={rate}", "evaluate.every_steps=0"],
+            cwd=tmp_path,
+            env=ENVIRONMENT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        for rate in rates
+    ]
+    codes = [start.wait(timeout=120) for start in starts]
+    assert sorted(codes) == [0, 2]
+    frozen = (tmp_path / "runs/race/config.yaml").read_text()
+    assert f"lr: {float(rates[codes.index(0)])}" in frozen
+
+
 def test_evaluation_leaves_training_alone(train, tmp_path):
     """Held-out rows pass through the same model; no count, prior, bias or random number may move."""
     balance = ["balance.mode=prior_buffer", "balance.bias_update_rate=0.01", "checkpoint.every_steps=8"]
@@ -204,6 +248,9 @@ def test_a_loss_that_is_no_number_names_step_rank_and_rows(train, tmp_path):
         (["data.validation_fraction=0.2"], "prepared with another configuration"),
         (["stage.init_from=nowhere"], "stage.init_from=nowhere is not a folder"),
         (["output_dir=/proc/nothing"], "cannot write the run folder"),
+        (["seed=-1"], "seed=-1 is outside"),
+        (["schedule.warmup_steps=500"], "schedule.warmup_steps=500 exceeds the 8 steps"),
+        (["name=."], "must be a relative path inside output_dir"),
     ],
 )
 def test_mistakes_exit_with_2_and_one_message(train, tmp_path, overrides, message):

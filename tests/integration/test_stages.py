@@ -71,4 +71,4 @@ def test_a_run_without_a_checkpoint_is_no_start(tmp_path: Path) -> None:
     (empty / "config.yaml").write_text("")
     done = python("trainer", "experiment=demo_stem_code", cwd=tmp_path)
     assert done.returncode == 2
-    assert "stage.init_from=runs/demo_general is a run without a checkpoint; train it first" in done.stderr
+    assert "stage.init_from=runs/demo_general: runs/demo_general has no checkpoint yet" in done.stderr

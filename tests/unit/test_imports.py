@@ -12,7 +12,7 @@ STANDARD = sys.stdlib_module_names
 ALLOWED = {
     "moe": {"moe", "torch", "safetensors"},
     "data_pipeline": {"data_pipeline", "numpy", "torch", "rich"},
-    "trainer": {"trainer", "moe", "data_pipeline", "torch", "numpy", "omegaconf", "hydra", "rich"},
+    "trainer": {"trainer", "moe", "data_pipeline", "torch", "numpy", "omegaconf", "hydra", "rich", "yaml"},
     "slurm": {"slurm", "trainer", "moe", "data_pipeline", "omegaconf", "hydra", "rich"},
     "conf": set(),
 }

@@ -25,7 +25,10 @@ NO_START = ["stage.init_from=null"]  # the run of the stage before
 NEEDED = {
     "data=jsonl": ["data.dir=d", "data.sources.text.paths=[x.jsonl]"],
     "stage=stem_code_4k": NO_START,
-    **{f"stage={name}": [*NO_START, "model=qwen3_30b_a3b"] for name in ("long_context_32k", "sft")},
+    **{
+        f"stage={name}": [*NO_START, "model=qwen3_30b_a3b", "schedule.warmup_steps=100"]
+        for name in ("long_context_32k", "sft")
+    },
     **{f"experiment=demo_{name}": NO_START for name in ("stem_code", "long_context", "sft")},
     **{f"experiment=qwen3_30b_a3b_{name}": NO_START for name in ("stem_code_4k", "long_context_32k", "sft")},
 }
