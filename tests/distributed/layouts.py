@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -9,7 +10,7 @@ from hydra import compose, initialize_config_module
 from torch import Tensor
 
 from data_pipeline.loader import Batch
-from data_pipeline.packing import pack_rows
+from data_pipeline.packing import Row, pack_rows
 from moe.init import init_weights
 from moe.model import CausalLM
 from trainer.config import RunConfig
@@ -53,14 +54,16 @@ def small_config(*overrides: str) -> RunConfig:
         return RunConfig.load(compose("train", overrides=[*SMALL, *overrides]))
 
 
-def make_rows(step: int) -> list[Any]:
+def make_rows(step: int) -> list[Row]:
     """The rows of one step: documents of ragged lengths, some rows short (padding), like packed real text."""
     generator = torch.Generator().manual_seed(100 + step)
     rows = []
     for row in range(ROWS):
         tokens = torch.randint(1, VOCAB, (SEQ_LEN + 1,), generator=generator)
         tokens[torch.randint(3, SEQ_LEN, (row % 4,), generator=generator)] = END_OF_TEXT
-        rows.append(tokens.numpy()[: SEQ_LEN - row] if row % 5 == 2 else tokens.numpy())
+        kept = tokens[: SEQ_LEN - row if row % 5 == 2 else None].numpy()
+        starts = np.concatenate([[0], np.flatnonzero(kept[:-1] == END_OF_TEXT) + 1])
+        rows.append(Row(kept.astype(np.uint32), starts, np.ones(len(kept), dtype=bool)))
     return rows
 
 
@@ -70,7 +73,8 @@ def micro_batches(plan: ParallelPlan, rank: int, step: int) -> list[Batch]:
     for m in range(plan.gradient_accumulation_steps):
         first = (m * plan.world_size + rank) * plan.micro_batch_size
         numbers = tuple(range(first, first + plan.micro_batch_size))
-        packed = pack_rows([rows[number] for number in numbers], SEQ_LEN, END_OF_TEXT)
+        chosen = [rows[number] for number in numbers]
+        packed = pack_rows(chosen, SEQ_LEN, END_OF_TEXT, predict_first_token=False)
         input_ids, labels, *rest = map(torch.from_numpy, packed)
         for slot, number in enumerate(numbers):
             if number % 7 == 1:
