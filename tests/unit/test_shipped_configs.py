@@ -71,6 +71,8 @@ def test_every_documented_command_is_sound(document, words):
         ROOT / f"{module.replace('.', '/')}.py"
     ).is_file(), words
     if module in ("trainer", "data_pipeline"):
+        if arguments[0] in ("inspect", "verify"):  # a row or a folder, then overrides
+            arguments = arguments[2:]
         # a sweep's lists are one value at a time
         flags = ("-m", "--cfg", "job")
         overrides = [argument.split(",")[0] for argument in arguments if argument not in flags]
