@@ -1,7 +1,9 @@
 """The shape of a Qwen3 model: the keys of Hugging Face's config.json and their laws. Imports no torch."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any
 
 
@@ -52,6 +54,11 @@ class ModelConfig:
         """Numbers of the mixture-of-experts layers, ascending."""
         return [layer for layer in range(self.num_hidden_layers) if self.is_moe_layer(layer)]
 
+    @property
+    def has_dense_layers(self) -> bool:
+        """Whether any layer is no mixture of experts, so that `intermediate_size` matters."""
+        return len(self.moe_layers) < self.num_hidden_layers
+
     def problems(self) -> list[str]:
         """Every broken law, one line each, keys written as `model.<key>`; empty for a sound configuration."""
         sizes = [
@@ -96,7 +103,7 @@ class ModelConfig:
                 f"model.decoder_sparse_step={self.decoder_sparse_step} and model.mlp_only_layers="
                 f"{self.mlp_only_layers} leave no sparse layer; set model.num_experts=0 for a dense model"
             )
-        if len(self.moe_layers) < self.num_hidden_layers and self.intermediate_size <= 0:
+        if self.has_dense_layers and self.intermediate_size <= 0:
             found.append(_must(self, "intermediate_size", "be above 0: the model has dense layers"))
         return found
 
@@ -135,6 +142,17 @@ class ModelConfig:
         return 6.0 * (self.num_active_parameters() - look_up + attention)
 
     @classmethod
+    def of_folder(cls, folder: Path) -> "ModelConfig":
+        """Of a Hugging Face folder. Raises ConfigError as `from_hf`, and where config.json cannot be read."""
+        try:
+            values = dict(json.loads((folder / "config.json").read_text()))
+        except (OSError, ValueError, TypeError) as error:
+            raise ConfigError(
+                [f"{folder} is no Hugging Face folder: config.json cannot be read ({error})"]
+            ) from error
+        return cls.from_hf(values)
+
+    @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> "ModelConfig":
         """From a config.json of model_type qwen3 or qwen3_moe, in the spelling of transformers 4 or 5.
 
@@ -160,12 +178,13 @@ class ModelConfig:
         return config
 
     def to_hf(self) -> dict[str, Any]:
-        """The config.json of this model, in the older keys, which every reader takes."""
+        """The config.json of this model, in the older keys of the released ones, which every reader takes."""
         moe = self.num_experts > 0
         keys = {key: value for key, value in asdict(self).items() if moe or key not in _DENSE}
         return {
             "architectures": ["Qwen3MoeForCausalLM" if moe else "Qwen3ForCausalLM"],
             "model_type": "qwen3_moe" if moe else "qwen3",
+            **_RELEASED,
             **keys,
         }
 
@@ -179,6 +198,16 @@ _DENSE: dict[str, Any] = {
     "router_aux_loss_coef": 0.0,
     "decoder_sparse_step": 1,
     "mlp_only_layers": [],
+}
+
+# What the released config.json files say besides, the same in all of them.
+_RELEASED: dict[str, Any] = {
+    "attention_dropout": 0.0,
+    "rope_scaling": None,
+    "sliding_window": None,
+    "use_cache": True,
+    "use_sliding_window": False,
+    "transformers_version": "4.51.0",  # the first that knows Qwen3
 }
 
 

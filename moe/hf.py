@@ -4,7 +4,7 @@
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +19,7 @@ from moe.model import CausalLM
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+ROUTER = ".mlp.gate.weight"  # how the hub's name of a router ends
 MAX_SHARD_BYTES = 5 * 10**9
 WriteError = SafetensorError  # what a full disk raises in `write_shards`
 
@@ -125,11 +126,20 @@ def finish_folder(
     else:
         total = sum(place.nbytes for place in written.values())
         _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": files})
-    ends = {} if end_of_text is None else {"eos_token_id": end_of_text, "pad_token_id": end_of_text}
-    name = str(dtype).removeprefix("torch.")
-    _write_json(folder / CONFIG, {**config.to_hf(), "torch_dtype": name, **ends})
-    if ends:
-        _write_json(folder / "generation_config.json", ends)
+    stops = [] if end_of_text is None else [end_of_text]
+    write_config(config, str(dtype).removeprefix("torch."), folder, stops)
+
+
+def write_config(config: ModelConfig, dtype: str, folder: Path, stops: Sequence[int]) -> None:
+    """Write config.json and generation_config.json, with the keys of the released models.
+
+    `stops` are the ids at which generation stops, the end of a document last: it is what pads, too.
+    """
+    special = {key: stops[-1] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if stops}
+    _write_json(folder / CONFIG, {**config.to_hf(), "torch_dtype": dtype, **special})
+    if stops:
+        ends = stops[0] if len(stops) == 1 else list(stops)
+        _write_json(folder / "generation_config.json", {**special, "eos_token_id": ends})
 
 
 def save_hf(model: CausalLM, folder: str | Path, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
@@ -155,55 +165,78 @@ def _write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n")
 
 
-_Index = tuple[int | slice, ...]
-
-
-class _Stored(NamedTuple):
-    """A tensor in a folder."""
+class Place(NamedTuple):
+    """Where a folder holds a tensor of the hub: part `part` of the tensor `stored` of a file."""
 
     file: Path
-    shape: tuple[int, ...]
+    stored: str
+    dtype: str  # as safetensors names it: F32, BF16, ...
+    part: tuple[int | slice, ...]
+    shape: tuple[int, ...]  # of the part
 
 
 @torch.no_grad()
-def load_hf(model: CausalLM, folder: str | Path, *, ep_rank: int = 0) -> None:
+def load_hf(model: CausalLM, folder: str | Path, *, ep_rank: int = 0, dense_slices: int = 0) -> None:
     """Fill the model from a folder, cast to the dtypes of its parameters, in place.
 
     One file or shards, per-expert or fused expert tensors (transformers 5 in memory). Of an expert-parallel
-    model only the slices of `ep_rank`'s experts are read.
-    Raises ConfigError that lists all missing, extra and misshapen tensors; the model is untouched then.
+    model only the slices of `ep_rank`'s experts are read. `dense_slices`: see `locate`.
+    Raises ConfigError as `locate` does; the model is untouched then.
     """
-    stored = _stored_tensors(Path(folder))
-    experts = model.config.num_experts
-    missing, misshapen = [], []
-    reads: dict[Path, list[tuple[str, _Index, Tensor]]] = defaultdict(list)
+    places = locate(model.config, Path(folder), dense_slices)
+    reads: dict[Path, list[tuple[Place, Tensor]]] = defaultdict(list)
     for name, tensor in hub_tensors(model, ep_rank):
-        source, shape = name, tuple(tensor.shape)
-        index: _Index = (slice(None),)
-        if name not in stored and from_hub(name)[1] is not None:
-            source, index, shape = _fused_source(name, shape, experts)
-        if source not in stored:
-            missing.append(name)
-        elif stored[source].shape != shape:
-            misshapen.append(f"{source} {list(stored[source].shape)} instead of {list(shape)}")
-        else:
-            reads[stored[source].file].append((source, index, tensor))
-    extra = sorted(stored.keys() - _known_names(model))
-    kinds = {"missing": missing, "extra": extra, "misshapen": list(dict.fromkeys(misshapen))}
-    found = [f"{folder}: {_listed(kind, names)}" for kind, names in kinds.items() if names]
-    if found:
-        raise ConfigError(found)
+        if name in places:
+            reads[places[name].file].append((places[name], tensor))
     for file, tensors in reads.items():
         with safe_open(file, framework="pt") as reader:
-            for source, index, tensor in tensors:
-                tensor.copy_(reader.get_slice(source)[index])
+            for place, tensor in tensors:
+                tensor.copy_(reader.get_slice(place.stored)[place.part])
 
 
-def _stored_tensors(folder: Path) -> dict[str, _Stored]:
+def locate(config: ModelConfig, folder: Path, dense_slices: int = 0) -> dict[str, Place]:
+    """Hub name -> place of every tensor of a model of `config`, in the order of the model.
+
+    `dense_slices` > 0: the folder is of a dense model; expert e is slice e % dense_slices of the intermediate
+    dimension of its MLP, and routers have no place.
+    Raises ConfigError that lists all missing, extra and misshapen tensors; the same on every rank.
+    """
+    found, places = _headers(folder), {}
+    missing, misshapen, known = [], [], {"lm_head.weight"}  # some folders of tied models repeat the embedding
+    with torch.device("meta"):
+        whole = CausalLM(config)
+    for name, tensor in hub_tensors(whole):
+        shape = tuple(tensor.shape)
+        if dense_slices and name.endswith(ROUTER):
+            continue
+        if from_hub(name)[1] is not None and dense_slices:
+            stored, part, stored_shape = _dense_part(name, shape, dense_slices)
+        elif from_hub(name)[1] is not None and name not in found:
+            stored, part, stored_shape = _fused_part(name, shape, config.num_experts)
+        else:
+            stored, part, stored_shape = name, (slice(None),), shape
+        known.add(stored)
+        if stored not in found:
+            missing.append(stored if dense_slices else name)
+        elif found[stored].shape != stored_shape:
+            misshapen.append(f"{stored} {list(found[stored].shape)} instead of {list(stored_shape)}")
+        else:
+            places[name] = found[stored]._replace(part=part, shape=shape)
+    kinds = {"missing": missing, "extra": sorted(found.keys() - known), "misshapen": misshapen}
+    problems = [f"{folder}: {_listed(kind, names)}" for kind, names in kinds.items() if names]
+    if problems:
+        raise ConfigError(problems)
+    return places
+
+
+def _headers(folder: Path) -> dict[str, Place]:
     """Every tensor of the folder's weights, from the headers alone."""
     files = [SINGLE]
     if (folder / INDEX).exists():
-        files = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
+        try:
+            files = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise ConfigError([f"{folder / INDEX} cannot be read ({error!r}); fetch it again"]) from error
     absent = [file for file in files if not (folder / file).exists()]
     if absent:
         raise ConfigError([f"{folder}: {_listed('missing', absent)}"])
@@ -212,36 +245,59 @@ def _stored_tensors(folder: Path) -> dict[str, _Stored]:
         try:
             with safe_open(folder / file, framework="pt") as reader:
                 for name in reader.keys():  # noqa: SIM118, the reader is no mapping
-                    stored[name] = _Stored(folder / file, tuple(reader.get_slice(name).get_shape()))
+                    view = reader.get_slice(name)
+                    shape = tuple(view.get_shape())
+                    stored[name] = Place(folder / file, name, view.get_dtype(), (slice(None),), shape)
         except SafetensorError as error:
             raise ConfigError([f"{folder / file} cannot be read: {error}; fetch it again"]) from error
     return stored
 
 
-def _fused_source(name: str, shape: tuple[int, ...], experts: int) -> tuple[str, _Index, tuple[int, ...]]:
-    """Where a fused folder has one expert's tensor: (tensor name, index into it, shape of all of it)."""
+_Part = tuple[str, tuple[int | slice, ...], tuple[int, ...]]  # stored name, part of it, shape of all of it
+
+
+def _fused_part(name: str, shape: tuple[int, ...], experts: int) -> _Part:
+    """Where a fused folder has one expert's tensor of this shape."""
     parameter, expert = from_hub(name)
     assert expert is not None
     fused, half = _FUSED[parameter.rpartition(".")[2]]
     rows, columns = shape
     first, parts = (0, 1) if half is None else (half * rows, 2)
-    source = f"{parameter.rpartition('.')[0]}.{fused}"
-    return source, (expert, slice(first, first + rows)), (experts, parts * rows, columns)
+    stored = f"{parameter.rpartition('.')[0]}.{fused}"
+    return stored, (expert, slice(first, first + rows)), (experts, parts * rows, columns)
 
 
-def _known_names(model: CausalLM) -> set[str]:
-    """Every name that a folder of this model may hold, whatever share of the experts this rank holds."""
-    known = {"lm_head.weight"}  # some folders of tied models repeat the embedding
-    for parameter, _ in model.named_parameters():
-        if is_expert(parameter):
-            prefix, _, weight = parameter.rpartition(".")
-            known.update(to_hub(parameter, expert) for expert in range(model.config.num_experts))
-            known.add(f"{prefix}.{_FUSED[weight][0]}")
+def _dense_part(name: str, shape: tuple[int, ...], slices: int) -> _Part:
+    """Where a dense folder has what becomes one expert's tensor of this shape."""
+    prefix, expert, projection, _ = name.rsplit(".", 3)
+    stored = f"{prefix.removesuffix('.experts')}.{projection}.weight"
+    down = projection == "down_proj"
+    length = shape[1 if down else 0]
+    cut = slice(int(expert) % slices * length, (int(expert) % slices + 1) * length)
+    whole = (shape[0], slices * length) if down else (slices * length, shape[1])
+    return stored, (slice(None), cut) if down else (cut,), whole
+
+
+def _listed(kind: str, names: Sequence[str]) -> str:
+    """`3 missing: model.layers.{0-1,5}.mlp.gate.weight`: every name, numbers that vary put together."""
+    lines = list(dict.fromkeys(names))
+    count = len(lines)
+    for number in (r"(.*\.)(\d+)(\..*)", r"(.*?\.)(\d+)(\..*)"):  # the last one, an expert; then the layer
+        alike: dict[tuple[str, str], list[int]] = defaultdict(list)
+        for line in lines:
+            match = re.fullmatch(number, line)
+            alike[(match[1], match[3]) if match else (line, "")] += [int(match[2])] if match else []
+        lines = [f"{before}{_ranges(numbers)}{after}" for (before, after), numbers in alike.items()]
+    return f"{count} {kind}: {', '.join(lines)}"
+
+
+def _ranges(numbers: list[int]) -> str:
+    """[0, 1, 2, 5] -> `{0-2,5}`, [5] -> `5`, [] -> nothing."""
+    spans: list[list[int]] = []
+    for number in sorted(numbers):
+        if spans and number == spans[-1][-1] + 1:
+            spans[-1][1:] = [number]
         else:
-            known.add(parameter)
-    return known
-
-
-def _listed(kind: str, names: list[str], limit: int = 8) -> str:
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return f"{len(names)} {kind}: {', '.join(names[:limit])}{more}"
+            spans.append([number])
+    text = ",".join("-".join(map(str, span)) for span in spans)
+    return f"{{{text}}}" if len(numbers) > 1 else text

@@ -1,11 +1,13 @@
 """First values of the weights: functions of (seed, name on the hub), so that every layout starts alike."""
 
 import hashlib
+from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from moe.hf import hub_tensors
+from moe.config import ModelConfig
+from moe.hf import ROUTER, from_hub, hub_tensors, load_hf
 from moe.model import CausalLM
 
 
@@ -22,7 +24,33 @@ def init_weights(model: CausalLM, seed: int, ep_rank: int = 0) -> None:
         elif name.endswith(".bias"):
             nn.init.zeros_(tensor)
         else:
-            digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
-            generator = torch.Generator(tensor.device).manual_seed(int.from_bytes(digest))
-            values = torch.empty_like(tensor, dtype=torch.float32)
-            tensor.copy_(values.normal_(0.0, model.config.initializer_range, generator=generator))
+            tensor.copy_(model.config.initializer_range * normal(seed, name, tensor))
+
+
+@torch.no_grad()
+def upcycle_weights(
+    model: CausalLM, folder: Path, *, seed: int, noise: float = 0.0, ep_rank: int = 0
+) -> None:
+    """Fill the mixture `model` from the dense folder, in place: see moe/upcycle.py, whose laws hold.
+
+    `noise` is added to every expert's weights: its standard deviation, relative to theirs. Values do not
+    depend on ep_size. Raises ConfigError for a folder without its tensors.
+    """
+    slices = ModelConfig.of_folder(folder).intermediate_size // model.config.moe_intermediate_size
+    load_hf(model, folder, ep_rank=ep_rank, dense_slices=slices)
+    for name, tensor in hub_tensors(model, ep_rank):
+        if name.endswith(ROUTER):
+            rows = normal(seed, name, tensor[::slices]).repeat_interleave(slices, dim=0)
+            tensor.copy_(model.config.initializer_range * rows)
+        elif from_hub(name)[1] is not None:
+            if name.endswith("down_proj.weight"):
+                tensor.mul_(slices)
+            if noise:
+                tensor.add_(normal(seed, name, tensor), alpha=noise * float(tensor.std()))
+
+
+def normal(seed: int, name: str, like: Tensor) -> Tensor:
+    """N(0, 1) in fp32 in the shape of `like`: a function of (seed, name) and the kind of device."""
+    digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
+    generator = torch.Generator(like.device).manual_seed(int.from_bytes(digest))
+    return torch.empty_like(like, dtype=torch.float32).normal_(generator=generator)

@@ -1,12 +1,12 @@
 """What a run is: typed, checked as a whole before anything starts. Torch-free, for login nodes."""
 
-import json
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.config import DataConfig
 from moe.config import ConfigError, ModelConfig
+from moe.upcycle import upcycle_problems
 from trainer.parallel import ParallelConfig, ParallelPlan
 from trainer.run_folder import hf_folder, read_frozen
 from trainer.typed import similar, typed
@@ -30,6 +30,14 @@ class StageConfig:
     def total_steps(self) -> int:
         """Optimizer steps that cover train_tokens; the last one completes the budget."""
         return -(-self.train_tokens // self.step_tokens)
+
+
+@dataclass
+class InitConfig:
+    """How the weights of stage.init_from become the model's (moe/upcycle.py)."""
+
+    upcycle: str
+    upcycle_noise: float
 
 
 @dataclass
@@ -109,6 +117,7 @@ class RunConfig:
     recompute: str
     model: ModelConfig
     stage: StageConfig
+    init: InitConfig
     data: DataConfig
     optimizer: OptimizerConfig
     schedule: ScheduleConfig
@@ -162,6 +171,7 @@ class RunConfig:
         found = []
         for key, value, choices in [
             ("dtype", self.dtype, ("fp32", "bf16")),
+            ("init.upcycle", self.init.upcycle, ("none", "copy", "split")),
             ("recompute", self.recompute, ("none", "experts", "full")),
             (
                 "experts.backend",
@@ -177,6 +187,7 @@ class RunConfig:
         for key, number, least in [
             ("stage.seq_len", self.stage.seq_len, 1),
             ("stage.train_tokens", self.stage.train_tokens, 1),
+            ("init.upcycle_noise", self.init.upcycle_noise, 0),
             ("optimizer.eps", self.optimizer.eps, 0),
             ("optimizer.max_grad_norm", self.optimizer.max_grad_norm, 0),
             ("optimizer.weight_decay", self.optimizer.weight_decay, 0),
@@ -240,9 +251,10 @@ class RunConfig:
         return found
 
     def _init_problems(self) -> list[str]:
-        """Whether the weights of stage.init_from are of this model."""
+        """Whether the weights of stage.init_from are of this model, or can be upcycled into it."""
+        how = self.init.upcycle
         if self.stage.init_from is None:
-            return []
+            return [f"init.upcycle={how} needs stage.init_from, a dense folder"] if how != "none" else []
         origin = Path(self.stage.init_from)
         if not origin.is_dir():
             return [
@@ -250,25 +262,26 @@ class RunConfig:
                 "name a run folder, a checkpoint or a Hugging Face folder"
             ]
         try:
-            path = hf_folder(origin) / "config.json"
-            theirs = ModelConfig.from_hf(json.loads(path.read_text()))
+            theirs = ModelConfig.of_folder(hf_folder(origin))
         except ConfigError as error:
             return [f"stage.init_from={origin}: {problem}" for problem in error.problems]
-        except (OSError, ValueError) as error:
-            return [
-                f"stage.init_from={origin} is no Hugging Face folder: config.json cannot be read ({error})"
-            ]
+        free = _FREE_AT_HAND_OVER
+        if how in ("copy", "split"):
+            free = free | _FREE_TO_UPCYCLE | (set() if self.model.has_dense_layers else {"intermediate_size"})
         return [
             f"stage.init_from={origin} has {field.name}={getattr(theirs, field.name)}, "
             f"but model.{field.name}={getattr(self.model, field.name)}; set the same"
+            + (" (a dense model becomes a mixture by init.upcycle)" if field.name == "num_experts" else "")
             for field in fields(ModelConfig)
-            if field.name not in _FREE_AT_HAND_OVER
-            and getattr(theirs, field.name) != getattr(self.model, field.name)
-        ]
+            if field.name not in free and getattr(theirs, field.name) != getattr(self.model, field.name)
+        ] + (upcycle_problems(theirs, self.model, how) if how in ("copy", "split") else [])
 
 
 # What a stage may change of the model whose weights it takes over.
 _FREE_AT_HAND_OVER = {"initializer_range", "max_position_embeddings", "rope_theta", "router_aux_loss_coef"}
+# And what makes a mixture of a dense one.
+_FREE_TO_UPCYCLE = {"num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob"}
+_FREE_TO_UPCYCLE |= {"decoder_sparse_step", "mlp_only_layers"}
 
 
 # Keys of DeepSpeed that other keys of ours set; a second place for the same number would be a contradiction.

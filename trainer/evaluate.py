@@ -1,19 +1,35 @@
-"""Held-out loss per source. Touches no training state: no gradient, no balance counts, its own rows."""
+"""Held-out loss per source, during training or by `python -m trainer.evaluate RUN_DIR|CHECKPOINT`.
+
+Touches no training state: no gradient, no balance counts, its own rows.
+"""
+
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from data_pipeline.loader import Loader
+from data_pipeline.config import DataError
+from data_pipeline.loader import Batch, Loader
+from moe.config import ConfigError
+from moe.model import ModelOutput
 from trainer.config import RunConfig
-from trainer.engine import Engine
+from trainer.generate import load_model
 from trainer.parallel import ParallelPlan
+from trainer.run_folder import hf_folder
 from trainer.runtime import Ranks
 
 
 @torch.no_grad()
 def evaluate(
-    engine: Engine, selection_bias: Tensor | None, config: RunConfig, plan: ParallelPlan, ranks: Ranks
+    forward: Callable[[Batch, Tensor | None], ModelOutput],
+    selection_bias: Tensor | None,
+    config: RunConfig,
+    plan: ParallelPlan,
+    ranks: Ranks,
 ) -> dict[str, float]:
     """Cross entropy per labelled token: `loss/<source>` for each source, `loss/validation` over all of them.
 
@@ -39,13 +55,14 @@ def evaluate(
                     break
                 for batch in micro_batches:
                     batch.labels[[row >= config.evaluate.rows for row in batch.rows]] = -100
-                    output = engine.forward(batch.to(ranks.device), selection_bias)
+                    output = forward(batch.to(ranks.device), selection_bias)
                     assert output.cross_entropy_sum is not None
                     sums[index, 0] += output.cross_entropy_sum
                     sums[index, 1] += (batch.labels != -100).sum()
         finally:
             loader.close()
-    dist.all_reduce(sums)
+    if dist.is_initialized():
+        dist.all_reduce(sums)
     losses = {
         f"loss/{source}": float(total / count)
         for source, (total, count) in zip(config.data.sources, sums, strict=True)
@@ -53,3 +70,50 @@ def evaluate(
     }
     total, count = sums.sum(dim=0)
     return {**losses, "loss/validation": float(total / count)} if count > 0 else losses
+
+
+def evaluate_checkpoint(source: Path) -> dict[str, float]:
+    """`evaluate` of a checkpoint, or a run's newest, in one process, on the held-out rows of the run.
+
+    Raises ConfigError or DataError for a source that is neither, or whose data is not there.
+    """
+    run_dir = source if (source / "config.yaml").is_file() else source.resolve().parent.parent
+    if not (run_dir / "config.yaml").is_file():
+        raise ConfigError([f"{source} is neither a run folder nor a checkpoint in one"])
+    config, folder = RunConfig.of_run(run_dir), hf_folder(source)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = load_model(folder, device).to(torch.bfloat16 if config.dtype == "bf16" else torch.float32)
+    try:
+        balance = torch.load(folder.parent / "balance.pt", weights_only=True, map_location=device)
+    except OSError as error:
+        raise ConfigError([f"{source} is no whole checkpoint: {error}"]) from error
+
+    def forward(batch: Batch, bias: Tensor | None) -> ModelOutput:
+        return model(
+            batch.input_ids, batch.position_ids, batch.cu_seqlens, labels=batch.labels, selection_bias=bias
+        )
+
+    plan = ParallelPlan.of(config, world_size=1)
+    return evaluate(forward, balance.get("bias"), config, plan, Ranks(0, 0, 1, device))
+
+
+def main(arguments: list[str]) -> int:
+    """The command line; returns the exit code."""
+    if len(arguments) != 1 or arguments[0].startswith("-"):
+        print("usage: python -m trainer.evaluate RUN_DIR|CHECKPOINT", file=sys.stderr)
+        return 2
+    try:
+        losses = evaluate_checkpoint(Path(arguments[0]))
+    except (ConfigError, DataError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    if not losses:
+        print("no source has held-out rows; prepare with data.validation_fraction above 0", file=sys.stderr)
+        return 2
+    for key, loss in losses.items():
+        print(f"{key} {loss:.6f} nats per token, perplexity {math.exp(min(loss, 700)):,.3f}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,7 +1,6 @@
 """`python -m trainer.generate RUN_DIR "prompt"`: what has it learned? Greedy, or --temperature."""
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,11 +21,8 @@ def load_model(folder: Path, device: torch.device) -> CausalLM:
 
     Raises ConfigError for a folder that does not hold one.
     """
-    path = folder / "config.json"
-    if not path.is_file():
-        raise ConfigError([f"{folder} is not a Hugging Face folder: it holds no config.json"])
     with torch.device("meta"):
-        model = CausalLM(ModelConfig.from_hf(json.loads(path.read_text())))
+        model = CausalLM(ModelConfig.of_folder(folder))
     model.to_empty(device=device)
     load_hf(model, folder)
     return model.eval()

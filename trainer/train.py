@@ -17,7 +17,7 @@ from moe.config import ConfigError
 from moe.dispatch import AllToAllDispatcher, DeduplicatedAllToAllDispatcher
 from moe.experts import supports
 from moe.hf import load_hf
-from moe.init import init_weights
+from moe.init import init_weights, upcycle_weights
 from moe.model import CausalLM, ModelOutput
 from moe.parallelize import apply_expert_parallel, bytes_dispatched
 from trainer.checkpoint import Checkpoints, Progress, check_tokenizer
@@ -131,7 +131,7 @@ def train(
         paused = time.perf_counter()
         every = config.evaluate.every_steps
         if every and (step % every == 0 or last):
-            held_out = evaluate(engine, balance.bias, config, plan, ranks)
+            held_out = evaluate(engine.forward, balance.bias, config, plan, ranks)
             screen.say(f"step {step}: " + ", ".join(f"{key} {value:.3f}" for key, value in held_out.items()))
             if tracker is not None:
                 tracker.log({"step": step, "tokens": step * step_tokens, **held_out})
@@ -225,7 +225,11 @@ def build_model(config: RunConfig, plan: ParallelPlan, ranks: Ranks) -> CausalLM
     else:
         weights = hf_folder(Path(config.stage.init_from))
         check_tokenizer(weights, Path(config.data.dir))
-        load_hf(model, weights, ep_rank=ep_rank)
+        if config.init.upcycle == "none":
+            load_hf(model, weights, ep_rank=ep_rank)
+        else:
+            noise = config.init.upcycle_noise
+            upcycle_weights(model, weights, seed=config.seed, noise=noise, ep_rank=ep_rank)
     model.to(DTYPES[config.dtype])
     # Last: a parameter that is made anew loses its marks.
     mark_experts(model, config.model.num_experts, plan.ep_size, ep_rank)
