@@ -57,9 +57,9 @@ class Shard:
         with path.open("rb") as file:
             return file.read(len(self.header)) == self.header
 
-    def pieces(self) -> Iterator[memoryview]:
+    def pieces(self) -> Iterator[bytes]:
         """The bytes of the file, in order. Sources are open, and their pages in memory, only meanwhile."""
-        yield memoryview(self.header)
+        yield self.header
         with ExitStack() as stack:
             files = {
                 path: stack.enter_context(safe_open(path, framework="pt"))
@@ -68,7 +68,7 @@ class Shard:
             for place in self.places.values():
                 values = files[place.file].get_slice(place.stored)[place.part].flatten()
                 for piece in values.split(_PIECE):
-                    yield memoryview(piece.to(_TORCH[place.dtype]).view(torch.uint8).numpy())
+                    yield piece.to(_TORCH[place.dtype]).view(torch.uint8).numpy().tobytes()
 
     def write(self, folder: Path) -> None:
         """Make the file, or leave what there was."""
@@ -98,9 +98,8 @@ def plan_shards(places: dict[str, Place], max_bytes: int, origin: str) -> list[S
             groups.append({})
             room = max_bytes
         start = max_bytes - room
-        groups[-1][name] = {
-            "dtype": place.dtype, "shape": place.shape, "data_offsets": [start, start + size],
-        }  # fmt: skip
+        offsets = [start, start + size]
+        groups[-1][name] = {"dtype": place.dtype, "shape": place.shape, "data_offsets": offsets}
         room -= size
     shards = []
     for number, fields in enumerate(groups, start=1):
@@ -126,9 +125,11 @@ def check_out(out: Path, shards: list[Shard], origin: str) -> None:
     whole = {shard.name for shard in shards} - {shard.name for shard in left}
     if strange := sorted(present - whole - (_BESIDES if whole else set())):
         raise ConfigError(
-            [f"{out} holds {', '.join(strange[:8])}, no part of this export; choose a new folder (or, to go on, "
-             "the --max-shard-size and --dtype of before)"]
-        )  # fmt: skip
+            [
+                f"{out} holds {', '.join(strange[:8])}, no part of this export; choose a new folder, "
+                "or, to go on, the --max-shard-size and --dtype of before"
+            ]
+        )
     out.mkdir(parents=True, exist_ok=True)
     needed, free = sum(shard.nbytes for shard in left), shutil.disk_usage(out).free
     if needed > free:
@@ -200,13 +201,13 @@ def export(source: Path, out: Path, max_shard_bytes: int, dtype: str | None) -> 
     write_config(config, kind, out, stops)
     locate(config, out)  # the folder reads as one
     balance = folder.parent / "balance.pt"
-    if balance.is_file() and "bias" in torch.load(balance, weights_only=True):
+    if balance.is_file() and "bias" in torch.load(balance, weights_only=True, map_location="cpu"):
         print(
-            "warning: this run chose experts with a selection bias (balance.bias_update_rate), which the format "
-            "cannot hold: the exported model routes without it"
+            "warning: the run chose experts with a selection bias (balance.bias_update_rate); "
+            "the format has no place for it, so the exported model routes without"
         )
     print(
-        f"{out}: {config.num_parameters() / 1e6:,.1f}M parameters, {kind}, equal to {origin}\n"
+        f"{out}: {config.num_parameters() / 1e6:,.1f}M parameters, {kind}, from {origin}\n"
         f'  load    AutoModelForCausalLM.from_pretrained("{out}", dtype="auto")\n'
         f"  upload  hf upload YOUR_NAME/{out.resolve().name} {shlex.quote(str(out))}"
     )

@@ -1,0 +1,324 @@
+"""`python -m trainer.export` and `trainer.evaluate` as a user runs them: out of real runs, killed, misused, measured."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from commands import ENVIRONMENT, python
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from data_pipeline.tokenizer import train_tokenizer
+from moe.config import ModelConfig
+from moe.hf import load_hf, save_hf
+from moe.model import CausalLM
+from trainer import evaluate, export
+from trainer.generate import load_model
+
+MB = 10**6
+SHORT = ["stage.train_tokens=1024", "optimizer.lr=5e-3", "evaluate.every_steps=2"]  # two steps
+DENSE = ["model=tiny_dense", "model.num_experts=0", "parallel.ep_size=1", "model.intermediate_size=96"]
+SOURCES = ("loss/text", "loss/second")
+SHAPE = ModelConfig(
+    vocab_size=512,
+    hidden_size=128,
+    intermediate_size=256,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=32,
+    hidden_act="silu",
+    max_position_embeddings=512,
+    initializer_range=0.02,
+    rms_norm_eps=1e-6,
+    rope_theta=10000.0,
+    attention_bias=False,
+    tie_word_embeddings=False,
+    num_experts=8,
+    num_experts_per_tok=2,
+    moe_intermediate_size=64,
+    norm_topk_prob=True,
+    router_aux_loss_coef=0.001,
+    decoder_sparse_step=1,
+    mlp_only_layers=[],
+)
+
+
+def run_export(source: Path, out: Path, *arguments: str) -> int:
+    """The command line in this process: starting another takes seconds."""
+    return export.main([str(source), str(out), *arguments])
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def assert_equal_weights(a: Path, b: Path) -> None:
+    first, second = weights(a), weights(b)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def make_folder(folder: Path, config: ModelConfig, seed: int = 0, max_shard_bytes: int = 40 * MB) -> Path:
+    """A folder like the `hf/` of a checkpoint: random weights in a few shards, and a tokenizer."""
+    torch.manual_seed(seed)
+    model = CausalLM(config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    save_hf(model, folder, max_shard_bytes=max_shard_bytes)
+    (folder / "tokenizer.json").write_text(train_tokenizer(["to export is to leave"] * 3, 400))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def small_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_folder(tmp_path_factory.mktemp("small") / "hf", SHAPE)
+
+
+@pytest.fixture(scope="module")
+def large_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """340 MB in shards of 40."""
+    large = ModelConfig(
+        **{**vars(SHAPE), "hidden_size": 512, "num_experts": 32, "moe_intermediate_size": 416}
+    )
+    return make_folder(tmp_path_factory.mktemp("large") / "hf", large)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        ["deepspeed=zero3", "parallel.ep_size=2"],
+        pytest.param(["deepspeed=zero2", "parallel.ep_size=2", "dtype=bf16"], marks=pytest.mark.slow),
+        pytest.param(["deepspeed=zero1", "parallel.ep_size=1"], marks=pytest.mark.slow),
+        pytest.param(["deepspeed=zero1", *DENSE], marks=pytest.mark.slow),
+    ],
+    ids=["zero3-ep2", "zero2-ep2-bf16", "zero1-ep1", "dense"],
+)
+def test_a_run_goes_to_the_hub(train, tmp_path, layout):
+    """transformers loads the export and computes what the run computed; evaluate says what the run said."""
+    trained = train("name=a", *SHORT, *layout)
+    assert trained.returncode == 0, trained.stdout + trained.stderr
+    done = python("trainer.export", "runs/a", "out", "--max-shard-size", "200KB", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "from a/checkpoints/step-00000002/hf" in done.stdout
+    assert "hf upload YOUR_NAME/out out" in done.stdout.splitlines()[-1]
+    out, hf = tmp_path / "out", tmp_path / "runs/a/checkpoints/step-00000002/hf"
+    shards = sorted(out.glob("model-*.safetensors"))
+    assert [path.name for path in shards] == [
+        f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))
+    ]
+    assert len(shards) > 2
+    assert not [path for path in out.iterdir() if path.name.startswith(".")]
+    assert_equal_weights(out, hf)
+
+    theirs, report = AutoModelForCausalLM.from_pretrained(
+        out, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+    )
+    assert not any(report.values()), report
+    ids = torch.arange(40).unsqueeze(0)
+    with torch.no_grad():
+        ours = load_model(hf, torch.device("cpu"))(ids, ids, torch.tensor([0, 40], dtype=torch.int32))
+        torch.testing.assert_close(ours.logits, theirs(ids).logits, rtol=1e-5, atol=1e-5)
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    assert tokenizer.decode(tokenizer("The text number")["input_ids"]) == "The text number"
+
+    lines = (tmp_path / "runs/a/metrics.jsonl").read_text().splitlines()
+    logged = next(line for line in map(json.loads, lines) if "loss/validation" in line)
+    source = "runs/a" if layout[0] == "deepspeed=zero1" else "runs/a/checkpoints/step-00000002"
+    said = python("trainer.evaluate", source, cwd=tmp_path)
+    assert said.returncode == 0, said.stderr
+    found = {line.split()[0]: float(line.split()[1]) for line in said.stdout.splitlines()}
+    assert found.keys() == {key for key in logged if key.startswith("loss/")} == {*SOURCES, "loss/validation"}
+    if "dtype=bf16" not in layout:
+        assert found == pytest.approx({key: logged[key] for key in found}, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_a_dense_run_is_upcycled(train, tmp_path):
+    """One step at a rate of nothing leaves the held-out loss of the dense run, on two ranks with EP 2."""
+    assert train("name=dense", *SHORT, *DENSE).returncode == 0
+    upcycled = ["stage.init_from=runs/dense", "init.upcycle=split", "stage.train_tokens=512"]
+    upcycled += ["evaluate.every_steps=1", "optimizer.lr=1e-30", "schedule.warmup_steps=0"]
+    refused = train("name=no", *upcycled, "model.moe_intermediate_size=64", "model.norm_topk_prob=false")
+    assert refused.returncode == 2
+    assert "init.upcycle=split needs model.norm_topk_prob=true" in refused.stderr
+    assert "init.upcycle=split needs model.moe_intermediate_size=64 to be a proper divisor" in refused.stderr
+    done = train("name=moe", *upcycled, "model.moe_intermediate_size=24")
+    assert done.returncode == 0, done.stdout + done.stderr
+    losses = {}
+    for name in ("dense", "moe"):
+        lines = map(json.loads, (tmp_path / f"runs/{name}/metrics.jsonl").read_text().splitlines())
+        losses[name] = [line["loss/validation"] for line in lines if "loss/validation" in line][-1]
+    assert losses["moe"] == pytest.approx(losses["dense"], rel=1e-5)
+
+
+def test_what_a_hub_folder_holds(small_folder, tmp_path):
+    out = tmp_path / "out"
+    assert run_export(small_folder, out, "--dtype", "bf16") == 0
+    assert {path.name for path in out.iterdir()} == {
+        *("model.safetensors", "config.json", "generation_config.json"),
+        *("tokenizer.json", "tokenizer_config.json"),
+    }
+    config = json.loads((out / "config.json").read_text())
+    # the keys of the released Qwen3-30B-A3B; max_window_layers and output_router_logits have no meaning here
+    assert config.keys() == set(
+        "architectures attention_bias attention_dropout bos_token_id decoder_sparse_step eos_token_id head_dim "
+        "hidden_act hidden_size initializer_range intermediate_size max_position_embeddings mlp_only_layers "
+        "model_type moe_intermediate_size norm_topk_prob num_attention_heads num_experts num_experts_per_tok "
+        "num_hidden_layers num_key_value_heads pad_token_id rms_norm_eps rope_scaling rope_theta "
+        "router_aux_loss_coef sliding_window tie_word_embeddings torch_dtype transformers_version use_cache "
+        "use_sliding_window vocab_size".split()
+    )
+    assert config["torch_dtype"] == "bfloat16"
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    stops = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    assert json.loads((out / "generation_config.json").read_text())["eos_token_id"] == stops
+    assert config["eos_token_id"] == tokenizer.eos_token_id == stops[1]
+    said = [{"role": "user", "content": "leave"}]
+    text = tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
+    assert text == "<|im_start|>user\nleave<|im_end|>\n<|im_start|>assistant\n"
+    before, after = weights(small_folder), weights(out)
+    assert all(torch.equal(after[name], before[name].bfloat16()) for name in before)
+    model = AutoModelForCausalLM.from_pretrained(out, dtype="auto")
+    assert model.dtype == torch.bfloat16
+    assert model.generation_config.eos_token_id == stops
+
+
+def test_fused_experts_are_exported_one_by_one(small_folder, tmp_path):
+    theirs = AutoModelForCausalLM.from_pretrained(small_folder, dtype=torch.float32)
+    fused = {name: tensor.contiguous() for name, tensor in theirs.state_dict().items()}
+    assert any(name.endswith("gate_up_proj") for name in fused)
+    (tmp_path / "hf").mkdir()
+    for name in ("config.json", "tokenizer.json"):
+        (tmp_path / "hf" / name).write_bytes((small_folder / name).read_bytes())
+    save_file(fused, tmp_path / "hf/model.safetensors")
+    assert run_export(tmp_path / "hf", tmp_path / "out") == 0
+    assert_equal_weights(tmp_path / "out", small_folder)
+
+
+def start_export(source: Path, out: Path) -> subprocess.Popen:
+    command = [sys.executable, "-m", "trainer.export", str(source), str(out), "--max-shard-size", "30MB"]
+    return subprocess.Popen(
+        command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def peak_bytes(source: Path, out: Path) -> int:
+    """Of the resident memory of one export."""
+    process = start_export(source, out)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0, process.stderr.read()
+    return usage.ru_maxrss * 1024
+
+
+def test_memory_stays_below_two_shards(small_folder, large_folder, tmp_path):
+    """What the export of 340 MB takes beyond that of next to nothing; also while it converts."""
+    held = sum(path.stat().st_size for path in large_folder.glob("*.safetensors"))
+    assert held > 300 * MB
+    taken = peak_bytes(large_folder, tmp_path / "large") - peak_bytes(small_folder, tmp_path / "small")
+    assert len(list((tmp_path / "large").glob("model-*"))) > 10
+    assert taken < 2 * 30 * MB, f"{taken / MB:.0f} MB"
+    print(f"peak beyond the small export: {taken / MB:.1f} MB")
+
+
+def test_a_killed_export_goes_on(large_folder, tmp_path):
+    out = tmp_path / "out"
+    process = start_export(large_folder, out)
+    deadline = time.monotonic() + 60
+    while len(list(out.glob("model-*"))) < 3 or not list(out.glob(".model-*")):
+        assert time.monotonic() < deadline
+        assert process.poll() is None, "it was too fast to be killed"
+    process.send_signal(signal.SIGKILL)
+    process.wait(timeout=10)
+    assert not (out / "config.json").exists()
+    there = {path.name: path.stat().st_mtime_ns for path in out.glob("model-*")}
+    again = start_export(large_folder, out)
+    said, errors = again.communicate(timeout=100)
+    assert again.returncode == 0, errors
+    assert set(re.findall(r"(\S+) kept and read back", said)) == there.keys()
+    assert all((out / name).stat().st_mtime_ns == then for name, then in there.items())
+    assert not list(out.glob(".*"))
+    assert_equal_weights(out, large_folder)
+
+
+def test_a_flipped_bit_is_found(small_folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert run_export(small_folder, out) == 0
+    with (out / "model.safetensors").open("r+b") as file:
+        file.seek(-5, os.SEEK_END)
+        (byte,) = file.read(1)
+        file.seek(-5, os.SEEK_END)
+        file.write(bytes([byte ^ 4]))
+    assert run_export(small_folder, out) == 1
+    assert "out/model.safetensors differs from" in capsys.readouterr().err
+
+
+def test_an_out_of_something_else_is_refused(small_folder, tmp_path, capsys):
+    """By the name of what it holds; what is there stays."""
+    other, out, mine = make_folder(tmp_path / "other/hf", SHAPE, seed=1), tmp_path / "out", tmp_path / "mine"
+    assert run_export(other, out) == 0
+    mine.mkdir()
+    (mine / "config.json").write_text("{}")
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged/model.safetensors").write_bytes(b"no")
+    for source, target, arguments, message in [
+        (small_folder, out, [], r"out holds weights of \S+/other/hf, not of \S+/hf; choose another folder"),
+        (small_folder, other, [], r"hf holds weights of another program \(model.safetensors\)"),
+        (small_folder, tmp_path / "damaged", [], r"nobody knows what \(model.safetensors is damaged\)"),
+        (small_folder, mine, [], r"mine holds config.json, no part of this export"),
+        (small_folder, mine / "config.json", [], r"mine/config.json is a file"),
+        (other, out, ["--max-shard-size", "300KB"], r"out holds config.json, .* no part of this export"),
+        (other, out, ["--dtype", "bf16"], r"out holds config.json, .* no part of this export"),
+    ]:
+        assert run_export(source, target, *arguments) == 2
+        assert re.search(message, capsys.readouterr().err)
+    assert_equal_weights(out, other)
+    for arguments, message in [
+        (["--max-shard-size", "7"], "7 is no size; write 5GB or 300MB"),
+        (["--dtype", "fp8"], "invalid choice: 'fp8'"),
+    ]:
+        with pytest.raises(SystemExit, match="2"):
+            run_export(small_folder, tmp_path / "new", *arguments)
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_disk_without_room_is_seen_before(small_folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(export.shutil, "disk_usage", lambda path: SimpleNamespace(free=10**5))
+    assert run_export(small_folder, tmp_path / "out") == 2
+    assert "has 0.0 GB free" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("module", [export, evaluate])
+def test_sources_that_are_none(module, tmp_path, capsys):
+    for name in ("empty", "gone", "gone/checkpoints/step-00000001"):
+        (tmp_path / name).mkdir(parents=True)
+    for name in ("empty", "gone"):
+        (tmp_path / name / "config.yaml").write_text("")
+    (tmp_path / "gone/latest").write_text("step-00000002\n")
+    out = [str(tmp_path / "out")] if module is export else []
+    for source in ("nowhere", "empty", "gone", "gone/checkpoints/step-00000001"):
+        assert module.main([str(tmp_path / source), *out]) == 2
+        assert source in capsys.readouterr().err or module is evaluate
+    assert not (tmp_path / "out").exists()
+
+
+def test_shards_read_as_the_library_reads(small_folder, tmp_path):
+    """Our own writer keeps to the format: aligned data, shapes, the metadata that transformers wants."""
+    assert run_export(small_folder, tmp_path / "out", "--max-shard-size", "300KB") == 0
+    back = CausalLM(SHAPE)
+    load_hf(back, tmp_path / "out")
+    for path in (tmp_path / "out").glob("model-*"):
+        assert int.from_bytes(path.read_bytes()[:8], "little") % 8 == 0
+        with safe_open(path, framework="pt") as reader:
+            assert reader.metadata()["format"] == "pt"
