@@ -166,13 +166,22 @@ def test_misshapen_fused_experts(moe_config: ModelConfig, build: Build, tmp_path
     ]
 
 
-def test_long_lists_are_cut(
-    moe_config: ModelConfig, dense_config: ModelConfig, build: Build, tmp_path: Path
-) -> None:
-    save_hf(build(dense_config), tmp_path)
-    missing = _load_error(CausalLM(moe_config), tmp_path)[0]
-    assert "missing: " in missing
-    assert missing.endswith(" more")
+def test_every_missing_name_is_said_in_short(moe_config: ModelConfig, build: Build, tmp_path: Path) -> None:
+    """Experts 0 to 7 in layers 0 and 2: numbers that vary are put together, and only those."""
+    tensors = _saved(build(moe_config), tmp_path)
+    kept = {name: tensor for name, tensor in tensors.items() if "up_proj" not in name}
+    for expert in (3, 6):
+        name = f"{EXPERTS}.{expert}.up_proj.weight"
+        kept[name] = tensors[name]
+    save_file(kept, tmp_path / "model.safetensors")
+    assert _load_error(CausalLM(moe_config), tmp_path) == [
+        f"{tmp_path}: 15 missing: model.layers.0.mlp.experts.{{0-7}}.up_proj.weight, "
+        f"model.layers.1.mlp.up_proj.weight, {EXPERTS}.{{0-2,4-5,7}}.up_proj.weight"
+    ]
+    save_file({"model.norm.weight": tensors["model.norm.weight"]}, tmp_path / "model.safetensors")
+    (missing,) = _load_error(CausalLM(moe_config), tmp_path)
+    assert "model.layers.{0,2}.mlp.experts.{0-7}.up_proj.weight" in missing
+    assert "model.layers.{0-2}.self_attn.q_proj.weight" in missing
     assert len(missing) < 1000
 
 

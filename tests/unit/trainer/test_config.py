@@ -1,5 +1,7 @@
 """Every broken law of a run is reported, all at once, by key, value and remedy."""
 
+import json
+
 import pytest
 from omegaconf import OmegaConf
 
@@ -102,3 +104,56 @@ def test_expert_groups_across_nodes_are_found(run_config):
     assert [plan.ep_rank(rank) for rank in range(8)] == [0, 1, 2, 3, 0, 1, 2, 3], (
         "groups are consecutive ranks"
     )
+
+
+UPCYCLE = {
+    "model.num_experts": 8,
+    "model.num_experts_per_tok": 4,
+    "model.moe_intermediate_size": 192,
+    "init.upcycle": "split",
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, None),
+        ({"init.upcycle": "copy", "model.moe_intermediate_size": 384}, None),
+        ({"init.upcycle": "clone"}, "init.upcycle=clone is unknown; use none, copy, split"),
+        (
+            {"init.upcycle": "none"},
+            "num_experts=0, but model.num_experts=8; set the same (a dense model becomes",
+        ),
+        ({"init.upcycle_noise": -0.1}, "init.upcycle_noise=-0.1 is below 0"),
+        ({"model.norm_topk_prob": "false"}, "init.upcycle=split needs model.norm_topk_prob=true"),
+        (
+            {"init.upcycle": "copy"},
+            "init.upcycle=copy needs model.moe_intermediate_size=192 to equal intermediate_size=384",
+        ),
+        ({"model.moe_intermediate_size": 384}, "model.moe_intermediate_size=384 to be a proper divisor"),
+        ({"model.moe_intermediate_size": 100}, "model.moe_intermediate_size=100 to be a proper divisor"),
+        (
+            {"model.num_experts_per_tok": 3},
+            "cuts the dense MLP into 2 slices (intermediate_size=384 / model.moe_intermediate_size=192), "
+            "which does not divide model.num_experts_per_tok=3; use a multiple of 2",
+        ),
+        ({"model.num_experts": 9}, "does not divide model.num_experts=9"),
+        ({"model.intermediate_size": 100}, None),  # no layer uses it
+        (
+            {"model.mlp_only_layers": "[0]", "model.intermediate_size": 100},
+            "has intermediate_size=384, but model.intermediate_size=100; set the same",
+        ),
+        ({"model.hidden_size": 64}, "has hidden_size=128, but model.hidden_size=64; set the same"),
+        ({"stage.init_from": "null"}, "init.upcycle=split needs stage.init_from, a dense folder"),
+        ({"model": "tiny_dense", "model.num_experts": 0}, "makes a mixture of a dense model"),
+    ],
+)
+def test_laws_of_upcycling(run_config, tmp_path, changes, message):
+    dense = run_config("model=tiny_dense").model
+    (tmp_path / "config.json").write_text(json.dumps(dense.to_hf()))
+    values = {"stage.init_from": str(tmp_path), **UPCYCLE, **changes}
+    config = run_config(*(f"{key}={value}" for key, value in values.items()))
+    if message is None:
+        config.check(ParallelPlan.of(config, 1))
+    else:
+        assert message in "\n".join(broken(config))
