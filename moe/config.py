@@ -54,11 +54,6 @@ class ModelConfig:
         """Numbers of the mixture-of-experts layers, ascending."""
         return [layer for layer in range(self.num_hidden_layers) if self.is_moe_layer(layer)]
 
-    @property
-    def has_dense_layers(self) -> bool:
-        """Whether any layer is no mixture of experts, so that `intermediate_size` matters."""
-        return len(self.moe_layers) < self.num_hidden_layers
-
     def problems(self) -> list[str]:
         """Every broken law, one line each, keys written as `model.<key>`; empty for a sound configuration."""
         sizes = [
@@ -103,7 +98,7 @@ class ModelConfig:
                 f"model.decoder_sparse_step={self.decoder_sparse_step} and model.mlp_only_layers="
                 f"{self.mlp_only_layers} leave no sparse layer; set model.num_experts=0 for a dense model"
             )
-        if self.has_dense_layers and self.intermediate_size <= 0:
+        if len(self.moe_layers) < self.num_hidden_layers and self.intermediate_size <= 0:
             found.append(_must(self, "intermediate_size", "be above 0: the model has dense layers"))
         return found
 

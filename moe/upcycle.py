@@ -10,34 +10,21 @@ from moe.config import ModelConfig
 
 
 def upcycle_problems(dense: ModelConfig, model: ModelConfig, how: str) -> list[str]:
-    """What keeps a dense model from becoming `model` with the same output."""
-    if dense.num_experts or not model.num_experts or model.moe_intermediate_size <= 0:
-        return [
-            f"init.upcycle={how} makes a mixture of a dense model, but stage.init_from has num_experts="
-            f"{dense.num_experts} and model.num_experts={model.num_experts}; use init.upcycle=none"
-        ]
-    found = []
+    """What keeps a dense model from becoming `model` with the same output; `how` is copy or split."""
     width, size = dense.intermediate_size, model.moe_intermediate_size
-    if not model.norm_topk_prob:
-        found.append(
-            f"init.upcycle={how} needs model.norm_topk_prob=true; only weights that sum to 1 keep the output"
-        )
-    if how == "copy" and size != width:
-        found.append(
-            f"init.upcycle=copy needs model.moe_intermediate_size={size} to equal intermediate_size={width} "
-            f"of stage.init_from; set it so, or use init.upcycle=split"
-        )
-    elif how == "split" and (width % size or width == size):
-        found.append(
-            f"init.upcycle=split needs model.moe_intermediate_size={size} to be a proper divisor of "
-            f"intermediate_size={width} of stage.init_from, such as {width // 2}"
-        )
-    elif how == "split":
-        found += [
-            f"init.upcycle=split cuts the dense MLP into {width // size} slices (intermediate_size={width} / "
-            f"model.moe_intermediate_size={size}), which does not divide model.{key}={getattr(model, key)}; "
-            f"use a multiple of {width // size}"
-            for key in ("num_experts", "num_experts_per_tok")
-            if getattr(model, key) % (width // size)
-        ]
-    return found
+    slices = max(width // max(size, 1), 1)
+    fits = size == width if how == "copy" else 0 < size < width and width % size == 0
+    laws = [
+        (dense.num_experts == 0, f"a dense stage.init_from, but it has num_experts={dense.num_experts}"),
+        (model.num_experts > 0, f"model.num_experts={model.num_experts} to be above 0"),
+        (model.norm_topk_prob, "model.norm_topk_prob=true; only weights that sum to 1 keep the output"),
+        (
+            fits,
+            f"model.moe_intermediate_size={size} to be {'' if how == 'copy' else 'a proper divisor of '}"
+            f"intermediate_size={width} of stage.init_from",
+        ),
+    ]
+    for key in ("num_experts", "num_experts_per_tok"):
+        law = f"model.{key}={getattr(model, key)} to be a multiple of {slices}, the slices of the dense MLP"
+        laws.append((not fits or getattr(model, key) % slices == 0, law))
+    return [f"init.upcycle={how} needs {law}" for holds, law in laws if not holds]

@@ -265,9 +265,9 @@ class RunConfig:
             theirs = ModelConfig.of_folder(hf_folder(origin))
         except ConfigError as error:
             return [f"stage.init_from={origin}: {problem}" for problem in error.problems]
-        free = _FREE_AT_HAND_OVER
-        if how in ("copy", "split"):
-            free = free | _FREE_TO_UPCYCLE | (set() if self.model.has_dense_layers else {"intermediate_size"})
+        free = _FREE_AT_HAND_OVER | (_FREE_TO_UPCYCLE if how in ("copy", "split") else set())
+        if len(self.model.moe_layers) == self.model.num_hidden_layers:
+            free = free | {"intermediate_size"}  # no layer has it
         return [
             f"stage.init_from={origin} has {field.name}={getattr(theirs, field.name)}, "
             f"but model.{field.name}={getattr(self.model, field.name)}; set the same"

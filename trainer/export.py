@@ -1,8 +1,8 @@
 """`python -m trainer.export RUN_DIR|CHECKPOINT OUT`: the weights as a folder for the Hugging Face hub.
 
-Bytes stream from the shards of `hf/` into shards of the wanted size, each written under a temporary name and
-renamed when it is on the disk; every one is read back and compared. What a kill leaves behind, the next start
-goes on with. config.json comes last: a folder without it is not whole.
+One shard is in memory at a time; it is written under a temporary name, renamed when it is on the disk, read
+back and compared. What a kill leaves behind, the same command goes on with. config.json comes last: a folder
+without it is not whole.
 """
 
 import argparse
@@ -10,139 +10,100 @@ import json
 import os
 import re
 import shlex
-import shutil
 import sys
 import time
-from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from data_pipeline.config import DataError
 from data_pipeline.manifest import sync_folder, to_json, write_atomically
 from data_pipeline.tokenizer import END_OF_TEXT, load_tokenizer
 from moe.config import ConfigError, ModelConfig
-from moe.hf import INDEX, SINGLE, Place, locate, write_config
+from moe.hf import INDEX, SINGLE, Place, SafetensorError, locate, safe_open, save_file, write_config
 from trainer.run_folder import hf_folder
 from trainer.terminal import duration
 
-_TORCH = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
-_DTYPES = {"fp32": "F32", "bf16": "BF16"}
-_PIECE = 1 << 20  # values that are held at a time
-_ORIGIN = "exported_from"  # key of a shard's metadata
-_BESIDES = {INDEX, "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
-_TEMPLATE = Path(__file__).with_name("chat_template.jinja")
+TORCH = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
+DTYPES = {"fp32": "F32", "bf16": "BF16"}
 IM_END = "<|im_end|>"
 
-
-@dataclass(frozen=True)
-class Shard:
-    """A file to be: the header of safetensors, and where its tensors come from."""
-
-    name: str
-    header: bytes
-    places: dict[str, Place]  # their dtype is the one that is written
-    nbytes: int  # of the tensors
-
-    def is_whole(self, folder: Path) -> bool:
-        """Whether the file is there: it was renamed when all of it was on the disk."""
-        path = folder / self.name
-        if not path.exists() or path.stat().st_size != len(self.header) + self.nbytes:
-            return False
-        with path.open("rb") as file:
-            return file.read(len(self.header)) == self.header
-
-    def pieces(self) -> Iterator[bytes]:
-        """The bytes of the file, in order. Sources are open, and their pages in memory, only meanwhile."""
-        yield self.header
-        with ExitStack() as stack:
-            files = {
-                path: stack.enter_context(safe_open(path, framework="pt"))
-                for path in {place.file for place in self.places.values()}
-            }
-            for place in self.places.values():
-                values = files[place.file].get_slice(place.stored)[place.part].flatten()
-                for piece in values.split(_PIECE):
-                    yield piece.to(_TORCH[place.dtype]).view(torch.uint8).numpy().tobytes()
-
-    def write(self, folder: Path) -> None:
-        """Make the file, or leave what there was."""
-        partial = folder / f".{self.name}.partial"
-        with partial.open("wb") as file:
-            for piece in self.pieces():
-                file.write(piece)
-            file.flush()
-            os.fsync(file.fileno())
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # `differs` reads the disk
-        os.replace(partial, folder / self.name)
-        sync_folder(folder)
-
-    def differs(self, folder: Path) -> bool:
-        """Whether the file does not hold the bytes of the source."""
-        with (folder / self.name).open("rb") as file:
-            return any(file.read(len(piece)) != piece for piece in self.pieces()) or file.read(1) != b""
+Shard = dict[str, Place]  # the dtype of a place is the one that is written
 
 
-def plan_shards(places: dict[str, Place], max_bytes: int, origin: str) -> list[Shard]:
-    """Tensors in the order of the model, in shards of at most `max_bytes` (or one larger tensor)."""
-    groups: list[dict[str, Any]] = []
+def plan_shards(places: Shard, max_bytes: int) -> dict[str, Shard]:
+    """File name -> its tensors, in the order of the model: at most `max_bytes`, or one larger tensor."""
+    shards: list[Shard] = []
     room = 0
     for name, place in places.items():
-        size = prod(place.shape) * _TORCH[place.dtype].itemsize
-        if size > room:
-            groups.append({})
+        if nbytes({name: place}) > room:
+            shards.append({})
             room = max_bytes
-        start = max_bytes - room
-        offsets = [start, start + size]
-        groups[-1][name] = {"dtype": place.dtype, "shape": place.shape, "data_offsets": offsets}
-        room -= size
-    shards = []
-    for number, fields in enumerate(groups, start=1):
-        file = SINGLE if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
-        metadata = {"__metadata__": {"format": "pt", _ORIGIN: origin}}
-        header = json.dumps({**metadata, **fields}, separators=(",", ":")).encode()
-        header += b" " * (-len(header) % 8)
-        nbytes = list(fields.values())[-1]["data_offsets"][1]
-        group = {name: places[name] for name in fields}
-        shards.append(Shard(file, len(header).to_bytes(8, "little") + header, group, nbytes))
-    return shards
+        shards[-1][name] = place
+        room -= nbytes({name: place})
+    if len(shards) == 1:
+        return {SINGLE: places}
+    return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, 1)}
 
 
-def check_out(out: Path, shards: list[Shard], origin: str) -> None:
-    """Raises ConfigError for an OUT that is neither new nor this export begun, or that has no room for it."""
-    if out.exists() and not out.is_dir():
-        raise ConfigError([f"{out} is a file; name a new folder"])
-    present = {path.name for path in out.glob("[!.]*")} - {"README.md"}
-    for name in sorted(present):
-        if name.endswith(".safetensors") and (theirs := _origin(out / name)) != origin:
-            raise ConfigError([f"{out} holds weights of {theirs}, not of {origin}; choose another folder"])
-    left = [shard for shard in shards if not shard.is_whole(out)]
-    whole = {shard.name for shard in shards} - {shard.name for shard in left}
-    if strange := sorted(present - whole - (_BESIDES if whole else set())):
-        raise ConfigError(
-            [
-                f"{out} holds {', '.join(strange[:8])}, no part of this export; choose a new folder, "
-                "or, to go on, the --max-shard-size and --dtype of before"
-            ]
-        )
-    out.mkdir(parents=True, exist_ok=True)
-    needed, free = sum(shard.nbytes for shard in left), shutil.disk_usage(out).free
-    if needed > free:
-        raise ConfigError([f"{out} has {free / 1e9:.1f} GB free, the export needs {needed / 1e9:.1f}"])
+def nbytes(shard: Shard) -> int:
+    """Bytes of the tensors of a shard."""
+    return sum(prod(place.shape) * TORCH[place.dtype].itemsize for place in shard.values())
 
 
-def _origin(path: Path) -> str:
-    """The checkpoint that a shard was exported from."""
+def check_out(out: Path, metadata: dict[str, str]) -> None:
+    """Raises ConfigError for an OUT that is neither new nor this export begun; makes a new one."""
+    present = sorted(path.name for path in out.glob("[!.]*") if path.name != "README.md")
+    files = [name for name in present if name.endswith(".safetensors")]
+    for name in files:
+        try:
+            with safe_open(out / name, framework="pt") as reader:
+                theirs = (reader.metadata() or {}).get("export", "another program")
+        except SafetensorError:
+            theirs = "a damaged file"
+        if theirs != metadata["export"]:
+            raise ConfigError(
+                [f"{out / name} is of {theirs}, not of {metadata['export']}; choose another folder"]
+            )
+    if present and not files:
+        raise ConfigError([f"{out} holds {', '.join(present[:8])}; choose a new folder"])
     try:
-        with safe_open(path, framework="pt") as reader:
-            return (reader.metadata() or {}).get(_ORIGIN, f"another program ({path.name})")
-    except SafetensorError:
-        return f"nobody knows what ({path.name} is damaged)"
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError([f"{out} cannot be made ({error.strerror}); choose another folder"]) from error
+
+
+def write_shard(path: Path, shard: Shard, metadata: dict[str, str]) -> None:
+    """Make the file, or leave what there was; then compare what the disk holds with the sources.
+
+    A file that is there is whole: it is only compared. Raises OSError where a byte differs.
+    """
+    with ExitStack() as stack:
+        readers = {
+            file: stack.enter_context(safe_open(file, framework="pt", backend="pread"))
+            for file in {place.file for place in shard.values()}
+        }
+
+        def read(place: Place) -> Tensor:
+            return readers[place.file].get_slice(place.stored)[place.part].to(TORCH[place.dtype]).contiguous()
+
+        if not path.exists():
+            partial = path.with_name(f".{path.name}.partial")
+            save_file({name: read(place) for name, place in shard.items()}, partial, metadata)
+            with partial.open("rb") as file:
+                os.fsync(file.fileno())
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # reading back asks the disk
+            partial.replace(path)
+            sync_folder(path.parent)
+        written = stack.enter_context(safe_open(path, framework="pt", backend="pread"))
+        if set(written.keys()) != shard.keys() or not all(
+            torch.equal(written.get_tensor(name).view(torch.uint8), read(place).view(torch.uint8))
+            for name, place in shard.items()
+        ):
+            raise OSError(f"{path} differs from its checkpoint; delete it")
 
 
 def write_tokenizer(folder: Path, out: Path, config: ModelConfig) -> list[int]:
@@ -161,7 +122,7 @@ def write_tokenizer(folder: Path, out: Path, config: ModelConfig) -> list[int]:
         "unk_token": None,
         "clean_up_tokenization_spaces": False,
         "added_tokens_decoder": {str(token.pop("id")): token for token in added},
-        **({"chat_template": _TEMPLATE.read_text()} if chat else {}),
+        **({"chat_template": Path(__file__).with_name("chat_template.jinja").read_text()} if chat else {}),
     }
     write_atomically(out / "tokenizer.json", serialized)
     write_atomically(out / "tokenizer_config.json", to_json(fields))
@@ -173,33 +134,33 @@ def export(source: Path, out: Path, max_shard_bytes: int, dtype: str | None) -> 
     folder = hf_folder(source)
     config = ModelConfig.of_folder(folder)
     load_tokenizer(folder)  # what is wrong with it shows before the weights are written
-    origin = "/".join(folder.resolve().parts[-4:])  # RUN/checkpoints/step-.../hf
     places = {
         name: place._replace(dtype=dtype or place.dtype) for name, place in locate(config, folder).items()
     }
-    shards = plan_shards(places, max_shard_bytes, origin)
-    check_out(out, shards, origin)
-    done, total, started = 0, sum(shard.nbytes for shard in shards), time.monotonic()
-    for shard in shards:
-        kept = shard.is_whole(out)
-        if not kept:
-            shard.write(out)
-        if shard.differs(out):
-            raise OSError(f"{out / shard.name} differs from {folder}; delete it and export again")
-        done += shard.nbytes
+    shards, total = plan_shards(places, max_shard_bytes), nbytes(places)
+    kind = str(TORCH[next(iter(places.values())).dtype]).removeprefix("torch.")
+    origin = "/".join(folder.resolve().parts[-4:])  # RUN/checkpoints/step-.../hf
+    metadata = {
+        "format": "pt",
+        "export": f"{origin} ({kind}, {len(shards)} of at most {max_shard_bytes:,} B)",
+    }
+    check_out(out, metadata)
+    done, started = 0, time.monotonic()
+    for name, shard in shards.items():
+        kept = (out / name).exists()
+        write_shard(out / name, shard, metadata)
+        done += nbytes(shard)
         speed = done / (time.monotonic() - started)
         print(
-            f"{shard.name} {'kept' if kept else 'written'} and read back, {done / 1e9:.2f} of "
-            f"{total / 1e9:.2f} GB, {speed / 1e6:,.0f} MB/s, ETA {duration((total - done) / speed)}",
+            f"{name} {'kept' if kept else 'written'} and read back, {done / 1e9:.2f} of {total / 1e9:.2f} GB,"
+            f" {speed / 1e6:,.0f} MB/s, ETA {duration((total - done) / speed)}",
             flush=True,
         )
     if len(shards) > 1:
-        weight_map = {name: shard.name for shard in shards for name in shard.places}
+        weight_map = {name: file for file, shard in shards.items() for name in shard}
         write_atomically(out / INDEX, to_json({"metadata": {"total_size": total}, "weight_map": weight_map}))
     stops = write_tokenizer(folder, out, config)
-    kind = str(_TORCH[next(iter(places.values())).dtype]).removeprefix("torch.")
     write_config(config, kind, out, stops)
-    locate(config, out)  # the folder reads as one
     balance = folder.parent / "balance.pt"
     if balance.is_file() and "bias" in torch.load(balance, weights_only=True, map_location="cpu"):
         print(
@@ -229,11 +190,11 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("out", type=Path, metavar="OUT", help="new folder, or one that this export has begun")
     parser.add_argument("--max-shard-size", type=_size, default="5GB", metavar="SIZE", help="KB, MB or GB")
     parser.add_argument(
-        "--dtype", choices=_DTYPES, help="of the weights; as they are in the checkpoint if not given"
+        "--dtype", choices=DTYPES, help="of the weights; as they are in the checkpoint if not given"
     )
     options = parser.parse_args(arguments)
     try:
-        export(options.source, options.out, options.max_shard_size, _DTYPES.get(options.dtype))
+        export(options.source, options.out, options.max_shard_size, DTYPES.get(options.dtype))
     except (ConfigError, DataError) as error:
         print(error, file=sys.stderr)
         return 2

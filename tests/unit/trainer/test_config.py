@@ -128,16 +128,15 @@ UPCYCLE = {
         ({"model.norm_topk_prob": "false"}, "init.upcycle=split needs model.norm_topk_prob=true"),
         (
             {"init.upcycle": "copy"},
-            "init.upcycle=copy needs model.moe_intermediate_size=192 to equal intermediate_size=384",
+            "needs model.moe_intermediate_size=192 to be intermediate_size=384 of stage",
         ),
-        ({"model.moe_intermediate_size": 384}, "model.moe_intermediate_size=384 to be a proper divisor"),
-        ({"model.moe_intermediate_size": 100}, "model.moe_intermediate_size=100 to be a proper divisor"),
+        ({"model.moe_intermediate_size": 384}, "=384 to be a proper divisor of intermediate_size=384"),
+        ({"model.moe_intermediate_size": 100}, "=100 to be a proper divisor of intermediate_size=384"),
         (
             {"model.num_experts_per_tok": 3},
-            "cuts the dense MLP into 2 slices (intermediate_size=384 / model.moe_intermediate_size=192), "
-            "which does not divide model.num_experts_per_tok=3; use a multiple of 2",
+            "needs model.num_experts_per_tok=3 to be a multiple of 2, the slices",
         ),
-        ({"model.num_experts": 9}, "does not divide model.num_experts=9"),
+        ({"model.num_experts": 9}, "needs model.num_experts=9 to be a multiple of 2, the slices"),
         ({"model.intermediate_size": 100}, None),  # no layer uses it
         (
             {"model.mlp_only_layers": "[0]", "model.intermediate_size": 100},
@@ -145,7 +144,7 @@ UPCYCLE = {
         ),
         ({"model.hidden_size": 64}, "has hidden_size=128, but model.hidden_size=64; set the same"),
         ({"stage.init_from": "null"}, "init.upcycle=split needs stage.init_from, a dense folder"),
-        ({"model": "tiny_dense", "model.num_experts": 0}, "makes a mixture of a dense model"),
+        ({"model": "tiny_dense", "model.num_experts": 0}, "needs model.num_experts=0 to be above 0"),
     ],
 )
 def test_laws_of_upcycling(run_config, tmp_path, changes, message):
