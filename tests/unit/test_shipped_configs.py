@@ -30,6 +30,7 @@ NEEDED = {
         for name in ("long_context_32k", "sft")
     },
     **{f"experiment=demo_{name}": NO_START for name in ("stem_code", "long_context", "sft")},
+    "experiment=demo_upcycle": [*NO_START, "init.upcycle=none"],
     **{f"experiment=qwen3_30b_a3b_{name}": NO_START for name in ("stem_code_4k", "long_context_32k", "sft")},
 }
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
