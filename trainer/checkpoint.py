@@ -1,143 +1,336 @@
-"""Checkpoints: whole or invisible.
+"""Checkpoints: whole or invisible, written while training goes on, read on any layout of ranks.
 
-A checkpoint is written under a temporary name that carries the attempt, flushed to disk and renamed last;
-`latest` is replaced atomically. Besides DeepSpeed's state it holds the weights as a Hugging Face folder
-(`hf/`), each expert slice written by the rank that holds it.
+Each rank writes what it holds under a temporary name that carries the attempt. When all have, rank 0 adds
+the manifest, renames the folder and replaces `latest`. `trainer/checkpoint_folder.py` says what is in it.
 """
 
-import json
+import logging
 import os
 import shutil
-from dataclasses import asdict, dataclass
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from data_pipeline.manifest import Manifest, sync_folder, write_atomically
 from data_pipeline.tokenizer import load_tokenizer
 from moe.balance import Balance
 from moe.config import ConfigError
-from moe.hf import WriteError, finish_folder, write_shards
+from moe.hf import Written, finish_folder, write_shards
+from trainer.checkpoint_folder import (
+    MANIFEST,
+    CheckpointManifest,
+    FileRecord,
+    checkpoints,
+    is_read,
+    measure,
+    reading,
+)
 from trainer.config import RunConfig
-from trainer.engine import DTYPES, Engine
+from trainer.engine import DTYPES, Engine, Fragment
+from trainer.optimizer_state import fill_fragments, write_fragments
 from trainer.parallel import ParallelPlan
-from trainer.run_folder import latest_checkpoint
+from trainer.run_folder import read_state
 from trainer.runtime import Ranks, TrainingError, random_state, set_random_state
+from trainer.throughput import available_memory
+
+T = TypeVar("T")
+FIELDS = 3  # master, exp_avg, exp_avg_sq
+
+
+class Part(NamedTuple):
+    """What one rank has written of a checkpoint."""
+
+    weights: dict[str, Written]  # by hub name
+    elements: int  # of optimizer state
+    files: dict[str, FileRecord]  # by path in the checkpoint
 
 
 @dataclass(frozen=True)
-class Progress:
-    """How far a run is: all that the loop needs besides weights and optimizer."""
+class Writing:
+    """A checkpoint that is not committed yet."""
 
-    step: int  # optimizer steps done
-    next_row: int  # first row of the data that has not been trained on
+    step: int
+    folder: Path
+    part: "Future[Part]"  # of this rank
 
 
 class Checkpoints:
-    """The `checkpoints/` of one run folder."""
+    """The `checkpoints/` of one run folder. Every method without an underscore is called by every rank."""
 
     def __init__(
-        self, run_dir: Path, attempt: int, config: RunConfig, plan: ParallelPlan, ranks: Ranks
+        self,
+        run_dir: Path,
+        attempt: int,
+        config: RunConfig,
+        plan: ParallelPlan,
+        ranks: Ranks,
+        say: Callable[[str], None],
     ) -> None:
-        self._folder = run_dir / "checkpoints"
-        self._latest = run_dir / "latest"
-        self._attempt = attempt
-        self._config = config
-        self._ranks = ranks
+        self._run_dir, self._folder = run_dir, run_dir / "checkpoints"
+        self._attempt, self._config, self._ranks, self._say = attempt, config, ranks, say
         self._ep_rank = plan.ep_rank(ranks.rank)
         self._layout = {
             "world_size": plan.world_size,
             "ep_size": plan.ep_size,
             "zero_stage": config.zero_stage,
+            "dtype": config.dtype,
         }
+        self._writer = ThreadPoolExecutor(1, "checkpoint")
+        self._writing: Writing | None = None
+        self._stall = 0.0
+        self._told = False
 
-    def save(self, engine: Engine, balance: Balance, progress: Progress) -> Path:
-        """Write the checkpoint of `progress`; every rank must call it. Returns its folder.
+    @property
+    def written(self) -> bool:
+        """Whether this rank has written its part of a checkpoint, so that `finish` would not wait for it."""
+        return self._writing is not None and self._writing.part.done()
 
-        Raises TrainingError where it cannot be written (a full disk); the checkpoints before it stay.
+    def take_stall(self) -> float:
+        """Seconds that training has stood still for checkpoints since the last call."""
+        stall, self._stall = self._stall, 0.0
+        return stall
+
+    def save(self, engine: Engine, balance: Balance, step: int) -> None:
+        """Write a checkpoint of the state after `step`; with checkpoint.background, copy it and write later.
+
+        Raises TrainingError on all ranks where one cannot write (a full disk); earlier checkpoints stay.
         """
+        self.finish()
+        started = time.perf_counter()
+        folder = self._folder / f".step-{step:08d}.attempt-{self._attempt}"
+        self._agree(f"write the checkpoint of step {step}", lambda: self._make(folder))
+        generators = self._agree("describe the random generators", random_state)
+        state = {name: tensor.clone() for name, tensor in balance.state().items()}
+        extras = {"balance.pt": state, "random.pt": generators} if self._ranks.is_main else {}
+        weights = engine.owned_parameters()
+        fragments = (fragment for fragment in engine.fragments() if fragment.owned)
+        if self._config.checkpoint.background and self._fits(engine.snapshot_bytes()):
+            copies = [(name, _on_host(tensor)) for name, tensor in weights]
+            states = [
+                replace(part, state={field: _on_host(view) for field, view in part.state.items()})
+                for part in fragments
+            ]
+            part = self._writer.submit(self._write, folder, copies, states, extras)
+        else:
+            part = Future()
+            try:
+                part.set_result(self._write(folder, weights, fragments, extras))
+            except Exception as error:
+                part.set_exception(error)
+            for _ in weights:  # gathered by all ranks together, also by one that could not write
+                pass
+        self._writing = Writing(step, folder, part)
+        self._stall += time.perf_counter() - started
+        if not self._config.checkpoint.background:
+            self.finish()
+
+    def finish(self) -> float:
+        """Wait for the checkpoint that is being written, if any, and commit it; returns the seconds it took.
+
+        Raises TrainingError as `save` does.
+        """
+        if self._writing is None:
+            return 0.0
+        started, writing = time.perf_counter(), self._writing
+        self._writing = None
+        what = f"write the checkpoint of step {writing.step}"
         try:
-            return self._save(engine, balance, progress)
-        except (OSError, RuntimeError, WriteError) as error:
-            free = shutil.disk_usage(self._latest.parent).free / 2**30
+            parts = self._agree(what, writing.part.result)
+            self._agree(what, lambda: self._commit(writing.step, writing.folder, parts))
+        except TrainingError:
+            if self._ranks.is_main:
+                shutil.rmtree(writing.folder, ignore_errors=True)
+            raise
+        seconds = time.perf_counter() - started
+        self._stall += seconds
+        return seconds
+
+    def load_latest(self, engine: Engine, balance: Balance) -> int:
+        """Restore the newest whole checkpoint, of whatever layout of ranks; returns its step, 0 without one.
+
+        Raises ConfigError if there are checkpoints, but no whole one: training never restarts unasked.
+        """
+        shared = [checkpoints(self._run_dir)]
+        dist.broadcast_object_list(shared)
+        candidates, found = shared[0], []
+        for checkpoint in candidates:
+            with reading(checkpoint):
+                problems = self._damage(checkpoint)
+                if not problems:
+                    manifest = CheckpointManifest.load(checkpoint)
+                    self._agree(f"restore {checkpoint}", lambda: self._restore(checkpoint, engine, balance))
+                    engine.end_restore(manifest.step)
+                    if found:
+                        self._say(
+                            "\n  ".join([f"going on from {checkpoint.name}: newer ones are damaged", *found])
+                        )
+                    return manifest.step
+                found += [f"{checkpoint.name}: {problem}" for problem in problems]
+        if candidates:
+            remedy = "put one of them right, or move them away to start from step 0"
+            raise ConfigError([f"{self._folder} holds no whole checkpoint; {remedy}:", *found])
+        return 0
+
+    def _agree(self, what: str, work: Callable[[], T]) -> list[T]:
+        """What `work` returns on each rank. If it fails on any, all raise TrainingError: none waits for it."""
+        result, problem = None, None
+        try:
+            result = work()
+        except Exception as error:
+            logging.exception("cannot %s", what)
+            problem = f"rank {self._ranks.rank}: {error}"
+        everywhere: list[Any] = [None] * self._ranks.world_size
+        dist.all_gather_object(everywhere, (result, problem))
+        if problems := [problem for _, problem in everywhere if problem]:
+            free = shutil.disk_usage(self._run_dir).free / 2**30
             raise TrainingError(
-                f"cannot write the checkpoint of step {progress.step} into {self._folder} "
-                f"({free:.1f} GiB free): {error}; the checkpoints before it are unharmed"
-            ) from error
-
-    def _save(self, engine: Engine, balance: Balance, progress: Progress) -> Path:
-        final = self._folder / f"step-{progress.step:08d}"
-        partial = self._folder / f".step-{progress.step:08d}.attempt-{self._attempt}"
-        if self._ranks.is_main:
-            shutil.rmtree(partial, ignore_errors=True)
-            (partial / "hf").mkdir(parents=True)
-        self._ranks.barrier()
-        engine.save(partial / "deepspeed")
-        torch.save(random_state(), partial / f"random-{self._ranks.rank}.pt")
-        written = write_shards(
-            engine.owned_parameters(), partial / "hf", rank=self._ranks.rank, ep_rank=self._ep_rank
-        )
-        everywhere: list = [None] * self._ranks.world_size
-        dist.all_gather_object(everywhere, written)
-        if self._ranks.is_main:
-            merged = {name: place for part in everywhere for name, place in part.items()}
-            data_dir = Path(self._config.data.dir)
-            end_of_text = Manifest.load(data_dir).tokenizer.end_of_text
-            dtype = DTYPES[self._config.dtype]
-            finish_folder(self._config.model, dtype, merged, partial / "hf", end_of_text)
-            shutil.copyfile(data_dir / "tokenizer.json", partial / "hf" / "tokenizer.json")
-            torch.save(balance.state(), partial / "balance.pt")
-            record = {"progress": asdict(progress), "layout": self._layout, "attempt": self._attempt}
-            (partial / "trainer.json").write_text(json.dumps(record, indent=1))
-            _sync_tree(partial)
-            self._retire([path for path in self._whole() if path >= final])  # of a future that was undone
-            partial.rename(final)
-            sync_folder(self._folder)
-            write_atomically(self._latest, f"{final.name}\n".encode())
-            self._retire(self._whole()[: -self._config.checkpoint.keep])
-        self._ranks.barrier()
-        return final
-
-    def load_latest(self, engine: Engine, balance: Balance) -> Progress | None:
-        """Restore the newest checkpoint into `engine`; None where there is none. Every rank must call it.
-
-        Raises ConfigError if it was written on another layout of ranks.
-        """
-        folder = latest_checkpoint(self._folder.parent)
-        if folder is None:
-            return None
-        try:
-            record = json.loads((folder / "trainer.json").read_text())
-        except (OSError, ValueError) as error:
-            there = ", ".join(path.name for path in self._whole()) or "none"
-            raise ConfigError(
-                [f"{self._latest} names {folder.name}, which cannot be read ({error}); whole ones: {there}"]
-            ) from error
-        differing = [
-            f"{key}: checkpoint {record['layout'][key]}, run {value}"
-            for key, value in self._layout.items()
-            if record["layout"][key] != value
-        ]
-        if differing:
-            raise ConfigError(
-                [f"{folder} was written on another layout ({'; '.join(differing)}); use the same"]
+                f"cannot {what} ({'; '.join(problems)}); {self._run_dir} has {free:.1f} GiB free; "
+                "the other checkpoints are unharmed"
             )
-        engine.load(folder / "deepspeed")
-        balance.load_state(torch.load(folder / "balance.pt", weights_only=True, map_location="cpu"))
-        set_random_state(torch.load(folder / f"random-{self._ranks.rank}.pt", weights_only=True))
-        return Progress(**record["progress"])
+        return [result for result, _ in everywhere]
 
-    def _whole(self) -> list[Path]:
-        return sorted(self._folder.glob("step-*"))
+    def _make(self, folder: Path) -> None:
+        if self._ranks.is_main:
+            self._check_fence()
+            self._sweep()
+            shutil.rmtree(folder, ignore_errors=True)
+            for name in ("hf", "optimizer"):
+                (folder / name).mkdir(parents=True)
 
-    def _retire(self, checkpoints: list[Path]) -> None:
-        """Remove checkpoints, and what crashes left: hidden first, so that none is ever seen half gone."""
-        for path in checkpoints:
-            path.rename(path.with_name(f".{path.name}.retired"))
+    def _check_fence(self) -> None:
+        """Ranks that were cut off and came back must not touch what a later attempt does."""
+        attempt = read_state(self._run_dir)["attempt"]
+        if attempt > self._attempt:
+            raise TrainingError(f"attempt {attempt} has taken over the run from attempt {self._attempt}")
+
+    def _fits(self, nbytes: int) -> bool:
+        """Whether the host has room for a copy of this much from each of its ranks."""
+        needed, available = nbytes * self._config.parallel.nproc_per_node, available_memory()
+        if needed > available / 2 and not self._told:
+            self._told = True
+            message = (
+                f"checkpoints are not written in the background: copies of {needed / 2**30:.1f} GiB on a host "
+                f"need more than half of the {available / 2**30:.1f} GiB available"
+            )
+            self._say(message)
+            logging.warning(message)
+        return needed <= available / 2
+
+    def _write(
+        self,
+        folder: Path,
+        weights: Iterable[tuple[str, Tensor]],
+        fragments: Iterable[Fragment],
+        extras: dict[str, Any],
+    ) -> Part:
+        """This rank's files, on the disk when it returns."""
+        rank = self._ranks.rank
+        written = write_shards(weights, folder / "hf", rank=rank, ep_rank=self._ep_rank)
+        states = f"optimizer/rank-{rank:05d}.safetensors"
+        elements = write_fragments(folder / states, fragments)
+        for name, value in extras.items():
+            torch.save(value, folder / name)
+        names = {states, *extras, *(f"hf/{place.file}" for place in written.values())}
+        return Part(written, elements, {name: _settle(folder / name) for name in names})
+
+    def _commit(self, step: int, folder: Path, parts: list[Part]) -> None:
+        """Rank 0, once all ranks have written: make the folder a checkpoint."""
+        if not self._ranks.is_main:
+            return
+        model, stage = self._config.model, self._config.stage
+        elements = sum(part.elements for part in parts)
+        assert elements == FIELDS * model.num_parameters(), f"{elements} elements of optimizer state"
+        data_dir = Path(self._config.data.dir)
+        written = {name: place for part in parts for name, place in part.weights.items()}
+        end_of_text = Manifest.load(data_dir).tokenizer.end_of_text
+        finish_folder(model, DTYPES[self._config.dtype], written, folder / "hf", end_of_text)
+        shutil.copyfile(data_dir / "tokenizer.json", folder / "hf" / "tokenizer.json")
+        known = {name: entry for part in parts for name, entry in part.files.items()}
+        there = (path for path in folder.rglob("*") if path.is_file())
+        names = {path.relative_to(folder).as_posix(): path for path in there}
+        files = {name: known.get(name) or _settle(path) for name, path in names.items()}
+        rows = step * stage.global_batch_size
+        manifest = CheckpointManifest(
+            step, step * stage.step_tokens, rows, self._attempt, self._layout, files
+        )
+        write_atomically(folder / MANIFEST, manifest.to_bytes())
+        for name in ("hf", "optimizer"):
+            sync_folder(folder / name)
+        final = self._folder / f"step-{step:08d}"
+        self._check_fence()
+        self._hide([final] if final.exists() else [])
+        folder.rename(final)
+        sync_folder(self._folder)
+        write_atomically(self._run_dir / "latest", f"{final.name}\n".encode())
+        self._prune(final)
+
+    def _prune(self, newest: Path) -> None:
+        """Remove what the configuration does not keep, and checkpoints of a future that was undone."""
+        keep, every = self._config.checkpoint.keep, self._config.checkpoint.keep_every_steps
+        there = sorted(self._folder.glob("step-*"))
+        past = [path for path in there if path < newest]
+        spare = past[: len(past) - keep + 1]
+        old = [path for path in spare if not every or int(path.name.removeprefix("step-")) % every]
+        undone = [path for path in there if path > newest]
+        self._hide([path for path in old + undone if not is_read(path)])
+        self._writer.submit(self._sweep)
+
+    def _hide(self, doomed: list[Path]) -> None:
+        """Hidden first, removed later: none is ever seen half gone."""
+        for path in doomed:
+            path.rename(path.with_name(f".{path.name}.retired-{self._attempt}"))
+
+    def _sweep(self) -> None:
+        """Remove what is hidden, but what this attempt or a later one is writing."""
         for leftover in self._folder.glob(".step-*"):
-            if not leftover.name.endswith(f"attempt-{self._attempt}"):
-                shutil.rmtree(leftover)
+            kind, _, attempt = leftover.suffix.rpartition("-")
+            if attempt.isdigit() and int(attempt) < self._attempt + (kind == ".retired"):
+                shutil.rmtree(leftover, ignore_errors=True)
+
+    def _damage(self, checkpoint: Path) -> list[str]:
+        """What is wrong with a checkpoint, the same on all ranks, each of which reads its share of the bytes."""
+        try:
+            manifest = CheckpointManifest.load(checkpoint)
+            mine = manifest.damage(checkpoint, self._ranks.rank, self._ranks.world_size)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            mine = [f"{MANIFEST} cannot be read ({error})"]
+        everywhere: list[Any] = [None] * self._ranks.world_size
+        dist.all_gather_object(everywhere, mine)
+        return list(dict.fromkeys(problem for part in everywhere for problem in part))
+
+    def _restore(self, checkpoint: Path, engine: Engine, balance: Balance) -> None:
+        files = sorted((checkpoint / "optimizer").iterdir())
+        first = self._ranks.rank % len(files)  # on the same layout, this rank's own file holds all it needs
+        fill_fragments(engine.fragments(), files[first:] + files[:first])
+        balance.load_state(_load(checkpoint / "balance.pt"))
+        generators = _load(checkpoint / "random.pt")
+        if self._ranks.rank < len(generators):  # a rank that is new keeps its seed's
+            set_random_state(generators[self._ranks.rank])
+
+
+def _load(path: Path) -> Any:
+    return torch.load(path, weights_only=True, map_location="cpu")
+
+
+def _on_host(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True)
+
+
+def _settle(path: Path) -> FileRecord:
+    """Wait until a file is on the disk; what it then must be."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    return measure(path)
 
 
 def check_tokenizer(weights: Path, data_dir: Path) -> None:
@@ -151,13 +344,3 @@ def check_tokenizer(weights: Path, data_dir: Path) -> None:
                 f" prepare the data with data.tokenizer={weights}"
             ]
         )
-
-
-def _sync_tree(folder: Path) -> None:
-    """Wait until everything in the folder is on the disk."""
-    for path in [folder, *folder.rglob("*")]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

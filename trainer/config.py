@@ -8,7 +8,7 @@ from data_pipeline.config import DataConfig
 from moe.config import ConfigError, ModelConfig
 from moe.upcycle import upcycle_problems
 from trainer.parallel import ParallelConfig, ParallelPlan
-from trainer.run_folder import hf_folder, read_frozen
+from trainer.run_folder import hf_folder, latest_checkpoint, read_frozen
 from trainer.typed import similar, typed
 
 
@@ -84,6 +84,8 @@ class CheckpointConfig:
 
     every_steps: int
     keep: int
+    keep_every_steps: int | None
+    background: bool
 
 
 @dataclass
@@ -140,7 +142,10 @@ class RunConfig:
         path = run_dir / "config.yaml"
         if not path.is_file():
             raise ConfigError([f"{run_dir} is not a run folder: it holds no config.yaml"])
-        return cls.load(read_frozen(path))
+        config = cls.load(read_frozen(path))
+        if latest_checkpoint(run_dir) is not None:
+            config.stage.init_from = None  # the run's own weights replace those; their folder may be gone
+        return config
 
     @property
     def run_dir(self) -> Path:
@@ -197,6 +202,7 @@ class RunConfig:
             ("balance.bias_update_rate", self.balance.bias_update_rate, 0),
             ("checkpoint.every_steps", self.checkpoint.every_steps, 1),
             ("checkpoint.keep", self.checkpoint.keep, 1),
+            ("checkpoint.keep_every_steps", self.checkpoint.keep_every_steps or 1, 1),
             ("evaluate.every_steps", self.evaluate.every_steps, 0),
             ("evaluate.rows", self.evaluate.rows, 1),
             ("tracker.log_every_steps", self.tracker.log_every_steps, 1),

@@ -1,16 +1,16 @@
-"""The one file that knows DeepSpeed: ZeRO, expert groups, gradient scaling, its checkpoints.
+"""The one file that knows DeepSpeed: ZeRO, expert groups, gradient scaling, where it keeps optimizer states.
 
 `mark_experts` makes our MoE blocks DeepSpeed's: each block's class becomes one that also inherits
 AutoEPMoELayer (as torch's `fully_shard` does with its class), and the expert weights carry the attributes by
-which DeepSpeed reduces, partitions, clips and saves them over the expert-data-parallel group.
+which DeepSpeed reduces, partitions and clips them over the expert-data-parallel group.
 """
 
 import os
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,19 +30,6 @@ if not torch.cuda.is_available():
 import deepspeed
 import deepspeed.comm
 import deepspeed.ops
-from deepspeed.checkpoint.autoep_affine import (
-    autoep_experts_for_rank,
-    autoep_placement_to_affine_map,
-    legacy_uniform_autoep_placement_descriptor,
-)
-from deepspeed.checkpoint.constants import (
-    AFFINE_MAP,
-    AUTOEP_EXPERT_PLACEMENT,
-    AUTOEP_PARAM_EP_RANK,
-    AUTOEP_PARAM_LOCAL_EXPERTS,
-    AUTOEP_PARAM_LOGICAL_SHAPE,
-    DS_AUTOEP_UC_META,
-)
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from deepspeed.utils import groups
 
@@ -84,7 +71,6 @@ def mark_experts(model: nn.Module, num_experts: int, ep_size: int, ep_rank: int)
     if not num_experts:
         return
     group_name = f"ep_size_{ep_size}"
-    placement = legacy_uniform_autoep_placement_descriptor(num_experts, num_experts // ep_size, ep_size)
     for block in model.modules():
         if not isinstance(block, MoEBlock):
             continue
@@ -96,31 +82,31 @@ def mark_experts(model: nn.Module, num_experts: int, ep_size: int, ep_rank: int)
             "ep_rank": ep_rank,
             "ep_group_name": group_name,
             "ep_group": expert_parallel_group(ep_size),
-            "expert_placement_descriptor": placement,
         }.items():
             setattr(block, key, value)
         for parameter in block.experts.parameters():
-            logical_shape = [num_experts, *parameter.shape[1:]]
-            metadata = {
-                AUTOEP_EXPERT_PLACEMENT: placement,
-                AFFINE_MAP: autoep_placement_to_affine_map(placement, logical_shape).to_dict(),
-                AUTOEP_PARAM_LOGICAL_SHAPE: logical_shape,
-                AUTOEP_PARAM_EP_RANK: ep_rank,
-                AUTOEP_PARAM_LOCAL_EXPERTS: list(autoep_experts_for_rank(placement, ep_rank)),
-            }
             for key, value in {
                 "allreduce": False,
                 "group_name": group_name,
                 "is_expert_group": True,
                 "ds_zero_placement_family": "autoep_expert",
                 "ds_zero_partition_group_name": group_name,
-                DS_AUTOEP_UC_META: metadata,
             }.items():
                 setattr(parameter, key, value)
 
 
+@dataclass(frozen=True)
+class Fragment:
+    """Consecutive elements of one parameter, with their optimizer state, that this rank holds."""
+
+    parameter: str
+    start: int  # of its first element in the flattened whole parameter, of experts [E, ...]
+    state: dict[str, Tensor]  # master (fp32 weights), exp_avg, exp_avg_sq: 1-D fp32 views, to read or to fill
+    owned: bool  # whether it falls to this rank to write them (without ZeRO several ranks hold the same)
+
+
 class Engine:
-    """A model under DeepSpeed: forward, backward of shares, step, save, load."""
+    """A model under DeepSpeed: forward, backward of shares, step, and the states that a checkpoint keeps."""
 
     def __init__(
         self,
@@ -133,6 +119,7 @@ class Engine:
         self._world_size = plan.world_size
         self._zero_stage = config.zero_stage
         self._max_grad_norm = config.optimizer.max_grad_norm
+        self._ep_rank = plan.ep_rank(ranks.rank)
         self._ep_group = expert_parallel_group(plan.ep_size)
         self._edp_group = groups._get_expert_data_parallel_group(f"ep_size_{plan.ep_size}")
         # DeepSpeed's own norm is wrong for experts without ZeRO, so stage 0 clips here.
@@ -153,7 +140,11 @@ class Engine:
             model=model, optimizer=optimizer, config=settings, dist_init_required=False
         )
         self.module: nn.Module = self._engine.module
+        self._masters: dict[nn.Parameter, Tensor] = {}  # bf16 without ZeRO: fp32 masters by parameter
         if self._zero_stage == 0:
+            lists = (getattr(self._engine.optimizer, name, []) for name in ("fp16_groups", "fp32_groups"))
+            for parameters, masters in zip(*lists, strict=True):
+                self._masters.update(zip(parameters, masters, strict=True))
             optimizer.state.clear()  # bf16 without ZeRO would start Adam's bias correction at its second step
 
     def forward(
@@ -211,24 +202,92 @@ class Engine:
     def owned_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """(name, whole tensor) of what this rank writes to disk, one at a time; all ranks must iterate.
 
-        Rank 0 owns the shared ones; the first rank of each expert slice owns that slice.
+        The ranks that hold a parameter (experts: that hold the same slice) take turns in owning one.
         """
-        first_of_slice = dist.get_rank(self._edp_group) == 0
-        for name, parameter in self.module.named_parameters():
-            expert = not getattr(parameter, "allreduce", True)
+        for name, parameter, owned in self._parameters():
             with self.gathered([parameter]):
-                if first_of_slice if expert else dist.get_rank() == 0:
+                if owned:
                     yield name, parameter.detach()
 
-    def save(self, folder: Path) -> None:
-        """Write DeepSpeed's checkpoint (weights, optimizer) into `folder`; all ranks must call it."""
-        self._engine.save_checkpoint(str(folder), tag="state", save_latest=False)
+    def _parameters(self) -> Iterator[tuple[str, nn.Parameter, bool]]:
+        """Name, parameter, and whether this rank owns it."""
+        for position, (name, parameter) in enumerate(self.module.named_parameters()):
+            group = None if getattr(parameter, "allreduce", True) else self._edp_group
+            turn = position % dist.get_world_size(group)
+            yield name, parameter, turn == dist.get_rank(group)
 
-    def load(self, folder: Path) -> None:
-        """Read what `save` wrote on the same layout of ranks; all ranks must call it."""
-        path, _ = self._engine.load_checkpoint(str(folder), tag="state")
-        if path is None:
-            raise FileNotFoundError(f"DeepSpeed found no checkpoint in {folder}")
+    def fragments(self) -> Iterator[Fragment]:
+        """The optimizer state that this rank holds, wherever DeepSpeed keeps it; no collectives.
+
+        Filling the views restores a state, on whatever layout it was read: `end_restore` ends it.
+        """
+        for name, parameter, owned in self._parameters():
+            place = self._locate(parameter)
+            if place is None:
+                continue
+            flat, offset, start, numel = place
+            state = self._adam_state(flat)
+            views = {"master": flat.detach(), "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
+            if not getattr(parameter, "allreduce", True):  # experts: this rank holds its slice of them
+                start += self._ep_rank * _numel(parameter)
+            cut = {key: view.view(-1)[offset : offset + numel] for key, view in views.items()}
+            yield Fragment(name, start, cut, owned or self._zero_stage > 0)
+
+    def _locate(self, parameter: nn.Parameter) -> tuple[Tensor, int, int, int] | None:
+        """Where fp32 elements of a parameter lie on this rank, None if they all lie on others.
+
+        (tensor that the optimizer updates, first element there, first element in the parameter, elements)
+        """
+        optimizer = self._engine.optimizer
+        if self._zero_stage == 3:
+            group, offset, padded = optimizer.grad_position[optimizer.get_param_id(parameter)]
+            start = padded * dist.get_rank(parameter.ds_process_group)
+            numel = min(padded, parameter.ds_numel - start)
+            return (
+                (optimizer.fp32_partitioned_groups_flat[group], offset, start, numel) if numel > 0 else None
+            )
+        if self._zero_stage > 0:
+            mapping = parameter._hp_mapping
+            if mapping is None:
+                return None
+            flat = self._engine.basic_optimizer.param_groups[mapping.param_group_index]["params"][0]
+            here, there = mapping.hp_fragment_address, mapping.lp_fragment_address
+            return flat, here.start, there.start, here.numel
+        return self._masters.get(parameter, parameter), 0, 0, parameter.numel()
+
+    def _adam_state(self, flat: Tensor) -> dict[str, Tensor]:
+        """The state of a tensor that the optimizer updates; that of no step yet where it has none."""
+        state = self._engine.basic_optimizer.state[flat]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(flat), torch.zeros_like(flat)
+        return state
+
+    @torch.no_grad()
+    def end_restore(self, step: int) -> None:
+        """After all fragments are filled: the step of the optimizer, and the weights from their masters.
+
+        All ranks must call it.
+        """
+        for state in self._engine.basic_optimizer.state.values():
+            state["step"].fill_(step)
+        optimizer = self._engine.optimizer
+        if self._zero_stage == 3:
+            optimizer.checkpoint_event_prologue()
+            for group in range(len(optimizer.fp32_partitioned_groups_flat)):
+                optimizer._reassign_or_swap_out_partitioned_parameters(group)
+                optimizer._unflatten_partitioned_parameters(group)
+            optimizer.checkpoint_event_epilogue()
+        elif self._zero_stage > 0:
+            optimizer.update_lp_params()
+        for parameter, master in self._masters.items():
+            parameter.copy_(master)
+
+    def snapshot_bytes(self) -> int:
+        """Bytes of all that this rank owns of weights and optimizer state."""
+        weights = sum(_numel(p) * p.element_size() for _, p, owned in self._parameters() if owned)
+        states = (view.nbytes for part in self.fragments() if part.owned for view in part.state.values())
+        return weights + sum(states)
 
     def close(self) -> None:
         """Release what DeepSpeed holds; all ranks must call it."""
@@ -239,3 +298,8 @@ def _square_sum(tensors: list[Tensor]) -> Tensor:
     if not tensors:
         return torch.zeros(())
     return torch.stack([tensor.float().square().sum() for tensor in tensors]).sum()
+
+
+def _numel(parameter: nn.Parameter) -> int:
+    """Elements of a parameter that ZeRO-3 may have partitioned."""
+    return getattr(parameter, "ds_numel", parameter.numel())

@@ -19,27 +19,31 @@ from trainer.config import BalanceConfig
 
 @dataclass(frozen=True)
 class Totals:
-    """Sums over the global batch of one step, and whether any rank was asked to stop."""
+    """Sums over the global batch of one step, and what the ranks agree on at its start."""
 
     label_tokens: int  # tokens with a label
     tokens: int  # tokens that are not padding
-    stop: bool
+    stop: bool  # any rank was asked to stop
+    written: bool  # all ranks have written their part of a checkpoint
 
 
-def agree_on_totals(micro_batches: list[Batch], stop: bool, device: torch.device) -> Totals:
-    """One all-reduce of three integers; every rank must call it once a step."""
+def agree_on_totals(
+    micro_batches: list[Batch], stop: bool, device: torch.device, written: bool = False
+) -> Totals:
+    """One all-reduce of four integers; every rank must call it once a step."""
     packed = torch.tensor(
         [
             sum(int((batch.labels != -100).sum()) for batch in micro_batches),
             sum(int(batch.token_mask.sum()) for batch in micro_batches),
             int(stop),
+            int(written),
         ],
         dtype=torch.int64,
         device=device,
     )
     dist.all_reduce(packed)
-    label_tokens, tokens, stops = packed.tolist()
-    return Totals(label_tokens, tokens, stops > 0)
+    label_tokens, tokens, stops, writers = packed.tolist()
+    return Totals(label_tokens, tokens, stops > 0, writers == dist.get_world_size())
 
 
 @dataclass(frozen=True)

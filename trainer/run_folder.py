@@ -15,6 +15,7 @@ from yaml import YAMLError
 
 from data_pipeline.manifest import to_json, write_atomically
 from moe.config import ConfigError
+from trainer.checkpoint_folder import checkpoints, has_manifest
 
 _PACKAGES = ("torch", "deepspeed", "datasets", "hydra-core", "numpy", "safetensors", "tokenizers", "wandb")
 
@@ -82,11 +83,8 @@ def lock(run_dir: Path) -> int:
 
 
 def latest_checkpoint(run_dir: Path) -> Path | None:
-    """The newest whole checkpoint of a run folder."""
-    pointer = run_dir / "latest"
-    if not pointer.is_file():
-        return None
-    return run_dir / "checkpoints" / pointer.read_text().strip()
+    """The checkpoint that a run goes on from, as far as the manifests tell; None where there is none."""
+    return next((path for path in checkpoints(run_dir) if has_manifest(path)), None)
 
 
 def hf_folder(source: Path) -> Path:
@@ -114,7 +112,9 @@ def read_state(run_dir: Path) -> dict[str, Any]:
 
 
 def write_state(run_dir: Path, state: str, attempt: int) -> None:
-    """Replace the state of a run."""
+    """Replace the state of a run, unless a later attempt has taken over."""
+    if read_state(run_dir)["attempt"] > attempt:
+        return
     write_atomically(run_dir / "state", to_json({"state": state, "attempt": attempt}))
 
 

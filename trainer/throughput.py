@@ -2,6 +2,8 @@
 
 import resource
 import time
+from contextlib import suppress
+from pathlib import Path
 
 import torch
 
@@ -33,6 +35,23 @@ def memory_gib(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def available_memory() -> int:
+    """Bytes of host memory that may still be taken, within this process's cgroup; 0 where Linux does not say."""
+    found = []
+    with suppress(OSError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        found = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")]
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            root, limit, used = "/sys/fs/cgroup", "memory.max", "memory.current"
+            if controllers:  # version 1
+                root, limit, used = f"{root}/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+            with suppress(OSError, ValueError):  # another controller, or no limit
+                folder = Path(f"{root}{path}")
+                found.append(int((folder / limit).read_text()) - int((folder / used).read_text()))
+    return min(found, default=0)
 
 
 class StepClock:

@@ -20,7 +20,7 @@ from moe.hf import load_hf
 from moe.init import init_weights, upcycle_weights
 from moe.model import CausalLM, ModelOutput
 from moe.parallelize import apply_expert_parallel, bytes_dispatched
-from trainer.checkpoint import Checkpoints, Progress, check_tokenizer
+from trainer.checkpoint import Checkpoints, check_tokenizer
 from trainer.config import RunConfig
 from trainer.engine import DTYPES, Engine, expert_parallel_group, init_deepspeed, mark_experts
 from trainer.evaluate import evaluate
@@ -65,8 +65,8 @@ def train(
     optimizer = build_optimizer(model, config.optimizer)
     engine = Engine(model, optimizer, config, plan, ranks)
     balance = build_balance(config, plan, ranks.device)
-    checkpoints = Checkpoints(run_dir, attempt, config, plan, ranks)
-    progress = checkpoints.load_latest(engine, balance) or Progress(step=0, next_row=0)
+    checkpoints = Checkpoints(run_dir, attempt, config, plan, ranks, screen.say)
+    step = checkpoints.load_latest(engine, balance)
     loader = Loader(
         config.data,
         seq_len=config.stage.seq_len,
@@ -75,7 +75,7 @@ def train(
         rank=ranks.rank,
         world_size=ranks.world_size,
         seed=config.seed,
-        next_row=progress.next_row,
+        next_row=step * plan.global_batch_size,
     )
     cleanup.callback(loader.close)
     loader.check_budget(total_steps * plan.global_batch_size)
@@ -84,16 +84,18 @@ def train(
         cleanup.callback(tracker.close)
     peak = peak_flops(ranks.device, DTYPES[config.dtype]) * ranks.world_size
     flops_per_token = config.model.flops_per_token(config.stage.seq_len)
-    screen.say("\n  ".join([describe(config, plan, progress), *loader.describe()]))
+    screen.say("\n  ".join([describe(config, plan, step), *loader.describe()]))
 
     metrics: dict = {}
-    clock, logged_step, saved_step, logged_bytes = StepClock(), progress.step, progress.step, 0
-    step, outcome, batches = progress.step, "finished", iter(loader)
+    clock, logged_step, saved_step, logged_bytes = StepClock(), step, step, 0
+    outcome, batches = "finished", iter(loader)
     while step < total_steps:
         waiting = time.perf_counter()
         micro_batches = [batch.to(ranks.device) for batch in next(batches)]
         clock.waited(time.perf_counter() - waiting)
-        totals = agree_on_totals(micro_batches, stop.requested, ranks.device)
+        totals = agree_on_totals(micro_batches, stop.requested, ranks.device, checkpoints.written)
+        if totals.written:
+            clock.exclude(checkpoints.finish())
         if totals.stop:
             outcome = "stopped"
             break
@@ -101,6 +103,7 @@ def train(
         rate = learning_rate(config.schedule, config.optimizer.lr, step, total_steps)
         sums, losses, grad_norm = train_step(engine, micro_batches, totals, balance, config, rate)
         if not math.isfinite(grad_norm):  # the same on every rank: the norm is global
+            checkpoints.finish()
             raise TrainingError(diverged(step + 1, micro_batches, losses, ranks, run_dir))
         step += 1
 
@@ -118,6 +121,7 @@ def train(
                 "tokens_per_second": tokens_per_second,
                 "step_seconds": step_seconds,
                 "data_wait_seconds": data_wait_seconds,
+                "save_stall_seconds": checkpoints.take_stall(),
                 "stall_fraction": data_wait_seconds / step_seconds,
                 "padding": 1 - totals.tokens / step_tokens,
                 "mfu": tokens_per_second * flops_per_token / peak,
@@ -136,14 +140,17 @@ def train(
             if tracker is not None:
                 tracker.log({"step": step, "tokens": step * step_tokens, **held_out})
             metrics |= held_out
-        if step % config.checkpoint.every_steps == 0 or last:
-            checkpoints.save(engine, balance, Progress(step, step * plan.global_batch_size))
+        if step % config.checkpoint.every_steps == 0:
+            checkpoints.save(engine, balance, step)
             saved_step = step
         clock.exclude(time.perf_counter() - paused)
 
+    if saved_step < step:
+        checkpoints.save(engine, balance, step)
+    checkpoints.finish()
+    if tracker is not None and (stall := checkpoints.take_stall()):  # of saves after the last logged step
+        tracker.log({"step": step, "tokens": step * step_tokens, "save_stall_seconds": stall})
     if outcome == "stopped":
-        if saved_step < step:
-            checkpoints.save(engine, balance, Progress(step, step * plan.global_batch_size))
         screen.say(f"stopped at step {step} of {total_steps}; go on with: python -m trainer.resume {run_dir}")
     else:
         unigram = {
@@ -255,7 +262,7 @@ def check_hosts(config: RunConfig, plan: ParallelPlan, ranks: Ranks, screen: Ter
         screen.say(f"warning: expert-parallel groups span nodes, which is slow: {'; '.join(apart)}")
 
 
-def describe(config: RunConfig, plan: ParallelPlan, progress: Progress) -> str:
+def describe(config: RunConfig, plan: ParallelPlan, step: int) -> str:
     """What is about to be trained, in one line."""
     total, active = config.model.num_parameters(), config.model.num_active_parameters()
     return (
@@ -263,7 +270,7 @@ def describe(config: RunConfig, plan: ParallelPlan, progress: Progress) -> str:
         f"{plan.world_size} ranks, ep_size {plan.ep_size}, ZeRO {config.zero_stage}, "
         f"{plan.gradient_accumulation_steps} micro-batches per step, "
         f"{config.stage.step_tokens:,} tokens per step, {config.stage.total_steps:,} steps"
-        + (f", going on after step {progress.step}" if progress.step else "")
+        + (f", going on after step {step}" if step else "")
     )
 
 

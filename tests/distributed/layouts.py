@@ -159,11 +159,9 @@ def gather_parameters(engine: Engine, plan: ParallelPlan, ranks: Ranks) -> dict[
     mine = {name: tensor.float().clone() for name, tensor in engine.owned_parameters()}
     everywhere: list = [None] * ranks.world_size
     dist.all_gather_object(everywhere, mine)
-    whole = dict(everywhere[0])
-    for rank in range(1, plan.ep_size):
-        for name, tensor in everywhere[rank].items():
-            whole[name] = torch.cat([whole[name], tensor])
-    return whole
+    order = sorted(range(ranks.world_size), key=plan.ep_rank)
+    names = {name for part in everywhere for name in part}
+    return {name: torch.cat([everywhere[r][name] for r in order if name in everywhere[r]]) for name in names}
 
 
 def run_many(overrides: list[list[str]]) -> list[Outcome]:
