@@ -106,7 +106,7 @@ class Checkpoints:
         started = time.perf_counter()
         folder = self._folder / f".step-{step:08d}.attempt-{self._attempt}"
         self._agree(f"write the checkpoint of step {step}", lambda: self._make(folder))
-        generators = self._agree("describe the random generators", random_state)
+        generators = self._agree("read the random generators", random_state)
         state = {name: tensor.clone() for name, tensor in balance.state().items()}
         extras = {"balance.pt": state, "random.pt": generators} if self._ranks.is_main else {}
         weights = engine.owned_parameters()
@@ -132,7 +132,7 @@ class Checkpoints:
             self.finish()
 
     def finish(self) -> float:
-        """Wait for the checkpoint that is being written, if any, and commit it; returns the seconds it took.
+        """Wait for the checkpoint that is being written, if any, and commit it; returns seconds.
 
         Raises TrainingError as `save` does.
         """
@@ -159,23 +159,19 @@ class Checkpoints:
         """
         shared = [checkpoints(self._run_dir)]
         dist.broadcast_object_list(shared)
-        candidates, found = shared[0], []
-        for checkpoint in candidates:
+        problems: list[str] = []
+        for checkpoint in shared[0]:
             with reading(checkpoint):
-                problems = self._damage(checkpoint)
-                if not problems:
-                    manifest = CheckpointManifest.load(checkpoint)
-                    self._agree(f"restore {checkpoint}", lambda: self._restore(checkpoint, engine, balance))
-                    engine.end_restore(manifest.step)
-                    if found:
-                        self._say(
-                            "\n  ".join([f"going on from {checkpoint.name}: newer ones are damaged", *found])
-                        )
-                    return manifest.step
-                found += [f"{checkpoint.name}: {problem}" for problem in problems]
-        if candidates:
+                if found := self._damage(checkpoint):
+                    problems += [f"{checkpoint.name}: {problem}" for problem in found]
+                    continue
+                if problems:
+                    headline = f"warning: going on from {checkpoint.name}, which is whole; damaged:"
+                    self._say("\n  ".join([headline, *problems]))
+                return self._restore(checkpoint, engine, balance)
+        if problems:
             remedy = "put one of them right, or move them away to start from step 0"
-            raise ConfigError([f"{self._folder} holds no whole checkpoint; {remedy}:", *found])
+            raise ConfigError([f"{self._folder} holds no whole checkpoint; {remedy}:", *problems])
         return 0
 
     def _agree(self, what: str, work: Callable[[], T]) -> list[T]:
@@ -305,14 +301,19 @@ class Checkpoints:
         dist.all_gather_object(everywhere, mine)
         return list(dict.fromkeys(problem for part in everywhere for problem in part))
 
-    def _restore(self, checkpoint: Path, engine: Engine, balance: Balance) -> None:
+    def _restore(self, checkpoint: Path, engine: Engine, balance: Balance) -> int:
+        """Restore a checkpoint that is whole; returns its step."""
         files = sorted((checkpoint / "optimizer").iterdir())
         first = self._ranks.rank % len(files)  # on the same layout, this rank's own file holds all it needs
-        fill_fragments(engine.fragments(), files[first:] + files[:first])
+        fragments = engine.fragments()
+        self._agree(f"restore {checkpoint}", lambda: fill_fragments(fragments, files[first:] + files[:first]))
+        step = CheckpointManifest.load(checkpoint).step
+        engine.end_restore(step)
         balance.load_state(_load(checkpoint / "balance.pt"))
         generators = _load(checkpoint / "random.pt")
         if self._ranks.rank < len(generators):  # a rank that is new keeps its seed's
             set_random_state(generators[self._ranks.rank])
+        return step
 
 
 def _load(path: Path) -> Any:

@@ -6,8 +6,8 @@
         hf/                         the weights as a Hugging Face folder
         balance.pt random.pt        the balance's state; the random generators of all ranks
 
-A fragment is named `PARAMETER:START:FIELD`: consecutive elements of the flattened whole parameter from START on.
-The layout of ranks is in none of these names, so that any other layout reads them.
+A fragment is named `PARAMETER:START:FIELD`: elements of the whole parameter, flattened,
+from START on. No name depends on the layout of ranks, so that any other layout reads them.
 """
 
 import fcntl
@@ -62,7 +62,7 @@ class CheckpointManifest:
         return cls(**fields)
 
     def damage(self, checkpoint: Path, part: int = 0, parts: int = 1) -> list[str]:
-        """What is wrong with the files, one line each; of every `parts`-th file from `part` on. Reads all bytes."""
+        """What is wrong with the files (every `parts`-th from `part` on), one line each. Reads all bytes."""
         found = []
         for name, expected in sorted(self.files.items())[part::parts]:
             try:

@@ -233,7 +233,7 @@ class Engine:
             cut = {key: view.view(-1)[offset : offset + numel] for key, view in views.items()}
             yield Fragment(name, start, cut, owned or self._zero_stage > 0)
 
-    def _locate(self, parameter: nn.Parameter) -> tuple[Tensor, int, int, int] | None:
+    def _locate(self, parameter: Any) -> tuple[Tensor, int, int, int] | None:
         """Where fp32 elements of a parameter lie on this rank, None if they all lie on others.
 
         (tensor that the optimizer updates, first element there, first element in the parameter, elements)

@@ -1,4 +1,4 @@
-"""Fragments of optimizer state in safetensors files: written as the ranks hold them, read as others need them."""
+"""Fragments of optimizer state in safetensors files: written as ranks hold them, read as others need them."""
 
 import json
 from collections import defaultdict
@@ -13,7 +13,7 @@ from trainer.engine import Fragment
 
 
 def write_fragments(path: Path, fragments: Iterable[Fragment]) -> int:
-    """Write fragments into a new file, one tensor at a time in host memory; returns the elements of all fields."""
+    """Write fragments into a new file, one tensor at a time on the host; returns the elements of all."""
     tensors = [
         (f"{fragment.parameter}:{fragment.start}:{field}", view)
         for fragment in fragments
@@ -28,14 +28,14 @@ def write_fragments(path: Path, fragments: Iterable[Fragment]) -> int:
     with open(path, "xb") as file:
         file.write(len(encoded).to_bytes(8, "little") + encoded)
         for _, tensor in tensors:
-            file.write(tensor.detach().to("cpu", torch.float32).numpy())
+            file.write(tensor.to("cpu").numpy().data)
     return sum(tensor.numel() for _, tensor in tensors)
 
 
 def fill_fragments(fragments: Iterable[Fragment], files: Iterable[Path]) -> None:
-    """Fill the views of `fragments` from files in which other ranks may have cut the same parameters elsewhere.
+    """Fill the views of `fragments` from files in which the same parameters may be cut elsewhere.
 
-    Files are opened in their order, until nothing is missing. Raises ValueError that names what no file holds.
+    Files are opened in order until nothing is missing. Raises ValueError that names what is.
     """
     wanted: dict[tuple[str, str], list[tuple[int, torch.Tensor]]] = defaultdict(list)
     missing: dict[tuple[str, str], int] = defaultdict(int)

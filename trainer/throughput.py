@@ -38,7 +38,7 @@ def memory_gib(device: torch.device) -> float:
 
 
 def available_memory() -> int:
-    """Bytes of host memory that may still be taken, within this process's cgroup; 0 where Linux does not say."""
+    """Bytes of host memory that may still be taken, within the limits of the cgroup; 0 if unknown."""
     found = []
     with suppress(OSError):
         lines = Path("/proc/meminfo").read_text().splitlines()

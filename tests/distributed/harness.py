@@ -57,7 +57,7 @@ def _start(command: list[str], folder: Path, rank: int, world_size: int) -> subp
         "OMP_NUM_THREADS": "1",
         "GLOO_SOCKET_IFNAME": "lo",
         "DS_ACCELERATOR": "cpu",
-        "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
+        "PYTHONPATH": f"{ROOT}:{ROOT}/tests/integration:{os.environ.get('PYTHONPATH', '')}",
     }
     with _log(folder, rank).open("wb") as log:
         return subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)

@@ -83,27 +83,40 @@ def micro_batches(plan: ParallelPlan, rank: int, step: int) -> list[Batch]:
     return batches
 
 
+class SmallRun:
+    """The small model on this process's ranks, under the configuration that the overrides name."""
+
+    def __init__(self, *overrides: str) -> None:
+        init_deepspeed(torch.device("cpu"))
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+        self.ranks = Ranks(rank, rank, world_size, torch.device("cpu"))
+        self.config = small_config(*overrides)
+        self.plan = ParallelPlan.of(self.config, world_size)
+        self.config.check(self.plan)
+        model = build_model(self.config, self.plan, self.ranks)
+        optimizer = build_optimizer(model, self.config.optimizer)
+        self.engine = Engine(model, optimizer, self.config, self.plan, self.ranks)
+        self.balance = build_balance(self.config, self.plan, self.ranks.device)
+
+    def train(self, steps: range, same_rows: bool = False) -> Outcome:
+        """These steps, on new rows each or on the same."""
+        outcome: Outcome = {"losses": [], "balance_losses": [], "grad_norms": []}
+        for step in steps:
+            batches = micro_batches(self.plan, self.ranks.rank, 0 if same_rows else step)
+            totals = agree_on_totals(batches, False, self.ranks.device)
+            sums, _, grad_norm = train_step(self.engine, batches, totals, self.balance, self.config, RATE)
+            metrics = sums.over_ranks().describe(totals)
+            outcome["losses"].append(metrics["loss"])
+            outcome["balance_losses"].append(metrics["balance_loss"])
+            outcome["grad_norms"].append(grad_norm)
+        return outcome | {"parameters": gather_parameters(self.engine, self.plan, self.ranks)}
+
+
 def train_small(*overrides: str, steps: int = STEPS, same_rows: bool = False) -> Outcome:
     """So many steps under the configuration that the overrides name, on new rows or on the same."""
-    init_deepspeed(torch.device("cpu"))
-    ranks = Ranks(dist.get_rank(), dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
-    config = small_config(*overrides)
-    plan = ParallelPlan.of(config, ranks.world_size)
-    config.check(plan)
-    model = build_model(config, plan, ranks)
-    engine = Engine(model, build_optimizer(model, config.optimizer), config, plan, ranks)
-    balance = build_balance(config, plan, ranks.device)
-    outcome: Outcome = {"losses": [], "balance_losses": [], "grad_norms": []}
-    for step in range(steps):
-        batches = micro_batches(plan, ranks.rank, 0 if same_rows else step)
-        totals = agree_on_totals(batches, False, ranks.device)
-        sums, _, grad_norm = train_step(engine, batches, totals, balance, config, RATE)
-        metrics = sums.over_ranks().describe(totals)
-        outcome["losses"].append(metrics["loss"])
-        outcome["balance_losses"].append(metrics["balance_loss"])
-        outcome["grad_norms"].append(grad_norm)
-    outcome["parameters"] = gather_parameters(engine, plan, ranks)
-    engine.close()
+    run = SmallRun(*overrides)
+    outcome = run.train(range(steps), same_rows)
+    run.engine.close()
     return outcome
 
 

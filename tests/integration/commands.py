@@ -1,5 +1,6 @@
 """The command line as a user types it, and the settings of a small run."""
 
+import json
 import os
 import subprocess
 import sys
@@ -37,3 +38,23 @@ def python(*arguments: str, cwd: Path, timeout: float = 120) -> subprocess.Compl
     return subprocess.run(
         command, cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=timeout, check=False
     )
+
+
+def prepare_corpus(folder: Path) -> list[str]:
+    """Overrides that name a prepared corpus of two sources, 512 ids, made of short sentences."""
+    for source in ("text", "second"):
+        lines = [
+            f"The {source} number {n} follows {n - 1}, and {n * n} is its square.\n" * 3 for n in range(400)
+        ]
+        (folder / f"{source}.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    overrides = [
+        "data=jsonl",
+        f"data.dir={folder}/prepared",
+        "data.tokenizer_vocab_size=512",
+        "data.validation_fraction=0.1",
+        f"data.sources.text.paths=[{folder}/text.jsonl]",
+        f"+data.sources.second={{kind:jsonl,paths:[{folder}/second.jsonl],text_key:text,weight:0.5,max_epochs:null}}",
+    ]
+    prepared = python("data_pipeline", "name=t", "model.vocab_size=512", *overrides, cwd=folder)
+    assert prepared.returncode == 0, prepared.stderr
+    return overrides
