@@ -15,7 +15,7 @@ from data_pipeline.shards import open_prepared
 from trainer.config import ConfigError, RunConfig
 from trainer.launch import launch
 from trainer.parallel import ParallelPlan
-from trainer.run_folder import freeze, lock
+from trainer.run_folder import freeze, latest_checkpoint, lock
 
 
 def compose_and(config_name: str, act: Callable[[DictConfig], int]) -> NoReturn:
@@ -53,6 +53,8 @@ def train_here(cfg: DictConfig) -> int:
     if hydra_config.mode == RunMode.MULTIRUN:  # a sweep is a folder of numbered runs
         cfg.name = f"{cfg.name}/{hydra_config.job.num}"
     config = RunConfig.load(cfg)
+    if latest_checkpoint(config.run_dir) is not None:
+        config.stage.init_from = None  # as `read_run` has it
     config.check(ParallelPlan.of(config, config.parallel.nproc_per_node))
     check_data(config)
     for group, key in (("data", "dir"), ("stage", "init_from")):  # the run goes on from any folder
@@ -60,7 +62,7 @@ def train_here(cfg: DictConfig) -> int:
             cfg[group][key] = str(Path(cfg[group][key]).resolve())
     held = lock(config.run_dir)
     freeze(config.run_dir, cfg, list(hydra_config.overrides.task))
-    return start(config.run_dir, config, held)
+    return start(config.run_dir, RunConfig.of_run(config.run_dir), held)
 
 
 def check_data(config: RunConfig) -> None:

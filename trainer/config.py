@@ -8,7 +8,7 @@ from data_pipeline.config import DataConfig
 from moe.config import ConfigError, ModelConfig
 from moe.upcycle import upcycle_problems
 from trainer.parallel import ParallelConfig, ParallelPlan
-from trainer.run_folder import hf_folder, latest_checkpoint, read_frozen
+from trainer.run_folder import hf_folder, read_run
 from trainer.typed import similar, typed
 
 
@@ -138,14 +138,8 @@ class RunConfig:
 
     @classmethod
     def of_run(cls, run_dir: Path) -> "RunConfig":
-        """The frozen configuration of a run folder. Raises ConfigError where there is none."""
-        path = run_dir / "config.yaml"
-        if not path.is_file():
-            raise ConfigError([f"{run_dir} is not a run folder: it holds no config.yaml"])
-        config = cls.load(read_frozen(path))
-        if latest_checkpoint(run_dir) is not None:
-            config.stage.init_from = None  # the run's own weights replace those; their folder may be gone
-        return config
+        """The configuration that a run folder goes on with. Raises ConfigError where there is none."""
+        return cls.load(read_run(run_dir))
 
     @property
     def run_dir(self) -> Path:
@@ -336,4 +330,10 @@ def _deepspeed_problems(section: dict[str, Any]) -> list[str]:
     stage = zero.get("stage", 0) if isinstance(zero, dict) else None
     if stage not in (0, 1, 2, 3):
         found.append(f"deepspeed.zero_optimization.stage={stage} is unknown; use 0, 1, 2 or 3")
+    offload = zero.get("offload_optimizer") if isinstance(zero, dict) else None
+    if isinstance(offload, dict) and (offload.get("device") == "nvme" or offload.get("ratio", 1) != 1):
+        found.append(
+            "deepspeed.zero_optimization.offload_optimizer: checkpoints need optimizer states in memory; "
+            "use device=cpu with ratio=1, or none"
+        )
     return found

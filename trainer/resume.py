@@ -1,4 +1,4 @@
-"""`python -m trainer.resume RUN_DIR`: go on with a run on this machine."""
+"""`python -m trainer.resume RUN_DIR [key=value ...]`: go on with a run here, also laid out anew."""
 
 import sys
 from pathlib import Path
@@ -7,20 +7,25 @@ from data_pipeline.config import DataError
 from trainer.cli import check_data, start
 from trainer.config import ConfigError, RunConfig
 from trainer.parallel import ParallelPlan
-from trainer.run_folder import lock
+from trainer.run_folder import change_layout, lock, read_run, record_layout
 
 
 def main(arguments: list[str]) -> int:
     """Returns the exit code."""
-    if len(arguments) != 1:
-        print("usage: python -m trainer.resume RUN_DIR", file=sys.stderr)
+    if not arguments:
+        print("usage: python -m trainer.resume RUN_DIR [key=value ...]", file=sys.stderr)
         return 2
-    run_dir = Path(arguments[0])
+    run_dir, overrides = Path(arguments[0]), arguments[1:]
     try:
-        config = RunConfig.of_run(run_dir)
+        cfg = read_run(run_dir)
+        changed = change_layout(cfg, overrides)
+        config = RunConfig.load(cfg)
         config.check(ParallelPlan.of(config, config.parallel.nproc_per_node))
         check_data(config)
-        return start(run_dir, config, lock(run_dir))
+        held = lock(run_dir)
+        if changed:
+            record_layout(run_dir, changed, overrides)
+        return start(run_dir, config, held)
     except (ConfigError, DataError) as error:
         print(error, file=sys.stderr)
         return 2

@@ -7,6 +7,7 @@ import traceback
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
+from zlib import crc32
 
 from data_pipeline.config import DataError
 from trainer.config import ConfigError, RunConfig
@@ -41,7 +42,8 @@ def main(arguments: list[str]) -> int:
         config = RunConfig.of_run(run_dir)
         config.check(ParallelPlan.of(config, int(os.environ["WORLD_SIZE"])))
     except ConfigError as error:
-        print(error, file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # every rank meets it
+            print(error, file=sys.stderr)
         return 2
     ranks = Ranks.join()
     shared = [read_state(run_dir)["attempt"] + 1]
@@ -73,12 +75,25 @@ def _train(
         return outcome, 0
     except (ConfigError, DataError, TrainingError) as error:
         logging.error("%s", error)
-        print(f"rank {ranks.rank}: {error}", file=terminal)
+        marker = f"error-{crc32(str(error).encode()):08x}"
+        if _first(run_dir / "logs" / f"attempt-{attempt}" / marker):  # most errors are met by all ranks
+            print(f"rank {ranks.rank}: {error}", file=terminal)
         return "failed", 1 if isinstance(error, TrainingError) else 2
     except Exception:
         logging.exception("rank %s", ranks.rank)
         print(f"rank {ranks.rank}: {traceback.format_exc()}", file=terminal)
         return "failed", 1
+
+
+def _first(marker: Path) -> bool:
+    """Whether this rank is the first to make the file, or none can."""
+    try:
+        marker.touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    except OSError:
+        pass
+    return True
 
 
 if __name__ == "__main__":

@@ -19,6 +19,13 @@ from trainer.checkpoint_folder import checkpoints, has_manifest
 
 _PACKAGES = ("torch", "deepspeed", "datasets", "hydra-core", "numpy", "safetensors", "tokenizers", "wandb")
 
+_CONF = Path(__file__).parents[1] / "conf"
+# What a resume may change: how the ranks are laid out and what is kept, never what is computed.
+LAYOUT_KEYS = (
+    *("parallel", "deepspeed", "micro_batch_size", "recompute", "experts.backend"),
+    *("checkpoint", "evaluate", "tracker"),
+)
+
 
 def freeze(run_dir: Path, cfg: DictConfig, overrides: list[str]) -> None:
     """Write config.yaml, overrides.txt, environment.json and git.txt of a new run.
@@ -60,6 +67,59 @@ def read_frozen(path: Path) -> Any:
         raise ConfigError(
             [f"{path} cannot be read ({error}); restore it, or start a run of another name"]
         ) from error
+
+
+def read_run(run_dir: Path) -> Any:
+    """The configuration that a run goes on with: config.yaml, then the sections of each resume-K.yaml.
+
+    Raises ConfigError for a folder that is no run.
+    """
+    frozen = run_dir / "config.yaml"
+    if not frozen.is_file():
+        raise ConfigError([f"{run_dir} is not a run folder: it holds no config.yaml"])
+    cfg = read_frozen(frozen)
+    changes = {int(path.stem.partition("-")[2]): path for path in run_dir.glob("resume-*.yaml")}
+    for attempt in sorted(changes):
+        for section, value in read_frozen(changes[attempt]).items():
+            cfg[section] = value
+    if latest_checkpoint(run_dir) is not None:
+        cfg.stage.init_from = None  # the run has weights of its own; the folder of the first may be gone
+    return cfg
+
+
+def change_layout(cfg: Any, overrides: list[str]) -> dict[str, Any]:
+    """Apply the overrides of a resume to `cfg`; returns the sections that they touch.
+
+    Raises ConfigError for a key that could change what the run computes.
+    """
+    problems, touched = [], []
+    for override in sorted(
+        overrides, key=lambda text: text.partition("=")[0]
+    ):  # deepspeed before deepspeed.KEY
+        key, given, value = override.partition("=")
+        section = key.partition(".")[0]
+        if not given or not any(key == free or key.startswith(f"{free}.") for free in LAYOUT_KEYS):
+            allowed = ", ".join(LAYOUT_KEYS)
+            problems.append(f"{override}: only KEY=VALUE with these keys can change at a resume: {allowed}")
+        elif key == "deepspeed":
+            groups = {path.stem: path for path in (_CONF / "deepspeed").glob("*.yaml")}
+            if value in groups:
+                cfg.deepspeed = OmegaConf.load(groups[value])
+            else:
+                problems.append(f"{override} is unknown; use {', '.join(sorted(groups))}")
+        else:
+            cfg.merge_with_dotlist([override])
+        touched.append(section)
+    if problems:
+        raise ConfigError(problems)
+    return {section: cfg[section] for section in touched}
+
+
+def record_layout(run_dir: Path, sections: dict[str, Any], overrides: list[str]) -> None:
+    """Write resume-K.yaml, K the attempt that is about to start: from now on the run goes on with it."""
+    path = run_dir / f"resume-{read_state(run_dir)['attempt'] + 1}.yaml"
+    header = f"# python -m trainer.resume RUN_DIR {' '.join(overrides)}\n"
+    write_atomically(path, (header + OmegaConf.to_yaml(OmegaConf.create(sections))).encode())
 
 
 def lock(run_dir: Path) -> int:

@@ -4,7 +4,6 @@ from itertools import product
 from pathlib import Path
 
 import pytest
-import torch
 from commands import prepare_corpus
 from harness import run_ranks
 from layouts import ROWS, Outcome, SmallRun

@@ -27,7 +27,14 @@ EXTRA = {
     "trainer/tracker.py": {"wandb"},
     "moe/experts_optional.py": {"megablocks", "liger_kernel"},
 }
-TORCH_FREE = ["moe.config", "data_pipeline.config", "trainer.config", "trainer.parallel", "trainer.cli"]
+TORCH_FREE = [
+    "moe.config",
+    "data_pipeline.config",
+    "trainer.config",
+    "trainer.parallel",
+    "trainer.cli",
+    "trainer.inspect",
+]
 
 
 def imported(path: Path) -> set[str]:

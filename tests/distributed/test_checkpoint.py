@@ -1,0 +1,215 @@
+"""Saving and restoring on real ranks: exact on the same layout, agreed by all ranks, safe from other attempts."""
+
+import json
+import resource
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from commands import prepare_corpus
+from harness import run_ranks
+from layouts import ROWS, SmallRun
+
+from trainer.checkpoint import Checkpoints
+from trainer.checkpoint_folder import damage, reading
+from trainer.engine import Engine
+from trainer.runtime import TrainingError
+
+# ZeRO stage, ep_size, micro-batches per step, dtype
+EVERY = list(product((0, 1, 2, 3), (1, 2), (1, 4), ("fp32", "bf16")))
+PAIRWISE = [  # every pair of values of two of them
+    *[(0, 1, 1, "fp32"), (0, 2, 4, "bf16"), (1, 2, 1, "bf16"), (1, 1, 4, "fp32")],
+    *[(2, 2, 4, "fp32"), (2, 1, 1, "bf16"), (3, 1, 4, "bf16"), (3, 2, 1, "fp32")],
+]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A prepared folder: a checkpoint takes its tokenizer along."""
+    folder = tmp_path_factory.mktemp("data")
+    prepare_corpus(folder)
+    return f"{folder}/prepared"
+
+
+def state_of(engine: Engine) -> dict[str, Any]:
+    """All that the optimizer of this rank holds, as DeepSpeed has it."""
+    optimizer = engine._engine.basic_optimizer
+    fragments = {
+        f"{part.parameter}:{part.start}:{field}": view.clone()
+        for part in engine.fragments()
+        for field, view in part.state.items()
+    }
+    groups = [
+        {key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups
+    ]
+    steps = [float(state["step"]) for state in optimizer.state.values()]
+    weights = {name: tensor.clone() for name, tensor in engine.owned_parameters()}
+    return {"fragments": fragments, "groups": groups, "steps": steps, "weights": weights}
+
+
+def interrupt_and_compare(case: tuple, folder: str, data: str) -> None:
+    """Four steps at once, and two, saved, restored by engines that know nothing, and two more."""
+    stage, ep_size, count, dtype = case
+    overrides = [
+        *(f"deepspeed=zero{stage}", f"parallel.ep_size={ep_size}", f"dtype={dtype}", f"data.dir={data}"),
+        *(f"micro_batch_size={ROWS // (2 * count)}", "balance.mode=prior_buffer"),
+        *("balance.bias_update_rate=0.01", f"checkpoint.background={'true' if count == 1 else 'false'}"),
+    ]
+    straight = SmallRun(*overrides)
+    straight.train(range(2))
+    saver = checkpoints_of(straight, Path(folder))
+    saver.save(straight.engine, straight.balance, 2)
+    noise = torch.rand(3)
+    expected = straight.train(range(2, 4)), state_of(straight.engine)
+    saver.finish()  # in the background, the state of step 2 is written while steps 3 and 4 are made
+    straight.engine.close()
+
+    resumed = SmallRun(*overrides, "seed=99")
+    assert checkpoints_of(resumed, Path(folder)).load_latest(resumed.engine, resumed.balance) == 2
+    assert torch.equal(torch.rand(3), noise)
+    actual = resumed.train(range(2, 4)), state_of(resumed.engine)
+    resumed.engine.close()
+    assert_identical(actual, expected, str(case))
+    assert set(expected[1]["steps"]) == {4.0}
+    assert {group["weight_decay"] for group in expected[1]["groups"]} == {0.0, 0.1}
+
+
+def assert_identical(actual: Any, expected: Any, path: str) -> None:
+    if isinstance(expected, dict):
+        assert actual.keys() == expected.keys(), path
+        for key in expected:
+            assert_identical(actual[key], expected[key], f"{path} {key}")
+    elif isinstance(expected, list | tuple):
+        for position, pair in enumerate(zip(actual, expected, strict=True)):
+            assert_identical(*pair, f"{path}[{position}]")
+    elif isinstance(expected, torch.Tensor):
+        assert torch.equal(actual, expected), path
+    else:
+        assert actual == expected, path
+
+
+def interrupt_each(cases: list[tuple], root: str, data: str) -> None:
+    for number, case in enumerate(cases):
+        interrupt_and_compare(case, f"{root}/{number}", data)
+
+
+def test_interrupted_is_exact(tmp_path, data):
+    run_ranks(interrupt_each, 2, PAIRWISE, str(tmp_path), data, timeout=240)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_interrupted_is_exact_in_every_combination(tmp_path, data):
+    run_ranks(interrupt_each, 2, EVERY, str(tmp_path), data, timeout=800)
+
+
+def checkpoints_of(run: SmallRun, run_dir: Path, attempt: int = 1) -> Checkpoints:
+    return Checkpoints(run_dir, attempt, run.config, run.plan, run.ranks, print)
+
+
+def small_run(data: str, *overrides: str) -> SmallRun:
+    return SmallRun("deepspeed=zero3", "parallel.ep_size=2", "micro_batch_size=8", f"data.dir={data}", *overrides)
+
+
+def run_out_of_space(root: str, data: str, background: str) -> str:
+    """Rank 1 alone can write no more; ZeRO-3, where ranks gather weights together while they write."""
+    run_dir = Path(root)
+    run = small_run(data, f"checkpoint.background={background}")
+    run.train(range(1))
+    checkpoints = checkpoints_of(run, run_dir)
+    checkpoints.save(run.engine, run.balance, 1)
+    checkpoints.finish()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if run.ranks.rank == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    with pytest.raises(TrainingError) as caught:
+        checkpoints.save(run.engine, run.balance, 2)
+        checkpoints.finish()
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    run.train(range(1, 2))  # no rank has lost count of the collectives
+    dist.barrier()
+    assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["step-00000001"]
+    assert damage(run_dir / "checkpoints/step-00000001") == []
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("background", ["true", "false"])
+def test_a_rank_that_cannot_write_stops_all_and_harms_nothing(tmp_path, data, background):
+    messages = run_ranks(run_out_of_space, 2, str(tmp_path), data, background)
+    assert messages[0] == messages[1]
+    assert "cannot write the checkpoint of step 2 (rank 1: " in messages[0]
+    assert "GiB free" in messages[0]
+
+
+def come_back_late(root: str, data: str) -> None:
+    """Attempt 1 was cut off from the others, not dead; attempt 2 goes on with the run meanwhile."""
+    run_dir = Path(root)
+    run = small_run(data, "checkpoint.keep=1")
+    old, new = checkpoints_of(run, run_dir, 1), checkpoints_of(run, run_dir, 2)
+    old.save(run.engine, run.balance, 1)
+    old.finish()
+    old.save(run.engine, run.balance, 2)  # being written when the second attempt starts
+    dist.barrier()
+    if run.ranks.is_main:
+        (run_dir / "state").write_text(json.dumps({"state": "running", "attempt": 2}))
+    dist.barrier()
+    with pytest.raises(TrainingError, match="attempt 2 has taken over"):
+        old.finish()
+    with pytest.raises(TrainingError, match="attempt 2 has taken over"):
+        old.save(run.engine, run.balance, 4)
+    new.save(run.engine, run.balance, 3)
+    new.finish()
+    dist.barrier()
+    assert (run_dir / "latest").read_text() == "step-00000003\n"
+    assert damage(run_dir / "checkpoints/step-00000003") == []
+
+
+def test_an_attempt_that_was_overtaken_changes_nothing(tmp_path, data):
+    run_ranks(come_back_late, 2, str(tmp_path), data)
+
+
+def save_many(root: str, data: str) -> list[list[str]]:
+    run_dir = Path(root)
+    run = small_run(data, "checkpoint.keep=2", "checkpoint.keep_every_steps=4")
+    checkpoints = checkpoints_of(run, run_dir)
+    seen = []
+    for steps in (range(1, 4), range(4, 10), [7]):
+        for step in steps:
+            checkpoints.save(run.engine, run.balance, step)
+        checkpoints.finish()
+        dist.barrier()
+        seen.append(sorted(path.name[-1] for path in (run_dir / "checkpoints").glob("step-*")))
+        if seen[-1] == ["2", "3"]:
+            reader = reading(run_dir / "checkpoints/step-00000002/hf")
+            reader.__enter__()
+    return seen
+
+
+def test_what_is_kept(tmp_path, data):
+    """Two newest, every fourth, what another reads; and after a step back, nothing of the future undone."""
+    assert run_ranks(save_many, 2, str(tmp_path), data)[0] == [
+        ["2", "3"],
+        ["2", "4", "8", "9"],
+        ["2", "4", "7"],
+    ]
+
+
+def save_once(root: str, data: str, experts: int) -> list[str]:
+    run = small_run(data, f"model.num_experts={experts}", "model.num_hidden_layers=4")
+    checkpoints = checkpoints_of(run, Path(root))
+    checkpoints.save(run.engine, run.balance, 1)
+    checkpoints.finish()
+    dist.barrier()
+    folder = Path(root, "checkpoints/step-00000001")
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def test_the_number_of_files_does_not_depend_on_the_model(tmp_path, data):
+    few, many = (run_ranks(save_once, 2, f"{tmp_path}/{count}", data, count)[0] for count in (2, 64))
+    assert few == many
+    ranks = {name for name in few if name.startswith("optimizer/") or name.endswith(".safetensors")}
+    assert len(ranks) == 2 * 2
+    assert len(few) == 2 * 2 + 7, few
