@@ -272,7 +272,7 @@ class Checkpoints:
         keep, every = self._config.checkpoint.keep, self._config.checkpoint.keep_every_steps
         there = sorted(self._folder.glob("step-*"))
         past = [path for path in there if path < newest]
-        spare = past[: len(past) - keep + 1]
+        spare = past[: max(0, len(past) - keep + 1)]
         old = [path for path in spare if not every or int(path.name.removeprefix("step-")) % every]
         undone = [path for path in there if path > newest]
         self._hide([path for path in old + undone if not is_read(path)])

@@ -2,9 +2,13 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
 
 SMALL = [
     "model=tiny_moe",
@@ -58,3 +62,39 @@ def prepare_corpus(folder: Path) -> list[str]:
     prepared = python("data_pipeline", "name=t", "model.vocab_size=512", *overrides, cwd=folder)
     assert prepared.returncode == 0, prepared.stderr
     return overrides
+
+
+def metrics(run_dir: Path) -> list[dict]:
+    """The logged training steps."""
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if "loss" in line]
+
+
+def weights(run_dir: Path) -> dict[str, torch.Tensor]:
+    folder = run_dir / "checkpoints" / (run_dir / "latest").read_text().strip() / "hf"
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    """Bit-equal metrics of every step (the last attempt counts) and final weights."""
+    exact = ("loss", "balance_loss", "grad_norm", "learning_rate", "max_violation")
+    histories = [{line["step"]: [line[key] for key in exact] for line in metrics(run)} for run in (a, b)]
+    assert histories[0] == histories[1]
+    first, second = weights(a), weights(b)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def last_step(run_dir: Path) -> int:
+    return max((line["step"] for line in metrics(run_dir)), default=0)
+
+
+def ranks_of(launcher: subprocess.Popen) -> list[int]:
+    """Process ids of the ranks that run, in their order."""
+    path = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children")
+    return [int(child) for child in path.read_text().split()] if path.exists() else []
+
+
+def kill_a_rank(launcher: subprocess.Popen) -> None:
+    """kill -9 of the last rank, as the kernel does when memory runs out."""
+    os.kill(ranks_of(launcher)[-1], signal.SIGKILL)

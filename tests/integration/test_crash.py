@@ -1,0 +1,180 @@
+"""Runs that are killed at random moments, and checkpoints that are damaged: what was saved is never lost."""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from commands import ENVIRONMENT, assert_same_run, last_step, metrics, python, ranks_of
+
+from trainer.checkpoint_folder import checkpoints, damage
+
+STEPS = 48
+OFTEN = [f"stage.train_tokens={STEPS * 512}", "checkpoint.every_steps=1", "evaluate.every_steps=0"]
+
+
+def kill_at_random(arguments: list[str], cwd: Path, run_dir: Path, chance: random.Random) -> str | None:
+    """Start, wait, kill -9 a rank or all. Returns what was killed, None if the run ended before."""
+    whom = chance.choice(["rank 0", "rank 1", "all"])
+    reached, early = last_step(run_dir) if (run_dir / "metrics.jsonl").exists() else 0, chance.random() < 0.2
+    with subprocess.Popen(
+        [sys.executable, "-m", *arguments],
+        cwd=cwd,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    ) as launcher:
+        deadline = time.monotonic() + 90
+        while not early and launcher.poll() is None:  # `early`: while it starts, loads, or has barely begun
+            if (run_dir / "metrics.jsonl").exists() and last_step(run_dir) > reached:
+                break
+            assert time.monotonic() < deadline, "the run does not get on"
+            time.sleep(0.01)
+        time.sleep(chance.uniform(1, 6) if early else chance.uniform(0, 0.5))
+        if launcher.poll() is not None:
+            assert launcher.returncode == 0, launcher.stdout.read().decode()
+            return None
+        ranks = ranks_of(launcher)
+        chosen = ranks if whom == "all" else ranks[: 1 + int(whom[-1])][-1:]
+        if whom == "all":
+            os.kill(launcher.pid, signal.SIGKILL)
+        for rank in chosen:
+            os.kill(rank, signal.SIGKILL)
+        launcher.wait(timeout=60)
+    return whom
+
+
+def survive(small: list[str], tmp_path: Path, kills: int, seed: int) -> None:
+    straight = python(*small, "name=straight", *OFTEN, "checkpoint.every_steps=100", cwd=tmp_path)
+    assert straight.returncode == 0, straight.stdout + straight.stderr
+    run_dir, chance = tmp_path / "runs/killed", random.Random(seed)
+    arguments = [*small, "name=killed", *OFTEN]
+    killed: list[str] = []
+    while len(killed) < kills:
+        whom = kill_at_random(arguments, tmp_path, run_dir, chance)
+        if whom is None:  # it reached the end: take it back by a few steps
+            for path in checkpoints(run_dir)[:-1]:
+                shutil.rmtree(path)
+            continue
+        killed.append(whom)
+        for path in checkpoints(run_dir):
+            assert damage(path) == [], (killed, path)
+        if (run_dir / "config.yaml").exists():
+            arguments = ["trainer.resume", "runs/killed"]
+    finished = python("trainer.resume", "runs/killed", cwd=tmp_path)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert len(list((run_dir / "checkpoints").iterdir())) == 3, "what crashes left is gone"
+    assert_same_run(tmp_path / "runs/straight", run_dir)
+
+
+def test_kill_9_at_random_moments(small, tmp_path):
+    survive(small, tmp_path, kills=4, seed=1)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_kill_9_at_very_many_random_moments(small, tmp_path):
+    survive(small, tmp_path, kills=24, seed=2)
+
+
+DAMAGE = {
+    "truncated": (lambda path: os.truncate(path, path.stat().st_size - 1), "bytes instead of"),
+    "flipped": (lambda path: flip_a_bit(path), "its checksum differs"),
+    "missing": (lambda path: path.unlink(), "cannot be read (No such file or directory)"),
+}
+
+
+def flip_a_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def test_resume_falls_back_to_the_newest_whole_checkpoint(train, tmp_path):
+    """Each newer one damaged in another way, `latest` gone; the run ends as if nothing had happened."""
+    every = ["checkpoint.every_steps=1", "checkpoint.keep=9"]
+    assert train("name=straight", *every).returncode == 0
+    assert train("name=broken", *every).returncode == 0
+    run_dir = tmp_path / "runs/broken"
+    places = ["optimizer/rank-00001.safetensors", "hf/model-00000-00001.safetensors", "random.pt"]
+    expected = []
+    for step, (kind, place) in enumerate(zip(DAMAGE, places, strict=True), start=6):
+        damage_it, message = DAMAGE[kind]
+        damage_it(run_dir / f"checkpoints/step-{step:08d}" / place)
+        expected.append(f"step-{step:08d}: {place} ")
+        assert message in damage(run_dir / f"checkpoints/step-{step:08d}")[0]
+    flip_a_bit(run_dir / "checkpoints/step-00000005/manifest.json")
+    (run_dir / "latest").write_text("step-00000099\n")
+
+    seen = python("trainer.inspect", "runs/broken", cwd=tmp_path)
+    assert seen.returncode == 1
+    assert seen.stdout.count(": damaged") == 4
+    assert seen.stdout.count(": whole") == 4
+
+    resumed = python("trainer.resume", "runs/broken", cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    assert "going on from step-00000004, which is whole" in resumed.stdout
+    assert "step-00000005: manifest.json cannot be read" in resumed.stdout
+    for line in expected:
+        assert resumed.stdout.count(line) == 1
+    assert_same_run(tmp_path / "runs/straight", run_dir)
+    assert python("trainer.inspect", "runs/broken", cwd=tmp_path).returncode == 0
+
+    for path in checkpoints(run_dir):
+        (path / "balance.pt").unlink()
+    refused = python("trainer.resume", "runs/broken", cwd=tmp_path)
+    assert refused.returncode == 2, "never from step 0 unasked"
+    assert refused.stdout.count("holds no whole checkpoint") == 1, "said once, not by each rank"
+
+
+def test_resume_on_another_layout(train, tmp_path):
+    """Recorded in the folder, so that the next resume goes on with it; other keys are refused by name."""
+    assert train("name=straight", "stage.train_tokens=6144").returncode == 0
+    assert train("name=moved").returncode == 0
+    run_dir = tmp_path / "runs/moved"
+    frozen = run_dir / "config.yaml"
+    frozen.write_text(frozen.read_text().replace("train_tokens: 4096", "train_tokens: 6144"))
+    refused = python("trainer.resume", "runs/moved", "optimizer.lr=1", "deepspeed=zero9", cwd=tmp_path)
+    assert refused.returncode == 2
+    assert "optimizer.lr=1: only KEY=VALUE with these keys can change at a resume: parallel" in refused.stderr
+    assert "deepspeed=zero9 is unknown; use zero0, zero1, zero2, zero3" in refused.stderr
+    assert not list(run_dir.glob("resume-*"))
+
+    layout = ["deepspeed=zero3", "parallel.nproc_per_node=1", "parallel.ep_size=1", "micro_batch_size=4"]
+    moved = python("trainer.resume", "runs/moved", *layout, cwd=tmp_path)
+    assert moved.returncode == 0, moved.stdout + moved.stderr
+    assert "1 ranks, ep_size 1, ZeRO 3, 2 micro-batches per step" in moved.stdout
+    assert (
+        (run_dir / "resume-2.yaml").read_text().startswith(f"# python -m trainer.resume RUN_DIR {layout[0]}")
+    )
+    again = python("trainer.resume", "runs/moved", cwd=tmp_path)
+    assert "1 ranks, ep_size 1, ZeRO 3" in again.stdout
+    described = python("trainer.inspect", "runs/moved/checkpoints/step-00000012", cwd=tmp_path)
+    assert described.returncode == 0
+    assert "step 12, 6,144 tokens, next row of the data 96" in described.stdout
+    assert "world_size 1, ep_size 1, zero_stage 3, dtype fp32" in described.stdout
+    expected = {line["step"]: line for line in metrics(tmp_path / "runs/straight")}
+    for line in metrics(run_dir):
+        if line["step"] > 8:
+            for key in ("loss", "grad_norm", "balance_loss"):
+                assert line[key] == pytest.approx(expected[line["step"]][key], rel=1e-5)
+
+
+def test_a_resume_does_not_need_the_weights_that_the_run_started_from(train, tmp_path):
+    assert train("name=one", "stage.train_tokens=512").returncode == 0
+    assert train("name=two", "stage.init_from=runs/one").returncode == 0
+    shutil.rmtree(tmp_path / "runs/one")
+    assert python("trainer.resume", "runs/two", cwd=tmp_path).returncode == 0
+    assert train("name=two", f"stage.init_from={tmp_path}/runs/one").returncode == 0, "the same command again"
+    refused = train("name=three", f"stage.init_from={tmp_path}/runs/one")
+    assert refused.returncode == 2
+    assert "runs/one is not a folder" in refused.stderr
+
+
+def test_inspect_of_what_is_none(tmp_path):
+    assert python("trainer.inspect", "nowhere", cwd=tmp_path).returncode == 2
