@@ -5,12 +5,11 @@ the manifest, renames the folder and replaces `latest`. `trainer/checkpoint_fold
 """
 
 import logging
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -24,13 +23,13 @@ from moe.balance import Balance
 from moe.config import ConfigError
 from moe.hf import Written, finish_folder, write_shards
 from trainer.checkpoint_folder import (
-    MANIFEST,
-    CheckpointManifest,
-    FileRecord,
     checkpoints,
+    damage,
     is_read,
     measure,
+    read_manifest,
     reading,
+    write_manifest,
 )
 from trainer.config import RunConfig
 from trainer.engine import DTYPES, Engine, Fragment
@@ -41,7 +40,7 @@ from trainer.runtime import Ranks, TrainingError, random_state, set_random_state
 from trainer.throughput import available_memory
 
 T = TypeVar("T")
-FIELDS = 3  # master, exp_avg, exp_avg_sq
+FIELDS = 3  # of a fragment: master, exp_avg, exp_avg_sq
 
 
 class Part(NamedTuple):
@@ -49,11 +48,10 @@ class Part(NamedTuple):
 
     weights: dict[str, Written]  # by hub name
     elements: int  # of optimizer state
-    files: dict[str, FileRecord]  # by path in the checkpoint
+    files: dict[str, list[int]]  # what `measure` says of them
 
 
-@dataclass(frozen=True)
-class Writing:
+class Writing(NamedTuple):
     """A checkpoint that is not committed yet."""
 
     step: int
@@ -105,13 +103,13 @@ class Checkpoints:
         self.finish()
         started = time.perf_counter()
         folder = self._folder / f".step-{step:08d}.attempt-{self._attempt}"
-        self._agree(f"write the checkpoint of step {step}", lambda: self._make(folder))
+        self._agree(f"write the checkpoint of step {step}", self._make, folder)
         generators = self._agree("read the random generators", random_state)
         state = {name: tensor.clone() for name, tensor in balance.state().items()}
         extras = {"balance.pt": state, "random.pt": generators} if self._ranks.is_main else {}
         weights = engine.owned_parameters()
         fragments = (fragment for fragment in engine.fragments() if fragment.owned)
-        if self._config.checkpoint.background and self._fits(engine.snapshot_bytes()):
+        if self._config.checkpoint.background and self._fits(engine):
             copies = [(name, _on_host(tensor)) for name, tensor in weights]
             states = [
                 replace(part, state={field: _on_host(view) for field, view in part.state.items()})
@@ -143,7 +141,7 @@ class Checkpoints:
         what = f"write the checkpoint of step {writing.step}"
         try:
             parts = self._agree(what, writing.part.result)
-            self._agree(what, lambda: self._commit(writing.step, writing.folder, parts))
+            self._agree(what, self._commit, writing.step, writing.folder, parts)
         except TrainingError:
             if self._ranks.is_main:
                 shutil.rmtree(writing.folder, ignore_errors=True)
@@ -162,23 +160,25 @@ class Checkpoints:
         problems: list[str] = []
         for checkpoint in shared[0]:
             with reading(checkpoint):
-                if found := self._damage(checkpoint):
-                    problems += [f"{checkpoint.name}: {problem}" for problem in found]
-                    continue
-                if problems:
-                    headline = f"warning: going on from {checkpoint.name}, which is whole; damaged:"
-                    self._say("\n  ".join([headline, *problems]))
-                return self._restore(checkpoint, engine, balance)
+                share = self._ranks.rank, self._ranks.world_size
+                shares = self._agree(f"read {checkpoint}", damage, checkpoint, *share)
+                found = dict.fromkeys(line for share in shares for line in share)
+                if not found:
+                    if problems:
+                        headline = f"warning: going on from {checkpoint.name}, which is whole; damaged:"
+                        self._say("\n  ".join([headline, *problems]))
+                    return self._restore(checkpoint, engine, balance)
+            problems += [f"{checkpoint.name}: {line}" for line in found]
         if problems:
             remedy = "put one of them right, or move them away to start from step 0"
             raise ConfigError([f"{self._folder} holds no whole checkpoint; {remedy}:", *problems])
         return 0
 
-    def _agree(self, what: str, work: Callable[[], T]) -> list[T]:
-        """What `work` returns on each rank. If it fails on any, all raise TrainingError: none waits for it."""
+    def _agree(self, what: str, work: Callable[..., T], *args: Any) -> list[T]:
+        """What `work(*args)` returns on each rank; if it fails on any, all raise TrainingError."""
         result, problem = None, None
         try:
-            result = work()
+            result = work(*args)
         except Exception as error:
             logging.exception("cannot %s", what)
             problem = f"rank {self._ranks.rank}: {error}"
@@ -206,18 +206,19 @@ class Checkpoints:
         if attempt > self._attempt:
             raise TrainingError(f"attempt {attempt} has taken over the run from attempt {self._attempt}")
 
-    def _fits(self, nbytes: int) -> bool:
-        """Whether the host has room for a copy of this much from each of its ranks."""
+    def _fits(self, engine: Engine) -> bool:
+        """Whether the host has room for a copy of what each of its ranks writes."""
+        elements = sum(len(part.state["master"]) for part in engine.fragments() if part.owned)
+        nbytes = elements * (4 * FIELDS + DTYPES[self._config.dtype].itemsize)
         needed, available = nbytes * self._config.parallel.nproc_per_node, available_memory()
-        if needed > available / 2 and not self._told:
+        fits = 2 * needed <= available
+        if not fits and not self._told:
             self._told = True
-            message = (
-                f"checkpoints are not written in the background: copies of {needed / 2**30:.1f} GiB on a host "
-                f"need more than half of the {available / 2**30:.1f} GiB available"
+            self._say(
+                f"checkpoints are written in place, not in the background: a copy takes {needed / 2**30:.1f} "
+                f"GiB, more than half of the {available / 2**30:.1f} GiB that this host has available"
             )
-            self._say(message)
-            logging.warning(message)
-        return needed <= available / 2
+        return fits
 
     def _write(
         self,
@@ -234,31 +235,39 @@ class Checkpoints:
         for name, value in extras.items():
             torch.save(value, folder / name)
         names = {states, *extras, *(f"hf/{place.file}" for place in written.values())}
-        return Part(written, elements, {name: _settle(folder / name) for name in names})
+        return Part(written, elements, {name: measure(folder / name) for name in names})
 
     def _commit(self, step: int, folder: Path, parts: list[Part]) -> None:
         """Rank 0, once all ranks have written: make the folder a checkpoint."""
         if not self._ranks.is_main:
             return
-        model, stage = self._config.model, self._config.stage
-        elements = sum(part.elements for part in parts)
-        assert elements == FIELDS * model.num_parameters(), f"{elements} elements of optimizer state"
+        model, stage, dtype = self._config.model, self._config.stage, DTYPES[self._config.dtype]
         data_dir = Path(self._config.data.dir)
-        written = {name: place for part in parts for name, place in part.weights.items()}
+        weights = {name: place for part in parts for name, place in part.weights.items()}
+        stored = sum(place.nbytes for place in weights.values()), sum(part.elements for part in parts)
+        expected = model.num_parameters() * dtype.itemsize, model.num_parameters() * FIELDS
+        assert stored == expected, f"(bytes of weights, elements of state) {stored} instead of {expected}"
         end_of_text = Manifest.load(data_dir).tokenizer.end_of_text
-        finish_folder(model, DTYPES[self._config.dtype], written, folder / "hf", end_of_text)
+        finish_folder(model, dtype, weights, folder / "hf", end_of_text)
         shutil.copyfile(data_dir / "tokenizer.json", folder / "hf" / "tokenizer.json")
         known = {name: entry for part in parts for name, entry in part.files.items()}
-        there = (path for path in folder.rglob("*") if path.is_file())
-        names = {path.relative_to(folder).as_posix(): path for path in there}
-        files = {name: known.get(name) or _settle(path) for name, path in names.items()}
-        rows = step * stage.global_batch_size
-        manifest = CheckpointManifest(
-            step, step * stage.step_tokens, rows, self._attempt, self._layout, files
-        )
-        write_atomically(folder / MANIFEST, manifest.to_bytes())
+        names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+        files = {
+            name: known.get(name) or measure(folder / name)
+            for name in names | set(known)
+            if (folder / name).exists()  # `finish_folder` renames a single one
+        }
+        fields = {
+            "step": step,
+            "tokens": step * stage.step_tokens,
+            "next_row": step * stage.global_batch_size,
+            "attempt": self._attempt,
+            "layout": self._layout,
+            "files": files,
+        }
         for name in ("hf", "optimizer"):
             sync_folder(folder / name)
+        write_manifest(folder, fields)
         final = self._folder / f"step-{step:08d}"
         self._check_fence()
         self._hide([final] if final.exists() else [])
@@ -290,24 +299,13 @@ class Checkpoints:
             if attempt.isdigit() and int(attempt) < self._attempt + (kind == ".retired"):
                 shutil.rmtree(leftover, ignore_errors=True)
 
-    def _damage(self, checkpoint: Path) -> list[str]:
-        """What is wrong with a checkpoint, the same on all ranks, each of which reads its share of the bytes."""
-        try:
-            manifest = CheckpointManifest.load(checkpoint)
-            mine = manifest.damage(checkpoint, self._ranks.rank, self._ranks.world_size)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            mine = [f"{MANIFEST} cannot be read ({error})"]
-        everywhere: list[Any] = [None] * self._ranks.world_size
-        dist.all_gather_object(everywhere, mine)
-        return list(dict.fromkeys(problem for part in everywhere for problem in part))
-
     def _restore(self, checkpoint: Path, engine: Engine, balance: Balance) -> int:
         """Restore a checkpoint that is whole; returns its step."""
         files = sorted((checkpoint / "optimizer").iterdir())
         first = self._ranks.rank % len(files)  # on the same layout, this rank's own file holds all it needs
-        fragments = engine.fragments()
-        self._agree(f"restore {checkpoint}", lambda: fill_fragments(fragments, files[first:] + files[:first]))
-        step = CheckpointManifest.load(checkpoint).step
+        files = files[first:] + files[:first]
+        self._agree(f"restore {checkpoint}", fill_fragments, engine.fragments(), files)
+        step = read_manifest(checkpoint)["step"]
         engine.end_restore(step)
         balance.load_state(_load(checkpoint / "balance.pt"))
         generators = _load(checkpoint / "random.pt")
@@ -322,16 +320,6 @@ def _load(path: Path) -> Any:
 
 def _on_host(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", copy=True)
-
-
-def _settle(path: Path) -> FileRecord:
-    """Wait until a file is on the disk; what it then must be."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-    return measure(path)
 
 
 def check_tokenizer(weights: Path, data_dir: Path) -> None:

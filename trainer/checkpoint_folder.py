@@ -16,91 +16,66 @@ import os
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data_pipeline.manifest import to_json
+from data_pipeline.manifest import to_json, write_atomically
 
 MANIFEST = "manifest.json"
-FORMAT = "checkpoint-1"
 BLOCK_BYTES = 1 << 22
 
 
-class FileRecord(NamedTuple):
-    """What a file must be."""
+def write_manifest(checkpoint: Path, fields: dict[str, Any]) -> None:
+    """Make a folder a checkpoint, last of all: `fields` with a checksum of their own.
 
-    bytes: int
-    crc32: int
+    step, tokens, next_row (of the data), attempt; layout, for people; files: path -> `measure` of it.
+    """
+    write_atomically(checkpoint / MANIFEST, to_json({**fields, "crc32": zlib.crc32(to_json(fields))}))
 
 
-@dataclass(frozen=True)
-class CheckpointManifest:
-    """What makes a folder a checkpoint: written last, with the checksums of all else and of itself."""
-
-    step: int
-    tokens: int
-    next_row: int  # first row of the data that has not been trained on
-    attempt: int
-    layout: dict[str, Any]  # world_size, ep_size, zero_stage, dtype; for people, resuming does not need it
-    files: dict[str, FileRecord]
-
-    def to_bytes(self) -> bytes:
-        """The contents of manifest.json."""
-        fields = {"format": FORMAT, **asdict(self)}
-        return to_json({**fields, "crc32": zlib.crc32(to_json(fields))})
-
-    @classmethod
-    def load(cls, checkpoint: Path) -> "CheckpointManifest":
-        """Raises ValueError or OSError where it is missing or damaged."""
+def read_manifest(checkpoint: Path) -> dict[str, Any]:
+    """What `write_manifest` wrote. Raises ValueError where it is missing or damaged."""
+    try:
         fields = json.loads((checkpoint / MANIFEST).read_bytes())
-        if not isinstance(fields, dict) or fields.pop("crc32", None) != zlib.crc32(to_json(fields)):
-            raise ValueError(f"the checksum of {MANIFEST} does not match it")
-        if fields.pop("format") != FORMAT:
-            raise ValueError(f"{MANIFEST} is not of format {FORMAT}")
-        fields["files"] = {name: FileRecord(*entry) for name, entry in fields["files"].items()}
-        return cls(**fields)
-
-    def damage(self, checkpoint: Path, part: int = 0, parts: int = 1) -> list[str]:
-        """What is wrong with the files (every `parts`-th from `part` on), one line each. Reads all bytes."""
-        found = []
-        for name, expected in sorted(self.files.items())[part::parts]:
-            try:
-                actual = measure(checkpoint / name)
-            except OSError as error:
-                found.append(f"{name} cannot be read ({error.strerror})")
-                continue
-            if actual.bytes != expected.bytes:
-                found.append(f"{name} has {actual.bytes} bytes instead of {expected.bytes}")
-            elif actual != expected:
-                found.append(f"{name} is not what was written: its checksum differs")
-        return found
+        if fields.pop("crc32") == zlib.crc32(to_json(fields)):
+            return fields
+        reason = "its checksum differs"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = str(error)
+    raise ValueError(f"{MANIFEST} cannot be read ({reason})")
 
 
-def measure(path: Path) -> FileRecord:
-    """Size and checksum of a file, from all its bytes."""
+def measure(path: Path) -> list[int]:
+    """Size and crc32 of a file, from all its bytes, which are on the disk then."""
     size = checksum = 0
     with open(path, "rb") as file:
+        os.fsync(file.fileno())
         while block := file.read(BLOCK_BYTES):
             size, checksum = size + len(block), zlib.crc32(block, checksum)
-    return FileRecord(size, checksum)
+    return [size, checksum]
 
 
-def damage(checkpoint: Path) -> list[str]:
-    """What is wrong with a checkpoint, one line each; empty if it is whole."""
+def damage(checkpoint: Path, part: int = 0, parts: int = 1) -> list[str]:
+    """What is wrong with a checkpoint, one line each; empty if it is whole.
+
+    Reads all bytes of every `parts`-th file from `part` on, so that ranks can share the work.
+    """
     try:
-        return CheckpointManifest.load(checkpoint).damage(checkpoint)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return [f"{MANIFEST} cannot be read ({error})"]
-
-
-def has_manifest(checkpoint: Path) -> bool:
-    """Whether it looks whole, at the price of one small file."""
-    try:
-        CheckpointManifest.load(checkpoint)
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-    return True
+        files = read_manifest(checkpoint)["files"]
+    except ValueError as error:
+        return [str(error)]
+    found = []
+    for name in sorted(files)[part::parts]:
+        try:
+            actual = measure(checkpoint / name)
+        except OSError as error:
+            found.append(f"{name} cannot be read ({error.strerror})")
+            continue
+        if actual[0] != files[name][0]:
+            found.append(f"{name} has {actual[0]} bytes instead of {files[name][0]}")
+        elif actual != files[name]:
+            found.append(f"{name} is not what was written: its checksum differs")
+    return found
 
 
 def checkpoints(run_dir: Path) -> list[Path]:

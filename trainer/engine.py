@@ -229,7 +229,7 @@ class Engine:
             state = self._adam_state(flat)
             views = {"master": flat.detach(), "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
             if not getattr(parameter, "allreduce", True):  # experts: this rank holds its slice of them
-                start += self._ep_rank * _numel(parameter)
+                start += self._ep_rank * getattr(parameter, "ds_numel", parameter.numel())
             cut = {key: view.view(-1)[offset : offset + numel] for key, view in views.items()}
             yield Fragment(name, start, cut, owned or self._zero_stage > 0)
 
@@ -283,12 +283,6 @@ class Engine:
         for parameter, master in self._masters.items():
             parameter.copy_(master)
 
-    def snapshot_bytes(self) -> int:
-        """Bytes of all that this rank owns of weights and optimizer state."""
-        weights = sum(_numel(p) * p.element_size() for _, p, owned in self._parameters() if owned)
-        states = (view.nbytes for part in self.fragments() if part.owned for view in part.state.values())
-        return weights + sum(states)
-
     def close(self) -> None:
         """Release what DeepSpeed holds; all ranks must call it."""
         self._engine.destroy()
@@ -298,8 +292,3 @@ def _square_sum(tensors: list[Tensor]) -> Tensor:
     if not tensors:
         return torch.zeros(())
     return torch.stack([tensor.float().square().sum() for tensor in tensors]).sum()
-
-
-def _numel(parameter: nn.Parameter) -> int:
-    """Elements of a parameter that ZeRO-3 may have partitioned."""
-    return getattr(parameter, "ds_numel", parameter.numel())

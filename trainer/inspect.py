@@ -2,10 +2,9 @@
 
 import math
 import sys
-from collections import Counter
 from pathlib import Path
 
-from trainer.checkpoint_folder import MANIFEST, CheckpointManifest, checkpoints, damage, read_header
+from trainer.checkpoint_folder import MANIFEST, checkpoints, damage, read_header, read_manifest
 from trainer.run_folder import read_state
 
 # What a tensor is, by a part of its hub name; the first that matches.
@@ -23,22 +22,24 @@ _KINDS = (
 
 def describe(checkpoint: Path) -> list[str]:
     """Lines on a checkpoint that is whole, from its manifest and the headers of its weights."""
-    manifest = CheckpointManifest.load(checkpoint)
-    elements: Counter[str] = Counter()
-    nbytes: Counter[str] = Counter()
+    manifest = read_manifest(checkpoint)
+    numbers: dict[str, tuple[int, int]] = {}  # elements and bytes by kind
     for path in (checkpoint / "hf").glob("*.safetensors"):
         for name, stored in read_header(path).items():
             kind = next((kind for part, kind in _KINDS if part in name), "other")
-            elements[kind] += math.prod(stored.shape)
-            nbytes[kind] += stored.nbytes
-    total = sum(entry.bytes for entry in manifest.files.values())
-    layout = ", ".join(f"{key} {value}" for key, value in manifest.layout.items())
+            for key in (kind, "in all"):
+                elements, nbytes = numbers.get(key, (0, 0))
+                numbers[key] = (elements + math.prod(stored.shape), nbytes + stored.nbytes)
+    total = sum(size for size, _ in manifest["files"].values())
+    layout = ", ".join(f"{key} {value}" for key, value in manifest["layout"].items())
     return [
-        f"step {manifest.step}, {manifest.tokens:,} tokens, next row of the data {manifest.next_row:,}",
-        f"written by attempt {manifest.attempt} on {layout}",
-        f"{len(manifest.files) + 1} files, {total / 1e9:,.3f} GB with optimizer state; weights:",
-        *(f"  {kind:13}{elements[kind]:>18,}{nbytes[kind] / 1e9:>12,.3f} GB" for kind in sorted(elements)),
-        f"  {'in all':13}{sum(elements.values()):>18,}{sum(nbytes.values()) / 1e9:>12,.3f} GB",
+        f"step {manifest['step']}, {manifest['tokens']:,} tokens, next row {manifest['next_row']:,}",
+        f"written by attempt {manifest['attempt']} on {layout}",
+        f"{len(manifest['files']) + 1} files, {total / 1e9:,.3f} GB with optimizer state; weights:",
+        *(
+            f"  {key:12}{count:>18,}{nbytes / 1e9:>12,.3f} GB"
+            for key, (count, nbytes) in sorted(numbers.items())
+        ),
     ]
 
 
@@ -48,16 +49,14 @@ def main(arguments: list[str]) -> int:
         print("usage: python -m trainer.inspect RUN_DIR|CHECKPOINT", file=sys.stderr)
         return 2
     folder = Path(arguments[0])
-    if (folder / "config.yaml").is_file():
-        found = checkpoints(folder)
+    found = checkpoints(folder)
+    if found:
         state = read_state(folder)
         print(f"{folder}: {state['state']}, attempt {state['attempt']}, {len(found)} checkpoints")
-    else:
-        found = [folder] if folder.is_dir() else []
-        if not (folder / MANIFEST).is_file() and not folder.name.startswith("step-"):
-            found = []
-    if not found:
-        print(f"{folder} is no checkpoint, and no run folder with one", file=sys.stderr)
+    elif folder.name.startswith("step-") or (folder / MANIFEST).is_file():
+        found = [folder]
+    if not found or not folder.is_dir():
+        print(f"{folder} is no checkpoint, and no run folder that has one", file=sys.stderr)
         return 2
     problems = {checkpoint: damage(checkpoint) for checkpoint in found}
     for checkpoint, lines in problems.items():

@@ -4,7 +4,7 @@ import logging
 import os
 import sys
 import traceback
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 from zlib import crc32
@@ -87,13 +87,10 @@ def _train(
 
 def _first(marker: Path) -> bool:
     """Whether this rank is the first to make the file, or none can."""
-    try:
+    with suppress(OSError):
         marker.touch(exist_ok=False)
-    except FileExistsError:
-        return False
-    except OSError:
-        pass
-    return True
+        return True
+    return not marker.exists()
 
 
 if __name__ == "__main__":

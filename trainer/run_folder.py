@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import subprocess
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from yaml import YAMLError
 
 from data_pipeline.manifest import to_json, write_atomically
 from moe.config import ConfigError
-from trainer.checkpoint_folder import checkpoints, has_manifest
+from trainer.checkpoint_folder import checkpoints, read_manifest
 
 _PACKAGES = ("torch", "deepspeed", "datasets", "hydra-core", "numpy", "safetensors", "tokenizers", "wandb")
 
@@ -144,7 +145,11 @@ def lock(run_dir: Path) -> int:
 
 def latest_checkpoint(run_dir: Path) -> Path | None:
     """The checkpoint that a run goes on from, as far as the manifests tell; None where there is none."""
-    return next((path for path in checkpoints(run_dir) if has_manifest(path)), None)
+    for path in checkpoints(run_dir):
+        with suppress(ValueError):
+            read_manifest(path)
+            return path
+    return None
 
 
 def hf_folder(source: Path) -> Path:

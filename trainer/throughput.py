@@ -1,5 +1,6 @@
 """Tokens per second, model FLOP utilisation, memory."""
 
+import re
 import resource
 import time
 from contextlib import suppress
@@ -38,20 +39,20 @@ def memory_gib(device: torch.device) -> float:
 
 
 def available_memory() -> int:
-    """Bytes of host memory that may still be taken, within the limits of the cgroup; 0 if unknown."""
-    found = []
+    """Bytes of host memory that may still be taken, within the limits of all cgroups; 0 where unknown."""
+    rooms = []
     with suppress(OSError):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        found = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")]
+        meminfo = Path("/proc/meminfo").read_text()
+        rooms.append(1024 * int(meminfo.partition("MemAvailable:")[2].split()[0]))
         for line in Path("/proc/self/cgroup").read_text().splitlines():
             _, controllers, path = line.split(":", 2)
-            root, limit, used = "/sys/fs/cgroup", "memory.max", "memory.current"
-            if controllers:  # version 1
-                root, limit, used = f"{root}/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
-            with suppress(OSError, ValueError):  # another controller, or no limit
-                folder = Path(f"{root}{path}")
-                found.append(int((folder / limit).read_text()) - int((folder / used).read_text()))
-    return min(found, default=0)
+            limit = "memory.limit_in_bytes" if controllers else "memory.max"  # version 1, version 2
+            group = Path(f"/sys/fs/cgroup/{'memory' if controllers else ''}{path}")
+            for folder in (group, *group.parents):
+                with suppress(OSError, ValueError, IndexError):  # another controller, or no limit
+                    used = re.findall(r"(?m)^(?:anon|total_rss) (\d+)", (folder / "memory.stat").read_text())
+                    rooms.append(int((folder / limit).read_text()) - int(used[0]))
+    return min(rooms, default=0)
 
 
 class StepClock:

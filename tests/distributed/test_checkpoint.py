@@ -127,9 +127,13 @@ def run_out_of_space(root: str, data: str, background: str) -> str:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     if run.ranks.rank == 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
-    checkpoints.save(run.engine, run.balance, 2) if background == "true" else None
+
+    def save() -> None:
+        checkpoints.save(run.engine, run.balance, 2)
+        checkpoints.finish()
+
     with pytest.raises(TrainingError) as caught:
-        checkpoints.finish() if background == "true" else checkpoints.save(run.engine, run.balance, 2)
+        save()
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     run.train(range(1, 2))  # no rank has lost count of the collectives
     dist.barrier()

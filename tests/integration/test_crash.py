@@ -156,7 +156,7 @@ def test_resume_on_another_layout(train, tmp_path):
     assert "1 ranks, ep_size 1, ZeRO 3" in again.stdout
     described = python("trainer.inspect", "runs/moved/checkpoints/step-00000012", cwd=tmp_path)
     assert described.returncode == 0
-    assert "step 12, 6,144 tokens, next row of the data 96" in described.stdout
+    assert "step 12, 6,144 tokens, next row 96" in described.stdout
     assert "world_size 1, ep_size 1, zero_stage 3, dtype fp32" in described.stdout
     expected = {line["step"]: line for line in metrics(tmp_path / "runs/straight")}
     for line in metrics(run_dir):
