@@ -1,7 +1,10 @@
 """Saving and restoring on real ranks: exact, agreed by all ranks, safe from other attempts."""
 
 import json
+import os
 import resource
+import shutil
+import sys
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ from layouts import ROWS, SmallRun
 from trainer.checkpoint import Checkpoints
 from trainer.checkpoint_folder import damage, reading
 from trainer.engine import Engine
+from trainer.run_folder import latest_checkpoint
 from trainer.runtime import TrainingError
 
 # ZeRO stage, ep_size, micro-batches per step, dtype
@@ -219,3 +223,56 @@ def test_the_number_of_files_does_not_depend_on_the_model(tmp_path, data):
     ranks = {name for name in few if name.startswith("optimizer/") or name.endswith(".safetensors")}
     assert len(ranks) == 2 * 2
     assert len(few) == 2 * 2 + 7, few
+
+
+FILE_OPERATIONS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "shutil.copyfile")
+
+
+def die_at(operation: int) -> None:
+    """End this process, as kill -9 does, just before its n-th operation on files from now on."""
+    seen = 0
+
+    def count(event: str, _: Any) -> None:
+        nonlocal seen
+        seen += event in FILE_OPERATIONS
+        if seen > operation:
+            os._exit(9)
+
+    sys.addaudithook(count)
+
+
+def die_at_each_operation(root: str, data: str) -> int:
+    """Commits of step 2 over step 1, of which only the newest is kept, each killed one operation later."""
+    run = small_run(data, "parallel.ep_size=1", "checkpoint.keep=1")
+    template = Path(root, "template")
+    saver = checkpoints_of(run, template)
+    saver.save(run.engine, run.balance, 1)
+    saver.finish()
+    saver.save(run.engine, run.balance, 2)
+    part = saver._writing.part.result()
+    for operation in range(1000):
+        run_dir = Path(root, str(operation))
+        shutil.copytree(template, run_dir)
+        child = os.fork()
+        if not child:
+            checkpoints = checkpoints_of(run, run_dir)
+            folder = run_dir / "checkpoints/.step-00000002.attempt-1"
+            die_at(operation)
+            checkpoints._commit(2, folder, [part])
+            checkpoints._sweep()
+            os._exit(0)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        there = sorted((run_dir / "checkpoints").glob("step-*"))
+        assert there, operation
+        assert all(damage(path) == [] for path in there), operation
+        assert latest_checkpoint(run_dir) in there
+        shutil.rmtree(run_dir)
+        if code == 0:
+            assert [path.name for path in there] == ["step-00000002"]
+            return operation
+        assert code == 9, operation
+    raise AssertionError("no end")
+
+
+def test_a_kill_between_any_two_file_operations_of_a_commit(tmp_path, data):
+    assert run_ranks(die_at_each_operation, 1, str(tmp_path), data)[0] > 20
