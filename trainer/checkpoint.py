@@ -112,8 +112,8 @@ class Checkpoints:
         if self._config.checkpoint.background and self._fits(engine):
             copies = [(name, _on_host(tensor)) for name, tensor in weights]
             states = [
-                replace(part, state={field: _on_host(view) for field, view in part.state.items()})
-                for part in fragments
+                replace(fragment, state={field: _on_host(view) for field, view in fragment.state.items()})
+                for fragment in fragments
             ]
             part = self._writer.submit(self._write, folder, copies, states, extras)
         else:

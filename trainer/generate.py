@@ -13,6 +13,7 @@ from moe.attention import KeyValueCache
 from moe.config import ConfigError, ModelConfig
 from moe.hf import load_hf
 from moe.model import CausalLM
+from trainer.checkpoint_folder import reading
 from trainer.run_folder import hf_folder
 
 
@@ -24,7 +25,8 @@ def load_model(folder: Path, device: torch.device) -> CausalLM:
     with torch.device("meta"):
         model = CausalLM(ModelConfig.of_folder(folder))
     model.to_empty(device=device)
-    load_hf(model, folder)
+    with reading(folder):
+        load_hf(model, folder)
     return model.eval()
 
 

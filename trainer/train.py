@@ -21,6 +21,7 @@ from moe.init import init_weights, upcycle_weights
 from moe.model import CausalLM, ModelOutput
 from moe.parallelize import apply_expert_parallel, bytes_dispatched
 from trainer.checkpoint import Checkpoints, check_tokenizer
+from trainer.checkpoint_folder import reading
 from trainer.config import RunConfig
 from trainer.engine import DTYPES, Engine, expert_parallel_group, init_deepspeed, mark_experts
 from trainer.evaluate import evaluate
@@ -232,11 +233,12 @@ def build_model(config: RunConfig, plan: ParallelPlan, ranks: Ranks) -> CausalLM
     else:
         weights = hf_folder(Path(config.stage.init_from))
         check_tokenizer(weights, Path(config.data.dir))
-        if config.init.upcycle == "none":
-            load_hf(model, weights, ep_rank=ep_rank)
-        else:
-            noise = config.init.upcycle_noise
-            upcycle_weights(model, weights, seed=config.seed, noise=noise, ep_rank=ep_rank)
+        with reading(weights):
+            if config.init.upcycle == "none":
+                load_hf(model, weights, ep_rank=ep_rank)
+            else:
+                noise = config.init.upcycle_noise
+                upcycle_weights(model, weights, seed=config.seed, noise=noise, ep_rank=ep_rank)
     model.to(DTYPES[config.dtype])
     # Last: a parameter that is made anew loses its marks.
     mark_experts(model, config.model.num_experts, plan.ep_size, ep_rank)
