@@ -4,6 +4,7 @@ import math
 import sys
 from pathlib import Path
 
+from moe.config import ConfigError
 from trainer.checkpoint_folder import MANIFEST, checkpoints, damage, read_header, read_manifest
 from trainer.run_folder import read_state
 
@@ -51,8 +52,11 @@ def main(arguments: list[str]) -> int:
     folder = Path(arguments[0])
     found = checkpoints(folder)
     if found:
-        state = read_state(folder)
-        print(f"{folder}: {state['state']}, attempt {state['attempt']}, {len(found)} checkpoints")
+        try:
+            state = read_state(folder)
+            print(f"{folder}: {state['state']}, attempt {state['attempt']}, {len(found)} checkpoints")
+        except ConfigError as error:
+            print(error)
     elif folder.name.startswith("step-") or (folder / MANIFEST).is_file():
         found = [folder]
     if not found or not folder.is_dir():

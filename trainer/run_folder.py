@@ -94,11 +94,10 @@ def change_layout(cfg: Any, overrides: list[str]) -> dict[str, Any]:
     Raises ConfigError for a key that could change what the run computes.
     """
     problems, touched = [], []
-    for override in sorted(
-        overrides, key=lambda text: text.partition("=")[0]
-    ):  # deepspeed before deepspeed.KEY
+    # deepspeed=GROUP before deepspeed.KEY=VALUE
+    for override in sorted(overrides, key=lambda text: text.partition("=")[0]):
         key, given, value = override.partition("=")
-        section = key.partition(".")[0]
+        touched.append(key.partition(".")[0])
         if not given or not any(key == free or key.startswith(f"{free}.") for free in LAYOUT_KEYS):
             allowed = ", ".join(LAYOUT_KEYS)
             problems.append(f"{override}: only KEY=VALUE with these keys can change at a resume: {allowed}")
@@ -109,8 +108,10 @@ def change_layout(cfg: Any, overrides: list[str]) -> dict[str, Any]:
             else:
                 problems.append(f"{override} is unknown; use {', '.join(sorted(groups))}")
         else:
-            cfg.merge_with_dotlist([override])
-        touched.append(section)
+            try:
+                cfg.merge_with_dotlist([override])
+            except (YAMLError, OmegaConfBaseException) as error:
+                problems.append(f"{override} cannot be read ({error})")
     if problems:
         raise ConfigError(problems)
     return {section: cfg[section] for section in touched}
@@ -119,8 +120,8 @@ def change_layout(cfg: Any, overrides: list[str]) -> dict[str, Any]:
 def record_layout(run_dir: Path, sections: dict[str, Any], overrides: list[str]) -> None:
     """Write resume-K.yaml, K the attempt that is about to start: from now on the run goes on with it."""
     path = run_dir / f"resume-{read_state(run_dir)['attempt'] + 1}.yaml"
-    header = f"# python -m trainer.resume RUN_DIR {' '.join(overrides)}\n"
-    write_atomically(path, (header + OmegaConf.to_yaml(OmegaConf.create(sections))).encode())
+    text = f"# python -m trainer.resume with {overrides}\n{OmegaConf.to_yaml(OmegaConf.create(sections))}"
+    write_atomically(path, text.encode())
 
 
 def lock(run_dir: Path) -> int:

@@ -149,9 +149,7 @@ def test_resume_on_another_layout(train, tmp_path):
     moved = python("trainer.resume", "runs/moved", *layout, cwd=tmp_path)
     assert moved.returncode == 0, moved.stdout + moved.stderr
     assert "1 ranks, ep_size 1, ZeRO 3, 2 micro-batches per step" in moved.stdout
-    assert (
-        (run_dir / "resume-2.yaml").read_text().startswith(f"# python -m trainer.resume RUN_DIR {layout[0]}")
-    )
+    assert (run_dir / "resume-2.yaml").read_text().startswith(f"# python -m trainer.resume with {layout}")
     again = python("trainer.resume", "runs/moved", cwd=tmp_path)
     assert "1 ranks, ep_size 1, ZeRO 3" in again.stdout
     described = python("trainer.inspect", "runs/moved/checkpoints/step-00000012", cwd=tmp_path)
