@@ -95,8 +95,7 @@ def train(
         micro_batches = [batch.to(ranks.device) for batch in next(batches)]
         clock.waited(time.perf_counter() - waiting)
         totals = agree_on_totals(micro_batches, stop.requested, ranks.device, checkpoints.written)
-        if totals.written:
-            clock.exclude(checkpoints.finish())
+        clock.exclude(checkpoints.finish() if totals.written else 0.0)
         if totals.stop:
             outcome = "stopped"
             break

@@ -120,9 +120,8 @@ def small_run(data: str, *overrides: str) -> SmallRun:
     )
 
 
-def run_out_of_space(root: str, data: str, background: str) -> str:
+def run_out_of_space(run_dir: Path, data: str, background: str) -> str:
     """Rank 1 alone can write no more; ZeRO-3, where ranks gather weights together while they write."""
-    run_dir = Path(root)
     run = small_run(data, f"checkpoint.background={background}")
     run.train(range(1))
     checkpoints = checkpoints_of(run, run_dir)
@@ -146,17 +145,8 @@ def run_out_of_space(root: str, data: str, background: str) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("background", ["true", "false"])
-def test_a_rank_that_cannot_write_stops_all_and_harms_nothing(tmp_path, data, background):
-    messages = run_ranks(run_out_of_space, 2, str(tmp_path), data, background)
-    assert messages[0] == messages[1]
-    assert "cannot write the checkpoint of step 2 (rank 1: " in messages[0]
-    assert "GiB free" in messages[0]
-
-
-def come_back_late(root: str, data: str) -> None:
+def come_back_late(run_dir: Path, data: str) -> None:
     """Attempt 1 was cut off from the others, not dead; attempt 2 goes on with the run meanwhile."""
-    run_dir = Path(root)
     run = small_run(data, "checkpoint.keep=1")
     old, new = checkpoints_of(run, run_dir, 1), checkpoints_of(run, run_dir, 2)
     old.save(run.engine, run.balance, 1)
@@ -177,12 +167,8 @@ def come_back_late(root: str, data: str) -> None:
     assert damage(run_dir / "checkpoints/step-00000003") == []
 
 
-def test_an_attempt_that_was_overtaken_changes_nothing(tmp_path, data):
-    run_ranks(come_back_late, 2, str(tmp_path), data)
-
-
-def save_many(root: str, data: str) -> list[list[str]]:
-    run_dir = Path(root)
+def save_many(run_dir: Path, data: str) -> list[list[str]]:
+    """What is there after a while, later, and after a step back."""
     run = small_run(data, "checkpoint.keep=2", "checkpoint.keep_every_steps=4")
     checkpoints = checkpoints_of(run, run_dir)
     seen = []
@@ -198,29 +184,49 @@ def save_many(root: str, data: str) -> list[list[str]]:
     return seen
 
 
-def test_what_is_kept(tmp_path, data):
-    """Two newest, every fourth, what another reads; and after a step back, nothing of the future undone."""
-    assert run_ranks(save_many, 2, str(tmp_path), data)[0] == [
-        ["2", "3"],
-        ["2", "4", "8", "9"],
-        ["2", "4", "7"],
-    ]
-
-
-def save_once(root: str, data: str, experts: int) -> list[str]:
+def save_once(run_dir: Path, data: str, experts: int) -> list[str]:
+    """The files of a checkpoint of 4 layers."""
     run = small_run(data, f"model.num_experts={experts}", "model.num_hidden_layers=4")
-    checkpoints = checkpoints_of(run, Path(root))
+    checkpoints = checkpoints_of(run, run_dir)
     checkpoints.save(run.engine, run.balance, 1)
     checkpoints.finish()
     dist.barrier()
-    folder = Path(root, "checkpoints/step-00000001")
+    folder = run_dir / "checkpoints/step-00000001"
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
-def test_the_number_of_files_does_not_depend_on_the_model(tmp_path, data):
-    few, many = (run_ranks(save_once, 2, f"{tmp_path}/{count}", data, count)[0] for count in (2, 64))
+def save_in_many_ways(root: str, data: str) -> dict[str, Any]:
+    folder = Path(root)
+    come_back_late(folder / "late", data)
+    return {
+        "full": [run_out_of_space(folder / f"full-{word}", data, word) for word in ("true", "false")],
+        "kept": save_many(folder / "kept", data),
+        "files": [save_once(folder / f"files-{experts}", data, experts) for experts in (2, 64)],
+    }
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory, data: str) -> list[dict[str, Any]]:
+    """What both ranks saw; an attempt that was overtaken (`come_back_late`) is checked by the ranks."""
+    return run_ranks(save_in_many_ways, 2, str(tmp_path_factory.mktemp("saved")), data)
+
+
+def test_a_rank_that_cannot_write_stops_all_and_harms_nothing(saved):
+    assert saved[0]["full"] == saved[1]["full"]
+    for message in saved[0]["full"]:
+        assert "cannot write the checkpoint of step 2 (rank 1: " in message
+        assert "GiB free" in message
+
+
+def test_what_is_kept(saved):
+    """Two newest, every fourth, what another reads; and after a step back, nothing of the future undone."""
+    assert saved[0]["kept"] == [["2", "3"], ["2", "4", "8", "9"], ["2", "4", "7"]]
+
+
+def test_the_number_of_files_does_not_depend_on_the_model(saved):
+    few, many = saved[0]["files"]
     assert few == many
-    ranks = {name for name in few if name.startswith("optimizer/") or name.endswith(".safetensors")}
+    ranks = [name for name in few if name.startswith("optimizer/") or name.endswith(".safetensors")]
     assert len(ranks) == 2 * 2
     assert len(few) == 2 * 2 + 7, few
 

@@ -19,7 +19,7 @@ LAYOUTS = [
     for world_size, ep_size, stage in product((1, 2, 4), (1, 2, 4), (0, 1, 2, 3))
     if ep_size <= world_size
 ]
-FAR = [(4, 2, 3), (2, 2, 1), (4, 4, 2), (1, 1, 0), (2, 1, 3), (4, 4, 1), (1, 1, 2), (4, 1, 0)]
+FAR = [(4, 2, 3), (2, 2, 1), (4, 4, 2), (2, 1, 3), (4, 4, 1), (2, 2, 0), (4, 1, 3), (2, 1, 2)]
 
 
 def overrides(layout: tuple[int, int, int], data: str) -> list[str]:
@@ -87,20 +87,21 @@ def check_moves(moves: list[tuple], root: Path, data: str, expected: Outcome) ->
     sources = {source for _, chosen in moves for source in chosen}
     for world_size in (1, 2, 4):
         mine = sorted(layout for layout in sources if layout[0] == world_size)
-        run_ranks(save_each, world_size, mine, str(root), data, timeout=280)
+        if mine:
+            run_ranks(save_each, world_size, mine, str(root), data, timeout=280)
     for source in sources:
         assert damage(folder(str(root), source) / f"checkpoints/step-{SAVED:08d}") == []
     for world_size in (1, 2, 4):
         mine = [(target, chosen) for target, chosen in moves if target[0] == world_size]
         names = [(source, target) for target, chosen in mine for source in chosen]
-        outcomes = run_ranks(go_on, world_size, mine, str(root), data, timeout=1500)[0]
+        outcomes = run_ranks(go_on, world_size, mine, str(root), data, timeout=1500)[0] if mine else []
         for name, outcome in zip(names, outcomes, strict=True):
             worst = deviation(outcome, expected)
             assert max(worst.values()) < TOLERANCE, (name, worst)
 
 
 def test_far_moves(tmp_path, data, expected):
-    """Each layout of FAR goes on from the one before it: all sizes, all stages, both directions."""
+    """Each layout of FAR goes on from the one before it: 2 and 4 ranks, all stages, both directions."""
     moves = [(target, [FAR[position - 1]]) for position, target in enumerate(FAR)]
     check_moves(moves, tmp_path, data, expected)
 

@@ -73,7 +73,7 @@ def survive(small: list[str], tmp_path: Path, kills: int, seed: int) -> None:
 
 
 def test_kill_9_at_random_moments(small, tmp_path):
-    survive(small, tmp_path, kills=4, seed=1)
+    survive(small, tmp_path, kills=2, seed=1)
 
 
 @pytest.mark.slow
@@ -99,8 +99,8 @@ def test_resume_falls_back_to_the_newest_whole_checkpoint(train, tmp_path):
     """Each newer one damaged in another way, `latest` gone; the run ends as if nothing had happened."""
     every = ["checkpoint.every_steps=1", "checkpoint.keep=9"]
     assert train("name=straight", *every).returncode == 0
-    assert train("name=broken", *every).returncode == 0
     run_dir = tmp_path / "runs/broken"
+    shutil.copytree(tmp_path / "runs/straight", run_dir)
     places = ["optimizer/rank-00001.safetensors", "hf/model-00000-00001.safetensors", "random.pt"]
     expected = []
     for step, (kind, place) in enumerate(zip(DAMAGE, places, strict=True), start=6):
@@ -134,11 +134,10 @@ def test_resume_falls_back_to_the_newest_whole_checkpoint(train, tmp_path):
 
 def test_resume_on_another_layout(train, tmp_path):
     """Recorded in the folder, so that the next resume goes on with it; other keys are refused by name."""
-    assert train("name=straight", "stage.train_tokens=6144", "schedule=constant").returncode == 0
-    assert train("name=moved", "schedule=constant").returncode == 0
+    assert train("name=straight").returncode == 0
     run_dir = tmp_path / "runs/moved"
-    frozen = run_dir / "config.yaml"
-    frozen.write_text(frozen.read_text().replace("train_tokens: 4096", "train_tokens: 6144"))
+    shutil.copytree(tmp_path / "runs/straight", run_dir)
+    shutil.rmtree(run_dir / "checkpoints/step-00000008")
     refused = python("trainer.resume", "runs/moved", "optimizer.lr=1", "deepspeed=zero9", cwd=tmp_path)
     assert refused.returncode == 2
     assert "optimizer.lr=1: only KEY=VALUE with these keys can change at a resume: parallel" in refused.stderr
@@ -150,29 +149,24 @@ def test_resume_on_another_layout(train, tmp_path):
     assert moved.returncode == 0, moved.stdout + moved.stderr
     assert "1 ranks, ep_size 1, ZeRO 3, 2 micro-batches per step" in moved.stdout
     assert (run_dir / "resume-2.yaml").read_text().startswith(f"# python -m trainer.resume with {layout}")
-    again = python("trainer.resume", "runs/moved", cwd=tmp_path)
-    assert "1 ranks, ep_size 1, ZeRO 3" in again.stdout
-    described = python("trainer.inspect", "runs/moved/checkpoints/step-00000012", cwd=tmp_path)
+    described = python("trainer.inspect", "runs/moved/checkpoints/step-00000008", cwd=tmp_path)
     assert described.returncode == 0
-    assert "step 12, 6,144 tokens, next row 96" in described.stdout
+    assert "step 8, 4,096 tokens, next row 64" in described.stdout
     assert "dtype fp32, ep_size 1, world_size 1, zero_stage 3" in described.stdout
     expected = {line["step"]: line for line in metrics(tmp_path / "runs/straight")}
     for line in metrics(run_dir):
-        if line["step"] > 8:
+        if line["attempt"] == 2:
             for key in ("loss", "grad_norm", "balance_loss"):
                 assert line[key] == pytest.approx(expected[line["step"]][key], rel=1e-5)
 
 
-def test_a_resume_does_not_need_the_weights_that_the_run_started_from(train, tmp_path):
-    assert train("name=one", "stage.train_tokens=512").returncode == 0
-    assert train("name=two", "stage.init_from=runs/one").returncode == 0
+def test_a_run_that_goes_on_does_not_need_the_weights_it_started_from(train, tmp_path):
+    assert train("name=one", "stage.train_tokens=1024").returncode == 0
+    two = ["name=two", f"stage.init_from={tmp_path}/runs/one"]
+    assert train(*two).returncode == 0
     shutil.rmtree(tmp_path / "runs/one")
-    assert python("trainer.resume", "runs/two", cwd=tmp_path).returncode == 0
-    assert train("name=two", f"stage.init_from={tmp_path}/runs/one").returncode == 0, "the same command again"
-    refused = train("name=three", f"stage.init_from={tmp_path}/runs/one")
+    assert train(*two).returncode == 0, "the command checks the configuration, and then its ranks do"
+    refused = train("name=three", *two[1:])
     assert refused.returncode == 2
     assert "runs/one is not a folder" in refused.stderr
-
-
-def test_inspect_of_what_is_none(tmp_path):
-    assert python("trainer.inspect", "nowhere", cwd=tmp_path).returncode == 2
+    assert python("trainer.inspect", "runs/one", cwd=tmp_path).returncode == 2
