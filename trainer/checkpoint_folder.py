@@ -15,7 +15,7 @@ import json
 import os
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -94,14 +94,12 @@ def reading(folder: Path) -> Iterator[None]:
 
     It holds as far as the file system has locks between machines.
     """
-    shared = folder.parent if folder.name == "hf" else folder
-    descriptor = os.open(shared, os.O_RDONLY)
-    try:
+    with ExitStack() as stack:
         with suppress(OSError):
+            descriptor = os.open(folder.parent if folder.name == "hf" else folder, os.O_RDONLY)
+            stack.callback(os.close, descriptor)
             fcntl.flock(descriptor, fcntl.LOCK_SH)
         yield
-    finally:
-        os.close(descriptor)
 
 
 def is_read(checkpoint: Path) -> bool:

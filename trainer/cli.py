@@ -15,7 +15,7 @@ from data_pipeline.shards import open_prepared
 from trainer.config import ConfigError, RunConfig
 from trainer.launch import launch
 from trainer.parallel import ParallelPlan
-from trainer.run_folder import freeze, latest_checkpoint, lock
+from trainer.run_folder import forget_origin, freeze, lock
 
 
 def compose_and(config_name: str, act: Callable[[DictConfig], int]) -> NoReturn:
@@ -53,8 +53,7 @@ def train_here(cfg: DictConfig) -> int:
     if hydra_config.mode == RunMode.MULTIRUN:  # a sweep is a folder of numbered runs
         cfg.name = f"{cfg.name}/{hydra_config.job.num}"
     config = RunConfig.load(cfg)
-    if latest_checkpoint(config.run_dir) is not None:
-        config.stage.init_from = None  # as `read_run` has it
+    forget_origin(config, config.run_dir)
     config.check(ParallelPlan.of(config, config.parallel.nproc_per_node))
     check_data(config)
     for group, key in (("data", "dir"), ("stage", "init_from")):  # the run goes on from any folder

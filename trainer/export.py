@@ -24,6 +24,7 @@ from data_pipeline.manifest import sync_folder, to_json, write_atomically
 from data_pipeline.tokenizer import END_OF_TEXT, load_tokenizer
 from moe.config import ConfigError, ModelConfig
 from moe.hf import INDEX, SINGLE, Place, SafetensorError, locate, safe_open, save_file, write_config
+from trainer.checkpoint_folder import reading
 from trainer.run_folder import hf_folder
 from trainer.terminal import duration
 
@@ -129,9 +130,8 @@ def write_tokenizer(folder: Path, out: Path, config: ModelConfig) -> list[int]:
     return [vocabulary[IM_END], tokenizer.end_of_text] if chat else [tokenizer.end_of_text]
 
 
-def export(source: Path, out: Path, max_shard_bytes: int, dtype: str | None) -> None:
+def export(folder: Path, out: Path, max_shard_bytes: int, dtype: str | None) -> None:
     """Write OUT, telling how it goes. Raises ConfigError, DataError (what the user gave), OSError (disks)."""
-    folder = hf_folder(source)
     config = ModelConfig.of_folder(folder)
     load_tokenizer(folder)  # what is wrong with it shows before the weights are written
     places = {
@@ -194,7 +194,9 @@ def main(arguments: list[str]) -> int:
     )
     options = parser.parse_args(arguments)
     try:
-        export(options.source, options.out, options.max_shard_size, DTYPES.get(options.dtype))
+        folder = hf_folder(options.source)
+        with reading(folder):
+            export(folder, options.out, options.max_shard_size, DTYPES.get(options.dtype))
     except (ConfigError, DataError) as error:
         print(error, file=sys.stderr)
         return 2

@@ -83,9 +83,14 @@ def read_run(run_dir: Path) -> Any:
     for attempt in sorted(changes):
         for section, value in read_frozen(changes[attempt]).items():
             cfg[section] = value
-    if latest_checkpoint(run_dir) is not None:
-        cfg.stage.init_from = None  # the run has weights of its own; the folder of the first may be gone
+    forget_origin(cfg, run_dir)
     return cfg
+
+
+def forget_origin(config: Any, run_dir: Path) -> None:
+    """A run that has weights of its own does not need those it started from, whose folder may be gone."""
+    if latest_checkpoint(run_dir) is not None:
+        config.stage.init_from, config.init.upcycle = None, "none"
 
 
 def change_layout(cfg: Any, overrides: list[str]) -> dict[str, Any]:
