@@ -14,9 +14,6 @@ from commands import ENVIRONMENT, assert_same_run, last_step, metrics, python, r
 
 from trainer.checkpoint_folder import checkpoints, damage
 
-STEPS = 48
-OFTEN = [f"stage.train_tokens={STEPS * 512}", "checkpoint.every_steps=1", "evaluate.every_steps=0"]
-
 
 def kill_at_random(arguments: list[str], cwd: Path, run_dir: Path, chance: random.Random) -> str | None:
     """Start, wait, kill -9 a rank or all. Returns what was killed, None if the run ended before."""
@@ -49,11 +46,12 @@ def kill_at_random(arguments: list[str], cwd: Path, run_dir: Path, chance: rando
     return whom
 
 
-def survive(small: list[str], tmp_path: Path, kills: int, seed: int) -> None:
-    straight = python(*small, "name=straight", *OFTEN, "checkpoint.every_steps=100", cwd=tmp_path)
+def survive(small: list[str], tmp_path: Path, kills: int, steps: int) -> None:
+    often = [f"stage.train_tokens={steps * 512}", "checkpoint.every_steps=1", "evaluate.every_steps=0"]
+    straight = python(*small, "name=straight", *often, "checkpoint.every_steps=1000", cwd=tmp_path)
     assert straight.returncode == 0, straight.stdout + straight.stderr
-    run_dir, chance = tmp_path / "runs/killed", random.Random(seed)
-    arguments = [*small, "name=killed", *OFTEN]
+    run_dir, chance = tmp_path / "runs/killed", random.Random(kills)
+    arguments = [*small, "name=killed", *often]
     killed: list[str] = []
     while len(killed) < kills:
         whom = kill_at_random(arguments, tmp_path, run_dir, chance)
@@ -73,13 +71,13 @@ def survive(small: list[str], tmp_path: Path, kills: int, seed: int) -> None:
 
 
 def test_kill_9_at_random_moments(small, tmp_path):
-    survive(small, tmp_path, kills=2, seed=1)
+    survive(small, tmp_path, kills=2, steps=12)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_kill_9_at_very_many_random_moments(small, tmp_path):
-    survive(small, tmp_path, kills=24, seed=2)
+    survive(small, tmp_path, kills=24, steps=100)
 
 
 DAMAGE = {
