@@ -82,6 +82,7 @@ class Checkpoints:
         }
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Writing | None = None
+        self._saved = 0  # the step whose state is on the disk, or on its way
         self._stall = 0.0
         self._told = False
 
@@ -98,10 +99,13 @@ class Checkpoints:
     def save(self, engine: Engine, balance: Balance, step: int) -> None:
         """Write a checkpoint of the state after `step`; with checkpoint.background, copy it and write later.
 
+        Does nothing if this step has just been saved or restored.
         Raises TrainingError on all ranks where one cannot write (a full disk); earlier checkpoints stay.
         """
+        if step == self._saved:
+            return
         self.finish()
-        started = time.perf_counter()
+        self._saved, started = step, time.perf_counter()
         folder = self._folder / f".step-{step:08d}.attempt-{self._attempt}"
         self._agree(f"write the checkpoint of step {step}", self._make, folder)
         generators = self._agree("read the random generators", random_state)
@@ -305,7 +309,7 @@ class Checkpoints:
         first = self._ranks.rank % len(files)  # on the same layout, this rank's own file holds all it needs
         files = files[first:] + files[:first]
         self._agree(f"restore {checkpoint}", fill_fragments, engine.fragments(), files)
-        step = read_manifest(checkpoint)["step"]
+        self._saved = step = read_manifest(checkpoint)["step"]
         engine.end_restore(step)
         balance.load_state(_load(checkpoint / "balance.pt"))
         generators = _load(checkpoint / "random.pt")

@@ -87,7 +87,7 @@ def train(
     screen.say("\n  ".join([describe(config, plan, step), *loader.describe()]))
 
     metrics: dict = {}
-    clock, logged_step, saved_step, logged_bytes = StepClock(), step, step, 0
+    clock, logged_step, logged_bytes = StepClock(), step, 0
     outcome, batches = "finished", iter(loader)
     while step < total_steps:
         waiting = time.perf_counter()
@@ -141,11 +141,9 @@ def train(
             metrics |= held_out
         if step % config.checkpoint.every_steps == 0:
             checkpoints.save(engine, balance, step)
-            saved_step = step
         clock.exclude(time.perf_counter() - paused)
 
-    if saved_step < step:
-        checkpoints.save(engine, balance, step)
+    checkpoints.save(engine, balance, step)
     checkpoints.finish()
     if tracker is not None and (stall := checkpoints.take_stall()):  # of saves after the last logged step
         tracker.log({"step": step, "tokens": step * step_tokens, "save_stall_seconds": stall})
