@@ -56,7 +56,7 @@ def _wait(ranks: list[subprocess.Popen]) -> int:
     """Until all have ended; a failed rank ends the others, which would wait for it in a collective."""
     deadline = None
     failed = 0
-    while any(rank.poll() is None for rank in ranks):
+    while None in [rank.poll() for rank in ranks]:  # all are asked, each time
         failed = failed or next((rank.returncode for rank in ranks if rank.returncode), 0)
         if failed and deadline is None:
             deadline = time.monotonic() + _GRACE_SECONDS

@@ -42,7 +42,12 @@ def kill_at_random(arguments: list[str], cwd: Path, run_dir: Path, chance: rando
             os.kill(launcher.pid, signal.SIGKILL)
         for rank in chosen:
             os.kill(rank, signal.SIGKILL)
-        launcher.wait(timeout=60)
+        try:
+            launcher.wait(timeout=90)
+        finally:
+            for rank in ranks_of(launcher):
+                os.kill(rank, signal.SIGKILL)
+            launcher.kill()
     return whom
 
 
@@ -68,6 +73,22 @@ def survive(small: list[str], tmp_path: Path, kills: int, steps: int) -> None:
     assert finished.returncode == 0, finished.stdout + finished.stderr
     assert len(list((run_dir / "checkpoints").iterdir())) == 3, "what crashes left is gone"
     assert_same_run(tmp_path / "runs/straight", run_dir)
+
+
+def test_a_rank_that_dies_before_it_joins_ends_the_others(small, tmp_path):
+    """They wait for it where no broken connection tells them: the launcher has to."""
+    arguments = [sys.executable, "-m", *small, "name=dead"]
+    with subprocess.Popen(arguments, cwd=tmp_path, env=ENVIRONMENT, stderr=subprocess.PIPE) as launcher:
+        try:
+            deadline = time.monotonic() + 90
+            while len(ranks := ranks_of(launcher)) < 2 and time.monotonic() < deadline:
+                time.sleep(0.01)
+            os.kill(ranks[1], signal.SIGKILL)
+            assert launcher.wait(timeout=60) == 1
+        finally:
+            for rank in ranks_of(launcher):
+                os.kill(rank, signal.SIGKILL)
+            launcher.kill()
 
 
 def test_kill_9_at_random_moments(small, tmp_path):
