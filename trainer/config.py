@@ -84,7 +84,7 @@ class CheckpointConfig:
 
     every_steps: int
     keep: int
-    keep_every_steps: int | None
+    keep_every_steps: int
     background: bool
 
 
@@ -196,7 +196,7 @@ class RunConfig:
             ("balance.bias_update_rate", self.balance.bias_update_rate, 0),
             ("checkpoint.every_steps", self.checkpoint.every_steps, 1),
             ("checkpoint.keep", self.checkpoint.keep, 1),
-            ("checkpoint.keep_every_steps", self.checkpoint.keep_every_steps or 1, 1),
+            ("checkpoint.keep_every_steps", self.checkpoint.keep_every_steps, 0),
             ("evaluate.every_steps", self.evaluate.every_steps, 0),
             ("evaluate.rows", self.evaluate.rows, 1),
             ("tracker.log_every_steps", self.tracker.log_every_steps, 1),

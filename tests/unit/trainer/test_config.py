@@ -77,6 +77,11 @@ def test_laws_come_together(run_config):
             ["experts.backend=grouped", "model.hidden_size=100"],
             "model.hidden_size=100 is not a multiple of 8",
         ),
+        ("checkpoint.keep_every_steps=-1", "checkpoint.keep_every_steps=-1 is below 0"),
+        (
+            "+deepspeed.zero_optimization.offload_optimizer.device=nvme",
+            "offload_optimizer: checkpoints need optimizer states in memory",
+        ),
         ("parallel.dispatcher=magic", "parallel.dispatcher=magic is unknown"),
     ],
 )
