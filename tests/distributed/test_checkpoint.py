@@ -6,6 +6,7 @@ import resource
 import shutil
 import sys
 import threading
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from commands import prepare_corpus
 from harness import run_ranks
 from layouts import ROWS, SmallRun
 
+import trainer.checkpoint
+from moe.hf import write_shards
 from trainer.checkpoint import Checkpoints
 from trainer.checkpoint_folder import damage, reading
 from trainer.engine import Engine
@@ -126,6 +129,7 @@ def small_run(data: str, *overrides: str) -> SmallRun:
 
 def run_out_of_space(run_dir: Path, data: str, background: str) -> str:
     """Rank 1 alone can write no more; ZeRO-3, where ranks gather weights together while they write."""
+    trainer.checkpoint.write_shards = partial(write_shards, max_shard_bytes=4_000)
     run = small_run(data, f"checkpoint.background={background}")
     run.train(range(1))
     checkpoints = checkpoints_of(run, run_dir)
@@ -133,7 +137,7 @@ def run_out_of_space(run_dir: Path, data: str, background: str) -> str:
     checkpoints.finish()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     if run.ranks.rank == 1:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (3_000, limits[1]))
 
     def save() -> None:
         checkpoints.save(run.engine, run.balance, 2)
@@ -142,6 +146,7 @@ def run_out_of_space(run_dir: Path, data: str, background: str) -> str:
     with pytest.raises(TrainingError) as caught:
         save()
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    trainer.checkpoint.write_shards = write_shards
     run.train(range(1, 2))  # no rank has lost count of the collectives
     dist.barrier()
     assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["step-00000001"]
