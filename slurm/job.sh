@@ -1,0 +1,144 @@
+# shellcheck shell=bash disable=SC2153,SC2154,SC2329
+# One job: check the nodes, run the ranks, decide what comes next. Static text; the lines above it, written by
+# slurm/submit.py, set its variables. What happened is read from the run folder, never from an exit code (a crash
+# under --kill-on-bad-exit looks like a kill):
+#   state      the attempt and its running | stopped | finished | failed, written by rank 0
+#   latest     names the newest checkpoint: moved = this attempt got somewhere
+#   restarts   how many crashes and bad nodes were answered by another try
+#   stop       why no job goes on with this run; python -m slurm.resume removes it
+set -u
+
+if [[ -n ${SLURM_ARRAY_TASK_ID:-} ]]; then # a point of a sweep; SLURM_JOB_ID may be that of the whole array
+    RUN_DIR=$RUN_DIR/$SLURM_ARRAY_TASK_ID
+    JOB=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
+else
+    JOB=$SLURM_JOB_ID
+fi
+CHILD='' STOPPING=0 TERMINATED=0
+mapfile -t HOSTS < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+
+say() { printf '%(%F %T)T job %s: %s\n' -1 "$JOB" "$*"; }
+field() { sed -n "s/.*\"$1\": *\"\{0,1\}\([a-z0-9]*\).*/\1/p" "$RUN_DIR/state" 2>/dev/null; }
+latest() { cat "$RUN_DIR/latest" 2>/dev/null; }
+successors() { sed "1,/^$JOB\$/d" "$RUN_DIR/jobs"; } # the rest of a chain
+
+leave() { # CODE: no job goes on, nor what is left of a chain
+    if [[ $RESUME = chain ]]; then successors | xargs -r scancel; fi
+    exit "$1"
+}
+
+give_up() { # REASON
+    say "giving up: $1"
+    printf '%s\n' "$1" >"$RUN_DIR/stop"
+    leave 1
+}
+
+avoid_bad_nodes() { # JOB, which must not have started
+    local nodes
+    nodes=$(printf '%s\n' "$EXCLUDE" "$(cat "$RUN_DIR/excluded" 2>/dev/null)" | sed '/^$/d' | paste -sd,)
+    [[ -z $nodes ]] || scontrol update "JobId=$1" "ExcNodeList=$nodes"
+}
+
+go_on() { # REASON
+    local id
+    say "$1; going on after the newest checkpoint ($(latest))"
+    if [[ $RESUME = chain ]]; then
+        for id in $(successors); do avoid_bad_nodes "$id"; done
+        [[ -n $(successors) ]] || say "that was the last job of the chain; more: python -m slurm.resume $RUN_DIR"
+        exit 0
+    fi
+    trap '' TERM # requeueing ends this script
+    for _ in {1..60}; do # slurmctld may be away for a while
+        if scontrol requeue "$JOB"; then
+            avoid_bad_nodes "$JOB"
+            exit 0
+        fi
+        sleep 5
+    done
+    give_up "the job cannot be requeued; where that is forbidden use slurm.resume=chain"
+}
+
+restart() { # REASON: as often as allowed
+    local before
+    before=$(cat "$RUN_DIR/restarts" 2>/dev/null || echo 0)
+    ((before < MAX_RESTARTS)) || give_up "$1, after $before restarts (slurm.max_restarts=$MAX_RESTARTS)"
+    echo $((before + 1)) >"$RUN_DIR/restarts"
+    go_on "$1 (restart $((before + 1)) of $MAX_RESTARTS)"
+}
+
+ask_to_stop() { # USR1: the time limit is near, or slurm.stop. Repeated, as a rank may not listen yet
+    STOPPING=1
+    say "asking all ranks to save and stop"
+    [[ -z $CHILD ]] || while kill -USR2 "$CHILD" 2>/dev/null; do sleep 5; done &
+}
+trap ask_to_stop USR1
+trap 'TERMINATED=1' TERM # scancel, preemption, a failed node: SLURM itself requeues what must be
+trap '' USR2             # srun passes it on, but would die of it in its first milliseconds
+
+run() { # COMMAND...: `wait` returns at every signal, so again until the command is gone
+    "$@" </dev/null &
+    CHILD=$!
+    while kill -0 "$CHILD" 2>/dev/null; do wait "$CHILD"; done
+    CHILD=''
+    ((TERMINATED)) || return 0
+    say "ended by SLURM: cancelled, preempted or a failed node"
+    if [[ $RESUME = chain ]] && ! sinfo -h -N -n "$SLURM_JOB_NODELIST" -o %T | grep -qE 'down|fail|[*]' &&
+        scontrol show job "$JOB" | grep -q PreemptTime=None; then
+        give_up "cancelled" # the next job of the chain could not tell
+    fi
+    exit 143
+}
+
+# A rank must not die of a signal that comes before it listens.
+# shellcheck disable=SC2016
+RANK='trap "" USR2 TERM
+export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS LOCAL_WORLD_SIZE=$RANKS_PER_NODE
+exec "$@"'
+on_ranks() { # MODULE ARGUMENTS...; blocks of ranks: consecutive ones, an expert group, share a node
+    exec "${LIMIT[@]}" srun --mpi=none --distribution=block:block "${STEP[@]}" "${SRUN[@]}" \
+        bash -c "$RANK" rank "${WRAP[@]}" "$PYTHON" -m "$@"
+}
+
+check_nodes() { # names bad nodes and starts again without them
+    local report="$RUN_DIR/logs/health/$JOB.${SLURM_RESTART_COUNT:-0}" host found bad=()
+    mkdir -p "$report"
+    LIMIT=(timeout -k 10 "$HEALTH_SECONDS") STEP=(--kill-on-bad-exit=0)
+    run on_ranks slurm.health "$report" "${HEALTH[@]}"
+    ((STOPPING)) && return
+    for host in "${HOSTS[@]}"; do
+        found=$(cat "$report/$host".* 2>/dev/null | sort -u)
+        (($(find "$report" -name "$host.*" | wc -l) >= RANKS_PER_NODE)) || found+="no answer within $HEALTH_SECONDS s"
+        [[ -z $found ]] || { say "health: $host: $found"; bad+=("$host"); }
+    done
+    ((${#bad[@]})) || { say "health: ${HOSTS[*]}: well"; return; }
+    ((${#bad[@]} < ${#HOSTS[@]} || ${#HOSTS[@]} == 1)) || give_up "no node passes the health check, see above"
+    printf '%s\n' "${bad[@]}" >>"$RUN_DIR/excluded"
+    restart "health: bad nodes ${bad[*]}"
+}
+
+[[ ! -e $RUN_DIR/stop ]] || { say "not started: $(<"$RUN_DIR/stop")"; leave 0; }
+[[ $(field state) != finished ]] || { say "the run is finished"; leave 0; }
+cd "$CODE" || give_up "the code of the run is gone: $CODE"
+for line in "${SETUP[@]}"; do eval "$line" || give_up "slurm.setup failed: $line"; done
+export PYTHONPATH="$CODE${PYTHONPATH:+:$PYTHONPATH}" PYTHONSAFEPATH=1 RANKS_PER_NODE MASTER_ADDR="${HOSTS[0]}"
+export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}" OMP_NUM_THREADS="${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}"
+export MASTER_PORT=$((10000 + SLURM_JOB_ID * 2 % 20000))
+((HEALTH_SECONDS == 0)) || MASTER_PORT=$((MASTER_PORT + 1)) check_nodes
+
+before=$(latest) attempt=$(field attempt)
+if ((!STOPPING)); then
+    say "training on ${HOSTS[*]}"
+    LIMIT=() STEP=(--kill-on-bad-exit=1)
+    run on_ranks trainer.run "$RUN_DIR"
+fi
+state=$(field state)
+[[ $(field attempt) != "$attempt" ]] || state=unstarted
+[[ $state != finished ]] || { say "finished"; leave 0; }
+[[ ! -e $RUN_DIR/stop ]] || { say "stopped: $(<"$RUN_DIR/stop")"; leave 0; }
+if [[ $(latest) != "$before" ]]; then
+    [[ $state = stopped ]] && go_on "saved and stopped"
+    restart "the attempt ended '$state'"
+fi
+((!STOPPING)) || give_up "the time limit left no time for a step and its checkpoint; raise slurm.time"
+[[ $state = stopped ]] && go_on "stopped by SLURM" # preempted before its first step
+give_up "the attempt ended '$state' and saved nothing new; see $RUN_DIR/logs"

@@ -1,0 +1,101 @@
+"""Jobs of run folders: which there are, what SLURM says of them, with and without accounting. Torch-free."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+from moe.config import ConfigError
+
+ACTIVE = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "STOPPED")
+
+
+def slurm(*command: str) -> str:
+    """The output of a SLURM command. Raises ConfigError with its message where it fails."""
+    # a submission from inside another job must not inherit that job's layout
+    environment = {
+        key: value for key, value in os.environ.items() if not key.startswith("SLURM_") or key == "SLURM_CONF"
+    }
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    except FileNotFoundError as error:
+        raise ConfigError(
+            [f"{command[0]} is not on the PATH; submit on a login node of the cluster"]
+        ) from error
+    if done.returncode:
+        raise ConfigError([f"{command[0]} refuses: {done.stderr.strip() or done.stdout.strip()}"])
+    return done.stdout
+
+
+def is_sweep(folder: Path) -> bool:
+    """Whether a folder is a sweep, whose runs are numbered folders in it."""
+    return (folder / "sweep.json").is_file()
+
+
+def runs_of(folder: Path) -> list[Path]:
+    """The run folders of a sweep, or the run folder itself. Raises ConfigError where it is neither."""
+    if is_sweep(folder):
+        return sorted((path.parent for path in folder.glob("*/config.yaml")), key=lambda path: int(path.name))
+    if (folder / "config.yaml").is_file():
+        return [folder]
+    raise ConfigError([f"{folder} is not a run folder or a sweep: it holds no config.yaml or sweep.json"])
+
+
+def jobs_of(run_dir: Path) -> list[str]:
+    """The SLURM jobs of a run, oldest first; one of an array is `12_3`."""
+    path = run_dir / "jobs"
+    return path.read_text().split() if path.is_file() else []
+
+
+def ask(run_dirs: list[Path]) -> dict[str, tuple[str, str]]:
+    """{job: (state, nodes or reason)} of all jobs of the runs that SLURM still knows of."""
+    ids = {job.split("_")[0] for run_dir in run_dirs for job in jobs_of(run_dir)}
+    found: dict[str, tuple[str, str]] = {}
+    for command in (
+        ["squeue", "-h", "-r", "-t", "all", "-o", "%i|%T|%R"],
+        ["sacct", "-n", "-X", "-P", "-o", "JobID,State,NodeList"],
+    ):
+        for job in sorted(ids - {job.split("_")[0] for job in found}):
+            try:
+                lines = slurm(*command, "-j", job).splitlines()
+            except ConfigError as error:
+                if "Invalid job id" in str(error) or command[0] == "sacct":  # gone; no accounting
+                    continue
+                raise
+            for name, state, where in (line.split("|") for line in lines):
+                found[name] = (state.split()[0], where)  # CANCELLED by 1000
+    return found
+
+
+def active(run_dirs: list[Path]) -> dict[str, tuple[str, str]]:
+    """Those of `ask` that wait, run or end just now."""
+    return {job: answer for job, answer in ask(run_dirs).items() if answer[0] in ACTIVE}
+
+
+def refuse_queued(run_dirs: list[Path]) -> None:
+    """Raises ConfigError if a job of one of the runs waits or runs."""
+    queued = active(run_dirs)
+    problems = [
+        f"{run_dir} is in the queue as job {job} ({queued[job][0]}); "
+        f"python -m slurm.stop {run_dir} first, or choose another name"
+        for run_dir in run_dirs
+        for job in jobs_of(run_dir)
+        if job in queued
+    ]
+    if problems:
+        raise ConfigError(problems)
+
+
+def command(module: str, act: Callable[[Path], None]) -> NoReturn:
+    """The entry point of `python -m slurm.<module> FOLDER`."""
+    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
+        print(f"usage: python -m slurm.{module} RUN_DIR|SWEEP", file=sys.stderr)
+        sys.exit(2)
+    try:
+        act(Path(sys.argv[1]).resolve())
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+    sys.exit(0)
