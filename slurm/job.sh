@@ -75,15 +75,25 @@ trap ask_to_stop USR1
 trap 'TERMINATED=1' TERM # scancel, preemption, a failed node: SLURM itself requeues what must be
 trap '' USR2             # srun passes it on, but would die of it in its first milliseconds
 
+still_ours() { # after a network partition the job may have been started again elsewhere
+    local job
+    for _ in {1..60}; do # slurmctld may be away for a while
+        job=$(scontrol -o show job "$JOB" 2>/dev/null) && break
+        sleep 5
+    done
+    [[ $job = *" Restarts=${SLURM_RESTART_COUNT:-0} "* && $job = *" JobState=RUNNING "* ]]
+}
+
 run() { # COMMAND...: `wait` returns at every signal, so again until the command is gone
+    local code
     "$@" </dev/null &
     CHILD=$!
-    while kill -0 "$CHILD" 2>/dev/null; do wait "$CHILD"; done
+    while kill -0 "$CHILD" 2>/dev/null; do wait "$CHILD"; code=$?; done
     CHILD=''
-    ((TERMINATED)) || return 0
+    ((!TERMINATED)) && still_ours && return "$code"
     say "ended by SLURM: cancelled, preempted or a failed node"
     if [[ $RESUME = chain ]] && ! sinfo -h -N -n "$SLURM_JOB_NODELIST" -o %T | grep -qE 'down|fail|[*]' &&
-        scontrol show job "$JOB" | grep -q PreemptTime=None; then
+        [[ $(scontrol show job "$JOB") = *PreemptTime=None* ]]; then
         give_up "cancelled" # the next job of the chain could not tell
     fi
     exit 143
@@ -140,5 +150,6 @@ if [[ $(latest) != "$before" ]]; then
     restart "the attempt ended '$state'"
 fi
 ((!STOPPING)) || give_up "the time limit left no time for a step and its checkpoint; raise slurm.time"
-[[ $state = stopped ]] && go_on "stopped by SLURM" # preempted before its first step
+[[ $state != stopped ]] || go_on "stopped by SLURM" # preempted before its first step
+run timeout -k 10 60 srun --mpi=none --ntasks-per-node=1 true || restart "a node does not answer"
 give_up "the attempt ended '$state' and saved nothing new; see $RUN_DIR/logs"

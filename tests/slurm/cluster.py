@@ -1,0 +1,201 @@
+"""The test cluster as the tests use it: submit, look, break a node, mend it."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+HERE = Path(__file__).parent
+NODES = 14
+LAB = 41  # a cluster of its own, beside what anybody else may have started
+
+SMALL = [
+    "model=tiny_moe",
+    "model.vocab_size=512",
+    "model.hidden_size=64",
+    "model.num_hidden_layers=2",
+    "model.num_experts=16",
+    "model.num_experts_per_tok=4",
+    "model.moe_intermediate_size=32",
+    "stage.seq_len=64",
+    "stage.global_batch_size=8",
+    "stage.train_tokens=8192",  # 16 steps
+    "micro_batch_size=4",
+    "parallel.nproc_per_node=1",
+    "parallel.ep_size=2",
+    "dtype=fp32",
+    "schedule.warmup_steps=2",
+    "checkpoint.every_steps=4",
+    "evaluate.every_steps=0",
+    "tracker.log_every_steps=1",
+    "slurm.nodes=2",
+    "slurm.mem=500",
+    "slurm.health.seconds=0",
+]
+
+
+def why_not() -> str | None:
+    """Why no cluster can be started here."""
+    if os.getuid() != 0:
+        return "the test cluster needs root"
+    if shutil.which("slurmctld") is None and shutil.which("apt-get") is None:
+        return "the test cluster needs the slurm packages of Debian or Ubuntu"
+    return None
+
+
+@dataclass
+class Cluster:
+    """One running cluster and the prepared data that its runs share."""
+
+    environment: dict[str, str]
+    data: list[str]  # overrides that name it
+
+    @classmethod
+    def start(cls, data: list[str]) -> "Cluster":
+        """Start it, or mend it where a test broke it."""
+        lab = {"SLURM_LAB_ID": str(LAB), "SLURM_LAB_CONF": str(HERE / "partitions.conf")}
+        subprocess.run(
+            [HERE / "slurm-up", str(NODES)],
+            env={**os.environ, **lab},
+            check=True,
+            timeout=280,
+            stdout=subprocess.DEVNULL,
+        )
+        environment = {**os.environ, **lab, "SLURM_CONF": f"/tmp/slurm-lab-{LAB}/slurm.conf"}
+        environment |= {"OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled", "PYTHONPATH": str(HERE.parents[1])}
+        return cls(environment, data)
+
+    def down(self) -> None:
+        """Stop it and everything on it."""
+        subprocess.run([HERE / "slurm-down"], env=self.environment, check=True, timeout=60)
+
+    def run(self, *command: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+        """A command on the login node."""
+        return subprocess.run(
+            command, env=self.environment, cwd=cwd, capture_output=True, text=True, timeout=120, check=False
+        )
+
+    def python(self, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+        """`python -m ...` on the login node."""
+        return self.run(sys.executable, "-m", *arguments, cwd=cwd)
+
+    def submit(self, folder: Path, name: str, *overrides: str) -> "Run":
+        """Queue a small run in `folder`."""
+        done = self.python("slurm", *SMALL, *self.data, f"name={name}", *overrides, cwd=folder)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return Run(self, folder / "runs" / name)
+
+    def state(self, job: str) -> str:
+        """What SLURM says of a job, ended ones too."""
+        return self.run("squeue", "-h", "-r", "-t", "all", "-j", job, "-o", "%T").stdout.strip()
+
+    def set(self, job: str, what: str) -> bool:
+        """`scontrol update` of a job."""
+        return self.run("scontrol", "update", f"JobId={job}", what).returncode == 0
+
+    def node_pids(self, node: int) -> list[int]:
+        """Every process on a node."""
+        listed = self.run("ip", "netns", "pids", f"slab{LAB}-node{node}").stdout
+        return [int(pid) for pid in listed.split()]
+
+    def kill_node(self, node: int) -> None:
+        """As by the power switch."""
+        for pid in self.node_pids(node):
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+
+    def cable(self, node: int, position: str) -> None:
+        """`down` or `up`."""
+        assert self.run("ip", "link", "set", f"slab{LAB}v{node}", position).returncode == 0
+
+    def only(self, *nodes: int) -> str:
+        """The override that keeps a run on some nodes."""
+        others = [f"node{n}" for n in range(1, NODES + 1) if n not in nodes]
+        return f"slurm.exclude='{','.join(others)}'"
+
+
+@dataclass
+class Run:
+    """A run on the cluster."""
+
+    cluster: Cluster
+    folder: Path
+
+    @property
+    def jobs(self) -> list[str]:
+        """Its jobs, oldest first."""
+        return (self.folder / "jobs").read_text().split()
+
+    @property
+    def log(self) -> str:
+        """What the job script and rank 0 said."""
+        path = self.folder / "logs/job.log"
+        return path.read_text() if path.exists() else ""
+
+    @property
+    def state(self) -> dict:
+        """The state file."""
+        path = self.folder / "state"
+        return json.loads(path.read_text()) if path.exists() else {"state": "new", "attempt": 0}
+
+    @property
+    def lines(self) -> list[dict]:
+        """Whole lines of metrics.jsonl."""
+        path = self.folder / "metrics.jsonl"
+        text = path.read_text() if path.exists() else ""
+        return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+    @property
+    def step(self) -> int:
+        """The newest logged step of the current attempt."""
+        attempt = self.state["attempt"]
+        return max((line["step"] for line in self.lines if line["attempt"] == attempt), default=0)
+
+    @property
+    def curve(self) -> dict[int, list[float]]:
+        """The loss curve and its company; of a step done twice the last."""
+        keys = ("loss", "balance_loss", "grad_norm", "learning_rate", "max_violation")
+        return {line["step"]: [line[key] for key in keys] for line in self.lines}
+
+    def ranks(self) -> list[int]:
+        """Processes of its ranks, by node name."""
+        found = []
+        for path in Path("/proc").glob("[0-9]*"):
+            try:
+                words = (path / "cmdline").read_bytes().split(b"\0")
+                environment = (path / "environ").read_bytes().split(b"\0")
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            if b"trainer.run" in words and b"python" in words[0] and str(self.folder).encode() in words:
+                rank = next(int(entry[5:]) for entry in environment if entry.startswith(b"RANK="))
+                found.append((rank, int(path.name)))
+        return [pid for _, pid in sorted(found)]
+
+    def wait(self, what: Callable[["Run"], object], seconds: float = 240) -> None:
+        """Until `what` holds. Fails with the log where it does not come, or the run has ended otherwise."""
+        deadline = time.monotonic() + seconds
+        while not what(self):
+            assert time.monotonic() < deadline, f"waited in vain\n{self.state}\n{self.log}"
+            time.sleep(0.05)
+
+    def pause_at(self, step: int, rank: int = 0) -> int:
+        """Hold a rank (and so all of them) once `step` is logged; returns its process id."""
+        self.wait(lambda run: run.step >= step)
+        pid = self.ranks()[rank]
+        os.kill(pid, signal.SIGSTOP)
+        return pid
+
+    def finish(self, attempts: int) -> "Run":
+        """Wait for its end and check the number of attempts."""
+        self.wait(lambda run: run.state["state"] == "finished")
+        assert self.state == {"state": "finished", "attempt": attempts}, self.log
+        self.wait(lambda run: run.cluster.state(run.jobs[-1]) in ("COMPLETED", "CANCELLED"), 60)
+        return self
