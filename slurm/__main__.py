@@ -1,7 +1,7 @@
 """`python -m slurm experiment=NAME slurm=CLUSTER [key=value ...]`: validate, freeze, queue; -m sweeps."""
 
-from slurm.sweep import Gathered
+from slurm.submit import Submission
 from trainer.cli import compose_and
 
-runs = Gathered()
-compose_and("submit", runs.take, runs.submit)
+submission = Submission()
+compose_and("submit", submission.take, submission.submit)

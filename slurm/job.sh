@@ -71,9 +71,16 @@ ask_to_stop() { # USR1: the time limit is near, or slurm.stop. Repeated, as a ra
     say "asking all ranks to save and stop"
     [[ -z $CHILD ]] || while kill -USR2 "$CHILD" 2>/dev/null; do sleep 5; done &
 }
+terminated() { # TERM: scancel, preemption, a failed node. SLURM itself requeues what must be. KILL is near
+    TERMINATED=1
+    if [[ $RESUME = chain && $(scontrol -o show job "$JOB") = *PreemptTime=None* ]] &&
+        ! sinfo -h -N -n "$SLURM_JOB_NODELIST" -o %T | grep -qE 'down|fail|[*]'; then
+        echo "cancelled" >"$RUN_DIR/stop" # the next job of the chain could not tell
+    fi
+}
 trap ask_to_stop USR1
-trap 'TERMINATED=1' TERM # scancel, preemption, a failed node: SLURM itself requeues what must be
-trap '' USR2             # srun passes it on, but would die of it in its first milliseconds
+trap terminated TERM
+trap '' USR2 # srun passes it on, but would die of it in its first milliseconds
 
 still_ours() { # after a network partition the job may have been started again elsewhere
     local job
@@ -92,10 +99,6 @@ run() { # COMMAND...: `wait` returns at every signal, so again until the command
     CHILD=''
     ((!TERMINATED)) && still_ours && return "$code"
     say "ended by SLURM: cancelled, preempted or a failed node"
-    if [[ $RESUME = chain ]] && ! sinfo -h -N -n "$SLURM_JOB_NODELIST" -o %T | grep -qE 'down|fail|[*]' &&
-        [[ $(scontrol show job "$JOB") = *PreemptTime=None* ]]; then
-        give_up "cancelled" # the next job of the chain could not tell
-    fi
     exit 143
 }
 
@@ -113,7 +116,7 @@ check_nodes() { # names bad nodes and starts again without them
     local report="$RUN_DIR/logs/health/$JOB.${SLURM_RESTART_COUNT:-0}" host found bad=()
     mkdir -p "$report"
     LIMIT=(timeout -k 10 "$HEALTH_SECONDS") STEP=(--kill-on-bad-exit=0)
-    run on_ranks slurm.health "$report" "${HEALTH[@]}"
+    run on_ranks slurm.health "$report" "$((HEALTH_SECONDS / 3))" "${HEALTH[@]}"
     ((STOPPING)) && return
     for host in "${HOSTS[@]}"; do
         found=$(cat "$report/$host".* 2>/dev/null | sort -u)

@@ -15,15 +15,11 @@ ACTIVE = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUE
 def slurm(*command: str) -> str:
     """The output of a SLURM command. Raises ConfigError with its message where it fails."""
     # a submission from inside another job must not inherit that job's layout
-    environment = {
-        key: value for key, value in os.environ.items() if not key.startswith("SLURM_") or key == "SLURM_CONF"
-    }
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_") or k == "SLURM_CONF"}
     try:
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, env=inherited, capture_output=True, text=True, check=False)
     except FileNotFoundError as error:
-        raise ConfigError(
-            [f"{command[0]} is not on the PATH; submit on a login node of the cluster"]
-        ) from error
+        raise ConfigError([f"{command[0]} is not on the PATH; go to a login node of the cluster"]) from error
     if done.returncode:
         raise ConfigError([f"{command[0]} refuses: {done.stderr.strip() or done.stdout.strip()}"])
     return done.stdout
@@ -51,35 +47,33 @@ def jobs_of(run_dir: Path) -> list[str]:
 
 def ask(run_dirs: list[Path]) -> dict[str, tuple[str, str]]:
     """{job: (state, nodes or reason)} of all jobs of the runs that SLURM still knows of."""
-    ids = {job.split("_")[0] for run_dir in run_dirs for job in jobs_of(run_dir)}
     found: dict[str, tuple[str, str]] = {}
-    for command in (
-        ["squeue", "-h", "-r", "-t", "all", "-o", "%i|%T|%R"],
-        ["sacct", "-n", "-X", "-P", "-o", "JobID,State,NodeList"],
-    ):
-        for job in sorted(ids - {job.split("_")[0] for job in found}):
-            try:
-                lines = slurm(*command, "-j", job).splitlines()
-            except ConfigError as error:
-                if "Invalid job id" in str(error) or command[0] == "sacct":  # gone; no accounting
-                    continue
+    for job in sorted({job.split("_")[0] for run_dir in run_dirs for job in jobs_of(run_dir)}):
+        try:
+            lines = slurm("squeue", "-h", "-r", "-t", "all", "-o", "%i|%T|%R", "-j", job)
+        except ConfigError as error:
+            if "Invalid job id" not in str(error):
                 raise
-            for name, state, where in (line.split("|") for line in lines):
-                found[name] = (state.split()[0], where)  # CANCELLED by 1000
+            try:  # long gone: the accounting, where there is one, remembers
+                lines = slurm("sacct", "-n", "-X", "-P", "-o", "JobID,State,NodeList", "-j", job)
+            except ConfigError:
+                continue
+        for line in lines.splitlines():
+            name, state, where = line.split("|")
+            found[name] = (state.split()[0], where)  # "CANCELLED by 1000"
     return found
 
 
-def active(run_dirs: list[Path]) -> dict[str, tuple[str, str]]:
-    """Those of `ask` that wait, run or end just now."""
-    return {job: answer for job, answer in ask(run_dirs).items() if answer[0] in ACTIVE}
+def active(run_dirs: list[Path]) -> dict[str, str]:
+    """{job: state} of those that wait, run or end just now."""
+    return {job: state for job, (state, _) in ask(run_dirs).items() if state in ACTIVE}
 
 
 def refuse_queued(run_dirs: list[Path]) -> None:
     """Raises ConfigError if a job of one of the runs waits or runs."""
     queued = active(run_dirs)
     problems = [
-        f"{run_dir} is in the queue as job {job} ({queued[job][0]}); "
-        f"python -m slurm.stop {run_dir} first, or choose another name"
+        f"{run_dir} is in the queue as job {job} ({queued[job]}); slurm.stop it, or choose another name"
         for run_dir in run_dirs
         for job in jobs_of(run_dir)
         if job in queued

@@ -20,7 +20,7 @@ def resume(folder: Path) -> None:
     for run_dir in run_dirs:
         for name in ("stop", "restarts", "excluded"):
             (run_dir / name).unlink(missing_ok=True)
-    ids = queue(owner, typed(SlurmConfig, read_frozen(owner / "slurm.yaml")), run_dirs)
+    ids = queue(owner, run_dirs, typed(SlurmConfig, read_frozen(owner / "slurm.yaml")))
     print(f"queued as job {', '.join(ids)}")
 
 

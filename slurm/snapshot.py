@@ -14,20 +14,13 @@ def snapshot(target: Path) -> None:
     In a git checkout these are the files that git does not ignore; an installed package is copied whole.
     """
     shutil.rmtree(target, ignore_errors=True)
-    listed = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", *_PACKAGES],
-        cwd=_ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if listed.returncode == 0 and listed.stdout:
-        files = [Path(name) for name in listed.stdout.split("\0") if name]
-    else:
-        packages = [_ROOT / package for package in _PACKAGES]
-        files = [path.relative_to(_ROOT) for package in packages for path in package.rglob("*")]
-        files = [path for path in files if "__pycache__" not in path.parts]
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", *_PACKAGES]
+    listed = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, check=False).stdout
+    files = [_ROOT / name for name in listed.split("\0") if name]
+    if not files:
+        files = [path for package in _PACKAGES for path in (_ROOT / package).rglob("*.[!p]*")]
     for file in files:
-        if (_ROOT / file).is_file():  # not: deleted, but not committed so
-            (target / file).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(_ROOT / file, target / file)
+        if file.is_file():  # not: deleted, but not committed so
+            copy = target / file.relative_to(_ROOT)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(file, copy)

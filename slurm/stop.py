@@ -11,7 +11,7 @@ def stop(folder: Path) -> None:
     for run_dir in run_dirs:
         (run_dir / "stop").write_text("stopped by slurm.stop\n")
     jobs = active(run_dirs)
-    for job, (state, _) in jobs.items():
+    for job, state in jobs.items():
         slurm("scancel", *(["--batch", "--signal=USR1"] if state == "RUNNING" else []), job)
         print(f"job {job}: {'saves and ends' if state == 'RUNNING' else 'taken from the queue'}")
     if not jobs:

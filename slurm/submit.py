@@ -1,149 +1,128 @@
-"""From validated runs to queued jobs: the job script, the frozen folders, sbatch. Torch-free."""
+"""From a command line to queued jobs: gather the runs, check them all, freeze their folders, sbatch. Torch-free."""
 
 import json
 import os
-import shlex
-import sys
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from data_pipeline.config import DataError
 from data_pipeline.manifest import write_atomically
 from moe.config import ConfigError
 from slurm.config import SlurmConfig, SubmitConfig
 from slurm.jobs import is_sweep, refuse_queued, runs_of, slurm
+from slurm.script import job_script
 from slurm.snapshot import snapshot
+from trainer.cli import absolute_paths, check_data
 from trainer.run_folder import freeze, lock
+from trainer.typed import typed
 
 
-@dataclass
 class Submission:
-    """Runs that go to the cluster as one job, or as one job array."""
+    """The runs of one command line: one, or with -m the points of a sweep, which become one job array.
 
-    folder: Path  # of the run, or of the sweep
-    configs: list[SubmitConfig]
-    frozen: list[DictConfig]  # what config.yaml of each run will hold
-    overrides: list[list[str]]
-    request: DictConfig  # the section slurm, the same for all
-    sweep: bool
+    Hydra hands them to `take` one by one; nothing is written before `submit`.
+    """
 
-    @property
-    def run_dirs(self) -> list[Path]:
-        """One folder per run."""
-        return [self.folder / str(i) for i in range(len(self.configs))] if self.sweep else [self.folder]
+    def __init__(self) -> None:
+        self._cfgs: list[DictConfig] = []
+        self._configs: list[SubmitConfig] = []
+        self._overrides: list[list[str]] = []
+        self._problems: list[str] = []
+        self._sweep = False
 
-    def script(self) -> str:
-        """The job script."""
-        config, request = self.configs[0], self.configs[0].slurm
-        ranks_per_node = config.parallel.nproc_per_node
-        log = str(self.folder).replace("%", "%%") + ("/%a" if self.sweep else "") + "/logs/job.log"
-        flags = {
-            "job-name": str(Path(config.name).parent if self.sweep else config.name),
-            "ntasks-per-node": str(ranks_per_node),
-            **request.flags(),
-            "output": log,
-            "open-mode": "append",
-            "signal": f"B:USR1@{request.stop_before_seconds}",
-            ("requeue" if request.resume == "requeue" else "no-requeue"): None,
-        }
-        health = ["--gpus", request.gpus_per_node, "--min-free-gib", request.health.min_free_gib]
-        health += ["--max-skew-seconds", request.health.max_skew_seconds]
-        health += ["--seconds", request.health.seconds // 3]
-        step, wrap = self._container()
-        python = request.python or (sys.executable if request.container.kind == "none" else "python")
-        values: dict[str, object] = {
-            "RUN_DIR": self.folder,
-            "CODE": self.folder / "code",
-            "PYTHON": python,
-            "RANKS_PER_NODE": ranks_per_node,
-            "RESUME": request.resume,
-            "MAX_RESTARTS": request.max_restarts,
-            "EXCLUDE": request.exclude or "",
-            "HEALTH_SECONDS": request.health.seconds,
-            "HEALTH": health,
-            "SRUN": step,
-            "WRAP": wrap,
-            "SETUP": request.setup,
-        }
-        lines = ["#!/usr/bin/env bash"]
-        lines += [
-            f"#SBATCH --{flag}" + ("" if value is None else f"={shlex.quote(value)}")
-            for flag, value in flags.items()
-        ]
-        lines += [f"{key}={_quoted(value)}" for key, value in values.items()]
-        lines += [f"export {key}={shlex.quote(value)}" for key, value in request.env.items()]
-        return "\n".join([*lines, "", (Path(__file__).parent / "job.sh").read_text()])
+    def take(self, cfg: DictConfig) -> int:
+        """Check one run; what is wrong is kept for `submit`, so that all points are reported at once."""
+        hydra_config = HydraConfig.get()
+        self._sweep = hydra_config.mode == RunMode.MULTIRUN
+        point, overrides = len(self._overrides), list(hydra_config.overrides.task)
+        self._cfgs.append(cfg)
+        self._overrides.append(overrides)
+        if self._sweep:
+            cfg.name = f"{cfg.name}/{point}"
+        try:
+            config = typed(SubmitConfig, cfg)
+            config.check(config.plan)
+            check_data(config)
+            absolute_paths(cfg)
+            self._configs.append(config)
+        except (ConfigError, DataError) as error:
+            self._problems.append(
+                f"point {point} ({' '.join(overrides)}):\n{error}" if self._sweep else str(error)
+            )
+        first = self._cfgs[0]
+        if cfg.slurm != first.slurm or cfg.parallel.nproc_per_node != first.parallel.nproc_per_node:
+            self._problems.append(
+                f"point {point}: slurm.* and parallel.nproc_per_node must be the same for all points, as a job "
+                "array has one request; start a sweep for each"
+            )
+        return 0
 
-    def _container(self) -> tuple[list[str], list[str]]:
-        """Flags of srun and words before the rank command that put the ranks into the image."""
-        container = self.configs[0].slurm.container
-        needed = {str(self.folder)}
-        for config in self.configs:
-            needed |= {path for path in (config.data.dir, config.stage.init_from) if path is not None}
-        mounts = [*(str(Path(path).resolve()) for path in sorted(needed)), *container.mounts]
-        image, code = str(container.image), self.folder / "code"
-        if container.kind == "pyxis":
-            pairs = ",".join(mount if ":" in mount else f"{mount}:{mount}" for mount in mounts)
-            return [
-                f"--container-image={image}",
-                f"--container-mounts={pairs}",
-                f"--container-workdir={code}",
-            ], []
-        if container.kind == "apptainer":
-            gpus = ["--nv"] if self.configs[0].slurm.gpus_per_node else []
-            binds = [f"--bind={mount}" for mount in mounts]
-            return [], ["apptainer", "exec", *gpus, *binds, f"--pwd={code}", image]
-        return [], []
+    def submit(self) -> int:
+        """Freeze the folders and queue the job, or print its script.
 
-    def submit(self) -> list[str]:
-        """Freeze the folders and queue the job; returns its ids (several for a chain).
-
-        Raises ConfigError, with nothing queued, for a folder that cannot be used and where sbatch refuses.
+        Raises ConfigError, with nothing queued, for what `take` found, a folder that cannot be used, and where
+        sbatch refuses.
         """
+        if self._problems:
+            raise ConfigError(self._problems)
+        config, run_dir = self._configs[0], self._configs[0].run_dir.resolve()
+        folder = run_dir.parent if self._sweep else run_dir
+        script = job_script(folder, self._configs, self._sweep)
+        if config.slurm.dry_run:
+            print(script, end="")
+            return 0
         slurm("sbatch", "--version")
-        self._refuse_other_folder()
+        run_dirs = [config.run_dir.resolve() for config in self._configs]
+        self._refuse_other(folder)
         with ExitStack() as held:
-            for run_dir in self.run_dirs:
+            for run_dir in run_dirs:
                 held.callback(os.close, lock(run_dir))
-            refuse_queued(self.run_dirs)
-            fresh = not any((run_dir / "jobs").exists() for run_dir in self.run_dirs)
-            for run_dir, cfg, overrides in zip(self.run_dirs, self.frozen, self.overrides, strict=True):
-                freeze(run_dir, cfg, overrides)
-                (run_dir / "logs").mkdir(exist_ok=True)
-            if fresh:  # a run goes on with the code that it began with
-                snapshot(self.folder / "code")
-            if self.sweep:
-                write_atomically(self.folder / "sweep.json", json.dumps(self.overrides, indent=1).encode())
-            (self.folder / "slurm.yaml").write_text(OmegaConf.to_yaml(self.request))
-            (self.folder / "job.sh").write_text(self.script())
-            return queue(self.folder, self.configs[0].slurm)
+            refuse_queued(run_dirs)
+            self._freeze(folder, run_dirs)
+            (folder / "job.sh").write_text(script)
+            ids = queue(folder, run_dirs, config.slurm)
+        points = f"{len(run_dirs)} points of " if self._sweep else ""
+        print(
+            f"queued as job {', '.join(ids)}: {points}{config.slurm.nodes} nodes, {config.plan.world_size} ranks\n"
+            f"  python -m slurm.status {folder}\n"
+            f"  python -m slurm.logs -f {run_dirs[0]}\n"
+            f"  python -m slurm.stop {folder}"
+        )
+        return 0
 
-    def _refuse_other_folder(self) -> None:
-        if not self.sweep and is_sweep(self.folder):
-            raise ConfigError([f"{self.folder} is a sweep; choose another name"])
-        if self.sweep and (self.folder / "config.yaml").exists():
-            raise ConfigError([f"{self.folder} is a single run; choose another name for the sweep"])
-        if self.sweep and is_sweep(self.folder):
-            there = json.loads((self.folder / "sweep.json").read_text())
-            if there != self.overrides:
-                raise ConfigError(
-                    [f"{self.folder} holds another sweep ({len(there)} points); choose another name"]
-                )
+    def _refuse_other(self, folder: Path) -> None:
+        there = json.loads((folder / "sweep.json").read_text()) if is_sweep(folder) else None
+        if (folder / "config.yaml").exists() and self._sweep:
+            raise ConfigError([f"{folder} is a single run; choose another name for the sweep"])
+        if there is not None and (not self._sweep or there != self._overrides):
+            raise ConfigError([f"{folder} holds another sweep, of {len(there)} points; choose another name"])
+
+    def _freeze(self, folder: Path, run_dirs: list[Path]) -> None:
+        for run_dir, cfg, overrides in zip(run_dirs, self._cfgs, self._overrides, strict=True):
+            of_run = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "slurm"])
+            freeze(run_dir, of_run, overrides)
+            (run_dir / "logs").mkdir(exist_ok=True)
+        if not any((run_dir / "jobs").exists() for run_dir in run_dirs):
+            snapshot(folder / "code")  # a run goes on with the code that it began with
+        if self._sweep:
+            write_atomically(folder / "sweep.json", json.dumps(self._overrides, indent=1).encode())
+        request = OmegaConf.to_container(self._cfgs[0].slurm, resolve=True)
+        (folder / "slurm.yaml").write_text(OmegaConf.to_yaml(request))
 
 
-def queue(folder: Path, request: SlurmConfig, points: list[Path] | None = None) -> list[str]:
-    """sbatch the job script of a frozen run, or of `points` (default all) of a sweep; returns the job ids.
+def queue(folder: Path, run_dirs: list[Path], request: SlurmConfig) -> list[str]:
+    """sbatch the job script of a frozen run, or of points of a sweep; returns the job ids, several for a chain.
 
     Raises ConfigError where SLURM refuses; nothing stays queued then.
     """
-    flags = []
-    run_dirs = points or runs_of(folder)
+    flags, ids = [], []
     if is_sweep(folder):
         parallel = f"%{request.max_parallel}" if request.max_parallel else ""
         flags.append(f"--array={','.join(run_dir.name for run_dir in run_dirs)}{parallel}")
-    ids: list[str] = []
     try:
         for _ in range(request.chain_length if request.resume == "chain" else 1):
             after = [f"--dependency=afterany:{ids[-1]}"] if ids else []
@@ -157,10 +136,3 @@ def queue(folder: Path, request: SlurmConfig, points: list[Path] | None = None) 
         with (run_dir / "jobs").open("a") as jobs:
             jobs.writelines(f"{job}_{run_dir.name}\n" if is_sweep(folder) else f"{job}\n" for job in ids)
     return ids
-
-
-def _quoted(value: object) -> str:
-    """A value of bash: a string, or an array for a list."""
-    if isinstance(value, list):
-        return f"({' '.join(shlex.quote(str(item)) for item in value)})"
-    return shlex.quote(str(value))

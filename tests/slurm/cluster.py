@@ -25,13 +25,13 @@ SMALL = [
     "model.moe_intermediate_size=32",
     "stage.seq_len=64",
     "stage.global_batch_size=8",
-    "stage.train_tokens=8192",  # 16 steps
-    "micro_batch_size=4",
+    "stage.train_tokens=12288",  # 24 steps
+    "micro_batch_size=2",
     "parallel.nproc_per_node=1",
     "parallel.ep_size=2",
     "dtype=fp32",
     "schedule.warmup_steps=2",
-    "checkpoint.every_steps=4",
+    "checkpoint.every_steps=8",
     "evaluate.every_steps=0",
     "tracker.log_every_steps=1",
     "slurm.nodes=2",
@@ -171,12 +171,12 @@ class Run:
         for path in Path("/proc").glob("[0-9]*"):
             try:
                 words = (path / "cmdline").read_bytes().split(b"\0")
-                environment = (path / "environ").read_bytes().split(b"\0")
+                if b"trainer.run" in words and b"python" in words[0] and str(self.folder).encode() in words:
+                    environment = (path / "environ").read_bytes().split(b"\0")
+                    rank = next(int(entry[5:]) for entry in environment if entry.startswith(b"RANK="))
+                    found.append((rank, int(path.name)))
             except (FileNotFoundError, ProcessLookupError):
                 continue
-            if b"trainer.run" in words and b"python" in words[0] and str(self.folder).encode() in words:
-                rank = next(int(entry[5:]) for entry in environment if entry.startswith(b"RANK="))
-                found.append((rank, int(path.name)))
         return [pid for _, pid in sorted(found)]
 
     def wait(self, what: Callable[["Run"], object], seconds: float = 240) -> None:
@@ -184,14 +184,15 @@ class Run:
         deadline = time.monotonic() + seconds
         while not what(self):
             assert time.monotonic() < deadline, f"waited in vain\n{self.state}\n{self.log}"
-            time.sleep(0.05)
+            time.sleep(0.01)
 
-    def pause_at(self, step: int, rank: int = 0) -> int:
-        """Hold a rank (and so all of them) once `step` is logged; returns its process id."""
+    def pause_at(self, step: int) -> int:
+        """Hold rank 0 (and so all of them) once `step` is logged; returns its process id."""
+        self.wait(lambda run: run.step >= 1)
+        main = self.ranks()[0]
         self.wait(lambda run: run.step >= step)
-        pid = self.ranks()[rank]
-        os.kill(pid, signal.SIGSTOP)
-        return pid
+        os.kill(main, signal.SIGSTOP)
+        return main
 
     def finish(self, attempts: int) -> "Run":
         """Wait for its end and check the number of attempts."""
