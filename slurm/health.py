@@ -50,7 +50,7 @@ def check_collective(device: torch.device, max_skew_seconds: float, timeout: tim
         return []  # another rank is missing, and its node the one to blame
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
     try:
-        dist.init_process_group(backend, timeout, world_size, rank, store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
         total = torch.full((1 << 16,), float(rank), device=device)
         dist.all_reduce(total)
         clocks = [torch.zeros(1, dtype=torch.float64) for _ in range(world_size)]

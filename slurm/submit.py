@@ -1,4 +1,4 @@
-"""From a command line to queued jobs: gather the runs, check them all, freeze their folders, sbatch. Torch-free."""
+"""From a command line to queued jobs: gather runs, check all, freeze their folders, sbatch. Torch-free."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from data_pipeline.config import DataError
 from data_pipeline.manifest import write_atomically
 from moe.config import ConfigError
 from slurm.config import SlurmConfig, SubmitConfig
-from slurm.jobs import is_sweep, refuse_queued, runs_of, slurm
+from slurm.jobs import is_sweep, refuse_queued, slurm
 from slurm.script import job_script
 from slurm.snapshot import snapshot
 from trainer.cli import absolute_paths, check_data
@@ -50,22 +50,21 @@ class Submission:
             absolute_paths(cfg)
             self._configs.append(config)
         except (ConfigError, DataError) as error:
-            self._problems.append(
-                f"point {point} ({' '.join(overrides)}):\n{error}" if self._sweep else str(error)
-            )
+            where = f"point {point} ({' '.join(overrides)}):\n" if self._sweep else ""
+            self._problems.append(f"{where}{error}")
         first = self._cfgs[0]
         if cfg.slurm != first.slurm or cfg.parallel.nproc_per_node != first.parallel.nproc_per_node:
             self._problems.append(
-                f"point {point}: slurm.* and parallel.nproc_per_node must be the same for all points, as a job "
-                "array has one request; start a sweep for each"
+                f"point {point}: slurm.* and parallel.nproc_per_node must be the same for all points: "
+                "a job array has one request"
             )
         return 0
 
     def submit(self) -> int:
         """Freeze the folders and queue the job, or print its script.
 
-        Raises ConfigError, with nothing queued, for what `take` found, a folder that cannot be used, and where
-        sbatch refuses.
+        Raises ConfigError, with nothing queued, for what `take` found, for a folder that cannot be used, and
+        where sbatch refuses.
         """
         if self._problems:
             raise ConfigError(self._problems)
@@ -87,7 +86,8 @@ class Submission:
             ids = queue(folder, run_dirs, config.slurm)
         points = f"{len(run_dirs)} points of " if self._sweep else ""
         print(
-            f"queued as job {', '.join(ids)}: {points}{config.slurm.nodes} nodes, {config.plan.world_size} ranks\n"
+            f"queued as job {', '.join(ids)}: {points}{config.slurm.nodes} nodes, "
+            f"{config.plan.world_size} ranks\n"
             f"  python -m slurm.status {folder}\n"
             f"  python -m slurm.logs -f {run_dirs[0]}\n"
             f"  python -m slurm.stop {folder}"
@@ -115,11 +115,12 @@ class Submission:
 
 
 def queue(folder: Path, run_dirs: list[Path], request: SlurmConfig) -> list[str]:
-    """sbatch the job script of a frozen run, or of points of a sweep; returns the job ids, several for a chain.
+    """sbatch the script of a frozen run, or of points of a sweep; returns the job ids, several for a chain.
 
     Raises ConfigError where SLURM refuses; nothing stays queued then.
     """
-    flags, ids = [], []
+    flags: list[str] = []
+    ids: list[str] = []
     if is_sweep(folder):
         parallel = f"%{request.max_parallel}" if request.max_parallel else ""
         flags.append(f"--array={','.join(run_dir.name for run_dir in run_dirs)}{parallel}")

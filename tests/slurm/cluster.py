@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,7 +88,7 @@ class Cluster:
 
     def submit(self, folder: Path, name: str, *overrides: str) -> "Run":
         """Queue a small run in `folder`."""
-        done = self.python("slurm", *SMALL, *self.data, f"name={name}", *overrides, cwd=folder)
+        done = self.python("slurm", *overrides, f"name={name}", *SMALL, *self.data, cwd=folder)
         assert done.returncode == 0, done.stdout + done.stderr
         return Run(self, folder / "runs" / name)
 
@@ -107,10 +108,8 @@ class Cluster:
     def kill_node(self, node: int) -> None:
         """As by the power switch."""
         for pid in self.node_pids(node):
-            try:
+            with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
 
     def cable(self, node: int, position: str) -> None:
         """`down` or `up`."""

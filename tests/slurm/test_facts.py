@@ -1,4 +1,4 @@
-"""The facts about SLURM that slurm/job.sh is built on, each shown on the real cluster without any of our code."""
+"""The facts about SLURM that slurm/job.sh is built on, each shown on the real cluster, without our code."""
 
 import subprocess
 import sys
@@ -12,7 +12,7 @@ from cluster import Cluster
 Job = Callable[..., str]
 CHATTY = """
 trap 'echo batch TERM' TERM
-srun --kill-on-bad-exit=1 bash -c "trap 'echo rank TERM; exit 0' TERM; echo up; while :; do sleep 0.1; done" &
+srun -K1 bash -c "trap 'echo rank TERM; exit 0' TERM; echo up; while :; do sleep 0.1; done" &
 while kill -0 $! 2>/dev/null; do wait $!; done
 echo end
 """
@@ -102,7 +102,8 @@ def test_5_usr2_ends_torchrun(folder):
 
 
 def test_7_wait_returns_at_a_trapped_signal(folder):
-    script = "trap : USR1; sleep 3 & (sleep 0.3; kill -USR1 $$) & wait %1; echo $?; wait %1; echo $?; wait %1; echo $?"
+    again = "wait %1; echo $?; "
+    script = f"trap : USR1; sleep 3 & (sleep 0.3; kill -USR1 $$) & {again * 3}"
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.split() == ["138", "0", "127"]
 
@@ -123,7 +124,8 @@ def test_8_what_srun_does_not_inherit(cluster, job, folder):
 
 def test_srun_would_die_of_usr2_before_it_passes_it_on(cluster, job, folder):
     """Hence `trap '' USR2` in the job script, which does not keep srun from passing it on."""
-    step = "srun bash -c \"trap 'echo heard' USR2; echo up; for i in {1..300}; do sleep 0.1; done\" & kill -USR2 $!; wait $!"
+    rank = "trap 'echo heard' USR2; echo up; for i in {1..300}; do sleep 0.1; done"
+    step = f'srun bash -c "{rank}" & kill -USR2 $!; wait $!'
     bare = job(f"{step}; echo code $?", "-N1")
     wait(ended(cluster, bare))
     assert "code 140" in said(folder, bare)
@@ -136,7 +138,7 @@ def test_srun_would_die_of_usr2_before_it_passes_it_on(cluster, job, folder):
 
 def test_the_nodes_to_avoid_can_be_set_once_a_job_is_requeued(cluster, job, folder):
     number = job(
-        "[[ ${SLURM_RESTART_COUNT:-0} = 1 ]] && exit; scontrol update JobId=$SLURM_JOB_ID ExcNodeList=node1 "
+        "trap '' TERM; [[ ${SLURM_RESTART_COUNT:-0} = 1 ]] && exit; scontrol update JobId=$SLURM_JOB_ID ExcNodeList=node1 "
         "&& echo early; scontrol requeue $SLURM_JOB_ID; "
         "scontrol update JobId=$SLURM_JOB_ID ExcNodeList=$(hostname) && echo late; hostname",
         "-N1",

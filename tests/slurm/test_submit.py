@@ -15,15 +15,15 @@ Submit = Callable[..., Run]
 @pytest.fixture
 def held(cluster: Cluster, folder: Path) -> Iterator[Submit]:
     """`held(name, ...)` submits a run that waits in the queue; the test's jobs are cancelled at its end."""
-    yield lambda name, *overrides: cluster.submit(folder, name, "+slurm.sbatch.hold=true", *overrides)
+    yield lambda name, *overrides: cluster.submit(folder, name, *overrides, "+slurm.sbatch.hold=true")
     jobs = {job for path in folder.rglob("jobs") for job in path.read_text().split()}
     if jobs:
         cluster.run("scancel", *jobs)
 
 
 def queued(cluster: Cluster) -> set[str]:
-    """All jobs that SLURM ever had."""
-    return set(cluster.run("squeue", "-h", "-t", "all", "-o", "%i").stdout.split())
+    """What waits or runs."""
+    return set(cluster.run("squeue", "-h", "-o", "%i").stdout.split())
 
 
 def test_every_flag_reaches_slurm(cluster, held, folder):
@@ -33,7 +33,7 @@ def test_every_flag_reaches_slurm(cluster, held, folder):
     flags = ["slurm.partition=lowpri", "slurm.time='2:03:00'", "slurm.mem=123", "slurm.cpus_per_task=2"]
     flags += ["slurm.exclude=node9", "slurm.switches='1@5'", "slurm.gpus_per_node=1", "slurm.exclusive=true"]
     flags += ["+slurm.sbatch.comment='a \"b\" # c'", "+slurm.sbatch.nice=5", "+slurm.sbatch.mail_type=END"]
-    held("unused", *flags, f"name='{quoted}'")
+    held(f"'{quoted}'", *flags)
     run = Run(cluster, folder / "runs" / name)
     (job,) = run.jobs
     shown = cluster.run("scontrol", "show", "job", job).stdout
@@ -59,15 +59,8 @@ def test_every_flag_reaches_slurm(cluster, held, folder):
     assert checked.returncode == 0, checked.stdout.decode()
 
 
-def test_the_folder_is_frozen_and_later_edits_do_not_reach_it(cluster, held, repository):
-    new = repository / "slurm" / "made_by_a_test.py"
-    new.write_text('"""Not committed."""\n')
-    try:
-        run = held("frozen")
-    finally:
-        new.unlink()
-    assert (run.folder / "code/slurm/made_by_a_test.py").is_file()
-    assert not list((run.folder / "code").rglob("__pycache__"))
+def test_the_folder_is_frozen(cluster, held, repository):
+    run = held("frozen")
     assert (run.folder / "code/trainer/train.py").read_text() == (repository / "trainer/train.py").read_text()
     assert "slurm" not in (run.folder / "config.yaml").read_text()
     assert "slurm.nodes=2" in (run.folder / "overrides.txt").read_text()
@@ -99,21 +92,21 @@ def mistake(cluster: Cluster, folder: Path, command: list[str], *overrides: str)
     done = cluster.python(*command, *overrides, cwd=folder)
     assert done.returncode == 2, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
-    assert {job.split("_")[0] for job in queued(cluster) - before} <= {
-        job for job in queued(cluster) if not (folder / "runs").exists()
-    }
-    assert not list(folder.rglob("jobs")), "nothing was queued"
+    assert queued(cluster) <= before, "something is queued"
+    assert not list(folder.rglob("jobs"))
     return done.stderr
+
+
+TOO_MANY_GPUS = ["slurm.nodes=1", "slurm.gpus_per_node=9", "parallel.nproc_per_node=9"]
+TOO_MANY_GPUS += ["parallel.ep_size=1", "stage.global_batch_size=18"]
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
         (["slurm.partition=nowhere"], "invalid partition"),
-        (["slurm.gpus_per_node=9", "parallel.nproc_per_node=9"], "9 does not"),
-        (["slurm.nodes=1", "slurm.gpus_per_node=16", "parallel.nproc_per_node=16"], "multiple of"),
+        (TOO_MANY_GPUS, "sbatch refuses: sbatch: error:"),
         (["slurm.gpus_per_node=4"], "slurm.gpus_per_node=4 but parallel.nproc_per_node=1"),
-        (["+slurm.sbatch.gpus-per-node=9"], "Requested node configuration is not available"),
         ([f"slurm.nodes={NODES + 2}", "stage.global_batch_size=64"], "sbatch refuses: sbatch: error:"),
         (["slurm.nodes=3"], "parallel.ep_size=2 does not divide the 3 ranks"),
         (["slurm.nodes=8", "parallel.ep_size=1"], "stage.global_batch_size=8 is not a multiple of 8 ranks"),
@@ -158,7 +151,7 @@ def test_a_name_is_used_once(cluster, held, submit_command, folder):
 
 
 def test_a_sweep_is_checked_as_a_whole_and_is_one_array(cluster, held, submit_command, folder):
-    command = [*submit_command, "-m", "name=sweep"]
+    command = ["slurm", "-m", *submit_command[1:], "name=sweep"]
     message = mistake(cluster, folder, command, "parallel.ep_size=2,3", "optimizer.lr=1e-3,-1")
     assert "point 1" in message
     assert "point 2" in message
@@ -168,7 +161,7 @@ def test_a_sweep_is_checked_as_a_whole_and_is_one_array(cluster, held, submit_co
 
     sweep = held("sweep", "-m", "optimizer.lr=1e-3,3e-3", "parallel.ep_size=1,2", "slurm.max_parallel=2")
     points = json.loads((sweep.folder / "sweep.json").read_text())
-    assert [point[-3:-1] for point in points][3] == ["optimizer.lr=3e-3", "parallel.ep_size=2"]
+    assert {"optimizer.lr=3e-3", "parallel.ep_size=2"} <= set(points[3])
     jobs = [(sweep.folder / str(i) / "jobs").read_text().strip() for i in range(4)]
     array = jobs[0].split("_")[0]
     assert jobs == [f"{array}_{i}" for i in range(4)]

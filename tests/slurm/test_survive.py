@@ -1,10 +1,11 @@
 """What happens to jobs on a real cluster, to a run of two nodes with its experts spread over both.
 
-Every scenario ends with the loss curve of a run that nothing happened to, bit for bit. They wait for SLURM most of
-the time, so they run side by side; each keeps to nodes of its own where it breaks one.
+Every scenario ends with the loss curve of a run that nothing happened to, bit for bit. They wait for SLURM most
+of the time, so they run side by side; each keeps to nodes of its own where it breaks one.
 """
 
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ import pytest
 from cluster import Cluster, Run
 
 pytestmark = pytest.mark.timeout(900)
+REPOSITORY = Path(__file__).parents[2]
 SCENARIOS: dict[str, Callable[[Cluster, Path], Run]] = {}
 
 
@@ -25,9 +27,17 @@ def scenario(function: Callable[[Cluster, Path], Run]) -> Callable[[Cluster, Pat
 
 @scenario
 def straight(cluster: Cluster, folder: Path) -> Run:
-    """The reference: nothing happens; and the terminal is free before the job has done anything."""
-    run = cluster.submit(folder, "straight", cluster.only(1, 2))
-    return run.finish(attempts=1)
+    """The reference. Its code is gone when the job starts: it has its own copy."""
+    checkout = folder / "checkout"
+    for package in ("trainer", "moe", "data_pipeline", "slurm", "conf"):
+        shutil.copytree(REPOSITORY / package, checkout / package)
+    submitting = Cluster({**cluster.environment, "PYTHONPATH": str(checkout)}, cluster.data)
+    run = submitting.submit(folder, "straight", cluster.only(1, 2), "+slurm.sbatch.hold=true")
+    shutil.rmtree(checkout)
+    assert cluster.run("scontrol", "release", run.jobs[0]).returncode == 0
+    run.finish(attempts=1)
+    assert not list((run.folder / "code").rglob("*.pyc"))
+    return run
 
 
 @scenario
