@@ -73,7 +73,7 @@ ask_to_stop() { # USR1: the time limit is near, or slurm.stop. Repeated, as a ra
 }
 terminated() { # TERM: scancel, preemption, a failed node. SLURM itself requeues what must be. KILL is near
     TERMINATED=1
-    if [[ $RESUME = chain && $(scontrol -o show job "$JOB") = *PreemptTime=None* ]] &&
+    if [[ $RESUME = chain && $(scontrol -o show job "$JOB") != *PreemptTime=[0-9]* ]] &&
         ! sinfo -h -N -n "$SLURM_JOB_NODELIST" -o %T | grep -qE 'down|fail|[*]'; then
         echo "cancelled" >"$RUN_DIR/stop" # the next job of the chain could not tell
     fi

@@ -88,7 +88,9 @@ class Cluster:
 
     def submit(self, folder: Path, name: str, *overrides: str) -> "Run":
         """Queue a small run in `folder`."""
-        done = self.python("slurm", *overrides, f"name={name}", *SMALL, *self.data, cwd=folder)
+        of_sweep = ["-m"] if "-m" in overrides else []
+        given = [override for override in overrides if override != "-m"]
+        done = self.python("slurm", *of_sweep, *SMALL, *self.data, f"name={name}", *given, cwd=folder)
         assert done.returncode == 0, done.stdout + done.stderr
         return Run(self, folder / "runs" / name)
 

@@ -20,7 +20,7 @@ echo end
 
 @pytest.fixture
 def job(cluster: Cluster, folder: Path) -> Job:
-    """`job(script, flags...)` queues a bash script whose output goes to the file `out-<job>`; returns its id."""
+    """`job(script, flags...)` queues a bash script with output in `out-<job>`; returns its id."""
 
     def submit(script: str, *flags: str) -> str:
         (folder / "job.sh").write_text(f"#!/usr/bin/env bash\n{script}")
@@ -138,8 +138,9 @@ def test_srun_would_die_of_usr2_before_it_passes_it_on(cluster, job, folder):
 
 def test_the_nodes_to_avoid_can_be_set_once_a_job_is_requeued(cluster, job, folder):
     number = job(
-        "trap '' TERM; [[ ${SLURM_RESTART_COUNT:-0} = 1 ]] && exit; scontrol update JobId=$SLURM_JOB_ID ExcNodeList=node1 "
-        "&& echo early; scontrol requeue $SLURM_JOB_ID; "
+        "trap '' TERM; [[ ${SLURM_RESTART_COUNT:-0} = 1 ]] && exit; "
+        "scontrol update JobId=$SLURM_JOB_ID ExcNodeList=node1 && echo early; "
+        "scontrol requeue $SLURM_JOB_ID; "
         "scontrol update JobId=$SLURM_JOB_ID ExcNodeList=$(hostname) && echo late; hostname",
         "-N1",
     )

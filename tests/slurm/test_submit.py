@@ -44,7 +44,7 @@ def test_every_flag_reaches_slurm(cluster, held, folder):
         "MinMemoryNode=123M",
         "CPUs/Task=2",
         "ExcNodeList=node9",
-        "ReqSwitch=1",
+        "Switches=1@00:05:00",
         "TresPerNode=gres:gpu:1",
         'Comment=a "b" # c',
         "Requeue=1",
@@ -161,7 +161,7 @@ def test_a_sweep_is_checked_as_a_whole_and_is_one_array(cluster, held, submit_co
 
     sweep = held("sweep", "-m", "optimizer.lr=1e-3,3e-3", "parallel.ep_size=1,2", "slurm.max_parallel=2")
     points = json.loads((sweep.folder / "sweep.json").read_text())
-    assert {"optimizer.lr=3e-3", "parallel.ep_size=2"} <= set(points[3])
+    assert {"optimizer.lr=0.003", "parallel.ep_size=2"} <= set(points[3])
     jobs = [(sweep.folder / str(i) / "jobs").read_text().strip() for i in range(4)]
     array = jobs[0].split("_")[0]
     assert jobs == [f"{array}_{i}" for i in range(4)]
@@ -176,7 +176,7 @@ def test_a_sweep_is_checked_as_a_whole_and_is_one_array(cluster, held, submit_co
     assert not list(folder.glob("multirun*")), "Hydra leaves nothing behind"
     shown = cluster.python("slurm.status", "runs/sweep", cwd=folder).stdout
     assert shown.count("pending") == 4
-    assert "optimizer.lr=3e-3 parallel.ep_size=2" in shown
+    assert "parallel.ep_size=2 optimizer.lr=0.003" in shown or "optimizer.lr=0.003 parallel.ep_size=2" in shown
     assert "taken from the queue" in cluster.python("slurm.stop", "runs/sweep/2", cwd=folder).stdout
     assert cluster.python("slurm.resume", "runs/sweep/2", cwd=folder).returncode == 0
     assert len((sweep.folder / "2/jobs").read_text().split()) == 2
@@ -199,9 +199,8 @@ def test_a_run_in_a_container(cluster, submit_command, folder):
     """No apptainer can be installed here: a stand-in with its command line shows what is run inside."""
     stand_in = folder / "bin/apptainer"
     stand_in.parent.mkdir()
-    stand_in.write_text(
-        f'#!/usr/bin/env bash\necho "$@" >>{folder}/said\nwhile [[ $1 != image ]]; do shift; done\nshift\nexec "$@"\n'
-    )
+    to_image = "until [[ $1 = image ]]; do shift; done; shift"
+    stand_in.write_text(f'#!/usr/bin/env bash\necho "$@" >>{folder}/said\n{to_image}\nexec "$@"\n')
     stand_in.chmod(0o755)
     container = [
         "slurm.container.kind=apptainer",

@@ -1,7 +1,7 @@
 """What happens to jobs on a real cluster, to a run of two nodes with its experts spread over both.
 
-Every scenario ends with the loss curve of a run that nothing happened to, bit for bit. They wait for SLURM most
-of the time, so they run side by side; each keeps to nodes of its own where it breaks one.
+Every scenario ends with the loss curve of a run that nothing happened to, bit for bit. They mostly wait for
+SLURM, so they run side by side; each keeps to nodes of its own where it breaks one.
 """
 
 import os
