@@ -51,7 +51,10 @@ def test_every_flag_reaches_slurm(cluster, held, folder):
         f"Command={run.folder}/job.sh",
     ):
         assert expected in shown, (expected, shown)
-    assert f"StdOut={folder}/runs/{name}/logs/job.log" in shown.replace("%%", "%")
+    # the script runs (just to its first lines), under that name and into that log
+    (run.folder / "stop").write_text("by the test\n")
+    assert cluster.run("scontrol", "release", job).returncode == 0
+    run.wait(lambda run: "not started: by the test" in run.log)
     assert not list(folder.rglob("oh-no"))
     checked = subprocess.run(
         [Path(sys.executable).parent / "shellcheck", run.folder / "job.sh"], capture_output=True, check=False
@@ -176,7 +179,9 @@ def test_a_sweep_is_checked_as_a_whole_and_is_one_array(cluster, held, submit_co
     assert not list(folder.glob("multirun*")), "Hydra leaves nothing behind"
     shown = cluster.python("slurm.status", "runs/sweep", cwd=folder).stdout
     assert shown.count("pending") == 4
-    assert "parallel.ep_size=2 optimizer.lr=0.003" in shown or "optimizer.lr=0.003 parallel.ep_size=2" in shown
+    assert (
+        "parallel.ep_size=2 optimizer.lr=0.003" in shown or "optimizer.lr=0.003 parallel.ep_size=2" in shown
+    )
     assert "taken from the queue" in cluster.python("slurm.stop", "runs/sweep/2", cwd=folder).stdout
     assert cluster.python("slurm.resume", "runs/sweep/2", cwd=folder).returncode == 0
     assert len((sweep.folder / "2/jobs").read_text().split()) == 2
