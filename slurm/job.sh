@@ -20,7 +20,7 @@ mapfile -t HOSTS < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 say() { printf '%(%F %T)T job %s: %s\n' -1 "$JOB" "$*"; }
 field() { sed -n "s/.*\"$1\": *\"\{0,1\}\([a-z0-9]*\).*/\1/p" "$RUN_DIR/state" 2>/dev/null; }
 latest() { cat "$RUN_DIR/latest" 2>/dev/null; }
-successors() { sed "1,/^$JOB\$/d" "$RUN_DIR/jobs"; } # the rest of a chain
+successors() { sed "0,/^$JOB\$/d" "$RUN_DIR/jobs"; } # the rest of a chain
 
 leave() { # CODE: no job goes on, nor what is left of a chain
     if [[ $RESUME = chain ]]; then successors | xargs -r scancel; fi

@@ -22,10 +22,10 @@ def state_of(run_dir: Path, state: dict[str, Any], answers: dict[str, tuple[str,
         said = "finished"
     elif stop.is_file():
         said = stop.read_text().strip()
-    elif state["state"] in ("running", "new") and jobs[-1] in answers:  # no rank could say how it ended
-        said = answers[jobs[-1]][0].lower()
+    elif state["state"] in ("running", "new"):  # no rank could say how it ended
+        said = answers[jobs[-1]][0].lower() if jobs[-1] in answers else "lost: its job is gone"
     else:
-        said = "lost: its job is gone" if state["state"] == "running" else state["state"]
+        said = state["state"]
     return said, jobs[-1]
 
 

@@ -60,11 +60,11 @@ class Cluster:
     data: list[str]  # overrides that name it
 
     @classmethod
-    def start(cls, data: list[str]) -> "Cluster":
-        """Start it, or mend it where a test broke it."""
-        lab = {"SLURM_LAB_ID": str(LAB), "SLURM_LAB_CONF": str(HERE / "partitions.conf")}
+    def start(cls, data: list[str], nodes: int = NODES, **settings: str) -> "Cluster":
+        """Start it, or mend it where a test broke it; `settings` are those of slurm-up."""
+        lab = {"SLURM_LAB_ID": str(LAB), "SLURM_LAB_CONF": str(HERE / "partitions.conf"), **settings}
         up = subprocess.run(
-            [HERE / "slurm-up", str(NODES)],
+            [HERE / "slurm-up", str(nodes)],
             env={**os.environ, **lab},
             capture_output=True,
             text=True,
@@ -74,7 +74,7 @@ class Cluster:
         if "apt-get failed" in up.stderr:
             pytest.skip("the slurm packages of Debian or Ubuntu cannot be installed here")
         assert up.returncode == 0, up.stderr
-        environment = {**os.environ, **lab, "SLURM_CONF": f"/tmp/slurm-lab-{LAB}/slurm.conf"}
+        environment = {**os.environ, **lab, "SLURM_CONF": f"/tmp/slurm-lab-{lab['SLURM_LAB_ID']}/slurm.conf"}
         environment |= {"OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled", "PYTHONPATH": str(HERE.parents[1])}
         return cls(environment, data)
 
@@ -155,10 +155,11 @@ class Run:
 
     @property
     def lines(self) -> list[dict]:
-        """Whole lines of metrics.jsonl."""
+        """The logged steps in metrics.jsonl."""
         path = self.folder / "metrics.jsonl"
         text = path.read_text() if path.exists() else ""
-        return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+        whole = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+        return [line for line in whole if "loss" in line]
 
     @property
     def step(self) -> int:
@@ -193,11 +194,17 @@ class Run:
             assert time.monotonic() < deadline, f"waited in vain\n{self.state}\n{self.log}"
             time.sleep(0.01)
 
-    def pause_at(self, step: int) -> int:
-        """Hold rank 0 (and so all of them) once `step` is logged; returns its process id."""
+    @property
+    def saved(self) -> int:
+        """The step of the newest checkpoint."""
+        path = self.folder / "latest"
+        return int(path.read_text().strip().removeprefix("step-")) if path.exists() else 0
+
+    def pause(self, logged: int = 1, saved: int = 0) -> int:
+        """Hold rank 0 (and so all) once a step is logged and one is saved; returns its process id."""
         self.wait(lambda run: run.step >= 1)
         main = self.ranks()[0]
-        self.wait(lambda run: run.step >= step)
+        self.wait(lambda run: run.step >= logged and run.saved >= saved)
         os.kill(main, signal.SIGSTOP)
         return main
 

@@ -43,7 +43,7 @@ def time_limit(cluster: Cluster, folder: Path) -> Run:
     """SLURM's own USR1 before the limit: all ranks save, the job is queued again, one W&B run, one log."""
     early = ["slurm.time=60", "slurm.stop_before_seconds=900", "tracker.wandb=offline"]
     run = cluster.submit(folder, "time", cluster.only(1, 2), *early)
-    paused = run.pause_at(10)
+    paused = run.pause(saved=8)
     minutes = int(cluster.run("squeue", "-h", "-j", run.jobs[0], "-o", "%M").stdout.split(":")[0])
     assert cluster.set(run.jobs[0], f"TimeLimit={minutes + 6}")
     run.wait(lambda run: "asking all ranks to save" in run.log)
@@ -53,8 +53,7 @@ def time_limit(cluster: Cluster, folder: Path) -> Run:
     assert cluster.set(run.jobs[0], "TimeLimit=60")
     run.finish(attempts=2)
     assert len(run.jobs) == 1
-    assert run.lines[-1]["step"] == 24
-    assert len([line for line in run.lines if line["step"] == 11]) == 1, "it stopped at a step and lost none"
+    assert [line["step"] for line in run.lines] == list(range(1, 25)), "it stopped at a step and lost none"
     assert run.log.count("training on") == 2
     ids = {path.name.split("-")[-1] for path in (run.folder / "wandb").glob("offline-run-*")}
     assert len(ids) == 1
@@ -65,7 +64,7 @@ def time_limit(cluster: Cluster, folder: Path) -> Run:
 def preemption(cluster: Cluster, folder: Path) -> Run:
     """With a grace time only the ranks are told. They save and exit, and the script must requeue the job."""
     run = cluster.submit(folder, "preempted", cluster.only(3, 4), "slurm.partition=patient")
-    run.pause_at(10)  # SLURM continues it to hear the signal
+    run.pause(saved=8)  # SLURM continues it to hear the signal
     urgent = ["--exclusive", "-N2", "-w", "node[3-4]", "-p", "main", "--wrap", "sleep 1", "-o", "/dev/null"]
     assert cluster.run("sbatch", *urgent).returncode == 0
     run.wait(lambda run: "saved and stopped; going on" in run.log)
@@ -76,7 +75,7 @@ def preemption(cluster: Cluster, folder: Path) -> Run:
 def dead_node(cluster: Cluster, folder: Path) -> Run:
     """A node dies before the first checkpoint: nothing was saved, and still it is not the run's fault."""
     run = cluster.submit(folder, "dead_node", cluster.only(5, 6, 7))
-    paused = run.pause_at(2)
+    paused = run.pause(logged=2)
     cluster.kill_node(6)
     os.kill(paused, signal.SIGCONT)
     return run.finish(attempts=2)
@@ -86,7 +85,7 @@ def dead_node(cluster: Cluster, folder: Path) -> Run:
 def cut_off_node(cluster: Cluster, folder: Path) -> Run:
     """The node of rank 0 and of the job script is cut off, lives on, and comes back when the run is done."""
     run = cluster.submit(folder, "cut_off", cluster.only(8, 9, 10))
-    paused = run.pause_at(10)
+    paused = run.pause(saved=8)
     cluster.cable(8, "down")
     os.kill(paused, signal.SIGCONT)
     run.finish(attempts=2)
@@ -104,7 +103,7 @@ def cut_off_node(cluster: Cluster, folder: Path) -> Run:
 def crash_with_progress(cluster: Cluster, folder: Path) -> Run:
     """A killed rank takes the others with it; there is a checkpoint of this attempt, so once more."""
     run = cluster.submit(folder, "crash", cluster.only(1, 2))
-    paused = run.pause_at(10)
+    paused = run.pause(saved=8)
     os.kill(run.ranks()[1], signal.SIGKILL)
     os.kill(paused, signal.SIGCONT)
     run.finish(attempts=2)
@@ -116,7 +115,7 @@ def crash_with_progress(cluster: Cluster, folder: Path) -> Run:
 def crash_without_progress(cluster: Cluster, folder: Path) -> Run:
     """No checkpoint came of it: it would crash for ever. FAILED, until somebody resumes it."""
     run = cluster.submit(folder, "again", cluster.only(1, 2))
-    os.kill(run.pause_at(2), signal.SIGKILL)
+    os.kill(run.pause(logged=2), signal.SIGKILL)
     run.wait(lambda run: cluster.state(run.jobs[0]) == "FAILED")
     assert "saved nothing new" in run.log
     assert "saved nothing new" in cluster.python("slurm.status", "runs/again", cwd=folder).stdout
@@ -128,9 +127,9 @@ def crash_without_progress(cluster: Cluster, folder: Path) -> Run:
 def crashes_too_often(cluster: Cluster, folder: Path) -> Run:
     """Each attempt gets further, and each crashes."""
     run = cluster.submit(folder, "often", cluster.only(1, 2), "slurm.max_restarts=1")
-    os.kill(run.pause_at(9), signal.SIGKILL)
+    os.kill(run.pause(saved=8), signal.SIGKILL)
     run.wait(lambda run: run.state["attempt"] == 2)
-    os.kill(run.pause_at(17), signal.SIGKILL)
+    os.kill(run.pause(saved=16), signal.SIGKILL)
     run.wait(lambda run: cluster.state(run.jobs[0]) == "FAILED")
     assert "after 1 restarts (slurm.max_restarts=1)" in run.log
     assert cluster.python("slurm.resume", "runs/often", cwd=folder).returncode == 0
@@ -141,7 +140,7 @@ def crashes_too_often(cluster: Cluster, folder: Path) -> Run:
 def cancelled(cluster: Cluster, folder: Path) -> Run:
     """scancel lets the ranks save, and what is cancelled stays cancelled."""
     run = cluster.submit(folder, "cancelled", cluster.only(1, 2))
-    run.pause_at(10)
+    run.pause(saved=8)
     assert cluster.run("scancel", run.jobs[0]).returncode == 0
     run.wait(lambda run: cluster.state(run.jobs[0]) == "CANCELLED")
     run.wait(lambda run: not run.ranks())
@@ -157,7 +156,7 @@ def cancelled(cluster: Cluster, folder: Path) -> Run:
 def stopped(cluster: Cluster, folder: Path) -> Run:
     """slurm.stop saves and ends, the job is not queued again; slurm.resume goes on."""
     run = cluster.submit(folder, "stopped", cluster.only(1, 2))
-    paused = run.pause_at(10)
+    paused = run.pause(saved=8)
     assert "saves and ends" in cluster.python("slurm.stop", "runs/stopped", cwd=folder).stdout
     run.wait(lambda run: "asking all ranks" in run.log)
     os.kill(paused, signal.SIGCONT)
@@ -166,7 +165,7 @@ def stopped(cluster: Cluster, folder: Path) -> Run:
     assert "stopped by slurm.stop" in cluster.python("slurm.status", "runs/stopped", cwd=folder).stdout
     assert cluster.python("slurm.resume", "runs/stopped", cwd=folder).returncode == 0
     run.finish(attempts=2)
-    assert len([line for line in run.lines if line["step"] == 11]) == 1, "it stopped at a step and lost none"
+    assert [line["step"] for line in run.lines] == list(range(1, 25)), "it stopped at a step and lost none"
     return run
 
 
@@ -176,7 +175,7 @@ def chain(cluster: Cluster, folder: Path) -> Run:
     chained = ["slurm.resume=chain", "slurm.chain_length=3"]
     run = cluster.submit(folder, "chain", cluster.only(1, 2), *chained)
     assert len(run.jobs) == 3
-    paused = run.pause_at(10)
+    paused = run.pause(saved=8)
     assert cluster.run("scancel", "--batch", "--signal=USR1", run.jobs[0]).returncode == 0
     run.wait(lambda run: "asking all ranks" in run.log)
     os.kill(paused, signal.SIGCONT)
@@ -190,7 +189,7 @@ def chain_cancelled(cluster: Cluster, folder: Path) -> Run:
     """The next job of a chain starts after any end of the one before; not after scancel."""
     chained = ["slurm.resume=chain", "slurm.chain_length=2"]
     run = cluster.submit(folder, "chain_cancelled", cluster.only(1, 2), *chained)
-    run.pause_at(10)
+    run.pause(saved=8)
     assert cluster.run("scancel", run.jobs[0]).returncode == 0
     run.wait(lambda run: cluster.state(run.jobs[1]) in ("CANCELLED", "COMPLETED"))
     assert run.state["attempt"] == 1
@@ -225,7 +224,7 @@ def sweep(cluster: Cluster, folder: Path) -> Run:
     assert (first.jobs, last.jobs) == ([f"{array}_0"], [f"{array}_1"])
     shown = cluster.python("slurm.status", "runs/sweep", cwd=folder).stdout
     assert "seed=7" in shown
-    paused = last.pause_at(10)
+    paused = last.pause(saved=8)
     os.kill(last.ranks()[1], signal.SIGKILL)
     os.kill(paused, signal.SIGCONT)
     first.finish(attempts=1)
@@ -264,7 +263,7 @@ def test_slurmctld_may_be_away(cluster: Cluster, folder: Path, futures: dict[str
     for future in futures.values():
         future.exception()  # wait: the others need a slurmctld
     run = cluster.submit(folder, "away", cluster.only(1, 2))
-    paused = run.pause_at(10)
+    paused = run.pause(saved=8)
     lab = Path(cluster.environment["SLURM_CONF"]).parent
     os.kill(int((lab / "run/slurmctld.pid").read_text()), signal.SIGKILL)
     os.kill(run.ranks()[1], signal.SIGKILL)
