@@ -1,6 +1,6 @@
 # shellcheck shell=bash disable=SC2153,SC2154,SC2329
 # One job: check the nodes, run the ranks, decide what comes next. Static text; the lines above it, written by
-# slurm/submit.py, set its variables. What happened is read from the run folder, never from an exit code (a crash
+# slurm/script.py, set its variables. What happened is read from the run folder, never from an exit code (a crash
 # under --kill-on-bad-exit looks like a kill):
 #   state      the attempt and its running | stopped | finished | failed, written by rank 0
 #   latest     names the newest checkpoint: moved = this attempt got somewhere
@@ -20,6 +20,7 @@ mapfile -t HOSTS < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 say() { printf '%(%F %T)T job %s: %s\n' -1 "$JOB" "$*"; }
 field() { sed -n "s/.*\"$1\": *\"\{0,1\}\([a-z0-9]*\).*/\1/p" "$RUN_DIR/state" 2>/dev/null; }
 latest() { cat "$RUN_DIR/latest" 2>/dev/null; }
+patiently() { for _ in {1..60}; do "$@" && return; sleep 5; done; false; } # slurmctld may be away for a while
 successors() { sed "0,/^$JOB\$/d" "$RUN_DIR/jobs"; } # the rest of a chain
 
 leave() { # CODE: no job goes on, nor what is left of a chain
@@ -48,14 +49,9 @@ go_on() { # REASON
         exit 0
     fi
     trap '' TERM # requeueing ends this script
-    for _ in {1..60}; do # slurmctld may be away for a while
-        if scontrol requeue "$JOB"; then
-            avoid_bad_nodes "$JOB"
-            exit 0
-        fi
-        sleep 5
-    done
-    give_up "the job cannot be requeued; where that is forbidden use slurm.resume=chain"
+    patiently scontrol requeue "$JOB" || give_up "the job cannot be requeued; slurm.resume=chain does without"
+    avoid_bad_nodes "$JOB"
+    exit 0
 }
 
 restart() { # REASON: as often as allowed
@@ -84,10 +80,7 @@ trap '' USR2 # srun passes it on, but would die of it in its first milliseconds
 
 still_ours() { # after a network partition the job may have been started again elsewhere
     local job
-    for _ in {1..60}; do # slurmctld may be away for a while
-        job=$(scontrol -o show job "$JOB" 2>/dev/null) && break
-        sleep 5
-    done
+    job=$(patiently scontrol -o show job "$JOB" 2>/dev/null)
     [[ $job = *" Restarts=${SLURM_RESTART_COUNT:-0} "* && $job = *" JobState=RUNNING "* ]]
 }
 
@@ -95,6 +88,7 @@ run() { # COMMAND...: `wait` returns at every signal, so again until the command
     local code
     "$@" </dev/null &
     CHILD=$!
+    ((!STOPPING)) || ask_to_stop
     while kill -0 "$CHILD" 2>/dev/null; do wait "$CHILD"; code=$?; done
     CHILD=''
     ((!TERMINATED)) && still_ours && return "$code"
@@ -108,18 +102,18 @@ RANK='trap "" USR2 TERM
 export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS LOCAL_WORLD_SIZE=$RANKS_PER_NODE
 exec "$@"'
 on_ranks() { # MODULE ARGUMENTS...; blocks of ranks: consecutive ones, an expert group, share a node
-    exec "${LIMIT[@]}" srun --mpi=none --distribution=block:block "${STEP[@]}" "${SRUN[@]}" \
+    exec "${STEP[@]}" --mpi=none --distribution=block:block "${SRUN[@]}" \
         bash -c "$RANK" rank "${WRAP[@]}" "$PYTHON" -m "$@"
 }
 
 check_nodes() { # names bad nodes and starts again without them
     local report="$RUN_DIR/logs/health/$JOB.${SLURM_RESTART_COUNT:-0}" host found bad=()
     mkdir -p "$report"
-    LIMIT=(timeout -k 10 "$HEALTH_SECONDS") STEP=(--kill-on-bad-exit=0)
+    STEP=(timeout -k 10 "$HEALTH_SECONDS" srun --kill-on-bad-exit=0)
     run on_ranks slurm.health "$report" "$((HEALTH_SECONDS / 3))" "${HEALTH[@]}"
     ((STOPPING)) && return
     for host in "${HOSTS[@]}"; do
-        found=$(cat "$report/$host".* 2>/dev/null | sort -u)
+        found=$(cat "$report/$host".* 2>/dev/null | sort -u | paste -sd' ')
         (($(find "$report" -name "$host.*" | wc -l) >= RANKS_PER_NODE)) || found+="no answer within $HEALTH_SECONDS s"
         [[ -z $found ]] || { say "health: $host: $found"; bad+=("$host"); }
     done
@@ -141,7 +135,7 @@ export MASTER_PORT=$((10000 + SLURM_JOB_ID * 2 % 20000))
 before=$(latest) attempt=$(field attempt)
 if ((!STOPPING)); then
     say "training on ${HOSTS[*]}"
-    LIMIT=() STEP=(--kill-on-bad-exit=1)
+    STEP=(srun --kill-on-bad-exit=1)
     run on_ranks trainer.run "$RUN_DIR"
 fi
 state=$(field state)
