@@ -8,11 +8,9 @@
 #   stop       why no job goes on with this run; python -m slurm.resume removes it
 set -u
 
+JOB=$SLURM_JOB_ID
 if [[ -n ${SLURM_ARRAY_TASK_ID:-} ]]; then # a point of a sweep; SLURM_JOB_ID may be that of the whole array
-    RUN_DIR=$RUN_DIR/$SLURM_ARRAY_TASK_ID
-    JOB=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
-else
-    JOB=$SLURM_JOB_ID
+    JOB=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID RUN_DIR=$RUN_DIR/$SLURM_ARRAY_TASK_ID
 fi
 CHILD='' STOPPING=0 TERMINATED=0
 mapfile -t HOSTS < <(scontrol show hostnames "$SLURM_JOB_NODELIST")

@@ -229,6 +229,7 @@ def sweep(cluster: Cluster, folder: Path) -> Run:
     os.kill(paused, signal.SIGCONT)
     first.finish(attempts=1)
     last.finish(attempts=2)
+    assert first.log.count(" job ") == 2, "training, finished: nobody requeued it"
     shown = cluster.python("slurm.status", "runs/sweep", cwd=folder).stdout
     assert shown.count("finished") == 2
     assert shown.count("24/24") == 2
