@@ -18,23 +18,28 @@ from trainer.parallel import ParallelPlan
 from trainer.run_folder import forget_origin, freeze, lock
 
 
-def compose_and(config_name: str, act: Callable[[DictConfig], int]) -> NoReturn:
+def compose_and(
+    config_name: str, act: Callable[[DictConfig], int], finish: Callable[[], int] = lambda: 0
+) -> NoReturn:
     """Compose `conf/<config_name>.yaml` with the command line and hand it to `act`; exits with its code.
 
-    A wrong configuration exits with 2 and one message, whether Hydra finds it (an unknown group) or we.
+    Under -m every point of the sweep goes to `act`; `finish` follows the last one, unless one failed. A wrong
+    configuration exits with 2 and one message, whether Hydra finds it (an unknown group) or we.
     """
     composed = False
+
+    def reported(step: Callable[[], int]) -> int:
+        try:
+            return step()
+        except (ConfigError, DataError) as error:
+            print(f"The configuration is wrong:\n{error}", file=sys.stderr)
+            return 2
 
     @hydra.main(version_base="1.3", config_path="pkg://conf", config_name=config_name)
     def entry(cfg: DictConfig) -> None:
         nonlocal composed
         composed = True
-        try:
-            code = act(cfg)
-        except (ConfigError, DataError) as error:
-            print(f"The configuration is wrong:\n{error}", file=sys.stderr)
-            code = 2
-        if code:
+        if code := reported(lambda: act(cfg)):
             sys.exit(code)
 
     try:
@@ -44,7 +49,7 @@ def compose_and(config_name: str, act: Callable[[DictConfig], int]) -> NoReturn:
     except KeyboardInterrupt:
         print("interrupted before the run was started", file=sys.stderr)
         sys.exit(1)
-    sys.exit(0)
+    sys.exit(reported(finish) if composed else 0)  # not composed: --help, --cfg
 
 
 def train_here(cfg: DictConfig) -> int:
@@ -56,12 +61,17 @@ def train_here(cfg: DictConfig) -> int:
     forget_origin(config, config.run_dir)
     config.check(ParallelPlan.of(config, config.parallel.nproc_per_node))
     check_data(config)
-    for group, key in (("data", "dir"), ("stage", "init_from")):  # the run goes on from any folder
-        if cfg[group][key] is not None:
-            cfg[group][key] = str(Path(cfg[group][key]).resolve())
+    absolute_paths(cfg)
     held = lock(config.run_dir)
     freeze(config.run_dir, cfg, list(hydra_config.overrides.task))
     return start(config.run_dir, RunConfig.of_run(config.run_dir), held)
+
+
+def absolute_paths(cfg: DictConfig) -> None:
+    """Make what a run reads independent of the folder it is started in."""
+    for group, key in (("data", "dir"), ("stage", "init_from")):
+        if cfg[group][key] is not None:
+            cfg[group][key] = str(Path(cfg[group][key]).resolve())
 
 
 def check_data(config: RunConfig) -> None:

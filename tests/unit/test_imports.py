@@ -25,6 +25,7 @@ EXTRA = {
     "data_pipeline/prepare.py": {"datasets", "pyarrow", "tokenizers"},
     "data_pipeline/tokenizer.py": {"tokenizers"},
     "data_pipeline/chat.py": {"tokenizers"},
+    "slurm/health.py": {"torch"},  # runs on the nodes
     "trainer/engine.py": {"deepspeed"},
     "trainer/tracker.py": {"wandb"},
     "moe/experts_optional.py": {"megablocks", "liger_kernel"},
@@ -36,6 +37,11 @@ TORCH_FREE = [
     "trainer.parallel",
     "trainer.cli",
     "trainer.inspect",
+    "slurm.submit",
+    "slurm.status",
+    "slurm.stop",
+    "slurm.resume",
+    "slurm.logs",
 ]
 
 

@@ -7,12 +7,16 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_module
 
+from slurm.config import SubmitConfig
 from trainer.config import RunConfig
 from trainer.parallel import ParallelPlan
+from trainer.typed import typed
 
 ROOT = Path(__file__).parents[2]
 GROUPS = sorted(
-    folder.name for folder in (ROOT / "conf").iterdir() if folder.is_dir() and folder.name[0] != "_"
+    folder.name
+    for folder in (ROOT / "conf").iterdir()
+    if folder.is_dir() and folder.name[0] != "_" and folder.name != "slurm"  # of submit: tests/unit/slurm
 )
 FILES = [
     (group, path.stem)
@@ -38,7 +42,8 @@ DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 def load(config_name: str, overrides: list[str]) -> RunConfig:
     with initialize_config_module("conf", version_base="1.3"):
-        return RunConfig.load(compose(config_name, overrides=overrides))
+        composed = compose(config_name, overrides=overrides)
+    return typed(SubmitConfig if config_name == "submit" else RunConfig, composed)
 
 
 @pytest.mark.parametrize(("group", "name"), FILES, ids=[f"{group}/{name}" for group, name in FILES])
@@ -71,15 +76,17 @@ def test_every_documented_command_is_sound(document, words):
     assert (ROOT / module.replace(".", "/")).is_dir() or (
         ROOT / f"{module.replace('.', '/')}.py"
     ).is_file(), words
-    if module in ("trainer", "data_pipeline"):
+    if module in ("trainer", "data_pipeline", "slurm"):
         if arguments[0] in ("inspect", "verify"):  # a row or a folder, then overrides
             arguments = arguments[2:]
         # a sweep's lists are one value at a time
         flags = ("-m", "--cfg", "job")
         overrides = [argument.split(",")[0] for argument in arguments if argument not in flags]
         overrides += [needed for override in overrides for needed in NEEDED.get(override, [])]
-        config = load({"trainer": "train", "data_pipeline": "prepare"}[module], overrides)
-        config.check(ParallelPlan.of(config, config.parallel.nproc_per_node))
+        names = {"trainer": "train", "data_pipeline": "prepare", "slurm": "submit"}
+        config = load(names[module], overrides)
+        ranks = config.parallel.nproc_per_node
+        config.check(config.plan if isinstance(config, SubmitConfig) else ParallelPlan.of(config, ranks))
 
 
 def test_make_targets_in_documents_exist():

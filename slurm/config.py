@@ -1,0 +1,146 @@
+"""What a submission is: a run and what it asks of the cluster. Torch-free, for login nodes."""
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from moe.config import ConfigError
+from trainer.config import RunConfig
+from trainer.parallel import ParallelPlan
+
+
+@dataclass
+class HealthConfig:
+    """What the nodes must pass before training."""
+
+    seconds: int
+    min_free_gib: float
+    max_skew_seconds: float
+
+
+@dataclass
+class ContainerConfig:
+    """The image in which the ranks run."""
+
+    kind: str
+    image: str | None
+    mounts: list[str]
+
+
+@dataclass
+class SlurmConfig:
+    """What the job asks for, and how it goes on after an interruption. Values in conf/slurm/, laws here."""
+
+    nodes: int
+    gpus_per_node: int
+    cpus_per_task: int | None
+    partition: str | None
+    account: str | None
+    qos: str | None
+    constraint: str | None
+    reservation: str | None
+    time: str | None
+    mem: str | None
+    exclude: str | None
+    nodelist: str | None
+    exclusive: bool
+    switches: str | None
+    sbatch: dict[str, Any]
+    max_parallel: int
+    resume: str
+    chain_length: int
+    max_restarts: int
+    stop_before_seconds: int
+    health: HealthConfig
+    container: ContainerConfig
+    python: str | None
+    setup: list[str]
+    env: dict[str, str]
+    dry_run: bool
+
+    def flags(self) -> dict[str, str | None]:
+        """sbatch's long flags and their values (None for a switch); `sbatch` goes before typed keys."""
+        given: dict[str, Any] = {key: getattr(self, key) or None for key in _FLAGS} | self.sbatch
+        return {
+            str(key).replace("_", "-"): None if value is True else str(value)
+            for key, value in given.items()
+            if value is not None and value is not False
+        }
+
+    def problems(self, nproc_per_node: int) -> list[str]:
+        """Every broken law, one line each."""
+        found = [
+            f"slurm.{key}={value} is below {least}; use {least} or more"
+            for key, value, least in [
+                ("nodes", self.nodes, 1),
+                ("gpus_per_node", self.gpus_per_node, 0),
+                ("max_parallel", self.max_parallel, 0),
+                ("chain_length", self.chain_length, 1),
+                ("max_restarts", self.max_restarts, 0),
+                ("stop_before_seconds", self.stop_before_seconds, 1),
+                ("health.seconds", self.health.seconds, 0),
+            ]
+            if value < least
+        ]
+        if self.resume not in ("requeue", "chain"):
+            found.append(f"slurm.resume={self.resume} is unknown; use requeue or chain")
+        if (kind := self.container.kind) not in ("none", "pyxis", "apptainer"):
+            found.append(f"slurm.container.kind={kind} is unknown; use none, pyxis or apptainer")
+        elif kind != "none" and self.container.image is None:
+            found.append(f"slurm.container.kind={kind} needs slurm.container.image=...")
+        if self.gpus_per_node not in (0, nproc_per_node):
+            found.append(
+                f"slurm.gpus_per_node={self.gpus_per_node} but parallel.nproc_per_node={nproc_per_node}: "
+                "a rank is one GPU; give both the same number"
+            )
+        for flag, value in self.flags().items():
+            if flag in _OURS:
+                found.append(f"slurm.sbatch.{flag} is set by {_OURS[flag]}; remove it")
+            elif not re.fullmatch(r"[a-z][a-z0-9-]+", flag) or re.search(r"[\x00-\x1f]", value or ""):
+                found.append(f"slurm: --{flag}={value!r} is no long flag of sbatch with a value of one line")
+        for key in self.env:
+            if not re.fullmatch(r"[A-Za-z_]\w*", key):
+                found.append(f"slurm.env.{key} is no name of an environment variable")
+            elif re.search(r"KEY|TOKEN|SECRET|PASSW", key.upper()):
+                found.append(
+                    f"slurm.env.{key} looks like a secret, and the job script is no place for one; "
+                    "export it where you submit: jobs get that environment"
+                )
+        return found
+
+
+# Keys that are flags of sbatch under their own names.
+_FLAGS = (
+    *("nodes", "gpus_per_node", "cpus_per_task", "partition", "account", "qos", "constraint", "reservation"),
+    *("time", "mem", "exclude", "nodelist", "exclusive", "switches"),
+)
+# Flags that the job script relies on, and what sets them.
+_OURS = {
+    **dict.fromkeys(("job-name", "output", "error", "open-mode", "chdir"), "name and output_dir"),
+    **dict.fromkeys(("ntasks", "ntasks-per-node"), "slurm.nodes and parallel.nproc_per_node"),
+    **dict.fromkeys(("requeue", "no-requeue", "dependency"), "slurm.resume"),
+    **dict.fromkeys(("array", "wrap", "parsable", "test-only"), "python -m slurm"),
+    "signal": "slurm.stop_before_seconds",
+}
+
+
+@dataclass
+class SubmitConfig(RunConfig):
+    """A run and the cluster it goes to."""
+
+    slurm: SlurmConfig
+
+    @property
+    def plan(self) -> ParallelPlan:
+        """The layout over all nodes."""
+        return ParallelPlan.of(self, self.slurm.nodes * self.parallel.nproc_per_node)
+
+    def check(self, plan: ParallelPlan) -> None:
+        """Raises ConfigError with every broken law of the run and of the request."""
+        problems = self.slurm.problems(self.parallel.nproc_per_node)
+        try:
+            super().check(plan)
+        except ConfigError as error:
+            problems += error.problems
+        if problems:
+            raise ConfigError(problems)

@@ -1,0 +1,91 @@
+"""`python -m slurm.health REPORT_DIR ...`: one rank's check of its node, before training.
+
+A rank leaves REPORT_DIR/<node>.<rank>: empty where all is well, else what is wrong with the node. A rank that
+waits in vain for others does not blame its own node: those others leave no file, or blame theirs.
+"""
+
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+
+def check_device(gpus: int, device: torch.device) -> list[str]:
+    """Whether the node has its GPUs, and this rank's device computes a small product right."""
+    if (count := torch.cuda.device_count()) != gpus:
+        return [f"{count} GPUs, not slurm.gpus_per_node={gpus}"]
+    a = torch.arange(256 * 256).view(256, 256) % 7  # small whole numbers: exact in fp32
+    product = (a.to(device, torch.float32) @ a.to(device, torch.float32)).cpu()
+    return [] if torch.equal(product, (a @ a).float()) else [f"wrong matrix product on {device}"]
+
+
+def check_disk(folder: Path, min_free_gib: float) -> list[str]:
+    """Whether a folder has room and can be written (raises OSError)."""
+    free = shutil.disk_usage(folder).free / 2**30
+    if free < min_free_gib:
+        return [f"{free:.1f} GiB free in {folder}, below slurm.health.min_free_gib={min_free_gib}"]
+    with tempfile.TemporaryFile(dir=folder):
+        return []
+
+
+def check_collective(device: torch.device, max_skew_seconds: float, timeout: timedelta) -> list[str]:
+    """Whether this rank meets all others, an all-reduce is right, and clocks agree."""
+    rank, world_size, port = (int(os.environ[key]) for key in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
+    address = os.environ["MASTER_ADDR"]
+    try:
+        store = dist.TCPStore(address, port, world_size, rank == 0, timeout, wait_for_workers=False)
+        store.set(f"rank {rank}", "here")
+    except Exception as error:
+        return [f"cannot reach {address}:{port} ({_brief(error)})"]
+    try:
+        store.wait([f"rank {other}" for other in range(world_size)], timeout)
+    except Exception:
+        return []  # another rank is missing, and its node the one to blame
+    backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
+    try:
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+        total = torch.full((1 << 16,), float(rank), device=device)
+        dist.all_reduce(total)
+        clocks = [torch.zeros(1, dtype=torch.float64) for _ in range(world_size)]
+        dist.all_gather(clocks, torch.tensor([time.time()], dtype=torch.float64))
+    except Exception as error:
+        return [f"the collective over all ranks failed ({_brief(error)})"]
+    if not (total == world_size * (world_size - 1) / 2).all():
+        return ["a wrong sum in the collective over all ranks"]
+    skew = float(clocks[rank] - torch.cat(clocks).median())
+    return [f"the clock is {skew:+.0f} s off"] if abs(skew) > max_skew_seconds else []
+
+
+def main(report: Path, seconds: int, gpus: int, min_free_gib: float, max_skew_seconds: float) -> None:
+    """Check, and leave the report; waits at most `seconds` for others."""
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if gpus else torch.device("cpu")
+    problems = []
+    for check in (
+        lambda: check_device(gpus, device),
+        lambda: check_disk(report, min_free_gib),
+        lambda: check_disk(Path(tempfile.gettempdir()), min_free_gib),
+        lambda: check_collective(device, max_skew_seconds, timedelta(seconds=seconds)),
+    ):
+        try:
+            problems += check()
+        except Exception as error:  # whatever it is, the node is not well
+            problems.append(_brief(error))
+    name = f"{os.environ['SLURMD_NODENAME']}.{os.environ['RANK']}"
+    (report / name).write_text("".join(f"{line}\n" for line in problems))
+
+
+def _brief(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4]), float(sys.argv[5]))
+    os._exit(0)  # a process group that others have left may block at exit

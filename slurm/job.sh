@@ -1,0 +1,150 @@
+# shellcheck shell=bash disable=SC2153,SC2154,SC2329
+# One job: check the nodes, run the ranks, decide what comes next. Static text; the lines above it, written by
+# slurm/script.py, set its variables. What happened is read from the run folder, never from an exit code (a crash
+# under --kill-on-bad-exit looks like a kill):
+#   state      the attempt and its running | stopped | finished | failed, written by rank 0
+#   latest     names the newest checkpoint: moved = this attempt got somewhere
+#   restarts   how many crashes and bad nodes were answered by another try
+#   stop       why no job goes on with this run; python -m slurm.resume removes it
+set -u
+
+JOB=$SLURM_JOB_ID
+if [[ -n ${SLURM_ARRAY_TASK_ID:-} ]]; then # a point of a sweep; SLURM_JOB_ID may be that of the whole array
+    JOB=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID RUN_DIR=$RUN_DIR/$SLURM_ARRAY_TASK_ID
+fi
+CHILD='' STOPPING=0 TERMINATED=0
+mapfile -t HOSTS < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+
+say() { printf '%(%F %T)T job %s: %s\n' -1 "$JOB" "$*"; }
+field() { sed -n "s/.*\"$1\": *\"\{0,1\}\([a-z0-9]*\).*/\1/p" "$RUN_DIR/state" 2>/dev/null; }
+latest() { cat "$RUN_DIR/latest" 2>/dev/null; }
+patiently() { for _ in {1..60}; do "$@" && return; sleep 5; done; false; } # slurmctld may be away for a while
+successors() { sed "0,/^$JOB\$/d" "$RUN_DIR/jobs"; } # the rest of a chain
+
+leave() { # CODE: no job goes on, nor what is left of a chain
+    if [[ $RESUME = chain ]]; then successors | xargs -r scancel; fi
+    exit "$1"
+}
+
+give_up() { # REASON
+    say "giving up: $1"
+    printf '%s\n' "$1" >"$RUN_DIR/stop"
+    leave 1
+}
+
+avoid_bad_nodes() { # JOB, which must not have started
+    local nodes
+    nodes=$(printf '%s\n' "$EXCLUDE" "$(cat "$RUN_DIR/excluded" 2>/dev/null)" | sed '/^$/d' | paste -sd,)
+    [[ -z $nodes ]] || scontrol update "JobId=$1" "ExcNodeList=$nodes"
+}
+
+go_on() { # REASON
+    local id
+    say "$1; going on after the newest checkpoint ($(latest))"
+    if [[ $RESUME = chain ]]; then
+        for id in $(successors); do avoid_bad_nodes "$id"; done
+        [[ -n $(successors) ]] || say "that was the last job of the chain; more: python -m slurm.resume $RUN_DIR"
+        exit 0
+    fi
+    trap '' TERM # requeueing ends this script
+    patiently scontrol requeue "$JOB" || give_up "the job cannot be requeued; slurm.resume=chain does without"
+    avoid_bad_nodes "$JOB"
+    exit 0
+}
+
+restart() { # REASON: as often as allowed
+    local before
+    before=$(cat "$RUN_DIR/restarts" 2>/dev/null || echo 0)
+    ((before < MAX_RESTARTS)) || give_up "$1, after $before restarts (slurm.max_restarts=$MAX_RESTARTS)"
+    echo $((before + 1)) >"$RUN_DIR/restarts"
+    go_on "$1 (restart $((before + 1)) of $MAX_RESTARTS)"
+}
+
+ask_to_stop() { # USR1: the time limit is near, or slurm.stop. Repeated, as a rank may not listen yet
+    STOPPING=1
+    say "asking all ranks to save and stop"
+    [[ -z $CHILD ]] || while kill -USR2 "$CHILD" 2>/dev/null; do sleep 5; done &
+}
+terminated() { # TERM: scancel, preemption, a failed node. SLURM itself requeues what must be. KILL is near
+    TERMINATED=1
+    if [[ $RESUME = chain && $(scontrol -o show job "$JOB") != *PreemptTime=[0-9]* ]] &&
+        ! sinfo -h -N -n "$SLURM_JOB_NODELIST" -o %T | grep -qE 'down|fail|[*]'; then
+        echo "cancelled" >"$RUN_DIR/stop" # the next job of the chain could not tell
+    fi
+}
+trap ask_to_stop USR1
+trap terminated TERM
+trap '' USR2 # srun passes it on, but would die of it in its first milliseconds
+
+still_ours() { # after a network partition the job may have been started again elsewhere
+    local job
+    job=$(patiently scontrol -o show job "$JOB" 2>/dev/null)
+    [[ $job = *" Restarts=${SLURM_RESTART_COUNT:-0} "* && $job = *" JobState=RUNNING "* ]]
+}
+
+run() { # COMMAND...: `wait` returns at every signal, so again until the command is gone
+    local code
+    "$@" </dev/null &
+    CHILD=$!
+    ((!STOPPING)) || ask_to_stop
+    while kill -0 "$CHILD" 2>/dev/null; do wait "$CHILD"; code=$?; done
+    CHILD=''
+    ((!TERMINATED)) && still_ours && return "$code"
+    say "ended by SLURM: cancelled, preempted or a failed node"
+    exit 143
+}
+
+# A rank must not die of a signal that comes before it listens.
+# shellcheck disable=SC2016
+RANK='trap "" USR2 TERM
+export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS LOCAL_WORLD_SIZE=$RANKS_PER_NODE
+exec "$@"'
+on_ranks() { # MODULE ARGUMENTS...; blocks of ranks: consecutive ones, an expert group, share a node
+    exec "${STEP[@]}" --mpi=none --distribution=block:block "${SRUN[@]}" \
+        bash -c "$RANK" rank "${WRAP[@]}" "$PYTHON" -m "$@"
+}
+
+check_nodes() { # names bad nodes and starts again without them
+    local report="$RUN_DIR/logs/health/$JOB.${SLURM_RESTART_COUNT:-0}" host found bad=()
+    mkdir -p "$report"
+    STEP=(timeout -k 10 "$HEALTH_SECONDS" srun --kill-on-bad-exit=0)
+    run on_ranks slurm.health "$report" "$((HEALTH_SECONDS / 3))" "${HEALTH[@]}"
+    ((STOPPING)) && return
+    for host in "${HOSTS[@]}"; do
+        found=$(cat "$report/$host".* 2>/dev/null | sort -u | paste -sd' ')
+        (($(find "$report" -name "$host.*" | wc -l) >= RANKS_PER_NODE)) || found+="no answer within $HEALTH_SECONDS s"
+        [[ -z $found ]] || { say "health: $host: $found"; bad+=("$host"); }
+    done
+    ((${#bad[@]})) || { say "health: ${HOSTS[*]}: well"; return; }
+    ((${#bad[@]} < ${#HOSTS[@]} || ${#HOSTS[@]} == 1)) || give_up "no node passes the health check, see above"
+    printf '%s\n' "${bad[@]}" >>"$RUN_DIR/excluded"
+    restart "health: bad nodes ${bad[*]}"
+}
+
+[[ ! -e $RUN_DIR/stop ]] || { say "not started: $(<"$RUN_DIR/stop")"; leave 0; }
+[[ $(field state) != finished ]] || { say "the run is finished"; leave 0; }
+cd "$CODE" || give_up "the code of the run is gone: $CODE"
+for line in "${SETUP[@]}"; do eval "$line" || give_up "slurm.setup failed: $line"; done
+export PYTHONPATH="$CODE${PYTHONPATH:+:$PYTHONPATH}" PYTHONSAFEPATH=1 RANKS_PER_NODE MASTER_ADDR="${HOSTS[0]}"
+export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}" OMP_NUM_THREADS="${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}"
+export MASTER_PORT=$((10000 + SLURM_JOB_ID * 2 % 20000))
+((HEALTH_SECONDS == 0)) || MASTER_PORT=$((MASTER_PORT + 1)) check_nodes
+
+before=$(latest) attempt=$(field attempt)
+if ((!STOPPING)); then
+    say "training on ${HOSTS[*]}"
+    STEP=(srun --kill-on-bad-exit=1)
+    run on_ranks trainer.run "$RUN_DIR"
+fi
+state=$(field state)
+[[ $(field attempt) != "$attempt" ]] || state=unstarted
+[[ $state != finished ]] || { say "finished"; leave 0; }
+[[ ! -e $RUN_DIR/stop ]] || { say "stopped: $(<"$RUN_DIR/stop")"; leave 0; }
+if [[ $(latest) != "$before" ]]; then
+    [[ $state = stopped ]] && go_on "saved and stopped"
+    restart "the attempt ended '$state'"
+fi
+((!STOPPING)) || give_up "the time limit left no time for a step and its checkpoint; raise slurm.time"
+[[ $state != stopped ]] || go_on "stopped by SLURM" # preempted before its first step
+run timeout -k 10 60 srun --mpi=none --ntasks-per-node=1 true || restart "a node does not answer"
+give_up "the attempt ended '$state' and saved nothing new; see $RUN_DIR/logs"

@@ -1,0 +1,95 @@
+"""Jobs of run folders: which there are, what SLURM says of them, with and without accounting. Torch-free."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+from moe.config import ConfigError
+
+ACTIVE = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "STOPPED")
+
+
+def slurm(*command: str) -> str:
+    """The output of a SLURM command. Raises ConfigError with its message where it fails."""
+    # a submission from inside another job must not inherit that job's layout
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_") or k == "SLURM_CONF"}
+    try:
+        done = subprocess.run(command, env=inherited, capture_output=True, text=True, check=False)
+    except FileNotFoundError as error:
+        raise ConfigError([f"{command[0]} is not on the PATH; go to a login node of the cluster"]) from error
+    if done.returncode:
+        raise ConfigError([f"{command[0]} refuses: {done.stderr.strip() or done.stdout.strip()}"])
+    return done.stdout
+
+
+def is_sweep(folder: Path) -> bool:
+    """Whether a folder is a sweep, whose runs are numbered folders in it."""
+    return (folder / "sweep.json").is_file()
+
+
+def runs_of(folder: Path) -> list[Path]:
+    """The run folders of a sweep, or the run folder itself. Raises ConfigError where it is neither."""
+    if is_sweep(folder):
+        return sorted((path.parent for path in folder.glob("*/config.yaml")), key=lambda path: int(path.name))
+    if (folder / "config.yaml").is_file():
+        return [folder]
+    raise ConfigError([f"{folder} is not a run folder or a sweep: it holds no config.yaml or sweep.json"])
+
+
+def jobs_of(run_dir: Path) -> list[str]:
+    """The SLURM jobs of a run, oldest first; one of an array is `12_3`."""
+    path = run_dir / "jobs"
+    return path.read_text().split() if path.is_file() else []
+
+
+def ask(run_dirs: list[Path]) -> dict[str, tuple[str, str]]:
+    """{job: (state, nodes or reason)} of all jobs of the runs that SLURM still knows of."""
+    found: dict[str, tuple[str, str]] = {}
+    for job in sorted({job.split("_")[0] for run_dir in run_dirs for job in jobs_of(run_dir)}):
+        try:
+            lines = slurm("squeue", "-h", "-r", "-t", "all", "-o", "%i|%T|%R", "-j", job)
+        except ConfigError as error:
+            if "Invalid job id" not in str(error):
+                raise
+            try:  # long gone: the accounting, where there is one, remembers
+                lines = slurm("sacct", "-n", "-X", "-P", "-o", "JobID,State,NodeList", "-j", job)
+            except ConfigError:
+                continue
+        for line in lines.splitlines():
+            name, state, where = line.split("|")
+            found[name] = (state.split()[0], where)  # "CANCELLED by 1000"
+    return found
+
+
+def active(run_dirs: list[Path]) -> dict[str, str]:
+    """{job: state} of those that wait, run or end just now."""
+    return {job: state for job, (state, _) in ask(run_dirs).items() if state in ACTIVE}
+
+
+def refuse_queued(run_dirs: list[Path]) -> None:
+    """Raises ConfigError if a job of one of the runs waits or runs."""
+    queued = active(run_dirs)
+    problems = [
+        f"{run_dir} is in the queue as job {job} ({queued[job]}); slurm.stop it, or choose another name"
+        for run_dir in run_dirs
+        for job in jobs_of(run_dir)
+        if job in queued
+    ]
+    if problems:
+        raise ConfigError(problems)
+
+
+def command(module: str, act: Callable[[Path], None]) -> NoReturn:
+    """The entry point of `python -m slurm.<module> FOLDER`."""
+    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
+        print(f"usage: python -m slurm.{module} RUN_DIR|SWEEP", file=sys.stderr)
+        sys.exit(2)
+    try:
+        act(Path(sys.argv[1]).resolve())
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+    sys.exit(0)

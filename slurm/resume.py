@@ -1,0 +1,28 @@
+"""`python -m slurm.resume RUN_DIR|SWEEP`: queue again what is not finished. Torch-free."""
+
+from pathlib import Path
+
+from slurm.config import SlurmConfig
+from slurm.jobs import command, is_sweep, refuse_queued, runs_of
+from slurm.submit import queue
+from trainer.run_folder import read_frozen, read_state
+from trainer.typed import typed
+
+
+def resume(folder: Path) -> None:
+    """Queue a run, a point of a sweep, or all unfinished points."""
+    run_dirs = [run_dir for run_dir in runs_of(folder) if read_state(run_dir)["state"] != "finished"]
+    if not run_dirs:
+        print("everything is finished")
+        return
+    refuse_queued(run_dirs)
+    owner = folder.parent if is_sweep(folder.parent) else folder
+    for run_dir in run_dirs:
+        for name in ("stop", "restarts", "excluded"):
+            (run_dir / name).unlink(missing_ok=True)
+    ids = queue(owner, run_dirs, typed(SlurmConfig, read_frozen(owner / "slurm.yaml")))
+    print(f"queued as job {', '.join(ids)}")
+
+
+if __name__ == "__main__":
+    command("resume", resume)

@@ -1,0 +1,72 @@
+"""The job script: sbatch's flags and a block of variables before the static text of job.sh. Torch-free."""
+
+import shlex
+import sys
+from pathlib import Path
+
+from slurm.config import SubmitConfig
+
+
+def job_script(folder: Path, configs: list[SubmitConfig], sweep: bool) -> str:
+    """The script of a run, or of the job array of a sweep whose points are numbered folders in `folder`."""
+    config, slurm = configs[0], configs[0].slurm
+    flags = {
+        "job-name": config.name if not sweep else str(Path(config.name).parent),
+        "ntasks-per-node": str(config.parallel.nproc_per_node),
+        **slurm.flags(),
+        "output": str(folder).replace("%", "%%") + ("/%a" if sweep else "") + "/logs/job.log",
+        "open-mode": "append",
+        "signal": f"B:USR1@{slurm.stop_before_seconds}",
+        ("requeue" if slurm.resume == "requeue" else "no-requeue"): None,
+    }
+    step, wrap = _container(folder, configs)
+    variables: dict[str, object] = {
+        "RUN_DIR": folder,
+        "CODE": folder / "code",
+        "PYTHON": slurm.python or (sys.executable if slurm.container.kind == "none" else "python"),
+        "RANKS_PER_NODE": config.parallel.nproc_per_node,
+        "RESUME": slurm.resume,
+        "MAX_RESTARTS": slurm.max_restarts,
+        "EXCLUDE": slurm.exclude or "",
+        "HEALTH_SECONDS": slurm.health.seconds,
+        "HEALTH": [slurm.gpus_per_node, slurm.health.min_free_gib, slurm.health.max_skew_seconds],
+        "SRUN": step,
+        "WRAP": wrap,
+        "SETUP": slurm.setup,
+    }
+    return "\n".join(
+        [
+            "#!/usr/bin/env bash",
+            *(
+                f"#SBATCH --{flag}" + (f"={shlex.quote(v)}" if v is not None else "")
+                for flag, v in flags.items()
+            ),
+            *(f"{name}={_quoted(value)}" for name, value in variables.items()),
+            *(f"export {name}={shlex.quote(value)}" for name, value in slurm.env.items()),
+            "",
+            (Path(__file__).parent / "job.sh").read_text(),
+        ]
+    )
+
+
+def _container(folder: Path, configs: list[SubmitConfig]) -> tuple[list[str], list[str]]:
+    """Flags of srun, and words before the rank command, that put the ranks into the image."""
+    container, code = configs[0].slurm.container, folder / "code"
+    needed = {path for c in configs for path in (c.data.dir, c.stage.init_from, folder) if path is not None}
+    mounts = [*sorted(str(Path(path).resolve()) for path in needed), *container.mounts]
+    if container.kind == "pyxis":
+        pairs = ",".join(mount if ":" in mount else f"{mount}:{mount}" for mount in mounts)
+        places = [f"--container-mounts={pairs}", f"--container-workdir={code}"]
+        return [f"--container-image={container.image}", *places], []
+    if container.kind == "apptainer":
+        gpus = ["--nv"] if configs[0].slurm.gpus_per_node else []
+        binds = [f"--bind={mount}" for mount in mounts]
+        return [], ["apptainer", "exec", *gpus, *binds, f"--pwd={code}", str(container.image)]
+    return [], []
+
+
+def _quoted(value: object) -> str:
+    """A value of bash: a string, or an array for a list."""
+    if isinstance(value, list):
+        return f"({shlex.join(map(str, value))})"
+    return shlex.quote(str(value))

@@ -1,0 +1,66 @@
+"""`python -m slurm.status RUN_DIR|SWEEP`: where each run is, with and without accounting. Torch-free."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from slurm.jobs import ACTIVE, ask, command, is_sweep, jobs_of, runs_of
+from trainer.config import RunConfig
+from trainer.run_folder import read_state
+
+_TITLES = ["run", "state", "job", "attempt", "step", "loss", "tokens/s", "overrides"]
+
+
+def state_of(run_dir: Path, state: dict[str, Any], answers: dict[str, tuple[str, str]]) -> tuple[str, str]:
+    """(state, job) of a run: what SLURM says of a job that waits or runs, else what the folder says."""
+    jobs, stop = jobs_of(run_dir) or ["-"], run_dir / "stop"
+    for job in jobs:
+        name, where = answers.get(job, ("", ""))
+        if name in ACTIVE:
+            return f"{name.lower()} {where}", job
+    if state["state"] == "finished":
+        said = "finished"
+    elif stop.is_file():
+        said = stop.read_text().strip()
+    elif state["state"] in ("running", "new"):  # no rank could say how it ended
+        said = answers[jobs[-1]][0].lower() if jobs[-1] in answers else "lost: its job is gone"
+    else:
+        said = state["state"]
+    return said, jobs[-1]
+
+
+def last_metrics(run_dir: Path) -> dict[str, Any]:
+    """The newest logged training step, {} before the first."""
+    path = run_dir / "metrics.jsonl"
+    if path.is_file():
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - 65536))
+            for line in reversed(file.read().splitlines()):
+                if b'"loss":' in line and line[:1] == b"{" and line[-1:] == b"}":  # whole
+                    return json.loads(line)
+    return {}
+
+
+def show(folder: Path) -> None:
+    """Print one line per run."""
+    run_dirs = runs_of(folder)
+    answers = ask(run_dirs)
+    points = json.loads((folder / "sweep.json").read_text()) if is_sweep(folder) else [[]]
+    shared = set(points[0]).intersection(*points) if len(points) > 1 else set()
+    rows = [_TITLES]
+    for run_dir, overrides in zip(run_dirs, points, strict=True):
+        state, metrics = read_state(run_dir), last_metrics(run_dir)
+        said, job = state_of(run_dir, state, answers)
+        steps = f"{metrics.get('step', 0)}/{RunConfig.of_run(run_dir).stage.total_steps}"
+        numbers = (
+            [f"{metrics['loss']:.4f}", f"{metrics['tokens_per_second']:,.0f}"] if metrics else ["-", "-"]
+        )
+        own = " ".join(override for override in overrides if override not in shared)
+        rows.append([run_dir.name, said, job, str(state["attempt"]), steps, *numbers, own])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+if __name__ == "__main__":
+    command("status", show)

@@ -1,0 +1,139 @@
+"""From a command line to queued jobs: gather runs, check all, freeze their folders, sbatch. Torch-free."""
+
+import json
+import os
+from contextlib import ExitStack
+from pathlib import Path
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from data_pipeline.config import DataError
+from data_pipeline.manifest import write_atomically
+from moe.config import ConfigError
+from slurm.config import SlurmConfig, SubmitConfig
+from slurm.jobs import is_sweep, refuse_queued, slurm
+from slurm.script import job_script
+from slurm.snapshot import snapshot
+from trainer.cli import absolute_paths, check_data
+from trainer.run_folder import freeze, lock
+from trainer.typed import typed
+
+
+class Submission:
+    """The runs of one command line: one, or with -m the points of a sweep, which become one job array.
+
+    Hydra hands them to `take` one by one; nothing is written before `submit`.
+    """
+
+    def __init__(self) -> None:
+        self._cfgs: list[DictConfig] = []
+        self._configs: list[SubmitConfig] = []
+        self._overrides: list[list[str]] = []
+        self._problems: list[str] = []
+        self._sweep = False
+
+    def take(self, cfg: DictConfig) -> int:
+        """Check one run; what is wrong is kept for `submit`, so that all points are reported at once."""
+        hydra_config = HydraConfig.get()
+        self._sweep = hydra_config.mode == RunMode.MULTIRUN
+        point, overrides = len(self._overrides), list(hydra_config.overrides.task)
+        self._cfgs.append(cfg)
+        self._overrides.append(overrides)
+        if self._sweep:
+            cfg.name = f"{cfg.name}/{point}"
+        try:
+            config = typed(SubmitConfig, cfg)
+            config.check(config.plan)
+            check_data(config)
+            absolute_paths(cfg)
+            self._configs.append(config)
+        except (ConfigError, DataError) as error:
+            where = f"point {point} ({' '.join(overrides)}):\n" if self._sweep else ""
+            self._problems.append(f"{where}{error}")
+        first = self._cfgs[0]
+        if cfg.slurm != first.slurm or cfg.parallel.nproc_per_node != first.parallel.nproc_per_node:
+            self._problems.append(
+                f"point {point}: slurm.* and parallel.nproc_per_node must be the same for all points: "
+                "a job array has one request"
+            )
+        return 0
+
+    def submit(self) -> int:
+        """Freeze the folders and queue the job, or print its script.
+
+        Raises ConfigError, with nothing queued, for what `take` found, for a folder that cannot be used, and
+        where sbatch refuses.
+        """
+        if self._problems:
+            raise ConfigError(self._problems)
+        config, run_dir = self._configs[0], self._configs[0].run_dir.resolve()
+        folder = run_dir.parent if self._sweep else run_dir
+        script = job_script(folder, self._configs, self._sweep)
+        if config.slurm.dry_run:
+            print(script, end="")
+            return 0
+        slurm("sbatch", "--version")
+        run_dirs = [config.run_dir.resolve() for config in self._configs]
+        self._refuse_other(folder)
+        with ExitStack() as held:
+            for run_dir in run_dirs:
+                held.callback(os.close, lock(run_dir))
+            refuse_queued(run_dirs)
+            self._freeze(folder, run_dirs)
+            (folder / "job.sh").write_text(script)
+            ids = queue(folder, run_dirs, config.slurm)
+        points = f"{len(run_dirs)} points of " if self._sweep else ""
+        print(
+            f"queued as job {', '.join(ids)}: {points}{config.slurm.nodes} nodes, "
+            f"{config.plan.world_size} ranks\n"
+            f"  python -m slurm.status {folder}\n"
+            f"  python -m slurm.logs -f {run_dirs[0]}\n"
+            f"  python -m slurm.stop {folder}"
+        )
+        return 0
+
+    def _refuse_other(self, folder: Path) -> None:
+        there = json.loads((folder / "sweep.json").read_text()) if is_sweep(folder) else None
+        if (folder / "config.yaml").exists() and self._sweep:
+            raise ConfigError([f"{folder} is a single run; choose another name for the sweep"])
+        if there is not None and (not self._sweep or there != self._overrides):
+            raise ConfigError([f"{folder} holds another sweep, of {len(there)} points; choose another name"])
+
+    def _freeze(self, folder: Path, run_dirs: list[Path]) -> None:
+        for run_dir, cfg, overrides in zip(run_dirs, self._cfgs, self._overrides, strict=True):
+            of_run = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "slurm"])
+            freeze(run_dir, of_run, overrides)
+            (run_dir / "logs").mkdir(exist_ok=True)
+        if not any((run_dir / "jobs").exists() for run_dir in run_dirs):
+            snapshot(folder / "code")  # a run goes on with the code that it began with
+        if self._sweep:
+            write_atomically(folder / "sweep.json", json.dumps(self._overrides, indent=1).encode())
+        request = OmegaConf.to_container(self._cfgs[0].slurm, resolve=True)
+        (folder / "slurm.yaml").write_text(OmegaConf.to_yaml(request))
+
+
+def queue(folder: Path, run_dirs: list[Path], request: SlurmConfig) -> list[str]:
+    """sbatch the script of a frozen run, or of points of a sweep; returns the job ids, several for a chain.
+
+    Raises ConfigError where SLURM refuses; nothing stays queued then.
+    """
+    flags: list[str] = []
+    ids: list[str] = []
+    if is_sweep(folder):
+        parallel = f"%{request.max_parallel}" if request.max_parallel else ""
+        flags.append(f"--array={','.join(run_dir.name for run_dir in run_dirs)}{parallel}")
+    try:
+        for _ in range(request.chain_length if request.resume == "chain" else 1):
+            after = [f"--dependency=afterany:{ids[-1]}"] if ids else []
+            answer = slurm("sbatch", "--parsable", *flags, *after, str(folder / "job.sh"))
+            ids.append(answer.strip().split(";")[0])
+    except ConfigError:
+        if ids:
+            slurm("scancel", *ids)
+        raise
+    for run_dir in run_dirs:
+        with (run_dir / "jobs").open("a") as jobs:
+            jobs.writelines(f"{job}_{run_dir.name}\n" if is_sweep(folder) else f"{job}\n" for job in ids)
+    return ids

@@ -1,0 +1,242 @@
+"""Submitting on a real cluster: what is queued, what is refused, and that a refusal queues nothing."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from cluster import NODES, Cluster, Run
+
+Submit = Callable[..., Run]
+
+
+@pytest.fixture
+def held(cluster: Cluster, folder: Path) -> Iterator[Submit]:
+    """`held(name, ...)` submits a run that waits in the queue; the test's jobs are cancelled at its end."""
+    yield lambda name, *overrides: cluster.submit(folder, name, *overrides, "+slurm.sbatch.hold=true")
+    jobs = {job for path in folder.rglob("jobs") for job in path.read_text().split()}
+    if jobs:
+        cluster.run("scancel", *jobs)
+
+
+def queued(cluster: Cluster) -> set[str]:
+    """What waits or runs."""
+    return set(cluster.run("squeue", "-h", "-o", "%i").stdout.split())
+
+
+def test_every_flag_reaches_slurm(cluster, held, folder):
+    """Typed keys, any other flag of sbatch, and a name that a shell or sbatch would like to take apart."""
+    name = """it's; $(touch oh-no) %j "q" #"""
+    quoted = name.replace("'", "\\'")
+    flags = ["slurm.partition=lowpri", "slurm.time='2:03:00'", "slurm.mem=123", "slurm.cpus_per_task=2"]
+    flags += ["slurm.exclude=node9", "slurm.switches='1@5'", "slurm.gpus_per_node=1", "slurm.exclusive=true"]
+    flags += ["+slurm.sbatch.comment='a \"b\" # c'", "+slurm.sbatch.nice=5", "+slurm.sbatch.mail_type=END"]
+    held(f"'{quoted}'", *flags)
+    run = Run(cluster, folder / "runs" / name)
+    (job,) = run.jobs
+    shown = cluster.run("scontrol", "show", "job", job).stdout
+    for expected in (
+        f"JobName={name}",
+        "Partition=lowpri",
+        "TimeLimit=02:03:00",
+        "MinMemoryNode=123M",
+        "CPUs/Task=2",
+        "ExcNodeList=node9",
+        "Switches=1@00:05:00",
+        "TresPerNode=gres:gpu:1",
+        'Comment=a "b" # c',
+        "Requeue=1",
+        f"Command={run.folder}/job.sh",
+    ):
+        assert expected in shown, (expected, shown)
+    # the script runs (just to its first lines), under that name and into that log
+    (run.folder / "stop").write_text("by the test\n")
+    assert cluster.run("scontrol", "release", job).returncode == 0
+    run.wait(lambda run: "not started: by the test" in run.log)
+    assert not list(folder.rglob("oh-no"))
+    checked = subprocess.run(
+        [Path(sys.executable).parent / "shellcheck", run.folder / "job.sh"], capture_output=True, check=False
+    )
+    assert checked.returncode == 0, checked.stdout.decode()
+
+
+def test_the_folder_is_frozen(cluster, held, repository):
+    run = held("frozen")
+    assert (run.folder / "code/trainer/train.py").read_text() == (repository / "trainer/train.py").read_text()
+    assert "slurm" not in (run.folder / "config.yaml").read_text()
+    assert "slurm.nodes=2" in (run.folder / "overrides.txt").read_text()
+    subprocess.run(["bash", "-n", run.folder / "job.sh"], check=True)
+
+
+def test_a_login_node_does_it_without_torch_in_two_seconds(cluster, submit_command, folder):
+    """Processor time: a busy test machine says nothing about the wall."""
+    code = (
+        "import sys, resource, runpy\n"
+        "try:\n    runpy.run_module('slurm', run_name='__main__')\n"
+        "finally:\n    used = resource.getrusage(resource.RUSAGE_SELF)\n"
+        "    print('torch' in sys.modules, used.ru_utime + used.ru_stime, file=sys.stderr)"
+    )
+    done = cluster.run(
+        sys.executable, "-c", code, *submit_command[1:], "name=dry", "slurm.dry_run=true", cwd=folder
+    )
+    assert done.returncode == 0, done.stderr
+    torch, seconds = done.stderr.split()[-2:]
+    assert torch == "False"
+    assert float(seconds) < 2
+    assert "#SBATCH --nodes=2" in done.stdout
+    assert not (folder / "runs").exists(), "a dry run writes nothing"
+
+
+def mistake(cluster: Cluster, folder: Path, command: list[str], *overrides: str) -> str:
+    """The message of a submission that must be refused, with nothing queued."""
+    before = queued(cluster)
+    done = cluster.python(*command, *overrides, cwd=folder)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    assert queued(cluster) <= before, "something is queued"
+    assert not list(folder.rglob("jobs"))
+    return done.stderr
+
+
+TOO_MANY_GPUS = ["slurm.nodes=1", "slurm.gpus_per_node=9", "parallel.nproc_per_node=9"]
+TOO_MANY_GPUS += ["parallel.ep_size=1", "stage.global_batch_size=18"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["slurm.partition=nowhere"], "invalid partition"),
+        (TOO_MANY_GPUS, "sbatch refuses: sbatch: error:"),
+        (["slurm.gpus_per_node=4"], "slurm.gpus_per_node=4 but parallel.nproc_per_node=1"),
+        ([f"slurm.nodes={NODES + 2}", "stage.global_batch_size=64"], "sbatch refuses: sbatch: error:"),
+        (["slurm.nodes=3"], "parallel.ep_size=2 does not divide the 3 ranks"),
+        (["slurm.nodes=8", "parallel.ep_size=1"], "stage.global_batch_size=8 is not a multiple of 8 ranks"),
+        (["slurm.nods=3"], "slurm.nods"),
+        (["slurm=nowhere"], "nowhere"),
+        (["output_dir=/proc/nothing"], "cannot write the run folder"),
+        (["+slurm.sbatch.signal=1"], "slurm.sbatch.signal is set by slurm.stop_before_seconds"),
+        (["+slurm.sbatch.no_such_flag=1"], "sbatch: unrecognized option '--no-such-flag"),
+        (["+slurm.env.WANDB_API_KEY=1"], "slurm.env.WANDB_API_KEY looks like a secret"),
+        (["slurm.container.kind=pyxis"], "needs slurm.container.image"),
+        (["data.dir=nowhere"], "run python -m data_pipeline"),
+        (["slurm.resume=never", "slurm.nodes=0"], "slurm.nodes=0 is below 1"),
+    ],
+    ids=lambda value: str(value)[:50],
+)
+def test_mistakes_exit_with_2_and_queue_nothing(cluster, submit_command, folder, overrides, message):
+    assert message in mistake(cluster, folder, submit_command, "name=a", *overrides)
+
+
+def test_no_sbatch_on_the_path(cluster, submit_command, folder):
+    bare = Cluster({**cluster.environment, "PATH": "/nowhere"}, cluster.data)
+    done = bare.python(*submit_command, "name=a", cwd=folder)
+    assert done.returncode == 2
+    assert "sbatch is not on the PATH" in done.stderr
+    assert not (folder / "runs").exists()
+
+
+def test_a_name_is_used_once(cluster, held, submit_command, folder):
+    run = held("twice")
+    again = cluster.python(*submit_command, "name=twice", cwd=folder)
+    assert again.returncode == 2
+    assert f"is in the queue as job {run.jobs[0]} (PENDING)" in again.stderr
+    other = cluster.python(*submit_command, "name=twice", "optimizer.lr=0.5", cwd=folder)
+    assert other.returncode == 2
+    resumed = cluster.python("slurm.resume", "runs/twice", cwd=folder)
+    assert "is in the queue" in resumed.stderr
+    cluster.python("slurm.stop", "runs/twice", cwd=folder)
+    other = cluster.python(*submit_command, "name=twice", "optimizer.lr=0.5", cwd=folder)
+    assert "optimizer.lr: folder 0.0003, now 0.5" in other.stderr
+    assert len(run.jobs) == 1
+    assert "stopped by slurm.stop" in cluster.python("slurm.status", "runs/twice", cwd=folder).stdout
+
+
+def test_a_sweep_is_checked_as_a_whole_and_is_one_array(cluster, held, submit_command, folder):
+    command = ["slurm", "-m", *submit_command[1:], "name=sweep"]
+    message = mistake(cluster, folder, command, "parallel.ep_size=2,3", "optimizer.lr=1e-3,-1")
+    assert "point 1" in message
+    assert "point 2" in message
+    assert "optimizer.lr=-1" in message
+    assert message.count("does not divide") >= 2
+    assert "the same for all points" in mistake(cluster, folder, command, "slurm.nodes=2,4")
+
+    sweep = held("sweep", "-m", "optimizer.lr=1e-3,3e-3", "parallel.ep_size=1,2", "slurm.max_parallel=2")
+    points = json.loads((sweep.folder / "sweep.json").read_text())
+    assert {"optimizer.lr=0.003", "parallel.ep_size=2"} <= set(points[3])
+    jobs = [(sweep.folder / str(i) / "jobs").read_text().strip() for i in range(4)]
+    array = jobs[0].split("_")[0]
+    assert jobs == [f"{array}_{i}" for i in range(4)]
+    assert "ArrayTaskId=0-3%2" in cluster.run("scontrol", "show", "job", array).stdout
+    assert sorted(path.name for path in sweep.folder.iterdir() if path.is_dir()) == [
+        "0",
+        "1",
+        "2",
+        "3",
+        "code",
+    ]
+    assert not list(folder.glob("multirun*")), "Hydra leaves nothing behind"
+    shown = cluster.python("slurm.status", "runs/sweep", cwd=folder).stdout
+    assert shown.count("pending") == 4
+    assert (
+        "parallel.ep_size=2 optimizer.lr=0.003" in shown or "optimizer.lr=0.003 parallel.ep_size=2" in shown
+    )
+    assert "taken from the queue" in cluster.python("slurm.stop", "runs/sweep/2", cwd=folder).stdout
+    assert cluster.python("slurm.resume", "runs/sweep/2", cwd=folder).returncode == 0
+    assert len((sweep.folder / "2/jobs").read_text().split()) == 2
+
+
+def test_containers_wrap_only_the_rank_command(cluster, submit_command, folder):
+    image = [
+        "slurm.container.image='/images/a b.sqsh'",
+        "slurm.container.mounts=[/scratch]",
+        "slurm.dry_run=true",
+    ]
+    pyxis = cluster.python(*submit_command, "name=a", *image, "slurm.container.kind=pyxis", cwd=folder).stdout
+    assert "SRUN=('--container-image=/images/a b.sqsh'" in pyxis
+    assert "/scratch:/scratch" in pyxis
+    assert "\nPYTHON=python\n" in pyxis
+    assert "WRAP=()" in pyxis
+
+
+def test_a_run_in_a_container(cluster, submit_command, folder):
+    """No apptainer can be installed here: a stand-in with its command line shows what is run inside."""
+    stand_in = folder / "bin/apptainer"
+    stand_in.parent.mkdir()
+    to_image = "until [[ $1 = image ]]; do shift; done; shift"
+    stand_in.write_text(f'#!/usr/bin/env bash\necho "$@" >>{folder}/said\n{to_image}\nexec "$@"\n')
+    stand_in.chmod(0o755)
+    container = [
+        "slurm.container.kind=apptainer",
+        "slurm.container.image=image",
+        f"slurm.python={sys.executable}",
+    ]
+    path = f"slurm.setup=['export PATH={folder}/bin:$PATH']"
+    short = ["stage.train_tokens=1024", "schedule.warmup_steps=1"]
+    run = cluster.submit(folder, "contained", *container, path, *short, cluster.only(1, 2)).finish(attempts=1)
+    said = (folder / "said").read_text().splitlines()
+    assert len(said) == 2, "one per rank, and nothing else in the container"
+    assert all(line.endswith(f"image {sys.executable} -m trainer.run {run.folder}") for line in said)
+    assert f"--bind={run.folder}" in said[0]
+
+
+def test_logs(cluster, submit_command, folder):
+    assert cluster.python("slurm.logs", cwd=folder).returncode == 2
+    assert "does not exist" in cluster.python("slurm.logs", "runs/nothing", cwd=folder).stderr
+    (folder / "runs/a/logs").mkdir(parents=True)
+    (folder / "runs/a/logs/job.log").write_text("said\n")
+    assert cluster.python("slurm.logs", "runs/a", cwd=folder).stdout == "said\n"
+    assert "no config.yaml" in cluster.python("slurm.status", "runs/a", cwd=folder).stderr
+    with subprocess.Popen(
+        [sys.executable, "-m", "slurm.logs", "-f", "runs/a"],
+        cwd=folder,
+        env=cluster.environment,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as following:
+        assert following.stdout.readline() == "said\n"
+        with (folder / "runs/a/logs/job.log").open("a") as log:
+            log.write("more\n")
+        assert following.stdout.readline() == "more\n"
+        following.kill()

@@ -1,0 +1,84 @@
+"""What may be asked of a cluster."""
+
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_module
+
+from moe.config import ConfigError
+from slurm.config import SubmitConfig
+from trainer.typed import typed
+
+CLUSTERS = sorted(
+    path.stem
+    for path in (Path(__file__).parents[3] / "conf/slurm").glob("*.yaml")
+    if not path.stem.startswith("_")
+)
+
+
+def submission(*overrides: str) -> SubmitConfig:
+    with initialize_config_module("conf", version_base="1.3"):
+        return typed(SubmitConfig, compose("submit", overrides=["name=t", *overrides]))
+
+
+def problems(*overrides: str) -> list[str]:
+    config = submission(*overrides)
+    with pytest.raises(ConfigError) as error:
+        config.check(config.plan)
+    return error.value.problems
+
+
+@pytest.mark.parametrize("cluster", CLUSTERS)
+def test_every_cluster_file_is_lawful(cluster):
+    config = submission(
+        *(f"slurm={cluster}", "slurm.partition=p", "slurm.nodes=2"),
+        *("parallel.nproc_per_node=4", "parallel.ep_size=4", "stage.global_batch_size=8"),
+    )
+    config.check(config.plan)
+    assert config.plan.world_size == 8
+    assert config.slurm.gpus_per_node in (0, 4), "a rank is one GPU"
+
+
+def test_a_cluster_file_leaves_the_partition_to_its_user():
+    with pytest.raises(ConfigError, match=r"slurm\.partition has no value; give slurm\.partition="):
+        submission("slurm=h100_ib")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("slurm.nodes=0", "slurm.nodes=0 is below 1"),
+        ("slurm.resume=never", "slurm.resume=never is unknown; use requeue or chain"),
+        ("slurm.container.kind=docker", "slurm.container.kind=docker is unknown"),
+        ("slurm.container.kind=apptainer", "needs slurm.container.image"),
+        ("slurm.gpus_per_node=3", "a rank is one GPU"),
+        ("+slurm.sbatch.open_mode=truncate", "slurm.sbatch.open-mode is set by"),
+        ("+slurm.sbatch.no_requeue=true", "slurm.sbatch.no-requeue is set by slurm.resume"),
+        ("+slurm.sbatch.J=x", "no long flag"),
+        ('slurm.partition="a\nb"', "one line"),
+        ("+slurm.env.WANDB_API_KEY=x", "looks like a secret"),
+        ("+slurm.env.hf_token=x", "looks like a secret"),
+        ("+slurm.env.a-b=x", "no name of an environment variable"),
+        ("parallel.ep_size=3", "parallel.ep_size=3 does not divide"),
+    ],
+)
+def test_broken_laws_are_named(override, message):
+    assert any(message in problem for problem in problems(override)), problems(override)
+
+
+def test_all_problems_at_once():
+    assert len(problems("slurm.nodes=0", "slurm.resume=x", "optimizer.lr=0")) >= 3
+
+
+def test_flags():
+    flags = submission(
+        *("slurm.nodes=3", "slurm.exclusive=true", "slurm.mem=10G", "slurm.partition=a"),
+        *("+slurm.sbatch.partition=b", "+slurm.sbatch.mail_type=END", "+slurm.sbatch.priority=0"),
+    ).slurm.flags()
+    assert flags["nodes"] == "3"
+    assert flags["exclusive"] is None, "a switch"
+    assert flags["partition"] == "b"
+    assert flags["mail-type"] == "END"
+    assert flags["priority"] == "0"
+    assert "account" not in flags
+    assert "gpus-per-node" not in flags
