@@ -21,7 +21,7 @@ from data_pipeline.bins import Bins, pack_lengths
 from data_pipeline.config import DataError
 from data_pipeline.fim import FillInTheMiddle
 from data_pipeline.manifest import sync_folder, to_json
-from data_pipeline.packing import Row
+from data_pipeline.packing import Row, Stream
 from data_pipeline.permutation import mix
 from data_pipeline.shards import TokenStream
 
@@ -40,8 +40,7 @@ class PackedSource(NamedTuple):
 
 class PackingReport(NamedTuple):
     """rows; documents and pieces in them; their tokens; documents too long for a row (cut, or left out);
-    tokens of the documents that length_shares leaves out.
-    """
+    tokens of the documents that length_shares leaves out."""
 
     rows: int
     documents: int
@@ -67,10 +66,9 @@ class BestFitRows:
         name: str,
         sources: dict[str, PackedSource],
         seq_len: int,
-        end_of_text: int,
         length_shares: dict[int, float],
     ) -> None:
-        self._sources, self._end_of_text = list(sources.values()), end_of_text
+        self._sources, self._seq_len = list(sources.values()), seq_len
         if length_shares:
             weights = {source: settings.weight for source, settings in sources.items()}
             what = to_json([weights, sorted(length_shares.items())])
@@ -94,7 +92,17 @@ class BestFitRows:
     def __len__(self) -> int:
         return self.report.rows
 
-    def places(self, row: int) -> list[tuple[TokenStream, int]]:
+    def describe(self) -> str:
+        """What an epoch is, and what packing made of the documents."""
+        rows, documents, _, too_long, left_out = self.report
+        return (
+            f"{documents:,} documents in {rows:,} rows of {self._seq_len},"
+            f" {self.report.padding(self._seq_len):.2%} padding"
+            + (f", {too_long:,} longer than a row" if too_long else "")
+            + (f", {left_out:,} tokens left out" if left_out else "")
+        )
+
+    def places(self, row: int) -> list[tuple[Stream, int]]:
         """For each document of a row, its stream and the token there that its part begins with."""
         return [(source.stream, start) for source, start, _ in self._contents(row)]
 
@@ -104,7 +112,7 @@ class BestFitRows:
         for source, start, length in self._contents(row):
             document = source.stream.read(start, start + length)
             if source.fim is not None:
-                document = source.fim(document, start, self._end_of_text)
+                document = source.fim(document, start)
             tokens.append(document)
             lengths.append(length)
             learned.append(source.stream.read_loss(start, start + length))
@@ -212,10 +220,8 @@ def _buckets_taken(sources: list[PackedSource], seq_len: int, shares: dict[int, 
         )
     total = (of_class[1:] / wanted[1:]).min()
     target = offered * total * wanted / np.maximum(of_class, 1)
-    before_middle = (
-        np.cumsum(tokens, axis=2) - tokens / 2
-    )  # takes the number of buckets nearest to the target
-    return (before_middle < target[:, :, None]).sum(axis=2)
+    before_middle = np.cumsum(tokens, axis=2) - tokens / 2
+    return (before_middle < target[:, :, None]).sum(axis=2)  # the number of buckets nearest to the target
 
 
 def _classes(lengths: np.ndarray, shares: dict[int, float]) -> np.ndarray:

@@ -75,17 +75,37 @@ def read_rows(source: SourceConfig, part: Part) -> Iterator[Row]:
         yield from _READERS[format](source, part)
 
 
+def is_hub(source: SourceConfig, path: str) -> bool:
+    """Whether a path of a source names a dataset of the hub."""
+    return source.kind == "hub" or (source.kind == "sft" and ":" in path)
+
+
 def hub_files(key: str, dataset: str) -> list[str]:
-    """The arrow files of a dataset NAME[@REVISION][:CONFIG]:SPLIT, fetched into the cache of `datasets`."""
+    """The arrow files of a dataset, fetched into the cache of `datasets`."""
+    return [file["filename"] for file in _load_dataset(key, dataset, streaming=False).cache_files]
+
+
+def hub_rows(key: str, dataset: str) -> Iterator[Row]:
+    """The rows of a dataset, fetched as they are read."""
+    rows = _load_dataset(key, dataset, streaming=True)
+    for line, value in enumerate(rows, 1):
+        yield Row(line, line - 1, None, value, None)
+
+
+def _load_dataset(key: str, dataset: str, streaming: bool) -> Any:
+    """A dataset NAME[@REVISION][:CONFIG]:SPLIT. Raises DataError where it cannot be had."""
     from datasets import load_dataset  # slow to import: only for those who read the hub
 
     name, *config, split = dataset.split(":")
     name, _, revision = name.partition("@")
     try:
-        rows = load_dataset(name, *config, split=split, revision=revision or None)
+        return load_dataset(name, *config, split=split, revision=revision or None, streaming=streaming)
     except Exception as error:  # the library raises whatever its many layers raise
-        raise DataError(f"{key} cannot be loaded by datasets.load_dataset ({error})") from error
-    return [file["filename"] for file in rows.cache_files]
+        raise DataError(
+            f"{key} cannot be loaded by datasets.load_dataset ({type(error).__name__}: {error}); check name,"
+            " config, split and network. Without a network: copy the files of the dataset here and use"
+            " kind=parquet, jsonl, or arrow for what datasets.save_to_disk wrote (paths=[FOLDER/*.arrow])"
+        ) from error
 
 
 def table_groups(format: str, path: str) -> list[int]:
@@ -99,22 +119,21 @@ def table_groups(format: str, path: str) -> list[int]:
         return [metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups)]
 
 
-def check_columns(name: str, source: SourceConfig, parts: list[Part]) -> None:
-    """Raise DataError, with the columns that there are, if no early row of a source has its text column."""
+def check_columns(name: str, source: SourceConfig, rows: Iterable[Row]) -> None:
+    """Raise DataError, with the columns that there are, if none of the first rows of a source has its text
+    column."""
     column = column_of(source)
-    if column is None:
-        return
     wanted: type = list if source.kind == "sft" else str
-    rows = (row for part in parts for row in read_rows(source, part) if row.fault is None)
     columns: dict[str, str] = {}
-    for row in itertools.islice(rows, _PROBED_ROWS):
+    sound = (row for row in rows if row.fault is None)
+    for row in itertools.islice(sound, _PROBED_ROWS) if column is not None else ():
         if isinstance(row.value.get(column), wanted):
             return
         columns |= {key: type(value).__name__ for key, value in row.value.items()}
     if columns:
         raise DataError(
-            f"data.sources.{name}: the first rows of {parts[0].path} have no {column!r} of type"
-            f" {wanted.__name__}; their columns are {', '.join(f'{k}: {v}' for k, v in columns.items())}"
+            f"data.sources.{name}: its first rows have no {column!r} of type {wanted.__name__};"
+            f" their columns are {', '.join(f'{k}: {v}' for k, v in columns.items())}"
         )
 
 
@@ -147,7 +166,7 @@ def _read_jsonl(source: SourceConfig, part: Part) -> Iterator[Row]:
 
 def _json_row(line: int, offset: int, raw: bytes) -> Row:
     value, fault = None, None
-    if not raw or raw.isspace():
+    if not raw.strip():
         return Row(line, offset, raw, None, BLANK)
     try:
         value = json.loads(raw.decode())

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from data_pipeline.config import DataConfig, DataError, SourceConfig
 from data_pipeline.documents import Document, Reject, read_documents
 from data_pipeline.inputs import list_inputs, plan_slices
-from data_pipeline.readers import BLANK, check_columns
+from data_pipeline.readers import BLANK, check_columns, read_rows
 
 Read = Callable[..., tuple[list[str], list[Reject]]]
 
@@ -42,7 +42,8 @@ def read(data_config: DataConfig) -> Read:
             for part in parts
             for item in read_documents(config, "s", part)
         ]
-        texts = ["".join(item.texts()) for item in found if isinstance(item, Document)]
+        documents = [item for item in found if isinstance(item, Document)]
+    texts = ["".join([item.text, *(piece.text or "" for piece in item.pieces or ())]) for item in documents]
         return texts, [item for item in found if isinstance(item, Reject) and item.reason != BLANK]
 
     return read_source
@@ -227,10 +228,13 @@ def test_jsonl_without_the_column_lists_its_columns(tmp_path: Path) -> None:
 
     def check(kind: str) -> None:
         source = source_of(kind, path)
-        check_columns("s", source, plan_slices(source, list_inputs("s", source, {}), 10**9)[0])
+        [[part]] = plan_slices(source, list_inputs("s", source, {}), 10**9)
+        check_columns("s", source, read_rows(source, part))
 
     columns = "their columns are id: int, body: str, text: NoneType"
-    with pytest.raises(DataError, match=f"data.sources.s: .*a.jsonl have no 'text' of type str; {columns}"):
+    with pytest.raises(
+        DataError, match=f"data.sources.s: its first rows have no 'text' of type str; {columns}"
+    ):
         check("jsonl")
     with pytest.raises(DataError, match=f"have no 'messages' of type list; {columns}"):
         check("sft")
