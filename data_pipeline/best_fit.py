@@ -9,6 +9,7 @@ it takes memory for histograms and one shard's offsets; using it, for what is re
 # P documents or pieces of documents
 
 import hashlib
+import itertools
 import os
 import zipfile
 from collections.abc import Iterator
@@ -148,23 +149,17 @@ def _make_plan(sources: list[PackedSource], seq_len: int, shares: dict[int, floa
             next_items += of_length
         items.flush()
         os.replace(partial, path.with_suffix(".items"))
+    tokens = int(counts @ np.arange(len(counts)))
+    offered = sum(int(lengths.sum()) for _, _, lengths in _pieces(sources, seq_len))
+    offsets = itertools.chain.from_iterable(source.stream.document_offsets() for source in sources)
+    too_long = sum(int((np.diff(of_shard) - 1 > seq_len).sum()) for of_shard in offsets)
+    report = PackingReport(bins.total, int(counts.sum()), tokens, too_long, offered - tokens)
     with open(partial, "wb") as file:
-        np.savez(file, report=_report(sources, seq_len, counts, bins), counts=counts, **bins._asdict())
+        np.savez(file, report=np.array(report), counts=counts, **bins._asdict())
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
     sync_folder(path.parent)
-
-
-def _report(sources: list[PackedSource], seq_len: int, counts: np.ndarray, bins: Bins) -> np.ndarray:
-    tokens = int(counts @ np.arange(len(counts)))
-    offered = too_long = 0
-    for source in sources:
-        for offsets in source.stream.document_offsets():
-            is_long = np.diff(offsets) - 1 > seq_len
-            too_long += int(is_long.sum())
-        offered += sum(int(lengths.sum()) for _, _, lengths in _pieces([source], seq_len))
-    return np.array(PackingReport(bins.total, int(counts.sum()), tokens, too_long, offered - tokens))
 
 
 def _pieces(sources: list[PackedSource], seq_len: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:

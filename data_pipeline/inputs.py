@@ -4,6 +4,7 @@ import glob
 import hashlib
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 from data_pipeline import samples
@@ -44,7 +45,10 @@ def list_inputs(
             files = [file for file in sorted(glob.glob(path, recursive=True)) if os.path.isfile(file)]
             if not files:
                 raise DataError(f"{key} matches no file; a folder is named as folder/**/*.EXT")
-        found |= {file: _input(file, known.get(file), hashed) for file in files if file not in found}
+        new = [file for file in files if file not in found]
+        with ThreadPoolExecutor() as pool:  # hashing lets other threads run
+            inputs = pool.map(lambda file: _input(file, known.get(file), hashed), new)
+            found |= dict(zip(new, inputs, strict=True))
     return list(found.values())
 
 

@@ -40,10 +40,10 @@ from data_pipeline.progress import PrepareProgress
 from data_pipeline.readers import BLANK, check_columns, read_rows
 from data_pipeline.slices import SliceJob, start_worker, survey_slice, write_slice
 from data_pipeline.tokenizer import (
-    Tokenizer,
     check_vocab_size,
     fetch_tokenizer,
     load_tokenizer,
+    parse_tokenizer,
     train_tokenizer,
 )
 
@@ -63,7 +63,7 @@ def prepare(config: DataConfig, vocab_size: int, seed: int) -> Manifest:
     given, size = None, config.tokenizer_vocab_size
     if config.tokenizer is not None:
         given = fetch_tokenizer(config.tokenizer)
-        size = Tokenizer(given, config.tokenizer).vocab_size
+        size = parse_tokenizer(given, config.tokenizer).vocab_size
     assert size is not None
     check_vocab_size(size, vocab_size)
     folder = Path(config.dir)
@@ -75,7 +75,9 @@ def prepare(config: DataConfig, vocab_size: int, seed: int) -> Manifest:
         else:
             _clean(folder)
             jobs = {name: _jobs(name, config, plan.inputs[name], seed) for name in sorted(config.sources)}
-            _settle_tokenizer(config, given, jobs, folder)
+            if not (folder / "tokenizer.json").exists():  # an earlier attempt may have come so far
+                given = given or train_tokenizer(_training_texts(jobs), size)
+                write_atomically(folder / "tokenizer.json", given.encode())
             every_job = [job for of_source in jobs.values() for job in of_source]
             to_do = [job for job in every_job if not job.survey.is_dir()]
             _run(survey_slice, "survey", "documents", every_job, to_do, config.num_workers)
@@ -123,24 +125,7 @@ def _jobs(name: str, config: DataConfig, inputs: list[InputFile], seed: int) -> 
             f"data.sources.{name}.paths: {describe_inputs(inputs)} hold nothing; name files with text"
         )
     check_columns(name, source, (row for part in slices[0] for row in read_rows(source, part)))
-    return [
-        SliceJob(f"{name}-{number:05d}", name, parts, config, tokenizer_sha256="", seed=seed)
-        for number, parts in enumerate(slices)
-    ]
-
-
-def _settle_tokenizer(config: DataConfig, given: str | None, jobs: Jobs, folder: Path) -> None:
-    """Write tokenizer.json, unless an earlier attempt has, and tell every job its sha256."""
-    path = folder / "tokenizer.json"
-    if not path.exists():
-        if given is None:
-            assert config.tokenizer_vocab_size is not None
-            given = train_tokenizer(_training_texts(jobs), config.tokenizer_vocab_size)
-        write_atomically(path, given.encode())
-    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-    for of_source in jobs.values():
-        for job in of_source:
-            job.tokenizer_sha256 = sha256
+    return [SliceJob(f"{name}-{i:05d}", name, parts, config, seed) for i, parts in enumerate(slices)]
 
 
 def _training_texts(jobs: Jobs) -> Iterator[str]:

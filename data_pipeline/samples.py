@@ -10,16 +10,8 @@ from pathlib import Path
 from data_pipeline.config import DataError
 
 # Tests, other people's packages, near-duplicates of other modules (lib2to3) and tables (encodings).
-_EXCLUDED = {
-    "test",
-    "tests",
-    "idle_test",
-    "site-packages",
-    "dist-packages",
-    "lib2to3",
-    "encodings",
-    "pydoc_data",
-}
+_EXCLUDED = {*("test", "tests", "idle_test"), *("site-packages", "dist-packages")}
+_EXCLUDED |= {"lib2to3", "encodings", "pydoc_data"}
 _SHORTEST_PROSE = 200  # characters; a module with less docstring than this says nothing
 
 

@@ -26,7 +26,7 @@ from data_pipeline.duplicates import hash_document
 from data_pipeline.manifest import SPLITS, sync_folder, to_json, write_synced
 from data_pipeline.readers import BLANK, Part
 from data_pipeline.shards import ShardWriter
-from data_pipeline.tokenizer import load_tokenizer_once
+from data_pipeline.tokenizer import load_tokenizer
 
 
 @dataclass
@@ -38,7 +38,6 @@ class SliceJob:
     source: str
     parts: list[Part]
     config: DataConfig
-    tokenizer_sha256: str
     seed: int
     first_document: int = 0
 
@@ -48,24 +47,19 @@ class SliceJob:
         return sum(part.bytes for part in self.parts)
 
     @property
-    def folder(self) -> Path:
-        """The folder that is prepared."""
-        return Path(self.config.dir)
-
-    @property
     def survey(self) -> Path:
         """The folder of the slice's survey."""
-        return self.folder / "survey" / self.name
+        return Path(self.config.dir, "survey", self.name)
 
     @property
     def duplicates(self) -> Path:
         """The numbers of the source's documents that are left out, as an array."""
-        return self.folder / "survey" / f"{self.source}.npy"
+        return Path(self.config.dir, "survey", f"{self.source}.npy")
 
     @property
     def target(self) -> Path:
         """The folder of the finished slice."""
-        return self.folder / "slices" / self.name
+        return Path(self.config.dir, "slices", self.name)
 
 
 def survey_slice(job: SliceJob) -> int:
@@ -105,7 +99,7 @@ def write_slice(job: SliceJob) -> int:
 
     The bytes depend on the job and the survey alone. Raises DataError for an input that cannot be read.
     """
-    tokenizer = load_tokenizer_once(job.folder, job.tokenizer_sha256)
+    tokenizer = load_tokenizer(job.config.dir)
     unigrams = np.zeros((len(SPLITS), tokenizer.vocab_size), dtype=np.int64)
     with complete_folder(job.target) as folder:
         writers = [ShardWriter(folder, job.name, split, job.config.shard_bytes) for split in SPLITS]
@@ -156,7 +150,7 @@ def start_worker() -> None:
 def _judged(job: SliceJob) -> Iterator[Document | Reject]:
     """The documents and rejects of a slice, in order."""
     is_limited = job.config.max_chat_tokens is not None and job.config.sources[job.source].kind == "sft"
-    tokenizer = load_tokenizer_once(job.folder, job.tokenizer_sha256) if is_limited else None
+    tokenizer = load_tokenizer(job.config.dir) if is_limited else None
     for part in job.parts:
         yield from read_documents(job.config, job.source, part, tokenizer)
 

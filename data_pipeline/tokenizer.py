@@ -67,21 +67,18 @@ class Tokenizer:
         return self._full.decode(ids, skip_special_tokens=False)
 
 
+parse_tokenizer = functools.lru_cache(maxsize=2)(Tokenizer)  # takes a second, and is asked for again
+
+
 def load_tokenizer(folder: str | Path) -> Tokenizer:
     """The tokenizer of a prepared or Hugging Face folder. Raises DataError where it has none."""
     path = Path(folder) / "tokenizer.json"
     try:
-        return Tokenizer(path.read_bytes().decode(), str(path))
+        return parse_tokenizer(path.read_bytes().decode(), str(path))
     except OSError as error:
         raise DataError(
             f"{path} cannot be read ({error.strerror}); name a folder that holds a tokenizer"
         ) from error
-
-
-@functools.lru_cache(maxsize=2)
-def load_tokenizer_once(folder: Path, sha256: str) -> Tokenizer:
-    """`load_tokenizer`, kept for the next slice; `sha256` tells apart what a path held at different times."""
-    return load_tokenizer(folder)
 
 
 def tokenizer_of(config: DataConfig) -> Tokenizer:
@@ -89,7 +86,7 @@ def tokenizer_of(config: DataConfig) -> Tokenizer:
     if config.mode == "prepared":
         return load_tokenizer(config.dir)
     assert config.tokenizer is not None
-    return Tokenizer(fetch_tokenizer(config.tokenizer), config.tokenizer)
+    return parse_tokenizer(fetch_tokenizer(config.tokenizer), config.tokenizer)
 
 
 def check_vocab_size(ids: int, vocab_size: int) -> None:

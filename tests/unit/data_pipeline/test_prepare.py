@@ -315,7 +315,9 @@ def test_a_broken_source_stops_before_anything_is_encoded(data_config: DataConfi
 
     nothing = jsonl_source(tmp_path / "b.jsonl", [b"{"])
     config = replace(config, dir=str(tmp_path / "b"), sources={"s": nothing}, max_bad_fraction=1.0)
-    with pytest.raises(DataError, match=r"s: no document; 1 of 1 rows are bad \(1 json\), they are listed"):
+    with pytest.raises(
+        DataError, match=r"s: 1 of 1 rows are bad \(1 json\), it has no document; they are listed"
+    ):
         prepare(config, VOCAB_SIZE, SEED)
 
 

@@ -43,7 +43,9 @@ def read(data_config: DataConfig) -> Read:
             for item in read_documents(config, "s", part)
         ]
         documents = [item for item in found if isinstance(item, Document)]
-    texts = ["".join([item.text, *(piece.text or "" for piece in item.pieces or ())]) for item in documents]
+        texts = [
+            "".join([item.text, *(piece.text or "" for piece in item.pieces or ())]) for item in documents
+        ]
         return texts, [item for item in found if isinstance(item, Reject) and item.reason != BLANK]
 
     return read_source
