@@ -24,7 +24,7 @@ from data_pipeline.fim import FillInTheMiddle
 from data_pipeline.manifest import sync_folder, to_json
 from data_pipeline.packing import Row, Stream
 from data_pipeline.permutation import mix
-from data_pipeline.shards import TokenStream
+from data_pipeline.shards import TokenStream, file_crc32
 
 _ITEM = np.dtype("<u8")
 _SOURCE_SHIFT = 48
@@ -138,6 +138,7 @@ def _make_plan(sources: list[PackedSource], seq_len: int, shares: dict[int, floa
 
     path.parent.mkdir(exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.touch()
     if counts.any():
         items = np.memmap(partial, _ITEM, "w+", shape=int(counts.sum()))
         next_items = np.cumsum(counts) - counts
@@ -148,14 +149,17 @@ def _make_plan(sources: list[PackedSource], seq_len: int, shares: dict[int, floa
             items[np.repeat(next_items, of_length) + within] = starts[order] | (source << _SOURCE_SHIFT)
             next_items += of_length
         items.flush()
-        os.replace(partial, path.with_suffix(".items"))
+    items_crc32 = file_crc32(partial)
+    os.replace(partial, path.with_suffix(".items"))
     tokens = int(counts @ np.arange(len(counts)))
     offered = sum(int(lengths.sum()) for _, _, lengths in _pieces(sources, seq_len))
     offsets = itertools.chain.from_iterable(source.stream.document_offsets() for source in sources)
     too_long = sum(int((np.diff(of_shard) - 1 > seq_len).sum()) for of_shard in offsets)
     report = PackingReport(bins.total, int(counts.sum()), tokens, too_long, offered - tokens)
     with open(partial, "wb") as file:
-        np.savez(file, report=np.array(report), counts=counts, **bins._asdict())
+        np.savez(
+            file, report=np.array(report), counts=counts, items_crc32=np.array(items_crc32), **bins._asdict()
+        )
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)

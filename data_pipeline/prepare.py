@@ -40,10 +40,10 @@ from data_pipeline.progress import PrepareProgress
 from data_pipeline.readers import BLANK, check_columns, read_rows
 from data_pipeline.slices import SliceJob, start_worker, survey_slice, write_slice
 from data_pipeline.tokenizer import (
+    Tokenizer,
     check_vocab_size,
     fetch_tokenizer,
     load_tokenizer,
-    parse_tokenizer,
     train_tokenizer,
 )
 
@@ -63,12 +63,12 @@ def prepare(config: DataConfig, vocab_size: int, seed: int) -> Manifest:
     given, size = None, config.tokenizer_vocab_size
     if config.tokenizer is not None:
         given = fetch_tokenizer(config.tokenizer)
-        size = parse_tokenizer(given, config.tokenizer).vocab_size
+        size = Tokenizer(given, config.tokenizer).vocab_size
     assert size is not None
     check_vocab_size(size, vocab_size)
     folder = Path(config.dir)
     folder.mkdir(parents=True, exist_ok=True)
-    with _only_one(folder):
+    with _only_one(folder), _Workers(config.num_workers) as workers:
         plan = agree_on_plan(config, seed, given, folder)
         if (folder / "manifest.json").exists():
             manifest, outcome = Manifest.load(folder), "already prepared"
@@ -80,10 +80,10 @@ def prepare(config: DataConfig, vocab_size: int, seed: int) -> Manifest:
                 write_atomically(folder / "tokenizer.json", given.encode())
             every_job = [job for of_source in jobs.values() for job in of_source]
             to_do = [job for job in every_job if not job.survey.is_dir()]
-            _run(survey_slice, "survey", "documents", every_job, to_do, config.num_workers)
+            workers.run(survey_slice, "survey", "documents", every_job, to_do)
             skipped = _conclude_survey(jobs, config, folder)
             to_do = [job for job in every_job if not job.target.is_dir()]
-            _run(write_slice, "prepare", "tokens", every_job, to_do, config.num_workers)
+            workers.run(write_slice, "prepare", "tokens", every_job, to_do)
             _clean(folder)
             manifest, outcome = _commit(plan, jobs, skipped, folder), "prepared"
         shutil.rmtree(folder / "survey", ignore_errors=True)
@@ -105,6 +105,8 @@ def _only_one(folder: Path) -> Iterator[None]:
         pass  # a file system without locks: slices are renamed into place, so a second run only wastes work
     try:
         yield
+    except OSError as error:  # a full disk, an input without permission
+        raise DataError(f"data.dir={folder}: {error}; mend it and run again, which goes on") from error
     finally:
         os.close(descriptor)
 
@@ -148,35 +150,47 @@ def _texts(job: SliceJob) -> Iterator[str]:
                 yield from filter(None, [item.text, *(piece.text for piece in item.pieces or ())])
 
 
-def _run(
-    act: Callable[[SliceJob], int],
-    title: str,
-    unit: str,
-    jobs: list[SliceJob],
-    to_do: list[SliceJob],
-    num_workers: int,
-) -> None:
-    """Let the workers act on the jobs that are not done yet."""
-    total = sum(job.bytes for job in jobs)
-    with PrepareProgress(title, unit, total, total - sum(job.bytes for job in to_do)) as progress:
-        if num_workers == 1:
-            for job in to_do:
-                progress.done(job.bytes, act(job))
-            return
+class _Workers:
+    """The processes that act on slices; with num_workers=1 it is this one."""
+
+    def __init__(self, num_workers: int) -> None:
         # spawn: a fork would copy the threads of the tokenizer in an unknown state
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(num_workers, context, initializer=start_worker) as pool:
-            running = {pool.submit(act, job): job for job in to_do}
+        self._pool = None
+        if num_workers > 1:
+            self._pool = ProcessPoolExecutor(num_workers, context, initializer=start_worker)
+
+    def run(
+        self,
+        act: Callable[[SliceJob], int],
+        title: str,
+        unit: str,
+        jobs: list[SliceJob],
+        to_do: list[SliceJob],
+    ) -> None:
+        """Act on the jobs that are not done yet."""
+        total = sum(job.bytes for job in jobs)
+        with PrepareProgress(title, unit, total, total - sum(job.bytes for job in to_do)) as progress:
+            if self._pool is None:
+                for job in to_do:
+                    progress.done(job.bytes, act(job))
+                return
+            running = {self._pool.submit(act, job): job for job in to_do}
             try:
                 for future in as_completed(running):
                     progress.done(running[future].bytes, future.result())
             except BrokenProcessPool as error:
                 raise DataError(
-                    f"a worker of data.num_workers={num_workers} was killed, perhaps for its memory;"
-                    " run again to go on, with fewer workers if it returns"
+                    "a worker was killed, perhaps for its memory; run again to go on, with a smaller"
+                    " data.num_workers if it returns"
                 ) from error
-            finally:
-                pool.shutdown(cancel_futures=True)
+
+    def __enter__(self) -> "_Workers":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
 
 
 def _conclude_survey(jobs: Jobs, config: DataConfig, folder: Path) -> dict[str, Counter[str]]:

@@ -7,6 +7,7 @@ SIGBUS.
 import hashlib
 import os
 import random
+import zipfile
 import zlib
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -76,8 +77,7 @@ class ShardWriter:
             file.flush()
             os.fsync(file.fileno())
             file.close()
-            blocks = range(0, os.path.getsize(file.name), _BLOCK_BYTES)
-            checksums[suffix] = "".join(_block_crc32(Path(file.name), offset) for offset in blocks)
+            checksums[suffix] = file_crc32(Path(file.name))
         name = f"{self._label}/{self._split}-{len(self._records):05d}"
         self._records.append(ShardRecord(name, len(self._offsets) - 1, self._offsets[-1], checksums))
         self._files, self._offsets, self._unwritten_loss = {}, [0], np.empty(0, np.bool_)
@@ -237,6 +237,15 @@ def verify(folder: Path) -> Manifest:
             _check_documents(folder, shard, manifest.tokenizer)
         except DataError as error:
             found.append(str(error))
+    for path in sorted((folder / "packing").glob("*.npz")):
+        try:
+            with np.load(path) as plan:  # checks a checksum of its own
+                arrays = dict(plan.items())
+            is_whole = file_crc32(path.with_suffix(".items")) == str(arrays["items_crc32"])
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+            is_whole = False
+        if not is_whole:
+            found.append(f"{path} or its .items is damaged; remove both, they are made again")
     if found:
         raise DataError("\n".join(found))
     return manifest
@@ -260,6 +269,11 @@ def _check_block(folder: Path, shard: ShardRecord, suffix: str, number: int) -> 
             f"{path} is damaged between bytes {start} and {min(start + _BLOCK_BYTES, size)}:"
             f" crc32 {found}, its manifest says {wanted}; {REMEDY}"
         )
+
+
+def file_crc32(path: Path) -> str:
+    """Eight hex digits per block of a file."""
+    return "".join(_block_crc32(path, start) for start in range(0, path.stat().st_size, _BLOCK_BYTES))
 
 
 def _block_crc32(path: Path, offset: int) -> str:

@@ -122,7 +122,11 @@ def complete_folder(target: Path) -> Iterator[Path]:
     """A folder to fill, which becomes `target` at the end: nobody ever sees a part of it there."""
     partial = target.with_name(f".{target.name}.{os.getpid()}")
     partial.mkdir(parents=True)
-    yield partial
+    try:
+        yield partial
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)  # gives its space back where the disk is full
+        raise
     sync_folder(partial)
     try:
         partial.rename(target)

@@ -33,18 +33,13 @@ class Tokenizer:
     """
 
     def __init__(self, serialized: str, origin: str) -> None:
-        self._origin = origin
+        self.serialized, self._origin = serialized, origin
         try:
-            self._full = tokenizers.Tokenizer.from_str(serialized)
-            spec = json.loads(serialized)
-            # Without added tokens a control string inside a document is text like any other.
-            spec |= {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
-            self._text_only = tokenizers.Tokenizer.from_str(json.dumps(spec))
+            self._full, self._text_only, self.vocabulary = _parse(serialized)
         except Exception as error:  # the library raises Exception itself
             raise DataError(
                 f"{origin} is no tokenizer.json that the tokenizers library can read ({error})"
             ) from error
-        self.serialized, self.vocabulary = serialized, self._full.get_vocab(with_added_tokens=True)
         self.vocab_size = max(self.vocabulary.values()) + 1
         self.end_of_text = self.control_id(END_OF_TEXT)
 
@@ -67,14 +62,20 @@ class Tokenizer:
         return self._full.decode(ids, skip_special_tokens=False)
 
 
-parse_tokenizer = functools.lru_cache(maxsize=2)(Tokenizer)  # takes a second, and is asked for again
+@functools.lru_cache(maxsize=2)  # takes a second, and is asked for again
+def _parse(serialized: str) -> tuple[tokenizers.Tokenizer, tokenizers.Tokenizer, dict[str, int]]:
+    """With added tokens and without (a control string inside a document is text like any other), and ids."""
+    full = tokenizers.Tokenizer.from_str(serialized)
+    bare = {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
+    text_only = tokenizers.Tokenizer.from_str(json.dumps(json.loads(serialized) | bare))
+    return full, text_only, full.get_vocab(with_added_tokens=True)
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
     """The tokenizer of a prepared or Hugging Face folder. Raises DataError where it has none."""
     path = Path(folder) / "tokenizer.json"
     try:
-        return parse_tokenizer(path.read_bytes().decode(), str(path))
+        return Tokenizer(path.read_bytes().decode(), str(path))
     except OSError as error:
         raise DataError(
             f"{path} cannot be read ({error.strerror}); name a folder that holds a tokenizer"
@@ -86,7 +87,7 @@ def tokenizer_of(config: DataConfig) -> Tokenizer:
     if config.mode == "prepared":
         return load_tokenizer(config.dir)
     assert config.tokenizer is not None
-    return parse_tokenizer(fetch_tokenizer(config.tokenizer), config.tokenizer)
+    return Tokenizer(fetch_tokenizer(config.tokenizer), config.tokenizer)
 
 
 def check_vocab_size(ids: int, vocab_size: int) -> None:

@@ -1,6 +1,6 @@
 """How fast the data pipeline is, each against what bounds it; run it on a quiet machine.
 
-    python tests/bench/data_speed.py prepare TEXT.jsonl TOKENIZER [WORKERS]   prepare / encode_batch_fast alone
+    python tests/bench/data_speed.py prepare TEXT.jsonl TOKENIZER [WORKERS]  prepare / encode_batch_fast alone
     python tests/bench/data_speed.py load                                     loader / trainer of the demo
     python tests/bench/data_speed.py pack [SEQ_LEN]                           padding of a 32K corpus
 
@@ -19,15 +19,16 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from hydra import compose, initialize_config_module
 
 from data_pipeline.bins import pack_lengths
-from data_pipeline.loader import Loader
 from data_pipeline.prepare import prepare
 from data_pipeline.tokenizer import Tokenizer, fetch_tokenizer
-from trainer.config import RunConfig
+
+if TYPE_CHECKING:  # workers import this file: torch and hydra only where they are used
+    from trainer.config import RunConfig
 
 
 def timed(act: Callable[[], object]) -> tuple[float, float]:
@@ -59,7 +60,7 @@ def bench_prepare(path: str, tokenizer: str, workers: int = 1) -> None:
         f"data.tokenizer={tokenizer}", "data.tokenizer_vocab_size=null", f"data.num_workers={workers}"
     )
     source = replace(next(iter(config.data.sources.values())), kind="jsonl", paths=[path], text_key="text")
-    texts = [json.loads(line)["text"] for line in open(path, "rb")]
+    texts = [json.loads(line)["text"] for line in Path(path).read_bytes().splitlines()]
     serialized = fetch_tokenizer(tokenizer)
     if workers > 1:
         os.environ["RAYON_NUM_THREADS"] = "1"
@@ -83,8 +84,10 @@ def bench_prepare(path: str, tokenizer: str, workers: int = 1) -> None:
 
 
 def bench_load() -> None:
+    from data_pipeline.loader import Loader
+
     config = load("experiment=demo")
-    lines = (json.loads(line) for line in open("runs/demo/metrics.jsonl"))
+    lines = (json.loads(line) for line in Path("runs/demo/metrics.jsonl").read_text().splitlines())
     trained = max(line["tokens_per_second"] for line in lines if "loss" in line)
     shape = {"global_batch_size": 16, "micro_batch_size": 8, "rank": 0, "world_size": 2}
     with Loader(config.data, seq_len=config.stage.seq_len, seed=0, **shape) as loader:
@@ -113,7 +116,11 @@ def bench_pack(seq_len: int = 32768) -> None:
         print(f"{name}: {len(lengths):,} lengths, {1 - lengths.sum() / (bins * (seq_len + 1)):.2%} padding")
 
 
-def load(*overrides: str) -> RunConfig:
+def load(*overrides: str) -> "RunConfig":
+    from hydra import compose, initialize_config_module
+
+    from trainer.config import RunConfig
+
     with initialize_config_module("conf", version_base="1.3"):
         return RunConfig.load(compose("train", ["experiment=demo", *overrides]))
 

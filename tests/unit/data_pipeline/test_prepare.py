@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -412,3 +413,27 @@ def test_the_error_of_a_worker_is_raised(
     config = replace(config, tokenizer=prepared.dir, tokenizer_vocab_size=None)
     with pytest.raises(DataError, match="is no whole parquet file"):
         prepare(config, VOCAB_SIZE, SEED)
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_a_full_disk_is_named_and_the_next_attempt_goes_on(
+    data_config: DataConfig, prepared: DataConfig, tmp_path: Path, num_workers: int
+) -> None:
+    """A limit on the size of files stands for the disk: both fail in write()."""
+    given = replace(data_config, tokenizer=prepared.dir, tokenizer_vocab_size=None, shard_bytes=1 << 20)
+    config, other = replace(given, num_workers=num_workers), replace(given, dir=str(tmp_path / "other"))
+    prepare(other, VOCAB_SIZE, SEED)
+    sizes = sorted(path.stat().st_size for path in (Path(other.dir) / "slices").rglob("*.tokens"))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (sizes[-1] - 1, limits[1]))
+    try:
+        with pytest.raises(
+            DataError, match=r"data\.dir=.*File too large; mend it and run again, which goes on"
+        ):
+            prepare(config, VOCAB_SIZE, SEED)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list((Path(config.dir) / "survey").iterdir())
+    assert not list((Path(config.dir) / "slices").glob(".*"))
+    prepare(config, VOCAB_SIZE, SEED)
+    assert contents(config.dir) == contents(other.dir)

@@ -198,6 +198,26 @@ def test_hub_datasets_are_read_from_the_cache(
         read("hub", f"{tmp_path}/set:nosplit")
 
 
+def test_a_hub_name_without_a_network_says_what_to_do(
+    read: Read, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
+    with pytest.raises(DataError) as error:
+        read("hub", "nobody/has-this@main:english:train")
+    assert "data.sources.s.paths: nobody/has-this@main:english:train cannot be loaded" in str(error.value)
+    assert "Without a network: copy the files of the dataset here" in str(error.value)
+
+
+def test_what_save_to_disk_wrote(tmp_path: Path, read: Read) -> None:
+    """kind=arrow reads its files; a user who names it as a hub dataset is told so."""
+    Dataset.from_dict({"text": ["one", "two", "three"]}).save_to_disk(tmp_path / "saved", num_shards=2)
+    assert read("arrow", tmp_path / "saved" / "*.arrow") == (["one", "two", "three"], [])
+    with pytest.raises(DataError, match=r"arrow for what datasets\.save_to_disk wrote \(paths=\[FOLDER/"):
+        read("hub", f"{tmp_path}/saved:train")
+
+
 def test_conversations_in_every_format(tmp_path: Path, read: Read) -> None:
     rows = [
         {"messages": [{"role": "user", "content": "2+2"}, {"role": "assistant", "content": str(n)}]}

@@ -3,6 +3,7 @@
 import json
 import shutil
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from data_pipeline import shards
 from data_pipeline.config import DataConfig, DataError
 from data_pipeline.manifest import Manifest
+from data_pipeline.rows import make_plans
 from data_pipeline.shards import ShardWriter, TokenStream, open_prepared, verify
 
 
@@ -149,6 +151,18 @@ def test_verify_lists_everything(folder: Path) -> None:
     assert lines[0].startswith(f"{folder}/tokenizer.json is not the tokenizer")
     assert any(line.startswith(f"{tokens} has 0 bytes") for line in lines)
     assert any(line.startswith(f"{offsets} is damaged between bytes 0 and") for line in lines)
+
+
+@pytest.mark.parametrize("suffix", ["npz", "items"])
+def test_verify_reads_packing_plans(folder: Path, prepared: DataConfig, suffix: str) -> None:
+    make_plans(replace(prepared, dir=str(folder), packing="best_fit"), 64)
+    verify(folder)
+    path = folder / "packing" / f"letters-train-64.{suffix}"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 3] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"letters-train-64\.npz or its \.items is damaged; remove both"):
+        verify(folder)
 
 
 def test_verify_finds_offsets_that_do_not_fit_the_tokens(folder: Path) -> None:
