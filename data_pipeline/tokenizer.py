@@ -40,8 +40,8 @@ class Tokenizer:
             raise DataError(
                 f"{origin} is no tokenizer.json that the tokenizers library can read ({error})"
             ) from error
-        self.vocab_size = max(self.vocabulary.values()) + 1
         self.end_of_text = self.control_id(END_OF_TEXT)
+        self.vocab_size = max(self.vocabulary.values()) + 1
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without any control token."""
@@ -66,7 +66,7 @@ class Tokenizer:
 def _parse(serialized: str) -> tuple[tokenizers.Tokenizer, tokenizers.Tokenizer, dict[str, int]]:
     """With added tokens and without (a control string inside a document is text like any other), and ids."""
     full = tokenizers.Tokenizer.from_str(serialized)
-    bare = {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
+    bare: dict[str, object] = {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
     text_only = tokenizers.Tokenizer.from_str(json.dumps(json.loads(serialized) | bare))
     return full, text_only, full.get_vocab(with_added_tokens=True)
 
