@@ -27,7 +27,7 @@ _WORDS = (
 class Tokenizer:
     """A tokenizer.json of the `tokenizers` library.
 
-    serialized: the file's text. vocabulary: every token and its id. vocab_size: 1 + the largest id, control
+    serialized: the file's text. vocab_size: 1 + the largest id, control
     tokens included. end_of_text: id of `<|endoftext|>`, which closes every document. Raises DataError for a
     file that is no tokenizer or lacks that token.
     """
@@ -35,13 +35,13 @@ class Tokenizer:
     def __init__(self, serialized: str, origin: str) -> None:
         self.serialized, self._origin = serialized, origin
         try:
-            self._full, self._text_only, self.vocabulary = _parse(serialized)
+            self._full, self._text_only, self._vocabulary = _parse(serialized)
         except Exception as error:  # the library raises Exception itself
             raise DataError(
                 f"{origin} is no tokenizer.json that the tokenizers library can read ({error})"
             ) from error
         self.end_of_text = self.control_id(END_OF_TEXT)
-        self.vocab_size = max(self.vocabulary.values()) + 1
+        self.vocab_size = max(self._vocabulary.values()) + 1
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without any control token."""
@@ -53,9 +53,13 @@ class Tokenizer:
 
     def control_id(self, name: str) -> int:
         """Id of a control token. Raises DataError for a tokenizer without it."""
-        if name not in self.vocabulary:
+        if name not in self._vocabulary:
             raise DataError(f"{self._origin} has no token {name}; use one with the control tokens of Qwen3")
-        return self.vocabulary[name]
+        return self._vocabulary[name]
+
+    def vocabulary(self) -> dict[str, int]:
+        """Every token and its id."""
+        return self._vocabulary
 
     def decode(self, ids: list[int]) -> str:
         """Text of ids; control tokens appear as their names."""
@@ -66,7 +70,12 @@ class Tokenizer:
 def _parse(serialized: str) -> tuple[tokenizers.Tokenizer, tokenizers.Tokenizer, dict[str, int]]:
     """With added tokens and without (a control string inside a document is text like any other), and ids."""
     full = tokenizers.Tokenizer.from_str(serialized)
-    bare: dict[str, object] = {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
+    bare: dict[str, object] = {
+        "added_tokens": [],
+        "post_processor": None,
+        "truncation": None,
+        "padding": None,
+    }
     text_only = tokenizers.Tokenizer.from_str(json.dumps(json.loads(serialized) | bare))
     return full, text_only, full.get_vocab(with_added_tokens=True)
 

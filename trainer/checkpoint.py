@@ -248,7 +248,7 @@ class Checkpoints:
         stored = sum(place.nbytes for place in weights.values()), sum(part.elements for part in parts)
         expected = model.num_parameters() * dtype.itemsize, model.num_parameters() * FIELDS
         assert stored == expected, f"(bytes of weights, elements of state) {stored} instead of {expected}"
-        finish_folder(model, dtype, weights, folder / "hf", end_of_text)
+        finish_folder(model, dtype, weights, folder / "hf", tokenizer.end_of_text)
         (folder / "hf" / "tokenizer.json").write_bytes(tokenizer.serialized.encode())
         known = {name: entry for part in parts for name, entry in part.files.items()}
         names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
