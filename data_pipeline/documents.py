@@ -102,7 +102,8 @@ def encoded(
 ) -> Iterator[tuple[Document, np.ndarray, np.ndarray | None]]:
     """Documents with their ids (uint32), closed by the end-of-text id, and, for conversations, what is
     learned (bool)."""
-    for batch in _batches(documents):
+    documents = iter(documents)
+    while batch := list(_megabyte(documents)):
         texts = iter(tokenizer.encode_batch([item.text for item in batch if item.pieces is None]))
         for document in batch:
             loss = None
@@ -119,17 +120,13 @@ def encoded(
             yield document, np.append(ids, np.uint32(tokenizer.end_of_text)), loss
 
 
-def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    batch: list[Document] = []
+def _megabyte(documents: Iterator[Document]) -> Iterator[Document]:
     size = 0
     for document in documents:
-        batch.append(document)
+        yield document
         size += len(document.data)
         if size >= _BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
+            return
 
 
 def _fault(row: Row, column: str | None, content: object, is_chat: bool, min_characters: int) -> str | None:

@@ -108,7 +108,9 @@ class Manifest:
     def check_settings(self, settings: dict[str, Any], folder: Path) -> None:
         """Raise DataError that lists the keys of `settings` which the folder was not prepared with."""
         recorded = {
-            key: value for key, value in self.settings.items() if key in settings or ".sources." in key
+            key: value
+            for key, value in self.settings.items()
+            if key in settings or key.endswith(".kind")  # of a source that is not named any more
         }
         if lines := differing_settings(recorded, settings):
             what = f"data.dir={folder} was prepared with another configuration; prepare into another:"

@@ -37,16 +37,11 @@ def agree_on_plan(config: DataConfig, seed: int, given: str | None, folder: Path
         raise DataError(f"data.dir={folder} holds other files; name a new or an empty folder")
     known = {file.path: file for files in recorded.inputs.values() for file in files} if recorded else {}
     inputs = {name: list_inputs(name, source, known) for name, source in config.sources.items()}
+    settings |= {f"data.sources.{name}.paths": describe_inputs(files) for name, files in inputs.items()}
     plan = Plan(settings, inputs)
     if recorded is None:
         write_atomically(folder / "plan.json", to_json(plan.as_json()))
-        return plan
-    lines = differing_settings(recorded.settings, settings)
-    for name in sorted(inputs.keys() & recorded.inputs.keys()):
-        before, now = describe_inputs(recorded.inputs[name]), describe_inputs(inputs[name])
-        if before != now:
-            lines.append(f"  data.sources.{name}.paths: prepared from {before}, now {now}")
-    if lines:
+    elif lines := differing_settings(recorded.settings, settings):
         message = f"data.dir={folder} holds another preparation; name another folder, or move this one away:"
         raise DataError("\n".join([message, *lines]))
     return plan

@@ -3,8 +3,8 @@
 import signal
 from pathlib import Path
 
-from commands import python
-from test_runs import assert_same_run, interrupt, last_step
+from commands import assert_same_run, last_step, python
+from test_runs import interrupt
 
 
 def streamed(small: list[str]) -> list[str]:

@@ -207,7 +207,7 @@ def test_another_configuration_is_refused(data_config: DataConfig, tmp_path: Pat
     tokenizer = replace(config, tokenizer=config.dir, tokenizer_vocab_size=None)
     assert "data.tokenizer: prepared with None, now sha256" in refusal(tokenizer)
     text.write_text("SOME TEXT " * 100)  # as long as before
-    assert "data.sources.more.paths: prepared from 1 files" in refusal(config)
+    assert "data.sources.more.paths: prepared with 1 files" in refusal(config)
 
 
 def test_folders_that_are_not_ours_or_in_use(data_config: DataConfig) -> None:
