@@ -11,7 +11,6 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from data_pipeline.config import DataError
-from data_pipeline.inspect import show
 from data_pipeline.prepare import prepare
 from data_pipeline.rows import make_plans
 from data_pipeline.shards import verify
@@ -52,6 +51,8 @@ def main(arguments: list[str]) -> None:
         sys.argv[1:] = arguments[2:]  # the rest is Hydra's
 
         def inspect_here(cfg: DictConfig) -> int:
+            from data_pipeline.inspect import show  # imports torch, which workers have no use for
+
             config = RunConfig.load(cfg)
             print(show(config.data, which, seq_len=config.stage.seq_len, seed=config.seed))
             return 0

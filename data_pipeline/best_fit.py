@@ -9,6 +9,7 @@ it takes memory for histograms and one shard's offsets; using it, for what is re
 # P documents or pieces of documents
 
 import hashlib
+import itertools
 import os
 import zipfile
 from collections.abc import Iterator
@@ -21,9 +22,9 @@ from data_pipeline.bins import Bins, pack_lengths
 from data_pipeline.config import DataError
 from data_pipeline.fim import FillInTheMiddle
 from data_pipeline.manifest import sync_folder, to_json
-from data_pipeline.packing import Row
+from data_pipeline.packing import Row, Stream
 from data_pipeline.permutation import mix
-from data_pipeline.shards import TokenStream
+from data_pipeline.shards import TokenStream, file_crc32
 
 _ITEM = np.dtype("<u8")
 _SOURCE_SHIFT = 48
@@ -40,8 +41,7 @@ class PackedSource(NamedTuple):
 
 class PackingReport(NamedTuple):
     """rows; documents and pieces in them; their tokens; documents too long for a row (cut, or left out);
-    tokens of the documents that length_shares leaves out.
-    """
+    tokens of the documents that length_shares leaves out."""
 
     rows: int
     documents: int
@@ -67,10 +67,9 @@ class BestFitRows:
         name: str,
         sources: dict[str, PackedSource],
         seq_len: int,
-        end_of_text: int,
         length_shares: dict[int, float],
     ) -> None:
-        self._sources, self._end_of_text = list(sources.values()), end_of_text
+        self._sources, self._seq_len = list(sources.values()), seq_len
         if length_shares:
             weights = {source: settings.weight for source, settings in sources.items()}
             what = to_json([weights, sorted(length_shares.items())])
@@ -94,7 +93,17 @@ class BestFitRows:
     def __len__(self) -> int:
         return self.report.rows
 
-    def places(self, row: int) -> list[tuple[TokenStream, int]]:
+    def describe(self) -> str:
+        """What an epoch is, and what packing made of the documents."""
+        rows, documents, _, too_long, left_out = self.report
+        return (
+            f"{documents:,} documents in {rows:,} rows of {self._seq_len},"
+            f" {self.report.padding(self._seq_len):.2%} padding"
+            + (f", {too_long:,} longer than a row" if too_long else "")
+            + (f", {left_out:,} tokens left out" if left_out else "")
+        )
+
+    def places(self, row: int) -> list[tuple[Stream, int]]:
         """For each document of a row, its stream and the token there that its part begins with."""
         return [(source.stream, start) for source, start, _ in self._contents(row)]
 
@@ -104,7 +113,7 @@ class BestFitRows:
         for source, start, length in self._contents(row):
             document = source.stream.read(start, start + length)
             if source.fim is not None:
-                document = source.fim(document, start, self._end_of_text)
+                document = source.fim(document, start)
             tokens.append(document)
             lengths.append(length)
             learned.append(source.stream.read_loss(start, start + length))
@@ -129,6 +138,7 @@ def _make_plan(sources: list[PackedSource], seq_len: int, shares: dict[int, floa
 
     path.parent.mkdir(exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.touch()
     if counts.any():
         items = np.memmap(partial, _ITEM, "w+", shape=int(counts.sum()))
         next_items = np.cumsum(counts) - counts
@@ -139,24 +149,21 @@ def _make_plan(sources: list[PackedSource], seq_len: int, shares: dict[int, floa
             items[np.repeat(next_items, of_length) + within] = starts[order] | (source << _SOURCE_SHIFT)
             next_items += of_length
         items.flush()
-        os.replace(partial, path.with_suffix(".items"))
+    items_crc32 = file_crc32(partial)
+    os.replace(partial, path.with_suffix(".items"))
+    tokens = int(counts @ np.arange(len(counts)))
+    offered = sum(int(lengths.sum()) for _, _, lengths in _pieces(sources, seq_len))
+    offsets = itertools.chain.from_iterable(source.stream.document_offsets() for source in sources)
+    too_long = sum(int((np.diff(of_shard) - 1 > seq_len).sum()) for of_shard in offsets)
+    report = PackingReport(bins.total, int(counts.sum()), tokens, too_long, offered - tokens)
     with open(partial, "wb") as file:
-        np.savez(file, report=_report(sources, seq_len, counts, bins), counts=counts, **bins._asdict())
+        np.savez(
+            file, report=np.array(report), counts=counts, items_crc32=np.array(items_crc32), **bins._asdict()
+        )
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
     sync_folder(path.parent)
-
-
-def _report(sources: list[PackedSource], seq_len: int, counts: np.ndarray, bins: Bins) -> np.ndarray:
-    tokens = int(counts @ np.arange(len(counts)))
-    offered = too_long = 0
-    for source in sources:
-        for offsets in source.stream.document_offsets():
-            is_long = np.diff(offsets) - 1 > seq_len
-            too_long += int(is_long.sum())
-        offered += sum(int(lengths.sum()) for _, _, lengths in _pieces([source], seq_len))
-    return np.array(PackingReport(bins.total, int(counts.sum()), tokens, too_long, offered - tokens))
 
 
 def _pieces(sources: list[PackedSource], seq_len: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
@@ -212,10 +219,8 @@ def _buckets_taken(sources: list[PackedSource], seq_len: int, shares: dict[int, 
         )
     total = (of_class[1:] / wanted[1:]).min()
     target = offered * total * wanted / np.maximum(of_class, 1)
-    before_middle = (
-        np.cumsum(tokens, axis=2) - tokens / 2
-    )  # takes the number of buckets nearest to the target
-    return (before_middle < target[:, :, None]).sum(axis=2)
+    before_middle = np.cumsum(tokens, axis=2) - tokens / 2
+    return (before_middle < target[:, :, None]).sum(axis=2)  # the number of buckets nearest to the target
 
 
 def _classes(lengths: np.ndarray, shares: dict[int, float]) -> np.ndarray:

@@ -11,25 +11,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-
-class _Part(NamedTuple):
-    """In bin j of a group: the items [first + j * per_bin, first + (j + 1) * per_bin) of this length."""
-
-    length: int
-    per_bin: int
-    first: int
-
-
-class _Group(NamedTuple):
-    """Bins with the same contents."""
-
-    bins: int
-    parts: tuple[_Part, ...]
-
-    def split(self, bins: int) -> tuple["_Group", "_Group"]:
-        """The first `bins` bins, and the others."""
-        rest = tuple(_Part(length, each, first + bins * each) for length, each, first in self.parts)
-        return _Group(bins, self.parts), _Group(self.bins - bins, rest)
+# (length, items in each bin, first item): bin j of a group has the items from first + j * items on
+_Part = tuple[int, int, int]
+_Group = tuple[int, tuple[_Part, ...]]  # number of bins with the same contents, and what these are
 
 
 class Bins(NamedTuple):
@@ -80,22 +64,21 @@ def pack_lengths(counts: np.ndarray, capacity: int) -> Bins:
             at = bisect.bisect_left(spaces, length)
             if at < len(spaces):
                 space = spaces[at]
-                group = groups[space].pop()
+                bins, parts = groups[space].pop()
                 if not groups[space]:
                     del spaces[at]
             else:
-                space = capacity
-                group = _Group(-(-left // (capacity // length)), ())
+                space, bins, parts = capacity, -(-left // (capacity // length)), ()
             each = min(space // length, left)  # items that a bin takes before the next one is opened
-            if left // each < group.bins:
-                group, rest = group.split(left // each)
-                put(space, rest)
-            put(space - each * length, _Group(group.bins, (*group.parts, _Part(length, each, item))))
-            left -= group.bins * each
-            item += group.bins * each
+            if (full := left // each) < bins:  # the other bins stay as they are
+                put(space, (bins - full, tuple((n, of, first + full * of) for n, of, first in parts)))
+                bins = full
+            put(space - each * length, (bins, (*parts, (length, each, item))))
+            left -= bins * each
+            item += bins * each
     flat = [group for space in spaces for group in groups[space]]
     return Bins(
-        np.cumsum([0, *(group.bins for group in flat)]),
-        np.cumsum([0, *(len(group.parts) for group in flat)]),
-        np.array([part for group in flat for part in group.parts], dtype=np.int64).reshape(-1, 3),
+        np.cumsum([0, *(bins for bins, _ in flat)]),
+        np.cumsum([0, *(len(parts) for _, parts in flat)]),
+        np.array([part for _, parts in flat for part in parts], dtype=np.int64).reshape(-1, 3),
     )

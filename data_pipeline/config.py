@@ -4,6 +4,7 @@ import math
 import re
 from dataclasses import dataclass
 
+MODES = ("prepared", "streaming")
 SOURCE_KINDS = ("embedded", "jsonl", "parquet", "arrow", "hub", "text", "tree", "sft")
 KINDS_WITH_TEXT_COLUMN = ("jsonl", "parquet", "arrow", "hub")
 ON_BAD_ROW = ("skip", "quarantine", "error")
@@ -24,39 +25,20 @@ class SourceConfig:
     below is a document) | sft (conversations: rows with `messages`, in files of any of these formats).
     paths: files or globs; for `tree` folders; for `hub` NAME[@REVISION][:CONFIG]:SPLIT; for `embedded` the
     names of collections of data_pipeline.samples.
-    text_key: the column or JSON key that holds the text; null for the kinds that have none.
     weight: this source's share of the training tokens, relative to the other sources; 0 = prepared, not
     trained on.
-    max_epochs: how often a training row may be seen; null = no limit.
     """
 
     kind: str
     paths: list[str]
-    text_key: str | None
+    text_key: str | None  # the column or JSON key that holds the text; null for the kinds that have none
     weight: float
-    max_epochs: float | None
+    max_epochs: float | None  # how often a training row may be seen; null = no limit
 
 
 @dataclass
 class DataConfig:
-    """The prepared folder and what it is made of.
-
-    dir: folder of the prepared shards.
-    tokenizer: a folder with tokenizer.json, a tokenizer.json, a hub name; null = train one on the sources.
-    tokenizer_vocab_size: ids of the tokenizer to train; null when `tokenizer` is given.
-    sources: by name; the name is part of file names and metrics.
-    validation_fraction: share of the documents, chosen by their hash, that is never trained on.
-    deduplicate: keep the first of equal documents of a source.
-    min_characters: shorter documents are bad rows (reason too_short); conversations are not concerned.
-    max_chat_tokens: longer conversations are bad rows (reason too_long); null = no limit.
-    think_flag_share: a number marks the mode in the questions of conversations: `/no_think` where the answer
-    has no reasoning, `/think` in this share of the others; null leaves questions as they are.
-    on_bad_row: skip (leave it out, list it in rejects.jsonl) | quarantine (and keep the whole row there) |
-    error (stop at the first one).
-    max_bad_fraction: share of bad rows beyond which a source is broken and nothing is prepared.
-    slice_bytes: bytes of input in one unit of work, of restart and of parallelism.
-    shard_bytes: most bytes in one file of tokens (a longer document has a shard of its own).
-    num_workers: processes that prepare; 1 = this process. The result does not depend on it.
+    """What a run reads, and how it is prepared.
 
     packing: concat (documents end to end, cut where a row ends) | best_fit (whole documents, combined so that
     little padding is left; longer ones in near-equal pieces, longer conversations left out).
@@ -64,35 +46,32 @@ class DataConfig:
     their document: {4096: 0.25, 16384: 0.75} takes 25 % from documents of 4096 to 16383 tokens and 75 % from
     longer ones, of all sources together; a source's weight is then the share of its documents that is taken,
     relative to the source with the largest.
-    predict_first_token: whether the end of a document predicts the first token of the next one in its row.
-    fim_rates: source -> share of its documents that are rearranged for fill-in-the-middle; {} = none.
-    fim_spm_share: share of the fill-in-the-middle documents that have the suffix first (SPM; else PSM).
-    weight_changes: training tokens -> weights of sources that hold from then on, e.g. {1000000: {code: 2.0}};
-    sources that are not named keep theirs.
-    skip: ranges [first, end) of global row numbers that are left out.
     """
 
-    dir: str
-    tokenizer: str | None
-    tokenizer_vocab_size: int | None
-    sources: dict[str, SourceConfig]
-    validation_fraction: float
-    deduplicate: bool
-    min_characters: int
-    max_chat_tokens: int | None
-    think_flag_share: float | None
-    on_bad_row: str
-    max_bad_fraction: float
-    slice_bytes: int
-    shard_bytes: int
-    num_workers: int
+    mode: str  # prepared (token shards in `dir`) | streaming (text is tokenized while it is read)
+    dir: str  # folder of the prepared shards
+    tokenizer: str | None  # a folder, a tokenizer.json, a hub name; null = train one on the sources
+    tokenizer_vocab_size: int | None  # ids of the tokenizer to train; null when `tokenizer` is given
+    sources: dict[str, SourceConfig]  # by name, which is part of file names and metrics
+    validation_fraction: float  # share of the documents, chosen by their hash, that is never trained on
+    deduplicate: bool  # keep the first of equal documents of a source
+    min_characters: int  # shorter documents are bad rows (too_short); conversations are not concerned
+    max_chat_tokens: int | None  # longer conversations are bad rows (too_long); null = no limit
+    think_flag_share: (
+        float | None
+    )  # /no_think where no reasoning, /think in this share of the others; null: none
+    on_bad_row: str  # skip (list it in rejects.jsonl) | quarantine (keep the whole row there) | error (stop)
+    max_bad_fraction: float  # share of bad rows beyond which a source is broken and nothing is prepared
+    slice_bytes: int  # bytes of input in one unit of work, of restart and of parallelism
+    shard_bytes: int  # most bytes in one file of tokens (a longer document has a shard of its own)
+    num_workers: int  # processes that prepare; 1 = this one. The result does not depend on it
     packing: str
     length_shares: dict[int, float]
-    predict_first_token: bool
-    fim_rates: dict[str, float]
-    fim_spm_share: float
-    weight_changes: dict[int, dict[str, float]]
-    skip: list[list[int]]
+    predict_first_token: bool  # whether the end of a document predicts the first token of the next one
+    fim_rates: dict[str, float]  # source -> share of its documents rearranged for fill-in-the-middle
+    fim_spm_share: float  # share of these that have the suffix first (SPM; else PSM)
+    weight_changes: dict[int, dict[str, float]]  # training tokens -> weights from then on; others stay
+    skip: list[list[int]]  # ranges [first, end) of global row numbers that are left out
 
     def content_settings(self) -> dict[str, object]:
         """The keys that decide which tokens a prepared folder holds, apart from the bytes of its inputs."""
@@ -118,36 +97,39 @@ class DataConfig:
     def problems(self) -> list[str]:
         """Every broken law, one line each: key, value, law, remedy."""
         found = []
-        if not self.dir:
-            found.append("data.dir is empty; name the folder of the prepared shards")
-        if self.tokenizer is None and (self.tokenizer_vocab_size or 0) < 512:
-            found.append(
-                f"data.tokenizer_vocab_size={self.tokenizer_vocab_size}: a tokenizer that is trained"
-                " (data.tokenizer=null) needs at least 512 ids"
-            )
-        if self.tokenizer is not None and self.tokenizer_vocab_size is not None:
-            found.append(
-                f"data.tokenizer_vocab_size={self.tokenizer_vocab_size} has no use with"
-                f" data.tokenizer={self.tokenizer}; set one of the two to null"
-            )
+        for key, value, choices in (
+            ("mode", self.mode, MODES),
+            ("on_bad_row", self.on_bad_row, ON_BAD_ROW),
+            ("packing", self.packing, PACKINGS),
+        ):
+            if value not in choices:
+                found.append(f"data.{key}={value} is unknown; use {', '.join(choices)}")
+        for key, number, least, why in (
+            ("min_characters", self.min_characters, 1, "1 leaves out nothing"),
+            ("max_chat_tokens", self.max_chat_tokens, 1, "null = no limit"),
+            ("slice_bytes", self.slice_bytes, 1, "use 134_217_728"),
+            ("shard_bytes", self.shard_bytes, 4, "a token takes 4 bytes"),
+            ("num_workers", self.num_workers, 1, "1 works in this process"),
+        ):
+            if number is not None and number < least:
+                found.append(f"data.{key}={number} is less than {least}; {why}")
+        for key, share in (
+            ("max_bad_fraction", self.max_bad_fraction),
+            ("think_flag_share", self.think_flag_share),
+            ("fim_spm_share", self.fim_spm_share),
+            *((f"fim_rates.{name}", rate) for name, rate in self.fim_rates.items()),
+        ):
+            if share is not None and not 0 <= share <= 1:
+                found.append(f"data.{key}={share} is not in [0, 1]")
         if not 0 <= self.validation_fraction < 1:
             found.append(f"data.validation_fraction={self.validation_fraction} is not in [0, 1)")
-        if self.min_characters < 1:
-            found.append(f"data.min_characters={self.min_characters} is not positive; 1 leaves out nothing")
-        if self.max_chat_tokens is not None and self.max_chat_tokens < 1:
-            found.append(f"data.max_chat_tokens={self.max_chat_tokens} is not positive; null = no limit")
-        if self.think_flag_share is not None and not 0 <= self.think_flag_share <= 1:
-            found.append(f"data.think_flag_share={self.think_flag_share} is not in [0, 1]; null = no flags")
-        if self.on_bad_row not in ON_BAD_ROW:
-            found.append(f"data.on_bad_row={self.on_bad_row} is unknown; use {', '.join(ON_BAD_ROW)}")
-        if not 0 <= self.max_bad_fraction <= 1:
-            found.append(f"data.max_bad_fraction={self.max_bad_fraction} is not in [0, 1]")
-        if self.slice_bytes < 1:
-            found.append(f"data.slice_bytes={self.slice_bytes} is not positive")
-        if self.shard_bytes < 4:
-            found.append(f"data.shard_bytes={self.shard_bytes} holds no token of 4 bytes")
-        if self.num_workers < 1:
-            found.append(f"data.num_workers={self.num_workers} is not positive; 1 works in this process")
+        if not self.dir:
+            found.append("data.dir is empty; name the folder of the prepared shards")
+        ids = f"data.tokenizer_vocab_size={self.tokenizer_vocab_size}"
+        if self.tokenizer is None and (self.tokenizer_vocab_size or 0) < 512:
+            found.append(f"{ids}: a tokenizer that is trained (data.tokenizer=null) needs at least 512 ids")
+        if self.tokenizer is not None and self.tokenizer_vocab_size is not None:
+            found.append(f"{ids} has no use with data.tokenizer={self.tokenizer}; set one of the two to null")
         if not self.sources:
             found.append("data.sources is empty; name at least one source")
         total_weight = sum(source.weight for source in self.sources.values())
@@ -157,20 +139,33 @@ class DataConfig:
             found.append(
                 f"data.sources: the weights sum to {total_weight}; give one source a positive weight"
             )
+        if self.mode == "streaming":
+            found += _streaming_problems(self)
         return found + _order_problems(self)
+
+
+def _streaming_problems(config: DataConfig) -> list[str]:
+    """What text that is read once, from its start, cannot do."""
+    remedy = "; change it, or prepare the data and use data.mode=prepared"
+    broken = {
+        "data.tokenizer=null would need one to be trained": config.tokenizer is None,
+        f"data.packing={config.packing} needs all lengths": config.packing != "concat",
+        "data.on_bad_row=quarantine has no folder to keep rows in": config.on_bad_row == "quarantine",
+        **{
+            f"data.sources.{name}.max_epochs={source.max_epochs} is no whole number": source.max_epochs % 1
+            > 0
+            for name, source in config.sources.items()
+            if source.max_epochs is not None
+        },
+    }
+    return [f"data.mode=streaming: {law}{remedy}" for law, is_broken in broken.items() if is_broken]
 
 
 def _order_problems(config: DataConfig) -> list[str]:
     found = []
-    if config.packing not in PACKINGS:
-        found.append(f"data.packing={config.packing} is unknown; use {', '.join(PACKINGS)}")
-    if not 0 <= config.fim_spm_share <= 1:
-        found.append(f"data.fim_spm_share={config.fim_spm_share} is not in [0, 1]")
-    for name, rate in config.fim_rates.items():
+    for name in config.fim_rates:
         if name not in config.sources or config.sources[name].kind == "sft":
             found.append(f"data.fim_rates.{name} is no source of text; name one, or remove it")
-        if not 0 <= rate <= 1:
-            found.append(f"data.fim_rates.{name}={rate} is not in [0, 1]")
     shares = config.length_shares
     if shares and config.packing != "best_fit":
         found.append(f"data.length_shares={shares} needs data.packing=best_fit; set it to {{}}")

@@ -1,15 +1,20 @@
-"""Documents from rows: every row becomes documents or a reject that says why it is none."""
+"""Documents from rows, and their ids: every row becomes documents or a reject that says why it is none."""
 
+import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
+import numpy as np
+
 from data_pipeline import chat
-from data_pipeline.config import DataConfig
+from data_pipeline.config import DataConfig, DataError
 from data_pipeline.readers import Part, Row, column_of, read_rows
+from data_pipeline.tokenizer import Tokenizer
 
 _HEAD_BYTES = 200
+_BATCH_BYTES = 1 << 20
 
 
 class Document(NamedTuple):
@@ -22,9 +27,10 @@ class Document(NamedTuple):
     pieces: list[chat.Piece] | None
     data: bytes
 
-    def texts(self) -> list[str]:
-        """Its text, control tokens left out."""
-        return [self.text] if self.pieces is None else [piece.text for piece in self.pieces if piece.text]
+    def is_held_out(self, seed: int, validation_fraction: float) -> bool:
+        """Whether it is for validation, by its hash: equal documents fall on the same side."""
+        digest = hashlib.blake2b(self.data, digest_size=8, key=str(seed).encode()).digest()
+        return int.from_bytes(digest, "little") < validation_fraction * 2**64
 
 
 class Reject(NamedTuple):
@@ -45,26 +51,82 @@ class Reject(NamedTuple):
         raw = json.dumps(self.row.value, default=str).encode() if self.row.raw is None else self.row.raw
         return raw[:size].decode("utf-8", "surrogateescape")
 
+    def error(self) -> DataError:
+        """What on_bad_row=error raises."""
+        return DataError(
+            f"{self.part.path}: the row at {self.row.offset} is bad ({self.reason}): {self.head()!r};"
+            " mend it, or set data.on_bad_row to skip or quarantine"
+        )
 
-def read_documents(config: DataConfig, name: str, part: Part) -> Iterator[Document | Reject]:
+
+def read_documents(
+    config: DataConfig, name: str, part: Part, tokenizer: Tokenizer | None = None
+) -> Iterator[Document | Reject]:
     """The documents of a part of source `name`, in order, and the rows between them that are none, blank
-    lines included."""
+    lines included. The tokenizer is needed to hold conversations to `max_chat_tokens`."""
+    for row in read_rows(config.sources[name], part):
+        yield from judge(config, name, part, row, tokenizer)
+
+
+def judge(
+    config: DataConfig, name: str, part: Part, row: Row, tokenizer: Tokenizer | None
+) -> Iterator[Document | Reject]:
+    """What a row of a part of source `name` holds."""
     source = config.sources[name]
     column = column_of(source)
-    for row in read_rows(source, part):
-        content = row.value if column is None or row.fault else row.value.get(column)
-        fault = row.fault or _fault(row, column, content, source.kind == "sft", config.min_characters)
-        if fault is None and source.kind == "sft":
-            try:
-                for pieces in chat.samples(row.value, config.think_flag_share):
-                    yield Document(part, row, "", pieces, json.dumps(pieces).encode())
-                continue
-            except ValueError as error:
-                fault = str(error)
-        if fault is None:
-            yield Document(part, row, content, None, content.encode())
-        else:
-            yield Reject(part, row, fault)
+    content = row.value if column is None or row.fault else row.value.get(column)
+    fault = row.fault or _fault(row, column, content, source.kind == "sft", config.min_characters)
+    if fault is not None:
+        yield Reject(part, row, fault)
+    elif source.kind != "sft":
+        yield Document(part, row, content, None, content.encode())
+    else:
+        try:
+            samples = chat.samples(row.value, config.think_flag_share)
+        except ValueError as error:
+            yield Reject(part, row, str(error))
+            return
+        for pieces in samples:
+            data, most = json.dumps(pieces).encode(), config.max_chat_tokens
+            # a token is at least a byte: most conversations need not be counted
+            if tokenizer and most is not None and len(data) > most:
+                length = len(chat.encode(pieces, tokenizer)[0]) + 1
+                if length > most:
+                    yield Reject(part, row, f"too_long: {length} tokens")
+                    continue
+            yield Document(part, row, "", pieces, data)
+
+
+def encoded(
+    tokenizer: Tokenizer, documents: Iterable[Document]
+) -> Iterator[tuple[Document, np.ndarray, np.ndarray | None]]:
+    """Documents with their ids (uint32), closed by the end-of-text id, and, for conversations, what is
+    learned (bool)."""
+    documents = iter(documents)
+    while batch := list(_megabyte(documents)):
+        texts = iter(tokenizer.encode_batch([item.text for item in batch if item.pieces is None]))
+        for document in batch:
+            loss = None
+            if document.pieces is None:
+                ids = np.array(next(texts), dtype=np.uint32)
+            else:
+                ids, loss = chat.encode(document.pieces, tokenizer)
+                loss = np.append(loss, False)
+            if (ids == tokenizer.end_of_text).any():
+                raise DataError(
+                    "the tokenizer makes its end-of-text id from plain text, so documents would be cut there;"
+                    " use a tokenizer whose model cannot produce it"
+                )
+            yield document, np.append(ids, np.uint32(tokenizer.end_of_text)), loss
+
+
+def _megabyte(documents: Iterator[Document]) -> Iterator[Document]:
+    size = 0
+    for document in documents:
+        yield document
+        size += len(document.data)
+        if size >= _BATCH_BYTES:
+            return
 
 
 def _fault(row: Row, column: str | None, content: object, is_chat: bool, min_characters: int) -> str | None:

@@ -5,44 +5,38 @@ what it is asked to fill in. The three control ids take the place of the last th
 suffix: lengths, rows and their order are those without it.
 """
 
-from typing import NamedTuple
-
 import numpy as np
 
-from data_pipeline.permutation import derive_key, mix
-
-_MASK = (1 << 64) - 1
-
-
-class FimIds(NamedTuple):
-    """Ids of `<|fim_prefix|>`, `<|fim_middle|>` and `<|fim_suffix|>`."""
-
-    prefix: int
-    middle: int
-    suffix: int
+from data_pipeline.permutation import MASK, derive_key, mix
+from data_pipeline.tokenizer import Tokenizer
 
 
 class FillInTheMiddle:
     """Rearranges a share `rate` of documents; of these, `spm_share` with the suffix before the prefix.
 
-    PSM: `<prefix> P <suffix> S <middle> M`; SPM, in the paper's form for joint training:
-    `<prefix> <suffix> S <middle> P M`.
+    PSM: `<|fim_prefix|> P <|fim_suffix|> S <|fim_middle|> M`; SPM, in the paper's form for joint training:
+    `<|fim_prefix|> <|fim_suffix|> S <|fim_middle|> P M`.
+
+    Raises DataError for a tokenizer without these control tokens.
     """
 
-    def __init__(self, rate: float, spm_share: float, ids: FimIds, seed: int, source: str) -> None:
-        self._rate, self._spm_share = rate, spm_share
-        self._prefix, self._middle, self._suffix = (np.array([i], dtype=np.uint32) for i in ids)
+    def __init__(self, rate: float, spm_share: float, tokenizer: Tokenizer, seed: int, source: str) -> None:
+        self._rate, self._spm_share, self._end_of_text = rate, spm_share, tokenizer.end_of_text
+        self._prefix, self._middle, self._suffix = (
+            np.array([tokenizer.control_id(f"<|fim_{part}|>")], dtype=np.uint32)
+            for part in ("prefix", "middle", "suffix")
+        )
         self._key = derive_key(seed, "fim", source)
 
-    def __call__(self, document: np.ndarray, position: int, end_of_text: int) -> np.ndarray:
+    def __call__(self, document: np.ndarray, position: int) -> np.ndarray:
         """`document` rearranged, or itself; its length and a closing end-of-text id stay.
 
         A pure function of the seed, the source and `position`, that of the document's first token in it.
         """
-        word = mix((self._key + position) & _MASK)
+        word = mix((self._key + position) & MASK)
         if _uniform(word) >= self._rate:
             return document
-        closed = int(len(document) > 0 and document[-1] == end_of_text)
+        closed = int(len(document) > 0 and document[-1] == self._end_of_text)
         body, end = document[: len(document) - closed], document[len(document) - closed :]
         room = len(body) - 3
         if room < 1:

@@ -4,12 +4,12 @@ import glob
 import hashlib
 import os
 from collections.abc import Iterator
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 from data_pipeline import samples
 from data_pipeline.config import DataError, SourceConfig
-from data_pipeline.readers import COMPRESSED, Part, format_of, hub_files, table_groups
+from data_pipeline.readers import COMPRESSED, Part, format_of, hub_files, is_hub, table_groups
 
 _BINARY_PROBE_BYTES = 8192
 
@@ -23,18 +23,21 @@ class InputFile(NamedTuple):
     sha256: str
 
 
-def list_inputs(name: str, source: SourceConfig, known: dict[str, InputFile]) -> list[InputFile]:
+def list_inputs(
+    name: str, source: SourceConfig, known: dict[str, InputFile], *, hashed: bool = True
+) -> list[InputFile]:
     """The files of a source, in the order in which they are read; hashed, unless `known` has them at this
     size and age. A hub dataset is fetched first: it is the arrow files of the `datasets` cache.
 
     Raises DataError for a path that leads to no file and for a dataset that cannot be had.
     """
-    found: dict[str, None] = {}
+    found: dict[str, InputFile] = {}
     for path in source.paths:
         key = f"data.sources.{name}.paths: {path}"
         if format_of(source.kind, path) == "embedded":
-            files = [path]
-        elif source.kind == "hub" or (source.kind == "sft" and ":" in path):
+            found[path] = _embedded_input(path)
+            continue
+        if is_hub(source, path):
             files = hub_files(key, path)
         elif source.kind == "tree":
             files = _tree_files(key, path)
@@ -42,9 +45,11 @@ def list_inputs(name: str, source: SourceConfig, known: dict[str, InputFile]) ->
             files = [file for file in sorted(glob.glob(path, recursive=True)) if os.path.isfile(file)]
             if not files:
                 raise DataError(f"{key} matches no file; a folder is named as folder/**/*.EXT")
-        found |= dict.fromkeys(files)
-    is_embedded = {path: format_of(source.kind, path) == "embedded" for path in found}
-    return [_embedded_input(path) if is_embedded[path] else _hashed(path, known.get(path)) for path in found]
+        new = [file for file in files if file not in found]
+        with ThreadPoolExecutor() as pool:  # hashing lets other threads run
+            inputs = pool.map(lambda file: _input(file, known.get(file), hashed), new)
+            found |= dict(zip(new, inputs, strict=True))
+    return list(found.values())
 
 
 def plan_slices(source: SourceConfig, inputs: list[InputFile], slice_bytes: int) -> list[list[Part]]:
@@ -105,13 +110,14 @@ def _is_binary(path: str) -> bool:
         return b"\0" in file.read(_BINARY_PROBE_BYTES)
 
 
-def _hashed(path: str, known: InputFile | None) -> InputFile:
-    status = Path(path).stat()
+def _input(path: str, known: InputFile | None, hashed: bool) -> InputFile:
+    status, sha256 = os.stat(path), ""
     if known is not None and (known.bytes, known.mtime_ns) == (status.st_size, status.st_mtime_ns):
         return known
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return InputFile(path, status.st_size, status.st_mtime_ns, digest)
+    if hashed:
+        with open(path, "rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    return InputFile(path, status.st_size, status.st_mtime_ns, sha256)
 
 
 def _embedded_input(collection: str) -> InputFile:

@@ -21,6 +21,8 @@ def show(config: DataConfig, which: str, *, seq_len: int, seed: int) -> str:
         raise DataError(
             f"{which} is no row: give ROW, SOURCE or SOURCE:ROW; sources: {', '.join(config.sources)}"
         )
+    if config.mode == "streaming":
+        raise DataError("data.mode=streaming: only rows of a prepared folder have a place; prepare the data")
     row = int(number or 0)
     with Loader(
         config,
@@ -35,7 +37,7 @@ def show(config: DataConfig, which: str, *, seq_len: int, seed: int) -> str:
     ) as loader:
         for [batch] in loader:
             return _describe(batch, loader.origins(batch.rows[0]), load_tokenizer(config.dir))
-    raise DataError(f"{which}: there are only {loader.rows_available()} rows")
+    raise DataError(f"{which}: there are not so many rows")
 
 
 def _describe(batch: Batch, origins: list[str], tokenizer: Tokenizer) -> str:

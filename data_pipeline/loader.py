@@ -1,10 +1,10 @@
-"""Batches of a prepared folder: the same global batches for any number of ranks, resumed from one integer."""
+"""Batches for training: the same global batches for any number of ranks, resumed from one integer."""
 # B rows of a micro-batch, S seq_len, D documents
 
 import queue
 import threading
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 
@@ -13,11 +13,13 @@ from torch import Tensor
 
 from data_pipeline.best_fit import BestFitRows
 from data_pipeline.config import DataConfig
-from data_pipeline.manifest import SPLITS
+from data_pipeline.manifest import Manifest
 from data_pipeline.mixture import Mixture, MixtureSource, SkippedRows
-from data_pipeline.packing import ConcatRows, Row, pack_rows
-from data_pipeline.rows import JOINT, describe_rows, open_rows, open_streams
-from data_pipeline.shards import open_prepared
+from data_pipeline.packing import ConcatRows, Stream, pack_rows
+from data_pipeline.rows import JOINT, open_rows, open_streams
+from data_pipeline.shards import TokenStream, open_prepared
+from data_pipeline.streaming import TextStream
+from data_pipeline.tokenizer import tokenizer_of
 
 _STEPS_AHEAD = 2
 
@@ -35,14 +37,8 @@ class Batch:
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on a device."""
-        return Batch(
-            self.input_ids.to(device, non_blocking=True),
-            self.labels.to(device, non_blocking=True),
-            self.position_ids.to(device, non_blocking=True),
-            self.cu_seqlens.to(device, non_blocking=True),
-            self.token_mask.to(device, non_blocking=True),
-            self.rows,
-        )
+        tensors = {key: value for key, value in vars(self).items() if key != "rows"}
+        return replace(self, **{key: value.to(device, non_blocking=True) for key, value in tensors.items()})
 
 
 class Loader:
@@ -55,7 +51,7 @@ class Loader:
 
     source=None: the endless mixture of the sources. source=NAME: that source alone, in plain order, once; the
     last step is filled up with rows of padding, so every rank has as many micro-batches. Validation needs a
-    source.
+    source. data.mode=streaming has the mixture only; `manifest` is None.
 
     Batches are read ahead in a background thread; its errors are raised by the iteration. Raises DataError
     for a folder that is not prepared, was prepared with another configuration, or is damaged.
@@ -75,48 +71,37 @@ class Loader:
         split: str = "train",
         source: str | None = None,
     ) -> None:
-        assert global_batch_size % (world_size * micro_batch_size) == 0, (
-            global_batch_size,
-            world_size,
-            micro_batch_size,
-        )
-        assert split in SPLITS, split
+        assert global_batch_size % (world_size * micro_batch_size) == 0, (global_batch_size, world_size)
         assert split == "train" or source is not None, "validation rows are read source by source"
+        assert config.mode == "prepared" or source is None, "a text stream has no end"
         self.next_row = next_row
-        self._seq_len, self._global_batch_size, self._micro_batch_size = (
-            seq_len,
-            global_batch_size,
-            micro_batch_size,
-        )
+        self._seq_len, self._predict_first_token = seq_len, config.predict_first_token
+        self._global_batch_size, self._micro_batch_size = global_batch_size, micro_batch_size
         self._rank, self._world_size, self._source = rank, world_size, source
 
-        folder = Path(config.dir)
-        self.manifest = open_prepared(folder)
-        self.manifest.check_settings(config.content_settings(), folder)
-        self._streams = open_streams(folder, self.manifest, split)
         names = config.trained_sources() if source is None else {source}
-        wanted = {name: stream for name, stream in self._streams.items() if name in names}
-        self._rows = open_rows(config, self.manifest, wanted, split, seq_len, seed)
-        self._skipped = SkippedRows(config.skip if source is None else [])
-        self._predict_first_token = config.predict_first_token
-        self._mixture: Mixture | None = None
-        self._last_row: int | None = None  # plain order ends
-        if source is None:
-            self._mixture = self._mix(config, seed)
+        self.manifest: Manifest | None = None
+        self._streams: Mapping[str, Stream]
+        if config.mode == "prepared":
+            folder = Path(config.dir)
+            self.manifest = open_prepared(folder)
+            self.manifest.check_settings(config.content_settings(), folder)
+            self._streams = open_streams(folder, self.manifest, split)
+            self._end_of_text = self.manifest.tokenizer.end_of_text
         else:
-            self._last_row = len(self._rows[source])
+            tokenizer = tokenizer_of(config)
+            self._streams = {name: TextStream(config, name, tokenizer, seed) for name in names}
+            self._end_of_text = tokenizer.end_of_text
+        wanted = {name: stream for name, stream in self._streams.items() if name in names}
+        self._rows = open_rows(config, wanted, self._end_of_text, split=split, seq_len=seq_len, seed=seed)
+        self._mixture = self._mix(config, seed) if source is None else None
+        self._last_row = None if source is None else len(self._rows[source])  # plain order ends
+        self._skipped = SkippedRows(config.skip if source is None else [])
 
         self._queue: queue.Queue[list[Batch] | None] = queue.Queue(maxsize=_STEPS_AHEAD)
         self._closed = threading.Event()
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
-
-    def rows_available(self) -> int | None:
-        """Rows that can be served from row 0 on; None = no limit."""
-        if self._mixture is None:
-            return self._last_row
-        available = self._mixture.rows_available()
-        return None if available is None else self._skipped.kept(available)
 
     def check_budget(self, total_rows: int) -> None:
         """Raise a DataError that lists the sources which max_epochs keeps from serving `total_rows` rows."""
@@ -124,21 +109,23 @@ class Loader:
             self._mixture.check_budget(self._skipped(total_rows - 1) + 1)
 
     def origins(self, row: int) -> list[str]:
-        """Where each document of a row, as Batch.rows counts them, comes from."""
+        """Where each document of a row of a prepared folder, as Batch.rows counts them, comes from."""
+        assert self.manifest is not None
         names = {id(stream): name for name, stream in self._streams.items()}
         found = []
         rows, local_row = self._locate(row)
         for stream, token in rows.places(local_row):
-            name, document = names[id(stream)], stream.documents.at(token)
-            file, offset = stream.documents.source_row(document)
-            path = self.manifest.inputs[name][file]["path"]
-            within = token - stream.documents.span(document)[0]
-            found.append(f"{name}, document {document} from its token {within}, {path} at {offset}")
+            assert isinstance(stream, TokenStream)
+            name, place = names[id(stream)], stream.document_at(token)
+            path, within = self.manifest.inputs[name][place.file]["path"], token - place.start
+            found.append(
+                f"{name}, document {place.document} from its token {within}, {path} at {place.offset}"
+            )
         return found
 
     def describe(self) -> list[str]:
         """A line for each source that is read: rows in an epoch, and what packing made of its documents."""
-        return [describe_rows(name, rows, self._seq_len) for name, rows in self._rows.items()]
+        return [f"{name}: {rows.describe()}" for name, rows in self._rows.items()]
 
     def __iter__(self) -> Iterator[list[Batch]]:
         return self
@@ -189,21 +176,22 @@ class Loader:
         self._queue.put(None)
 
     def _mix(self, config: DataConfig, seed: int) -> Mixture:
-        if JOINT in self._rows:
-            limits = [s.max_epochs for s in config.sources.values() if s.weight and s.max_epochs is not None]
-            settings = {JOINT: (1.0, min(limits, default=None))}
-        else:
-            settings = {
-                name: (config.sources[name].weight, config.sources[name].max_epochs) for name in self._rows
-            }
+        limits = {name: source.max_epochs for name, source in config.sources.items() if source.weight}
+        limit = min((limit for limit in limits.values() if limit is not None), default=None)
+        is_prepared = config.mode == "prepared"  # a text stream counts its epochs itself
         sources = {
-            name: MixtureSource(weight, len(self._rows[name]), max_epochs, self._rows[name].mean_tokens)
-            for name, (weight, max_epochs) in settings.items()
+            name: MixtureSource(
+                1.0 if name == JOINT else config.sources[name].weight,
+                len(rows),
+                (limit if name == JOINT else config.sources[name].max_epochs) if is_prepared else None,
+                rows.mean_tokens,
+            )
+            for name, rows in self._rows.items()
         }
         changes: dict[int, dict[str, float]] = {}  # row -> weights
         for tokens, weights in sorted(config.weight_changes.items()):
             changes.setdefault(-(-tokens // self._seq_len), {}).update(weights)
-        return Mixture(sources, seed, changes)
+        return Mixture(sources, seed, changes, shuffle=is_prepared)
 
     def _step(self, first_row: int) -> list[Batch]:
         stride = self._world_size * self._micro_batch_size
@@ -211,19 +199,16 @@ class Loader:
         return [self._batch(row) for row in range(start, start + self._global_batch_size, stride)]
 
     def _batch(self, first_row: int) -> Batch:
-        rows = tuple(self._skipped(first_row + slot) for slot in range(self._micro_batch_size))
+        numbers = tuple(self._skipped(first_row + slot) for slot in range(self._micro_batch_size))
+        located = [self._locate(number) for number in numbers]
         packed = pack_rows(
-            [self._read_row(row) for row in rows],
+            [rows.read(local_row) for rows, local_row in located],
             self._seq_len,
-            self.manifest.tokenizer.end_of_text,
+            self._end_of_text,
             predict_first_token=self._predict_first_token,
         )
         input_ids, labels, position_ids, cu_seqlens, token_mask = map(torch.from_numpy, packed)
-        return Batch(input_ids, labels, position_ids, cu_seqlens, token_mask, rows)
-
-    def _read_row(self, row: int) -> Row:
-        rows, local_row = self._locate(row)
-        return rows.read(local_row)
+        return Batch(input_ids, labels, position_ids, cu_seqlens, token_mask, numbers)
 
     def _locate(self, row: int) -> tuple[ConcatRows | BestFitRows, int]:
         if self._mixture is None:

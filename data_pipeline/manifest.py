@@ -10,6 +10,7 @@
         validation-00000.tokens ...
         slice.json unigrams.npy       what the slice adds to the manifest
     rejects.jsonl                     rows that are no documents: file, line, offset, reason, first bytes
+    packing/                          plans of best_fit, made from the shards: see best_fit.py
 
 The tokens of a source and split are those of its shards in the order of the manifest.
 """
@@ -22,7 +23,7 @@ from typing import Any
 
 from data_pipeline.config import DataError
 
-FORMAT = "token-shards-2"
+FORMAT = "token-shards-3"
 SPLITS = ("train", "validation")
 REMEDY = "move the folder away and run python -m data_pipeline again"
 
@@ -37,42 +38,30 @@ class ShardRecord:
     crc32: dict[str, str]
 
 
-@dataclass
-class SplitRecord:
-    """A source's part of a split: documents, tokens (closing ids included), bytes of UTF-8 text."""
-
-    documents: int
-    tokens: int
-    bytes: int
-    shards: list[ShardRecord]
+Shards = dict[str, list[ShardRecord]]  # by split
 
 
 @dataclass
 class SourceRecord:
-    """skipped: rows that were left out, by the code of the reason; `rejected` of them were bad.
-
-    unigram_entropy: nats per training token under their own frequencies.
+    """skipped: rows that were left out, by the code of the reason.
 
     validation_unigram_cross_entropy: nats per validation token under the (add-one) frequencies of the
     training tokens; a model that scores below it has learned more than which tokens are common. None without
     validation tokens.
     """
 
-    splits: dict[str, SplitRecord]
+    shards: Shards
     skipped: dict[str, int]
-    rejected: int
-    unigram_entropy: float
     validation_unigram_cross_entropy: float | None
 
 
 @dataclass
 class TokenizerRecord:
-    """Identity of the tokenizer.json beside the manifest; `max_token_id` is the largest id in any shard."""
+    """Identity of the tokenizer.json beside the manifest."""
 
     sha256: str
     vocab_size: int
     end_of_text: int
-    max_token_id: int
 
 
 @dataclass
@@ -96,8 +85,8 @@ class Manifest:
                 raise DataError(f"{path}: format {fields['format']!r} is not {FORMAT!r}; {REMEDY}")
             fields["tokenizer"] = TokenizerRecord(**fields["tokenizer"])
             for name, record in fields["sources"].items():
-                record["splits"] = {split: split_record(record["splits"][split]) for split in SPLITS}
-                fields["sources"][name] = SourceRecord(**record)
+                shards = shards_from_json(record["shards"])
+                fields["sources"][name] = SourceRecord(**{**record, "shards": shards})
             return Manifest(**fields)
         except FileNotFoundError as error:
             raise DataError(
@@ -113,40 +102,24 @@ class Manifest:
     def shards(self) -> list[ShardRecord]:
         """Every shard of the folder."""
         return [
-            shard
-            for source in self.sources.values()
-            for split in SPLITS
-            for shard in source.splits[split].shards
+            shard for source in self.sources.values() for split in SPLITS for shard in source.shards[split]
         ]
-
-    def check_vocab_size(self, vocab_size: int) -> None:
-        """Raise DataError if the data may hold an id that a model of this vocabulary has no embedding for."""
-        if self.tokenizer.vocab_size > vocab_size:
-            raise DataError(
-                f"model.vocab_size={vocab_size} is smaller than the tokenizer of the data, which has"
-                f" {self.tokenizer.vocab_size} ids (largest in use: {self.tokenizer.max_token_id});"
-                " raise model.vocab_size, or prepare with another tokenizer"
-            )
 
     def check_settings(self, settings: dict[str, Any], folder: Path) -> None:
         """Raise DataError that lists the keys of `settings` which the folder was not prepared with."""
         recorded = {
-            key: value for key, value in self.settings.items() if key in settings or ".sources." in key
+            key: value
+            for key, value in self.settings.items()
+            if key in settings or key.endswith(".kind")  # of a source that is not named any more
         }
         if lines := differing_settings(recorded, settings):
-            raise DataError(
-                "\n".join(
-                    [
-                        f"data.dir={folder} was prepared with another configuration; prepare into another:",
-                        *lines,
-                    ]
-                )
-            )
+            what = f"data.dir={folder} was prepared with another configuration; prepare into another:"
+            raise DataError("\n".join([what, *lines]))
 
 
-def split_record(fields: dict[str, Any]) -> SplitRecord:
-    """A SplitRecord from its JSON object."""
-    return SplitRecord(**{**fields, "shards": [ShardRecord(**shard) for shard in fields["shards"]]})
+def shards_from_json(splits: dict[str, list[dict[str, Any]]]) -> Shards:
+    """The records of shards from their JSON objects."""
+    return {split: [ShardRecord(**shard) for shard in splits[split]] for split in SPLITS}
 
 
 def differing_settings(recorded: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
@@ -163,13 +136,18 @@ def to_json(value: Any) -> bytes:
     return (json.dumps(value, indent=1, sort_keys=True) + "\n").encode()
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Make `path` hold `data`: after a crash it holds all of it or is as before."""
-    partial = path.with_name(f".{path.name}.partial")
-    with open(partial, "wb") as file:
+def write_synced(path: Path, data: bytes) -> None:
+    """Write a file and wait until it is on the disk."""
+    with open(path, "wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Make `path` hold `data`: after a crash it holds all of it or is as before."""
+    partial = path.with_name(f".{path.name}.partial")
+    write_synced(partial, data)
     os.replace(partial, path)
     sync_folder(path.parent)
 

@@ -65,7 +65,8 @@ class Mixture:
 
     weight_changes: row -> the weights of sources that hold from it on. Sources are taken in the order of
     their names, so the order of a YAML file does not matter; those that never have a weight are left out.
-    Raises DataError for a source that is to be read and has no row.
+    Without `shuffle` the rows of a source keep their order. Raises DataError for a source that is to be read
+    and has no row.
     """
 
     def __init__(
@@ -73,39 +74,33 @@ class Mixture:
         sources: dict[str, MixtureSource],
         seed: int,
         weight_changes: dict[int, dict[str, float]] | None = None,
+        *,
+        shuffle: bool = True,
     ) -> None:
-        self.seed = seed
+        self._seed, self._shuffle = seed, shuffle
         changes = sorted((weight_changes or {}).items())
-        used = {name for name, source in sources.items() if source.weight > 0}
-        used |= {name for _, weights in changes for name, weight in weights.items() if weight > 0}
-        self.names = sorted(used)
-        self.sources = [sources[name] for name in self.names]
-        empty = [name for name, source in zip(self.names, self.sources, strict=True) if source.rows < 1]
-        if empty:
+        stages = [{name: source.weight for name, source in sources.items()}, *(w for _, w in changes)]
+        self._names = sorted({name for stage in stages for name, weight in stage.items() if weight > 0})
+        self._sources = [sources[name] for name in self._names]
+        if empty := [name for name in self._names if sources[name].rows < 1]:
             raise DataError(
                 f"data.sources {', '.join(empty)}: no whole row of training text;"
                 " add text, shorten stage.seq_len, or set the weight to 0"
             )
-        self.limits = [
-            _NO_LIMIT if s.max_epochs is None else int(s.max_epochs * s.rows) for s in self.sources
+        self._limits = [
+            _NO_LIMIT if s.max_epochs is None else int(s.max_epochs * s.rows) for s in self._sources
         ]
         self._block = lru_cache(maxsize=2)(self._deal_block)
-        self._permutation = lru_cache(maxsize=2 * len(self.names))(self._permute_epoch)
+        self._permutation = lru_cache(maxsize=2 * len(self._names))(self._permute_epoch)
         self._stretches: list[_Stretch] = []
-        weights = {name: source.weight for name, source in sources.items()}
-        dealt = np.zeros(len(self.names), dtype=np.int64)
-        starts = [0, *(row for row, _ in changes), _NO_END]
-        for (first, end), changed in zip(
-            itertools.pairwise(starts), [{}, *(w for _, w in changes)], strict=True
-        ):
-            weights |= changed
-            row_shares = [
-                weights[name] / source.row_tokens
-                for name, source in zip(self.names, self.sources, strict=True)
-            ]
-            self._stretches.append(
-                _Stretch(first, end, np.array(integer_quotas(row_shares, BLOCK_ROWS)), dealt)
-            )
+        weights: dict[str, float] = {}
+        dealt = np.zeros(len(self._names), dtype=np.int64)
+        borders = itertools.pairwise([0, *(row for row, _ in changes), _NO_END])
+        for (first, end), stage in zip(borders, stages, strict=True):
+            weights |= stage
+            row_shares = [weights[name] / sources[name].row_tokens for name in self._names]
+            quotas = np.array(integer_quotas(row_shares, BLOCK_ROWS))
+            self._stretches.append(_Stretch(first, end, quotas, dealt))
             if end < _NO_END:
                 dealt = dealt + self._counts(len(self._stretches) - 1, end - first)
 
@@ -117,31 +112,17 @@ class Mixture:
         sources, ranks = self._block(number, block)
         i = int(sources[slot])
         index = int(stretch.dealt[i]) + block * int(stretch.quotas[i]) + int(ranks[slot])
-        if index >= self.limits[i]:
+        if index >= self._limits[i]:
             self.check_budget(row + 1)
-        epoch, index = divmod(index, self.sources[i].rows)
-        return Location(self.names[i], epoch, self._permutation(i, epoch)(index))
-
-    def rows_available(self) -> int | None:
-        """How many rows can be served before a source is exhausted (max_epochs); None = no limit."""
-        for number, stretch in enumerate(self._stretches):
-            left = np.array(self.limits) - stretch.dealt
-            blocks = int((left // np.maximum(stretch.quotas, 1))[stretch.quotas > 0].min())
-            if stretch.first + blocks * BLOCK_ROWS >= stretch.end:
-                continue
-            sources, ranks = self._block(number, blocks)
-            over = ranks >= (left - blocks * stretch.quotas)[sources]
-            row = stretch.first + blocks * BLOCK_ROWS + int(np.argmax(over))
-            if row < stretch.end:
-                return row
-        return None
+        epoch, index = divmod(index, self._sources[i].rows)
+        return Location(self._names[i], epoch, self._permutation(i, epoch)(index) if self._shuffle else index)
 
     def rows_needed(self, total_rows: int) -> dict[str, int]:
         """How many of the rows 0 .. total_rows - 1 come from each source."""
         number = self._stretch_of(total_rows)
         stretch = self._stretches[number]
         counts = stretch.dealt + self._counts(number, total_rows - stretch.first)
-        return dict(zip(self.names, counts.tolist(), strict=True))
+        return dict(zip(self._names, counts.tolist(), strict=True))
 
     def check_budget(self, total_rows: int) -> None:
         """Raise a DataError that lists every source which max_epochs keeps from serving `total_rows` rows."""
@@ -150,7 +131,7 @@ class Mixture:
             f" but {total_rows} rows of the run need {needed}; raise max_epochs, lower its weight,"
             " or train on fewer tokens"
             for (name, needed), source, limit in zip(
-                self.rows_needed(total_rows).items(), self.sources, self.limits, strict=True
+                self.rows_needed(total_rows).items(), self._sources, self._limits, strict=True
             )
             if needed > limit
         ]
@@ -164,7 +145,7 @@ class Mixture:
         """[source] how many of the first `rows` rows of a stretch come from each."""
         blocks, rest = divmod(rows, BLOCK_ROWS)
         dealt = self._block(stretch, blocks)[0][:rest]
-        return blocks * self._stretches[stretch].quotas + np.bincount(dealt, minlength=len(self.names))
+        return blocks * self._stretches[stretch].quotas + np.bincount(dealt, minlength=len(self._names))
 
     def _deal_block(self, stretch: int, block: int) -> tuple[np.ndarray, np.ndarray]:
         """Source number of each slot of a block, and how many earlier slots of the block have the same
@@ -177,13 +158,13 @@ class Mixture:
         dealt = np.repeat(np.arange(len(quotas)), quotas)
         ranks = np.concatenate([np.arange(quota) for quota in quotas])
         words = np.arange(BLOCK_ROWS, dtype=np.uint64)
-        words += np.uint64(derive_key(self.seed, "block", stretch, block) >> 1)
+        words += np.uint64(derive_key(self._seed, "block", stretch, block) >> 1)
         times = (ranks + (mix(words) >> 11) / 2.0**53) / quotas[dealt]
         order = np.argsort(times, kind="stable")
         return dealt[order], ranks[order]
 
     def _permute_epoch(self, source: int, epoch: int) -> Permutation:
-        return Permutation(self.sources[source].rows, derive_key(self.seed, self.names[source], epoch))
+        return Permutation(self._sources[source].rows, derive_key(self._seed, self._names[source], epoch))
 
 
 class SkippedRows:
@@ -199,7 +180,3 @@ class SkippedRows:
     def __call__(self, row: int) -> int:
         """The number, before leaving out, of the row that is number `row` after it."""
         return row + self._before[bisect.bisect_right(self._firsts, row)]
-
-    def kept(self, rows: int) -> int:
-        """How many of the rows 0 .. rows - 1 are left."""
-        return rows - sum(min(end, rows) - first for first, end in self._skip if first < rows)

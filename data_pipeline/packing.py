@@ -7,14 +7,16 @@ a target once. Packing "best_fit" is in data_pipeline.best_fit.
 """
 # B rows, S seq_len, D documents, N tokens of a row
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 
 from data_pipeline.fim import FillInTheMiddle
 from data_pipeline.shards import TokenStream
+from data_pipeline.streaming import TextStream
 
 NO_LOSS = -100
+Stream = TokenStream | TextStream
 
 
 class Row(NamedTuple):
@@ -35,43 +37,27 @@ class PackedRows(NamedTuple):
     token_mask: np.ndarray  # [B,S] bool: False on padding
 
 
-class RowSource(Protocol):
-    """Rows of known number that can be read in any order."""
-
-    mean_tokens: float  # positions of a row that are not padding
-
-    def __len__(self) -> int: ...
-
-    def read(self, row: int) -> Row:
-        """Row number `row`; an empty one beyond the last."""
-
-    def places(self, row: int) -> list[tuple[TokenStream, int]]:
-        """For each document of a row, its stream and the token there that its part begins with."""
-
-
 class ConcatRows:
     """The rows of a stream under "concat". The last tokens fill no row: they are left out, or (`pad`) get one
     with padding.
     """
 
     def __init__(
-        self,
-        stream: TokenStream,
-        seq_len: int,
-        end_of_text: int,
-        *,
-        pad: bool,
-        fim: FillInTheMiddle | None,
+        self, stream: Stream, seq_len: int, end_of_text: int, *, pad: bool, fim: FillInTheMiddle | None
     ) -> None:
         self._stream, self._seq_len, self._end_of_text, self._fim = stream, seq_len, end_of_text, fim
         targets = max(len(stream) - 1, 0)
         self._rows = -(-targets // seq_len) if pad else targets // seq_len
-        self.mean_tokens = min(targets / max(self._rows, 1), seq_len)
+        self.mean_tokens = min(targets / max(self._rows, 1), seq_len)  # of a row that are not padding
 
     def __len__(self) -> int:
         return self._rows
 
-    def places(self, row: int) -> list[tuple[TokenStream, int]]:
+    def describe(self) -> str:
+        """What an epoch is."""
+        return f"{len(self):,} rows of {self._seq_len}"
+
+    def places(self, row: int) -> list[tuple[Stream, int]]:
         """For each document of a row, its stream and the token there that its part begins with."""
         return [(self._stream, row * self._seq_len + start) for start in self.read(row).starts.tolist()]
 
@@ -83,7 +69,7 @@ class ConcatRows:
         starts = np.append(0, np.flatnonzero(tokens[:-1] == self._end_of_text) + 1)
         if self._fim is not None:
             documents = zip(np.split(tokens, starts[1:]), starts.tolist(), strict=True)
-            tokens = np.concatenate([self._fim(ids, start + at, self._end_of_text) for ids, at in documents])
+            tokens = np.concatenate([self._fim(ids, start + at) for ids, at in documents])
         return Row(tokens, starts, self._stream.read_loss(start, stop))
 
 

@@ -7,7 +7,7 @@ import numpy as np
 
 Word = TypeVar("Word", int, np.ndarray)
 
-_MASK = (1 << 64) - 1
+MASK = (1 << 64) - 1
 _ROUNDS = 6
 
 
@@ -19,9 +19,9 @@ def derive_key(*parts: int | str) -> int:
 def mix(word: Word) -> Word:
     """Finaliser of splitmix64 (Steele, Lea, Flood 2014), a bijection of 64-bit words (int or uint64)."""
     word = word ^ (word >> 30)
-    word = (word * 0xBF58476D1CE4E5B9) & _MASK
+    word = (word * 0xBF58476D1CE4E5B9) & MASK
     word = word ^ (word >> 27)
-    word = (word * 0x94D049BB133111EB) & _MASK
+    word = (word * 0x94D049BB133111EB) & MASK
     return word ^ (word >> 31)
 
 
@@ -35,27 +35,19 @@ class Permutation:
 
     def __init__(self, n: int, key: int) -> None:
         assert 1 <= n <= 1 << 62, n
-        self.n = n
-        self.half_bits = max(1, ((n - 1).bit_length() + 1) // 2)
-        self.round_keys = [mix((key + r) & _MASK) for r in range(_ROUNDS)]
+        self._n, self._half_bits = n, max(1, ((n - 1).bit_length() + 1) // 2)
+        self._round_keys = [mix((key + r) & MASK) for r in range(_ROUNDS)]
 
     def __call__(self, index: int) -> int:
         """Image of one index."""
         index = self._network(index)
-        while index >= self.n:
+        while index >= self._n:
             index = self._network(index)
         return index
 
-    def array(self, indices: np.ndarray) -> np.ndarray:
-        """Images of many indices, as uint64; equal to calling the permutation on each."""
-        images = self._network(np.asarray(indices, dtype=np.uint64))
-        while len(outside := np.flatnonzero(images >= self.n)):
-            images[outside] = self._network(images[outside])
-        return images
-
-    def _network(self, word: Word) -> Word:
-        half_mask = (1 << self.half_bits) - 1
-        left, right = word >> self.half_bits, word & half_mask
-        for key in self.round_keys:
+    def _network(self, word: int) -> int:
+        half_mask = (1 << self._half_bits) - 1
+        left, right = word >> self._half_bits, word & half_mask
+        for key in self._round_keys:
             left, right = right, left ^ (mix(right ^ key) & half_mask)
-        return (left << self.half_bits) | right
+        return (left << self._half_bits) | right

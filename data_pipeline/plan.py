@@ -2,44 +2,24 @@
 
 import hashlib
 import json
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from data_pipeline.config import DataConfig, DataError
 from data_pipeline.inputs import InputFile, list_inputs
 from data_pipeline.manifest import differing_settings, to_json, write_atomically
 
 
-@dataclass
-class Plan:
-    """What a folder is prepared from: written before the first slice, so that a restart works on the same."""
+class Plan(NamedTuple):
+    """What a folder is prepared from: plan.json while it is, part of manifest.json afterwards."""
 
     settings: dict[str, Any]
     inputs: dict[str, list[InputFile]]
 
-    def to_json(self) -> bytes:
-        """As plan.json holds it."""
-        return to_json({"settings": self.settings, "inputs": self.inputs_as_json()})
-
-    def inputs_as_json(self) -> dict[str, list[dict[str, Any]]]:
-        """The inputs as plan.json and manifest.json hold them."""
-        return {name: [file._asdict() for file in files] for name, files in self.inputs.items()}
-
-    @staticmethod
-    def load(folder: Path) -> "Plan | None":
-        """The plan of a folder, finished or not; None for one without."""
-        for name in ("manifest.json", "plan.json"):
-            if (folder / name).exists():
-                try:
-                    fields = json.loads((folder / name).read_bytes())
-                    inputs = {
-                        key: [InputFile(**file) for file in files] for key, files in fields["inputs"].items()
-                    }
-                    return Plan(fields["settings"], inputs)
-                except (ValueError, KeyError, TypeError) as error:
-                    raise DataError(f"{folder / name} is damaged ({error}); move the folder away") from error
-        return None
+    def as_json(self) -> dict[str, Any]:
+        """As the files hold it."""
+        inputs = {name: [file._asdict() for file in files] for name, files in self.inputs.items()}
+        return {"settings": self.settings, "inputs": inputs}
 
 
 def agree_on_plan(config: DataConfig, seed: int, given: str | None, folder: Path) -> Plan:
@@ -52,32 +32,37 @@ def agree_on_plan(config: DataConfig, seed: int, given: str | None, folder: Path
         "data.shard_bytes": config.shard_bytes,
         "seed": seed,
     }
-    recorded = Plan.load(folder)
+    recorded = _recorded(folder)
     if recorded is None and any(not entry.name.endswith(".partial") for entry in folder.iterdir()):
         raise DataError(f"data.dir={folder} holds other files; name a new or an empty folder")
     known = {file.path: file for files in recorded.inputs.values() for file in files} if recorded else {}
     inputs = {name: list_inputs(name, source, known) for name, source in config.sources.items()}
+    settings |= {f"data.sources.{name}.paths": describe_inputs(files) for name, files in inputs.items()}
     plan = Plan(settings, inputs)
     if recorded is None:
-        write_atomically(folder / "plan.json", plan.to_json())
-        return plan
-    lines = differing_settings(recorded.settings, settings)
-    for name in sorted(inputs.keys() & recorded.inputs.keys()):
-        if _contents(inputs[name]) != _contents(recorded.inputs[name]):
-            before, now = describe_inputs(recorded.inputs[name]), describe_inputs(inputs[name])
-            lines.append(f"  data.sources.{name}.paths: prepared from {before}, now {now}")
-    if lines:
+        write_atomically(folder / "plan.json", to_json(plan.as_json()))
+    elif lines := differing_settings(recorded.settings, settings):
         message = f"data.dir={folder} holds another preparation; name another folder, or move this one away:"
         raise DataError("\n".join([message, *lines]))
     return plan
 
 
 def describe_inputs(files: list[InputFile]) -> str:
-    """Number, size and hash of a source's inputs."""
-    digest = hashlib.sha256("".join(_contents(files)).encode()).hexdigest()
+    """Number, size and hash of a source's inputs: of their bytes, wherever the files lie."""
+    digest = hashlib.sha256("".join(file.sha256 for file in files).encode()).hexdigest()
     return f"{len(files)} files of {sum(file.bytes for file in files)} bytes (sha256 {digest[:12]})"
 
 
-def _contents(files: list[InputFile]) -> list[str]:
-    """What makes inputs the same: their bytes, wherever the files lie."""
-    return [file.sha256 for file in files]
+def _recorded(folder: Path) -> Plan | None:
+    """The plan of a folder, finished or not; None for one without."""
+    for path in (folder / "manifest.json", folder / "plan.json"):
+        if path.exists():
+            try:
+                fields = json.loads(path.read_bytes())
+                inputs = {
+                    name: [InputFile(**file) for file in files] for name, files in fields["inputs"].items()
+                }
+                return Plan(fields["settings"], inputs)
+            except (ValueError, KeyError, TypeError) as error:
+                raise DataError(f"{path} is damaged ({error}); move the folder away") from error
+    return None

@@ -8,6 +8,7 @@ byte, for any number of workers.
 import contextlib
 import fcntl
 import hashlib
+import json
 import multiprocessing
 import os
 import shutil
@@ -16,30 +17,40 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 
 from data_pipeline.config import DataConfig, DataError
 from data_pipeline.documents import Document, read_documents
+from data_pipeline.duplicates import find_duplicates
 from data_pipeline.inputs import InputFile, plan_slices
 from data_pipeline.manifest import (
     FORMAT,
     SPLITS,
     Manifest,
     SourceRecord,
-    SplitRecord,
     TokenizerRecord,
+    shards_from_json,
+    sync_folder,
     write_atomically,
 )
 from data_pipeline.plan import Plan, agree_on_plan, describe_inputs
 from data_pipeline.progress import PrepareProgress
-from data_pipeline.readers import check_columns
-from data_pipeline.slices import SliceJob, SliceRecord, start_worker, write_slice
-from data_pipeline.survey import bad_rows, conclude, survey_slice
-from data_pipeline.tokenizer import Tokenizer, fetch_tokenizer, load_tokenizer, train_tokenizer
+from data_pipeline.readers import BLANK, check_columns, read_rows
+from data_pipeline.slices import SliceJob, start_worker, survey_slice, write_slice
+from data_pipeline.tokenizer import (
+    Tokenizer,
+    check_vocab_size,
+    fetch_tokenizer,
+    load_tokenizer,
+    train_tokenizer,
+)
 
 _TRAINING_CHARACTERS = 4_000_000  # of text that a tokenizer is trained on, shared evenly by the sources
 _TRAINING_PLACES = 16  # slices of a source, evenly spaced, that this text is taken from
+
+Jobs = dict[str, list[SliceJob]]  # by source
 
 
 def prepare(config: DataConfig, vocab_size: int, seed: int) -> Manifest:
@@ -49,24 +60,30 @@ def prepare(config: DataConfig, vocab_size: int, seed: int) -> Manifest:
     DataError for inputs that cannot be read, a tokenizer that is too large, and a folder that holds another
     preparation (nothing in it is changed).
     """
-    given = None if config.tokenizer is None else fetch_tokenizer(config.tokenizer)
-    _check_vocabulary(config, given, vocab_size)
+    given, size = None, config.tokenizer_vocab_size
+    if config.tokenizer is not None:
+        given = fetch_tokenizer(config.tokenizer)
+        size = Tokenizer(given, config.tokenizer).vocab_size
+    assert size is not None
+    check_vocab_size(size, vocab_size)
     folder = Path(config.dir)
     folder.mkdir(parents=True, exist_ok=True)
-    with _only_one(folder):
+    with _only_one(folder), _Workers(config.num_workers) as workers:
         plan = agree_on_plan(config, seed, given, folder)
         if (folder / "manifest.json").exists():
             manifest, outcome = Manifest.load(folder), "already prepared"
         else:
             _clean(folder)
             jobs = {name: _jobs(name, config, plan.inputs[name], seed) for name in sorted(config.sources)}
-            _settle_tokenizer(config, given, jobs, folder)
+            if not (folder / "tokenizer.json").exists():  # an earlier attempt may have come so far
+                given = given or train_tokenizer(_training_texts(jobs), size)
+                write_atomically(folder / "tokenizer.json", given.encode())
             every_job = [job for of_source in jobs.values() for job in of_source]
             to_do = [job for job in every_job if not job.survey.is_dir()]
-            _run(survey_slice, "survey", "documents", every_job, to_do, config.num_workers)
-            skipped = conclude(jobs, config, folder)
+            workers.run(survey_slice, "survey", "documents", every_job, to_do)
+            skipped = _conclude_survey(jobs, config, folder)
             to_do = [job for job in every_job if not job.target.is_dir()]
-            _run(write_slice, "prepare", "tokens", every_job, to_do, config.num_workers)
+            workers.run(write_slice, "prepare", "tokens", every_job, to_do)
             _clean(folder)
             manifest, outcome = _commit(plan, jobs, skipped, folder), "prepared"
         shutil.rmtree(folder / "survey", ignore_errors=True)
@@ -88,6 +105,8 @@ def _only_one(folder: Path) -> Iterator[None]:
         pass  # a file system without locks: slices are renamed into place, so a second run only wastes work
     try:
         yield
+    except OSError as error:  # a full disk, an input without permission
+        raise DataError(f"data.dir={folder}: {error}; mend it and run again, which goes on") from error
     finally:
         os.close(descriptor)
 
@@ -100,20 +119,6 @@ def _clean(folder: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)  # a dying worker may still write there
 
 
-def _check_vocabulary(config: DataConfig, given: str | None, vocab_size: int) -> None:
-    """Raise DataError before any work if the tokenizer is larger than the model's vocabulary."""
-    if given is None:
-        assert config.tokenizer_vocab_size is not None
-        key, size = f"data.tokenizer_vocab_size={config.tokenizer_vocab_size}", config.tokenizer_vocab_size
-    else:
-        size = Tokenizer(given, config.tokenizer or "").vocab_size
-        key = f"data.tokenizer={config.tokenizer}, which has {size} ids,"
-    if size > vocab_size:
-        raise DataError(
-            f"{key} is larger than model.vocab_size={vocab_size}; raise model.vocab_size to it or beyond"
-        )
-
-
 def _jobs(name: str, config: DataConfig, inputs: list[InputFile], seed: int) -> list[SliceJob]:
     source = config.sources[name]
     slices = plan_slices(source, inputs, config.slice_bytes)
@@ -121,121 +126,155 @@ def _jobs(name: str, config: DataConfig, inputs: list[InputFile], seed: int) -> 
         raise DataError(
             f"data.sources.{name}.paths: {describe_inputs(inputs)} hold nothing; name files with text"
         )
-    check_columns(name, source, slices[0])
-    return [
-        SliceJob(f"{name}-{number:05d}", name, parts, config, tokenizer_sha256="", seed=seed)
-        for number, parts in enumerate(slices)
-    ]
+    check_columns(name, source, (row for part in slices[0] for row in read_rows(source, part)))
+    return [SliceJob(f"{name}-{i:05d}", name, parts, config, seed) for i, parts in enumerate(slices)]
 
 
-def _settle_tokenizer(
-    config: DataConfig, given: str | None, jobs: dict[str, list[SliceJob]], folder: Path
-) -> None:
-    """Write tokenizer.json, unless an earlier attempt has, and tell every job its sha256."""
-    path = folder / "tokenizer.json"
-    if not path.exists():
-        if given is None:
-            assert config.tokenizer_vocab_size is not None
-            given = train_tokenizer(_training_texts(jobs), config.tokenizer_vocab_size)
-        write_atomically(path, given.encode())
-    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-    for of_source in jobs.values():
-        for job in of_source:
-            job.tokenizer_sha256 = sha256
-
-
-def _training_texts(jobs: dict[str, list[SliceJob]]) -> Iterator[str]:
+def _training_texts(jobs: Jobs) -> Iterator[str]:
     """Text to train a tokenizer on: as much of every source, from evenly spaced places in it."""
     for of_source in jobs.values():
         places = of_source[:: -(-len(of_source) // _TRAINING_PLACES)]
         for job in places:
             left = _TRAINING_CHARACTERS // (len(jobs) * len(places))
             for text in _texts(job):
-                yield text[:left]
-                left -= len(text)
                 if left <= 0:
                     break
+                yield text[:left]
+                left -= len(text)
 
 
 def _texts(job: SliceJob) -> Iterator[str]:
     for part in job.parts:
         for item in read_documents(job.config, job.source, part):
             if isinstance(item, Document):
-                yield from item.texts()
+                yield from filter(None, [item.text, *(piece.text for piece in item.pieces or ())])
 
 
-def _run(
-    act: Callable[[SliceJob], int],
-    title: str,
-    unit: str,
-    jobs: list[SliceJob],
-    to_do: list[SliceJob],
-    num_workers: int,
-) -> None:
-    """Let the workers act on the jobs that are not done yet."""
-    total = sum(job.bytes for job in jobs)
-    with PrepareProgress(title, unit, total, total - sum(job.bytes for job in to_do)) as progress:
-        if num_workers == 1:
-            for job in to_do:
-                progress.advance(job.bytes, act(job))
-            return
+class _Workers:
+    """The processes that act on slices; with num_workers=1 it is this one."""
+
+    def __init__(self, num_workers: int) -> None:
         # spawn: a fork would copy the threads of the tokenizer in an unknown state
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(num_workers, context, initializer=start_worker) as pool:
-            running = {pool.submit(act, job): job for job in to_do}
+        self._pool = None
+        if num_workers > 1:
+            self._pool = ProcessPoolExecutor(num_workers, context, initializer=start_worker)
+
+    def run(
+        self,
+        act: Callable[[SliceJob], int],
+        title: str,
+        unit: str,
+        jobs: list[SliceJob],
+        to_do: list[SliceJob],
+    ) -> None:
+        """Act on the jobs that are not done yet."""
+        total = sum(job.bytes for job in jobs)
+        with PrepareProgress(title, unit, total, total - sum(job.bytes for job in to_do)) as progress:
+            if self._pool is None:
+                for job in to_do:
+                    progress.done(job.bytes, act(job))
+                return
+            running = {self._pool.submit(act, job): job for job in to_do}
             try:
                 for future in as_completed(running):
-                    progress.advance(running[future].bytes, future.result())
+                    progress.done(running[future].bytes, future.result())
             except BrokenProcessPool as error:
                 raise DataError(
-                    f"a worker of data.num_workers={num_workers} was killed, perhaps for its memory;"
-                    " run again to go on, with fewer workers if it returns"
+                    "a worker was killed, perhaps for its memory; run again to go on, with a smaller"
+                    " data.num_workers if it returns"
                 ) from error
-            finally:
-                pool.shutdown(cancel_futures=True)
+
+    def __enter__(self) -> "_Workers":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
 
 
-def _commit(
-    plan: Plan, jobs: dict[str, list[SliceJob]], skipped: dict[str, Counter[str]], folder: Path
-) -> Manifest:
+def _conclude_survey(jobs: Jobs, config: DataConfig, folder: Path) -> dict[str, Counter[str]]:
+    """Write rejects.jsonl, the bad rows of all sources in order, and find the duplicates; every job learns
+    the number of its first document.
+
+    Returns the rows that each source leaves out, by the code of the reason. Raises DataError for sources
+    with too many bad rows or without a document.
+    """
+    found, broken = {}, []
+    partial = folder / ".rejects.jsonl.partial"
+    with open(partial, "w") as rejects:
+        for name, of_source in jobs.items():
+            skipped, documents = _gather(of_source, rejects)
+            bad = skipped.total() - skipped[BLANK]
+            if not documents or bad > config.max_bad_fraction * (bad + documents):
+                reasons = ", ".join(f"{count} {code}" for code, count in skipped.most_common()) or "no rows"
+                law = f"more than data.max_bad_fraction={config.max_bad_fraction} allows"
+                broken.append(
+                    f"data.sources.{name}: {bad} of {bad + documents} rows are bad ({reasons}),"
+                    f" {law if documents else 'it has no document'}; they are listed in"
+                    f" {folder}/rejects.jsonl: mend the files or the source"
+                )
+            hashes = [job.survey / "hashes" for job in of_source]  # empty ones without data.deduplicate
+            duplicates = find_duplicates(hashes)
+            np.save(of_source[0].duplicates, duplicates)
+            found[name] = skipped + Counter(duplicate=len(duplicates))
+        rejects.flush()
+        os.fsync(rejects.fileno())
+    os.replace(partial, folder / "rejects.jsonl")
+    sync_folder(folder)
+    if broken:
+        raise DataError("\n".join(broken))
+    return found
+
+
+def _gather(jobs: list[SliceJob], rejects: TextIO) -> tuple[Counter[str], int]:
+    """Append a source's rejects, with lines counted from the start of the file; what it skips, documents."""
+    skipped, documents, lines_before = Counter[str](), 0, Counter[str]()
+    for job in jobs:
+        record = json.loads((job.survey / "record.json").read_bytes())
+        job.first_document = documents
+        documents += record["documents"]
+        skipped.update(record["skipped"])
+        with open(job.survey / "rejects.jsonl") as of_slice:
+            for text in of_slice:
+                fields = json.loads(text)
+                fields["line"] += lines_before[fields["file"]]
+                rejects.write(json.dumps(fields) + "\n")
+        lines_before.update(record["lines"])
+    return skipped, documents
+
+
+def _commit(plan: Plan, jobs: Jobs, skipped: dict[str, Counter[str]], folder: Path) -> Manifest:
     """Gather what the slices hold and write the manifest."""
     tokenizer = load_tokenizer(folder)
-    unigrams = {name: np.zeros((len(SPLITS), tokenizer.vocab_size), dtype=np.int64) for name in jobs}
     sources = {}
     for name, of_source in jobs.items():
-        splits = {split: SplitRecord(documents=0, tokens=0, bytes=0, shards=[]) for split in SPLITS}
+        source = SourceRecord({split: [] for split in SPLITS}, dict(skipped[name]), None)
+        unigrams = np.zeros((len(SPLITS), tokenizer.vocab_size), dtype=np.int64)
         for job in of_source:
-            record = SliceRecord.load(job.target)
-            unigrams[name] += record.unigrams
-            for split, part in record.splits.items():
-                splits[split].documents += part.documents
-                splits[split].tokens += part.tokens
-                splits[split].bytes += part.bytes
-                splits[split].shards += part.shards
-        if not splits["train"].documents:
+            unigrams += np.load(job.target / "unigrams.npy")
+            shards = shards_from_json(json.loads((job.target / "slice.json").read_bytes()))
+            for split in SPLITS:
+                source.shards[split] += shards[split]
+        if not source.shards["train"]:
             raise DataError(
-                f"data.sources.{name}: all {splits['validation'].documents} documents are held out for"
-                " validation; lower data.validation_fraction or name more files, in another folder"
+                f"data.sources.{name}: every document is held out for validation;"
+                " lower data.validation_fraction or name more files, in another folder"
             )
-        train, validation = unigrams[name]
-        sources[name] = SourceRecord(
-            splits,
-            skipped=dict(skipped[name]),
-            rejected=bad_rows(skipped[name]),
-            unigram_entropy=_cross_entropy(train, train),
-            validation_unigram_cross_entropy=_cross_entropy(validation, train + 1)
-            if validation.any()
-            else None,
-        )
+        train, validation = unigrams
+        if validation.any():
+            seen = validation > 0
+            shares = (train[seen] + 1) / (train + 1).sum()
+            nats = -(validation[seen] * np.log(shares)).sum() / validation.sum()
+            source.validation_unigram_cross_entropy = float(nats)
+        sources[name] = source
     manifest = Manifest(
         format=FORMAT,
-        settings=plan.settings,
-        inputs=plan.inputs_as_json(),
+        **plan.as_json(),
         tokenizer=TokenizerRecord(
             sha256=hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest(),
             vocab_size=tokenizer.vocab_size,
             end_of_text=tokenizer.end_of_text,
-            max_token_id=max(int(np.flatnonzero(counts.any(axis=0))[-1]) for counts in unigrams.values()),
         ),
         sources=sources,
         rejects_sha256=hashlib.sha256((folder / "rejects.jsonl").read_bytes()).hexdigest(),
@@ -244,20 +283,13 @@ def _commit(
     return manifest
 
 
-def _cross_entropy(counts: np.ndarray, model_counts: np.ndarray) -> float:
-    """Nats per token of `counts` when ids are predicted by their share of `model_counts`."""
-    seen = counts > 0
-    shares = model_counts[seen] / model_counts.sum()
-    return float(-(counts[seen] * np.log(shares)).sum() / counts.sum())
-
-
 def _summary(manifest: Manifest) -> str:
     lines = []
     for name, source in manifest.sources.items():
-        parts = [
-            f"{split} {part.tokens:,} tokens of {part.documents:,} documents"
-            for split, part in source.splits.items()
-        ]
+        parts = []
+        for split, shards in source.shards.items():
+            tokens, documents = sum(s.tokens for s in shards), sum(s.documents for s in shards)
+            parts.append(f"{split} {tokens:,} tokens of {documents:,} documents")
         skipped = [f"{count:,} {code}" for code, count in sorted(source.skipped.items())]
         left_out = f"; left out: {', '.join(skipped)}" if skipped else ""
         lines.append(f"  {name}: {', '.join(parts)}{left_out}")

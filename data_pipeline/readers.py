@@ -1,6 +1,7 @@
 """Rows from files: JSON lines, tables, text. A row that cannot be read costs that row and says why."""
 
 import contextlib
+import functools
 import gzip
 import io
 import itertools
@@ -75,46 +76,54 @@ def read_rows(source: SourceConfig, part: Part) -> Iterator[Row]:
         yield from _READERS[format](source, part)
 
 
+def is_hub(source: SourceConfig, path: str) -> bool:
+    """Whether a path of a source names a dataset of the hub."""
+    return source.kind == "hub" or (source.kind == "sft" and ":" in path)
+
+
 def hub_files(key: str, dataset: str) -> list[str]:
-    """The arrow files of a dataset NAME[@REVISION][:CONFIG]:SPLIT, fetched into the cache of `datasets`."""
+    """The arrow files of a dataset, fetched into the cache of `datasets`."""
+    return [file["filename"] for file in _load_dataset(key, dataset, streaming=False).cache_files]
+
+
+def hub_rows(key: str, dataset: str) -> Iterator[Row]:
+    """The rows of a dataset, fetched as they are read."""
+    rows = _load_dataset(key, dataset, streaming=True)
+    for line, value in enumerate(rows, 1):
+        yield Row(line, line - 1, None, value, None)
+
+
+def _load_dataset(key: str, dataset: str, streaming: bool) -> Any:
+    """A dataset NAME[@REVISION][:CONFIG]:SPLIT. Raises DataError where it cannot be had."""
     from datasets import load_dataset  # slow to import: only for those who read the hub
 
     name, *config, split = dataset.split(":")
     name, _, revision = name.partition("@")
     try:
-        rows = load_dataset(name, *config, split=split, revision=revision or None)
+        return load_dataset(name, *config, split=split, revision=revision or None, streaming=streaming)
     except Exception as error:  # the library raises whatever its many layers raise
-        raise DataError(f"{key} cannot be loaded by datasets.load_dataset ({error})") from error
-    return [file["filename"] for file in rows.cache_files]
+        raise DataError(
+            f"{key} cannot be loaded by datasets.load_dataset ({type(error).__name__}: {error}); check name,"
+            " config, split and network. Without a network: copy the files of the dataset here and use"
+            " kind=parquet, jsonl, or arrow for what datasets.save_to_disk wrote (paths=[FOLDER/*.arrow])"
+        ) from error
 
 
-def table_groups(format: str, path: str) -> list[int]:
-    """Bytes of each row group of a parquet file, or record batch of an arrow file."""
-    with _whole(path, format):
-        if format == "arrow":
-            return [batch.nbytes for batch in _arrow_table(path)[1]]
-        import pyarrow.parquet
-
-        metadata = pyarrow.parquet.read_metadata(path)
-        return [metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups)]
-
-
-def check_columns(name: str, source: SourceConfig, parts: list[Part]) -> None:
-    """Raise DataError, with the columns that there are, if no early row of a source has its text column."""
+def check_columns(name: str, source: SourceConfig, rows: Iterable[Row]) -> None:
+    """Raise DataError, with the columns that there are, if none of the first rows of a source has its text
+    column."""
     column = column_of(source)
-    if column is None:
-        return
     wanted: type = list if source.kind == "sft" else str
-    rows = (row for part in parts for row in read_rows(source, part) if row.fault is None)
     columns: dict[str, str] = {}
-    for row in itertools.islice(rows, _PROBED_ROWS):
+    sound = (row for row in rows if row.fault is None)
+    for row in itertools.islice(sound, _PROBED_ROWS) if column is not None else ():
         if isinstance(row.value.get(column), wanted):
             return
         columns |= {key: type(value).__name__ for key, value in row.value.items()}
     if columns:
         raise DataError(
-            f"data.sources.{name}: the first rows of {parts[0].path} have no {column!r} of type"
-            f" {wanted.__name__}; their columns are {', '.join(f'{k}: {v}' for k, v in columns.items())}"
+            f"data.sources.{name}: its first rows have no {column!r} of type {wanted.__name__};"
+            f" their columns are {', '.join(f'{k}: {v}' for k, v in columns.items())}"
         )
 
 
@@ -147,7 +156,7 @@ def _read_jsonl(source: SourceConfig, part: Part) -> Iterator[Row]:
 
 def _json_row(line: int, offset: int, raw: bytes) -> Row:
     value, fault = None, None
-    if not raw or raw.isspace():
+    if not raw.strip():
         return Row(line, offset, raw, None, BLANK)
     try:
         value = json.loads(raw.decode())
@@ -193,62 +202,71 @@ def _open_lines(path: str) -> Iterator[IO[bytes]]:
             yield file
 
 
-def _read_parquet(source: SourceConfig, part: Part) -> Iterator[Row]:
+class _Group(NamedTuple):
+    """A row group of parquet or a record batch of arrow; `read(columns=names)` its rows."""
+
+    rows: int
+    bytes: int
+    read: Callable[..., Iterable["pyarrow.RecordBatch"]]
+
+
+def _open_table(format: str, path: str) -> tuple["pyarrow.Schema", list[_Group]]:
+    """Schema and groups of a table; arrow is the stream that `datasets` writes, or the file format."""
     import pyarrow.parquet
 
-    with pyarrow.parquet.ParquetFile(part.path) as file:
-        columns = _columns(source, part.path, file.schema_arrow)
-        first = sum(file.metadata.row_group(group).num_rows for group in range(part.start))
-        groups = range(part.start, part.stop)
-        yield from _table_rows(file.iter_batches(_TABLE_ROWS, groups, columns, use_threads=False), first)
-
-
-def _read_arrow(source: SourceConfig, part: Part) -> Iterator[Row]:
-    schema, batches = _arrow_table(part.path)
-    columns = _columns(source, part.path, schema)
-    first = sum(batch.num_rows for batch in itertools.islice(batches, part.start))
-    groups = itertools.islice(batches, part.stop - part.start)
-    wanted = (group if columns is None else group.select(columns) for group in groups)
-    yield from _table_rows(wanted, first)
-
-
-def _arrow_table(path: str) -> tuple["pyarrow.Schema", Iterator["pyarrow.RecordBatch"]]:
-    """Schema and record batches of an arrow file: the stream that `datasets` writes, or the file format."""
-    import pyarrow
-
+    if format == "parquet":
+        parquet = pyarrow.parquet.ParquetFile(path)
+        groups = []
+        for i in range(parquet.num_row_groups):
+            read = functools.partial(parquet.iter_batches, _TABLE_ROWS, [i], use_threads=False)
+            group = parquet.metadata.row_group(i)
+            groups.append(_Group(group.num_rows, group.total_byte_size, read))
+        return parquet.schema_arrow, groups
     file = pyarrow.memory_map(path)
-    if file.read(6) == b"ARROW1":
-        table = pyarrow.ipc.open_file(file)
-        return table.schema, (table.get_batch(index) for index in range(table.num_record_batches))
+    is_file_format = file.read(6) == b"ARROW1"
     file.seek(0)
-    stream = pyarrow.ipc.open_stream(file)
-    return stream.schema, iter(stream)
+    table = pyarrow.ipc.open_file(file) if is_file_format else pyarrow.ipc.open_stream(file)
+    batches = map(table.get_batch, range(table.num_record_batches)) if is_file_format else table
+    return table.schema, [_Group(b.num_rows, b.nbytes, functools.partial(_select, b)) for b in batches]
 
 
-def _columns(source: SourceConfig, path: str, schema: "pyarrow.Schema") -> list[str] | None:
+def _select(batch: "pyarrow.RecordBatch", columns: list[str]) -> list["pyarrow.RecordBatch"]:
+    return [batch.select(columns)]
+
+
+def table_groups(format: str, path: str) -> list[int]:
+    """Bytes of each row group of a parquet file, or record batch of an arrow file."""
+    with _whole(path, format):
+        return [group.bytes for group in _open_table(format, path)[1]]
+
+
+def _read_table(source: SourceConfig, part: Part) -> Iterator[Row]:
+    schema, groups = _open_table(format_of(source.kind, part.path), part.path)
+    columns = _columns(source, part.path, schema)
+    first = sum(group.rows for group in groups[: part.start])
+    line = 0
+    for group in groups[part.start : part.stop]:
+        for batch in group.read(columns=columns):
+            for start in range(0, batch.num_rows, _TABLE_ROWS):
+                for value in batch.slice(start, _TABLE_ROWS).to_pylist():
+                    line += 1
+                    yield Row(line, first + line - 1, None, value, None)
+
+
+def _columns(source: SourceConfig, path: str, schema: "pyarrow.Schema") -> list[str]:
     """The columns to read: the text, or all that a conversation may need. Raises DataError without it."""
     from pyarrow import types
 
-    column = column_of(source)
+    column, is_chat = column_of(source), source.kind == "sft"
     kind = schema.field(column).type if schema.names.count(column) == 1 else None
     if kind is not None and types.is_dictionary(kind):
         kind = kind.value_type
-    is_text = kind is not None and (types.is_string(kind) or types.is_large_string(kind))
-    is_list = kind is not None and (types.is_list(kind) or types.is_large_list(kind))
-    if not (is_list if source.kind == "sft" else is_text):
+    good = (types.is_list, types.is_large_list) if is_chat else (types.is_string, types.is_large_string)
+    if kind is None or not any(is_good(kind) for is_good in good):
         listed = ", ".join(f"{field.name}: {field.type}" for field in schema)
-        wanted = "list" if source.kind == "sft" else "text"
+        wanted = "list" if is_chat else "text"
         raise DataError(f"{path} has no {wanted} column {column!r}; its columns are {listed}")
-    return None if column is None or source.kind == "sft" else [column]
-
-
-def _table_rows(batches: Iterable["pyarrow.RecordBatch"], first: int) -> Iterator[Row]:
-    line = 0
-    for batch in batches:
-        for start in range(0, batch.num_rows, _TABLE_ROWS):
-            for value in batch.slice(start, _TABLE_ROWS).to_pylist():
-                line += 1
-                yield Row(line, first + line - 1, None, value, None)
+    return schema.names if is_chat else [str(column)]
 
 
 @contextlib.contextmanager
@@ -268,7 +286,7 @@ def _whole(path: str, format: str) -> Iterator[None]:
 _READERS: dict[str, Callable[[SourceConfig, Part], Iterator[Row]]] = {
     "embedded": _read_embedded,
     "jsonl": _read_jsonl,
-    "parquet": _read_parquet,
-    "arrow": _read_arrow,
+    "parquet": _read_table,
+    "arrow": _read_table,
     "text": _read_text,
 }

@@ -10,16 +10,8 @@ from pathlib import Path
 from data_pipeline.config import DataError
 
 # Tests, other people's packages, near-duplicates of other modules (lib2to3) and tables (encodings).
-_EXCLUDED = {
-    "test",
-    "tests",
-    "idle_test",
-    "site-packages",
-    "dist-packages",
-    "lib2to3",
-    "encodings",
-    "pydoc_data",
-}
+_EXCLUDED = {*("test", "tests", "idle_test"), *("site-packages", "dist-packages")}
+_EXCLUDED |= {"lib2to3", "encodings", "pydoc_data"}
 _SHORTEST_PROSE = 200  # characters; a module with less docstring than this says nothing
 
 
@@ -40,14 +32,13 @@ def documents(collection: str) -> tuple[str, ...]:
 @functools.cache
 def _modules() -> dict[str, str]:
     """Dotted name -> source of the modules of the standard library, by path."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    paths = [path for path in sorted(root.rglob("*.py")) if not _EXCLUDED & set(path.relative_to(root).parts)]
-    modules = {}
-    for path in paths:
+    root, modules = Path(sysconfig.get_paths()["stdlib"]), {}
+    for path in sorted(root.rglob("*.py")):
         parts = path.relative_to(root).with_suffix("").parts
-        name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-        modules[name] = path.read_text(encoding="utf-8", errors="strict")
-    return {name: source for name, source in modules.items() if source.strip()}
+        source = "" if _EXCLUDED & set(parts) else path.read_text(encoding="utf-8")
+        if source.strip():
+            modules[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = source
+    return modules
 
 
 def _code() -> Iterator[str]:

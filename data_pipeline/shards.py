@@ -7,10 +7,12 @@ SIGBUS.
 import hashlib
 import os
 import random
+import zipfile
 import zlib
 from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -26,34 +28,6 @@ _SIZES_CHECKED = 1024  # at the start; the size of every other shard is checked 
 _BLOCKS_CHECKED = 3
 
 
-class ChecksummedFile:
-    """A file written from front to back; `close` waits for the disk and returns the crc32 of its blocks."""
-
-    def __init__(self, path: Path) -> None:
-        self._file = open(path, "xb")  # noqa: SIM115 (closed by close)
-        self._blocks: list[int] = []
-        self._size = 0
-
-    def write(self, data: bytes) -> None:
-        """Append `data`."""
-        self._file.write(data)
-        while data:
-            filled = self._size % _BLOCK_BYTES
-            part = data[: _BLOCK_BYTES - filled]
-            if filled == 0:
-                self._blocks.append(0)
-            self._blocks[-1] = zlib.crc32(part, self._blocks[-1])
-            self._size += len(part)
-            data = data[len(part) :]
-
-    def close(self) -> str:
-        """Eight hex digits per block."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        return "".join(f"{block:08x}" for block in self._blocks)
-
-
 class ShardWriter:
     """Writes documents into the shards `<folder>/<split>-00000`, ...; a document never crosses shards.
 
@@ -65,7 +39,7 @@ class ShardWriter:
         self._capacity = shard_bytes // TOKEN.itemsize
         self._records: list[ShardRecord] = []
         self._offsets: list[int] = [0]
-        self._files: dict[str, ChecksummedFile] = {}
+        self._files: dict[str, BinaryIO] = {}
         self._unwritten_loss = np.empty(0, np.bool_)  # bits that do not fill a byte yet
 
     def add(self, ids: np.ndarray, row: tuple[int, int], loss: np.ndarray | None = None) -> None:
@@ -83,116 +57,64 @@ class ShardWriter:
         self._offsets.append(self._offsets[-1] + len(ids))
 
     def close(self) -> list[ShardRecord]:
-        """Finish the last shard; returns all of them."""
+        """Finish the last shard; returns all of them. The files are on the disk then."""
         if self._files:
             self._finish_shard()
         return self._records
 
     def _write(self, suffix: str, values: np.ndarray) -> None:
         if suffix not in self._files:
-            stem = f"{self._split}-{len(self._records):05d}"
-            self._files[suffix] = ChecksummedFile(self._folder / f"{stem}.{suffix}")
+            path = self._folder / f"{self._split}-{len(self._records):05d}.{suffix}"
+            self._files[suffix] = open(path, "xb")  # noqa: SIM115 (closed by _finish_shard)
         self._files[suffix].write(values.tobytes())
 
     def _finish_shard(self) -> None:
         self._write("offsets", np.array(self._offsets, dtype=OFFSET))
         if "loss" in self._files:
             self._write("loss", np.packbits(self._unwritten_loss, bitorder="little"))
-        record = ShardRecord(
-            name=f"{self._label}/{self._split}-{len(self._records):05d}",
-            documents=len(self._offsets) - 1,
-            tokens=self._offsets[-1],
-            crc32={suffix: file.close() for suffix, file in self._files.items()},
-        )
-        self._records.append(record)
+        checksums = {}
+        for suffix, file in self._files.items():
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()
+            checksums[suffix] = file_crc32(Path(file.name))
+        name = f"{self._label}/{self._split}-{len(self._records):05d}"
+        self._records.append(ShardRecord(name, len(self._offsets) - 1, self._offsets[-1], checksums))
         self._files, self._offsets, self._unwritten_loss = {}, [0], np.empty(0, np.bool_)
 
 
-class _ShardFiles:
-    """Reads from the files of shards, few of which are open at a time."""
+class Place(NamedTuple):
+    """A document of a stream: its number, its first token and its end there, and the row that it comes from:
+    the number of the input file in the manifest, the offset in it."""
 
-    def __init__(self, folder: Path, shards: list[ShardRecord]) -> None:
-        self._folder, self._shards = folder, shards
-        self._open: OrderedDict[tuple[int, str], int] = (
-            OrderedDict()
-        )  # descriptors, least recently used first
-
-    def read(self, shard: int, suffix: str, dtype: np.dtype, start: int, stop: int) -> np.ndarray:
-        """Elements [start, stop) of a file. Raises DataError for one that is missing or was cut off."""
-        record, key = self._shards[shard], (shard, suffix)
-        path, _ = shard_file(self._folder, record, suffix)
-        if key not in self._open:
-            check_size(self._folder, record)
-            if len(self._open) == _OPEN_FILES:
-                os.close(self._open.popitem(last=False)[1])
-            self._open[key] = os.open(path, os.O_RDONLY)
-        self._open.move_to_end(key)
-        size = dtype.itemsize
-        data = read_exactly(self._open[key], path, start * size, (stop - start) * size)
-        return np.frombuffer(data, dtype=dtype)
-
-    def close(self) -> None:
-        while self._open:
-            os.close(self._open.popitem()[1])
-
-
-class DocumentIndex:
-    """Where the documents of one source and split begin and end, over all its shards."""
-
-    def __init__(self, shards: list[ShardRecord], files: _ShardFiles) -> None:
-        self._shards, self._files = shards, files
-        self._ends = np.cumsum([shard.documents for shard in shards], dtype=np.int64)
-        self._first_tokens = np.cumsum([0, *(shard.tokens for shard in shards)], dtype=np.int64)
-
-    def __len__(self) -> int:
-        return int(self._ends[-1]) if len(self._ends) else 0
-
-    def span(self, document: int) -> tuple[int, int]:
-        """First token and end of a document in its stream, the closing id included."""
-        shard, local = self._place(document)
-        start, stop = self._files.read(shard, "offsets", OFFSET, local, local + 2).astype(np.int64)
-        first = self._first_tokens[shard]
-        return int(first + start), int(first + stop)
-
-    def source_row(self, document: int) -> tuple[int, int]:
-        """Number of a document's input file in the manifest, and the offset of its row there."""
-        shard, local = self._place(document)
-        row = self._files.read(shard, "rows", ROW, local, local + 1)[0]
-        return int(row["file"]), int(row["offset"])
-
-    def at(self, token: int) -> int:
-        """The document that holds a token of the stream."""
-        shard = int(np.searchsorted(self._first_tokens, token, side="right")) - 1
-        record = self._shards[shard]
-        offsets = self._files.read(shard, "offsets", OFFSET, 0, record.documents + 1)
-        local = int(np.searchsorted(offsets, token - self._first_tokens[shard], side="right")) - 1
-        return int(self._ends[shard]) - record.documents + local
-
-    def _place(self, document: int) -> tuple[int, int]:
-        """Shard of a document and its number there."""
-        assert 0 <= document < len(self), (document, len(self))
-        shard = int(np.searchsorted(self._ends, document, side="right"))
-        return shard, document - int(self._ends[shard]) + self._shards[shard].documents
+    document: int
+    start: int
+    stop: int
+    file: int
+    offset: int
 
 
 class TokenStream:
-    """The tokens of one source and split, end to end over its shards, as if they were one array."""
+    """The tokens of one source and split, end to end over its shards, as if they were one array.
+
+    Few of the files are open at a time. Reading raises DataError for a shard that is missing or was cut off.
+    """
 
     def __init__(self, folder: Path, shards: list[ShardRecord]) -> None:
-        self._shards, self._files = shards, _ShardFiles(folder, shards)
+        self._folder, self._shards = folder, shards
         self._ends = np.cumsum([shard.tokens for shard in shards], dtype=np.int64)
-        self.documents = DocumentIndex(shards, self._files)
+        self._open: OrderedDict[tuple[int, str], int] = (
+            OrderedDict()
+        )  # descriptors, least recently used first
         self.has_loss = any("loss" in shard.crc32 for shard in shards)
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Tokens [start, stop) as uint32. Raises DataError for a shard that is missing or was cut off."""
-        parts = [
-            self._files.read(shard, "tokens", TOKEN, begin, end)
-            for shard, begin, end in self._shard_spans(start, stop)
-        ]
+        """Tokens [start, stop) as uint32."""
+        spans = self._shard_spans(start, stop)
+        parts = [self._elements(shard, "tokens", TOKEN, begin, end) for shard, begin, end in spans]
         return np.concatenate(parts) if parts else np.empty(0, dtype=TOKEN)
 
     def read_loss(self, start: int, stop: int) -> np.ndarray:
@@ -201,20 +123,35 @@ class TokenStream:
             return np.ones(stop - start, dtype=np.bool_)
         parts = [np.empty(0, dtype=np.bool_)]
         for shard, begin, end in self._shard_spans(start, stop):
-            packed = self._files.read(shard, "loss", np.dtype(np.uint8), begin // 8, -(-end // 8))
+            packed = self._elements(shard, "loss", np.dtype(np.uint8), begin // 8, -(-end // 8))
             bits = np.unpackbits(packed, bitorder="little")
             parts.append(bits[begin % 8 : begin % 8 + end - begin].astype(np.bool_))
         return np.concatenate(parts)
 
     def document_offsets(self) -> Iterator[np.ndarray]:
         """For each shard, as int64: where its documents begin in the stream, then where its last one ends."""
-        for shard, (end, record) in enumerate(zip(self._ends, self._shards, strict=True)):
-            offsets = self._files.read(shard, "offsets", OFFSET, 0, record.documents + 1)
-            yield offsets.astype(np.int64) + (int(end) - record.tokens)
+        return map(self._offsets, range(len(self._shards)))
+
+    def document_at(self, token: int) -> Place:
+        """The document that holds a token of the stream."""
+        shard = int(np.searchsorted(self._ends, token, side="right"))
+        offsets = self._offsets(shard)
+        local = int(np.searchsorted(offsets, token, side="right")) - 1
+        row = self._elements(shard, "rows", ROW, local, local + 1)[0]
+        document = sum(record.documents for record in self._shards[:shard]) + local
+        return Place(
+            document, int(offsets[local]), int(offsets[local + 1]), int(row["file"]), int(row["offset"])
+        )
 
     def close(self) -> None:
         """Close the files."""
-        self._files.close()
+        while self._open:
+            os.close(self._open.popitem()[1])
+
+    def _offsets(self, shard: int) -> np.ndarray:
+        record = self._shards[shard]
+        offsets = self._elements(shard, "offsets", OFFSET, 0, record.documents + 1)
+        return offsets.astype(np.int64) + (int(self._ends[shard]) - record.tokens)
 
     def _shard_spans(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
         """Shard, and first token and end within it, of the parts of [start, stop)."""
@@ -223,20 +160,25 @@ class TokenStream:
         while start < stop:
             end = int(self._ends[shard])
             begin = end - self._shards[shard].tokens
-            part_stop = min(stop, end)
-            yield shard, start - begin, part_stop - begin
-            start, shard = part_stop, shard + 1
+            yield shard, start - begin, min(stop, end) - begin
+            start, shard = min(stop, end), shard + 1
 
-
-def read_exactly(descriptor: int, path: Path, offset: int, size: int) -> bytes:
-    """`size` bytes from `offset`. Raises DataError where the file ends before."""
-    data = os.pread(descriptor, size, offset)
-    while len(data) < size:
-        more = os.pread(descriptor, size - len(data), offset + len(data))
-        if not more:
-            raise DataError(f"{path} ends at byte {offset + len(data)}, {offset + size} are needed; {REMEDY}")
-        data += more
-    return data
+    def _elements(self, shard: int, suffix: str, dtype: np.dtype, start: int, stop: int) -> np.ndarray:
+        """Elements [start, stop) of a file of a shard."""
+        key, path = (shard, suffix), shard_file(self._folder, self._shards[shard], suffix)[0]
+        if key not in self._open:
+            check_size(self._folder, self._shards[shard])
+            if len(self._open) == _OPEN_FILES:
+                os.close(self._open.popitem(last=False)[1])
+            self._open[key] = os.open(path, os.O_RDONLY)
+        self._open.move_to_end(key)
+        offset, end, data = start * dtype.itemsize, stop * dtype.itemsize, b""
+        while offset + len(data) < end:
+            more = os.pread(self._open[key], end - offset - len(data), offset + len(data))
+            if not more:
+                raise DataError(f"{path} ends at byte {offset + len(data)}, {end} are needed; {REMEDY}")
+            data += more
+        return np.frombuffer(data, dtype=dtype)
 
 
 def shard_file(folder: Path, shard: ShardRecord, suffix: str) -> tuple[Path, int]:
@@ -271,7 +213,7 @@ def open_prepared(folder: Path) -> Manifest:
         check_size(folder, shard)
     for shard in chance.choices(shards, k=_BLOCKS_CHECKED):
         check_size(folder, shard)
-        _check_block(*chance.choice(list(_blocks(folder, shard, "tokens"))))
+        _check_block(folder, shard, "tokens", chance.randrange(len(shard.crc32["tokens"]) // 8))
     return manifest
 
 
@@ -289,12 +231,21 @@ def verify(folder: Path) -> Manifest:
     for shard in manifest.shards():
         try:
             check_size(folder, shard)
-            for suffix in shard.crc32:
-                for block in _blocks(folder, shard, suffix):
-                    _check_block(*block)
+            for suffix, checksums in shard.crc32.items():
+                for number in range(len(checksums) // 8):
+                    _check_block(folder, shard, suffix, number)
             _check_documents(folder, shard, manifest.tokenizer)
         except DataError as error:
             found.append(str(error))
+    for path in sorted((folder / "packing").glob("*.npz")):
+        try:
+            with np.load(path) as plan:  # checks a checksum of its own
+                arrays = dict(plan.items())
+            is_whole = file_crc32(path.with_suffix(".items")) == str(arrays["items_crc32"])
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+            is_whole = False
+        if not is_whole:
+            found.append(f"{path} or its .items is damaged; remove both, they are made again")
     if found:
         raise DataError("\n".join(found))
     return manifest
@@ -305,26 +256,27 @@ def _check_documents(folder: Path, shard: ShardRecord, tokenizer: TokenizerRecor
     tokens = np.fromfile(shard_file(folder, shard, "tokens")[0], dtype=TOKEN)
     offsets = np.fromfile(shard_file(folder, shard, "offsets")[0], dtype=OFFSET)
     ends = np.flatnonzero(tokens == tokenizer.end_of_text) + 1
-    if offsets[0] != 0 or not np.array_equal(offsets[1:], ends) or tokens.max() > tokenizer.max_token_id:
+    if offsets[0] != 0 or not np.array_equal(offsets[1:], ends) or tokens.max() >= tokenizer.vocab_size:
         raise DataError(f"{folder}/slices/{shard.name}: tokens and offsets do not fit together; {REMEDY}")
 
 
-def _blocks(folder: Path, shard: ShardRecord, suffix: str) -> Iterator[tuple[Path, int, int, int]]:
-    """Path, offset, size and crc32 of each block of a file."""
+def _check_block(folder: Path, shard: ShardRecord, suffix: str, number: int) -> None:
+    """Raise DataError unless a block of a file of a shard has the checksum of the manifest."""
     path, size = shard_file(folder, shard, suffix)
-    checksums = shard.crc32[suffix]
-    for number, offset in enumerate(range(0, size, _BLOCK_BYTES)):
-        yield path, offset, min(_BLOCK_BYTES, size - offset), int(checksums[8 * number : 8 * number + 8], 16)
-
-
-def _check_block(path: Path, offset: int, size: int, crc32: int) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        found = zlib.crc32(read_exactly(descriptor, path, offset, size))
-    finally:
-        os.close(descriptor)
-    if found != crc32:
+    start, wanted = number * _BLOCK_BYTES, shard.crc32[suffix][8 * number : 8 * number + 8]
+    if (found := _block_crc32(path, start)) != wanted:
         raise DataError(
-            f"{path} is damaged between bytes {offset} and {offset + size}: crc32 {found:08x},"
-            f" its manifest says {crc32:08x}; {REMEDY}"
+            f"{path} is damaged between bytes {start} and {min(start + _BLOCK_BYTES, size)}:"
+            f" crc32 {found}, its manifest says {wanted}; {REMEDY}"
         )
+
+
+def file_crc32(path: Path) -> str:
+    """Eight hex digits per block of a file."""
+    return "".join(_block_crc32(path, start) for start in range(0, path.stat().st_size, _BLOCK_BYTES))
+
+
+def _block_crc32(path: Path, offset: int) -> str:
+    with open(path, "rb") as file:
+        file.seek(offset)
+        return f"{zlib.crc32(file.read(_BLOCK_BYTES)):08x}"

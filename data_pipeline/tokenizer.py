@@ -7,7 +7,7 @@ from pathlib import Path
 
 import tokenizers
 
-from data_pipeline.config import DataError
+from data_pipeline.config import DataConfig, DataError
 
 END_OF_TEXT = "<|endoftext|>"
 # Qwen3's control tokens, so that a tokenizer trained here has them for every later stage.
@@ -27,28 +27,21 @@ _WORDS = (
 class Tokenizer:
     """A tokenizer.json of the `tokenizers` library.
 
-    vocab_size: 1 + the largest id, control tokens included. end_of_text: id of `<|endoftext|>`, which closes
-    every document. Raises DataError for a file that is no tokenizer or lacks that token.
+    serialized: the file's text. vocab_size: 1 + the largest id, control
+    tokens included. end_of_text: id of `<|endoftext|>`, which closes every document. Raises DataError for a
+    file that is no tokenizer or lacks that token.
     """
 
     def __init__(self, serialized: str, origin: str) -> None:
+        self.serialized, self._origin = serialized, origin
         try:
-            self._full = tokenizers.Tokenizer.from_str(serialized)
-            spec = json.loads(serialized)
-            # Without added tokens a control string inside a document is text like any other.
-            spec |= {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
-            self._text_only = tokenizers.Tokenizer.from_str(json.dumps(spec))
+            self._full, self._text_only, self._vocabulary = _parse(serialized)
         except Exception as error:  # the library raises Exception itself
             raise DataError(
                 f"{origin} is no tokenizer.json that the tokenizers library can read ({error})"
             ) from error
-        vocabulary = self._full.get_vocab(with_added_tokens=True)
-        if END_OF_TEXT not in vocabulary:
-            raise DataError(
-                f"{origin} has no token {END_OF_TEXT}, which closes every document; add it to the file"
-            )
-        self.vocab_size = max(vocabulary.values()) + 1
-        self.end_of_text = vocabulary[END_OF_TEXT]
+        self.end_of_text = self.control_id(END_OF_TEXT)
+        self.vocab_size = max(self._vocabulary.values()) + 1
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without any control token."""
@@ -56,41 +49,63 @@ class Tokenizer:
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """`encode` of each text, on all the threads that RAYON_NUM_THREADS allows."""
-        return [
-            encoding.ids for encoding in self._text_only.encode_batch_fast(texts, add_special_tokens=False)
-        ]
+        return [found.ids for found in self._text_only.encode_batch_fast(texts, add_special_tokens=False)]
 
     def control_id(self, name: str) -> int:
         """Id of a control token. Raises DataError for a tokenizer without it."""
-        number = self._full.token_to_id(name)
-        if number is None:
-            raise DataError(f"the tokenizer has no token {name}; use one with the control tokens of Qwen3")
-        return number
+        if name not in self._vocabulary:
+            raise DataError(f"{self._origin} has no token {name}; use one with the control tokens of Qwen3")
+        return self._vocabulary[name]
 
     def vocabulary(self) -> dict[str, int]:
         """Every token and its id."""
-        return self._full.get_vocab(with_added_tokens=True)
+        return self._vocabulary
 
     def decode(self, ids: list[int]) -> str:
         """Text of ids; control tokens appear as their names."""
         return self._full.decode(ids, skip_special_tokens=False)
 
 
+@functools.lru_cache(maxsize=2)  # takes a second, and is asked for again
+def _parse(serialized: str) -> tuple[tokenizers.Tokenizer, tokenizers.Tokenizer, dict[str, int]]:
+    """With added tokens and without (a control string inside a document is text like any other), and ids."""
+    full = tokenizers.Tokenizer.from_str(serialized)
+    bare: dict[str, object] = {
+        "added_tokens": [],
+        "post_processor": None,
+        "truncation": None,
+        "padding": None,
+    }
+    text_only = tokenizers.Tokenizer.from_str(json.dumps(json.loads(serialized) | bare))
+    return full, text_only, full.get_vocab(with_added_tokens=True)
+
+
 def load_tokenizer(folder: str | Path) -> Tokenizer:
     """The tokenizer of a prepared or Hugging Face folder. Raises DataError where it has none."""
     path = Path(folder) / "tokenizer.json"
     try:
-        return Tokenizer(path.read_text(encoding="utf-8"), str(path))
+        return Tokenizer(path.read_bytes().decode(), str(path))
     except OSError as error:
         raise DataError(
             f"{path} cannot be read ({error.strerror}); name a folder that holds a tokenizer"
         ) from error
 
 
-@functools.lru_cache(maxsize=2)
-def load_tokenizer_once(folder: Path, sha256: str) -> Tokenizer:
-    """`load_tokenizer`, kept for the next slice; `sha256` tells apart what a path held at different times."""
-    return load_tokenizer(folder)
+def tokenizer_of(config: DataConfig) -> Tokenizer:
+    """The tokenizer that a run reads its data with."""
+    if config.mode == "prepared":
+        return load_tokenizer(config.dir)
+    assert config.tokenizer is not None
+    return Tokenizer(fetch_tokenizer(config.tokenizer), config.tokenizer)
+
+
+def check_vocab_size(ids: int, vocab_size: int) -> None:
+    """Raise DataError if a tokenizer of `ids` ids has one that a model of `vocab_size` does not."""
+    if ids > vocab_size:
+        raise DataError(
+            f"model.vocab_size={vocab_size} is smaller than the tokenizer of the data, which has {ids} ids;"
+            " raise model.vocab_size to it or beyond, or use another tokenizer"
+        )
 
 
 def fetch_tokenizer(name: str) -> str:

@@ -16,7 +16,7 @@ from slurm.config import SlurmConfig, SubmitConfig
 from slurm.jobs import is_sweep, refuse_queued, slurm
 from slurm.script import job_script
 from slurm.snapshot import snapshot
-from trainer.cli import absolute_paths, check_data
+from trainer.cli import check_data, make_paths_absolute
 from trainer.run_folder import freeze, lock
 from trainer.typed import typed
 
@@ -47,7 +47,7 @@ class Submission:
             config = typed(SubmitConfig, cfg)
             config.check(config.plan)
             check_data(config)
-            absolute_paths(cfg)
+            make_paths_absolute(cfg, config)
             self._configs.append(config)
         except (ConfigError, DataError) as error:
             where = f"point {point} ({' '.join(overrides)}):\n" if self._sweep else ""

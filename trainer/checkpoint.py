@@ -17,8 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from data_pipeline.manifest import Manifest, sync_folder, write_atomically
-from data_pipeline.tokenizer import load_tokenizer
+from data_pipeline.config import DataConfig
+from data_pipeline.manifest import sync_folder, write_atomically
+from data_pipeline.tokenizer import load_tokenizer, tokenizer_of
 from moe.balance import Balance
 from moe.config import ConfigError
 from moe.hf import Written, finish_folder, write_shards
@@ -246,14 +247,13 @@ class Checkpoints:
         if not self._ranks.is_main:
             return
         model, stage, dtype = self._config.model, self._config.stage, DTYPES[self._config.dtype]
-        data_dir = Path(self._config.data.dir)
+        tokenizer = tokenizer_of(self._config.data)
         weights = {name: place for part in parts for name, place in part.weights.items()}
         stored = sum(place.nbytes for place in weights.values()), sum(part.elements for part in parts)
         expected = model.num_parameters() * dtype.itemsize, model.num_parameters() * FIELDS
         assert stored == expected, f"(bytes of weights, elements of state) {stored} instead of {expected}"
-        end_of_text = Manifest.load(data_dir).tokenizer.end_of_text
-        finish_folder(model, dtype, weights, folder / "hf", end_of_text)
-        shutil.copyfile(data_dir / "tokenizer.json", folder / "hf" / "tokenizer.json")
+        finish_folder(model, dtype, weights, folder / "hf", tokenizer.end_of_text)
+        (folder / "hf" / "tokenizer.json").write_bytes(tokenizer.serialized.encode())
         known = {name: entry for part in parts for name, entry in part.files.items()}
         names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
         files = {
@@ -326,14 +326,14 @@ def _on_host(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", copy=True)
 
 
-def check_tokenizer(weights: Path, data_dir: Path) -> None:
+def check_tokenizer(weights: Path, data: DataConfig) -> None:
     """Raises ConfigError if the tokenizer that lies beside the weights is not that of the data."""
     if not (weights / "tokenizer.json").is_file():
         return
-    if load_tokenizer(weights).vocabulary() != load_tokenizer(data_dir).vocabulary():
+    if load_tokenizer(weights).vocabulary() != tokenizer_of(data).vocabulary():
         raise ConfigError(
             [
-                f"stage.init_from: {weights} was trained with another tokenizer than data.dir={data_dir};"
+                f"stage.init_from: {weights} was trained with another tokenizer than data.dir={data.dir};"
                 f" prepare the data with data.tokenizer={weights}"
             ]
         )

@@ -12,6 +12,8 @@ from omegaconf import DictConfig
 
 from data_pipeline.config import DataError
 from data_pipeline.shards import open_prepared
+from data_pipeline.streaming import TextStream, absolute_paths
+from data_pipeline.tokenizer import check_vocab_size, tokenizer_of
 from trainer.config import ConfigError, RunConfig
 from trainer.launch import launch
 from trainer.parallel import ParallelPlan
@@ -61,25 +63,33 @@ def train_here(cfg: DictConfig) -> int:
     forget_origin(config, config.run_dir)
     config.check(ParallelPlan.of(config, config.parallel.nproc_per_node))
     check_data(config)
-    absolute_paths(cfg)
+    make_paths_absolute(cfg, config)
     held = lock(config.run_dir)
     freeze(config.run_dir, cfg, list(hydra_config.overrides.task))
     return start(config.run_dir, RunConfig.of_run(config.run_dir), held)
 
 
-def absolute_paths(cfg: DictConfig) -> None:
+def make_paths_absolute(cfg: DictConfig, config: RunConfig) -> None:
     """Make what a run reads independent of the folder it is started in."""
     for group, key in (("data", "dir"), ("stage", "init_from")):
         if cfg[group][key] is not None:
             cfg[group][key] = str(Path(cfg[group][key]).resolve())
+    if config.data.mode == "streaming":
+        cfg.data.merge_with(absolute_paths(config.data))
 
 
 def check_data(config: RunConfig) -> None:
     """Raises DataError if the data is not prepared for this run, is damaged, or does not fit the model."""
-    folder = Path(config.data.dir)
-    manifest = open_prepared(folder)
-    manifest.check_settings(config.data.content_settings(), folder)
-    manifest.check_vocab_size(config.model.vocab_size)
+    if config.data.mode == "streaming":
+        tokenizer = tokenizer_of(config.data)
+        for name in sorted(config.data.trained_sources()):
+            TextStream(config.data, name, tokenizer, config.seed)
+        check_vocab_size(tokenizer.vocab_size, config.model.vocab_size)
+    else:
+        folder = Path(config.data.dir)
+        manifest = open_prepared(folder)
+        manifest.check_settings(config.data.content_settings(), folder)
+        check_vocab_size(manifest.tokenizer.vocab_size, config.model.vocab_size)
 
 
 def start(run_dir: Path, config: RunConfig, held: int) -> int:

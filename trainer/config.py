@@ -231,6 +231,11 @@ class RunConfig:
             for key in router
             if self.model.num_experts == 0 and getattr(self.balance, key)
         ]
+        if self.data.mode == "streaming" and self.evaluate.every_steps:
+            found.append(
+                f"evaluate.every_steps={self.evaluate.every_steps} needs held-out rows, which "
+                "data.mode=streaming does not keep; use 0, or prepare the data"
+            )
         if not self.optimizer.lr > 0:
             found.append(f"optimizer.lr={self.optimizer.lr} must be above 0")
         if self.experts.backend == "grouped":

@@ -150,9 +150,8 @@ def train(
     if outcome == "stopped":
         screen.say(f"stopped at step {step} of {total_steps}; go on with: python -m trainer.resume {run_dir}")
     else:
-        unigram = {
-            name: source.validation_unigram_cross_entropy for name, source in loader.manifest.sources.items()
-        }
+        sources = loader.manifest.sources if loader.manifest else {}
+        unigram = {name: source.validation_unigram_cross_entropy for name, source in sources.items()}
         screen.say(
             closing(config, metrics, unigram, run_dir) if metrics else "nothing to do: the run is finished"
         )
@@ -228,7 +227,7 @@ def build_model(config: RunConfig, plan: ParallelPlan, ranks: Ranks) -> CausalLM
         init_weights(model, config.seed, ep_rank=ep_rank)
     else:
         weights = hf_folder(Path(config.stage.init_from))
-        check_tokenizer(weights, Path(config.data.dir))
+        check_tokenizer(weights, config.data)
         with reading(weights):
             if config.init.upcycle == "none":
                 load_hf(model, weights, ep_rank=ep_rank)

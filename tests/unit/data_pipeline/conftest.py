@@ -40,6 +40,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def data_config(corpus: Path, tmp_path: Path) -> DataConfig:
     """A configuration of the corpus, not prepared; its slices and shards are small, so there are many."""
     return DataConfig(
+        mode="prepared",
         dir=str(tmp_path / "prepared"),
         tokenizer=None,
         tokenizer_vocab_size=VOCAB_SIZE,

@@ -45,7 +45,7 @@ class Stream:
 
 def open_rows(folder: Path, streams: dict[str, Stream], seq_len: int, shares: dict | None = None, **weights):
     sources = {name: PackedSource(s, weights.get(name, 1.0), None) for name, s in streams.items()}
-    return BestFitRows(folder, "p", sources, seq_len, END, shares or {})
+    return BestFitRows(folder, "p", sources, seq_len, shares or {})
 
 
 def targets_of(rows: BestFitRows) -> Counter:

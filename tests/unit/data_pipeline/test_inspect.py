@@ -57,7 +57,9 @@ def test_the_targets_of_a_conversation(data_config: DataConfig, tmp_path: Path) 
 
 @pytest.mark.parametrize("which", ["nobody", "letters:x", "letters:99999"])
 def test_what_is_no_row(prepared: DataConfig, which: str) -> None:
-    with pytest.raises(DataError, match=f"{which}.* (is no row: give ROW, SOURCE or|there are only)"):
+    with pytest.raises(
+        DataError, match=f"{which}.* (is no row: give ROW, SOURCE or|there are not so many rows)"
+    ):
         show(prepared, which, seq_len=64, seed=SEED)
 
 

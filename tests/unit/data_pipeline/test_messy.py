@@ -69,8 +69,9 @@ def test_every_row_of_messy_jsonl(data_config: DataConfig, slice_bytes: int, on_
 
     lines = path.read_bytes().split(b"\n")
     offsets = [sum(len(line) + 1 for line in lines[:n]) for n in range(len(lines))]
-    stream = TokenStream(Path(config.dir), manifest.sources["messy"].splits["train"].shards)
-    kept = {offsets.index(stream.documents.source_row(i)[1]) + 1: i for i in range(len(stream.documents))}
+    stream = TokenStream(Path(config.dir), manifest.sources["messy"].shards["train"])
+    places = [stream.document_at(start) for offset in stream.document_offsets() for start in offset[:-1]]
+    kept = {offsets.index(place.offset) + 1: place for place in places}
     bad = {
         reject["line"]: reject
         for reject in map(json.loads, (Path(config.dir) / "rejects.jsonl").read_text().splitlines())
@@ -79,10 +80,9 @@ def test_every_row_of_messy_jsonl(data_config: DataConfig, slice_bytes: int, on_
     for line, expect in expectations("messy_manifest.json").items():
         action, _, code = expect.partition(":")
         if action.split(" ")[0].rstrip(";") == "keep":
-            start, stop = stream.documents.span(kept.pop(line))
-            assert (
-                tokenizer.decode(stream.read(start, stop - 1).tolist()) == json.loads(lines[line - 1])["text"]
-            )
+            place = kept.pop(line)
+            text = tokenizer.decode(stream.read(place.start, place.stop - 1).tolist())
+            assert text == json.loads(lines[line - 1])["text"]
         elif code not in ("blank", "") and action == "skip":
             code = BAD_REASONS.get(code, re.split(r"[ (]", code)[0])
             reject = bad.pop(line)

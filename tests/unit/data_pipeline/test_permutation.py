@@ -1,4 +1,4 @@
-"""The computed permutation is one, for every n, and the same for one index and for many."""
+"""The computed permutation is one, for every n."""
 
 import numpy as np
 import pytest
@@ -9,8 +9,8 @@ from data_pipeline.permutation import Permutation, derive_key
 
 
 def assert_bijective(n: int, key: int) -> None:
-    images = Permutation(n, key).array(np.arange(n))
-    assert np.array_equal(np.sort(images), np.arange(n))
+    permutation = Permutation(n, key)
+    assert sorted(map(permutation, range(n))) == list(range(n))
 
 
 @given(n=st.integers(1, 2000), key=st.integers(0, 2**64 - 1))
@@ -18,24 +18,24 @@ def test_bijective(n: int, key: int) -> None:
     assert_bijective(n, key)
 
 
-@pytest.mark.parametrize("n", [65535, 65536, 65537, 300_000])
+@pytest.mark.parametrize("n", [65535, 65536, 65537])
 def test_bijective_for_large_n(n: int) -> None:
     assert_bijective(n, derive_key(n))
 
 
 @given(n=st.integers(1, 1 << 62), key=st.integers(0, 2**64 - 1), data=st.data())
-def test_scalar_and_vector_agree_and_stay_in_range(n: int, key: int, data: st.DataObject) -> None:
+def test_images_stay_in_range(n: int, key: int, data: st.DataObject) -> None:
     indices = data.draw(st.lists(st.integers(0, n - 1), min_size=1, max_size=20))
     permutation = Permutation(n, key)
     images = [permutation(i) for i in indices]
-    assert images == permutation.array(np.array(indices, dtype=np.uint64)).tolist()
     assert all(0 <= image < n for image in images)
     assert len(set(images)) == len(set(indices))
 
 
 def test_it_shuffles_and_keys_differ() -> None:
     n = 10_000
-    first, second = (Permutation(n, derive_key(seed)).array(np.arange(n)).astype(float) for seed in (1, 2))
+    permutations = [Permutation(n, derive_key(seed)) for seed in (1, 2)]
+    first, second = (np.array([of(i) for i in range(n)], dtype=float) for of in permutations)
     identity = np.arange(n)
     for a, b in ((first, identity), (second, identity), (first, second), (first[1:], first[:-1])):
         assert abs(np.corrcoef(a, b)[0, 1]) < 0.04  # four standard deviations of chance

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from data_pipeline.config import DataConfig, DataError, SourceConfig
 from data_pipeline.documents import Document, Reject, read_documents
 from data_pipeline.inputs import list_inputs, plan_slices
-from data_pipeline.readers import BLANK, check_columns
+from data_pipeline.readers import BLANK, check_columns, read_rows
 
 Read = Callable[..., tuple[list[str], list[Reject]]]
 
@@ -42,7 +42,10 @@ def read(data_config: DataConfig) -> Read:
             for part in parts
             for item in read_documents(config, "s", part)
         ]
-        texts = ["".join(item.texts()) for item in found if isinstance(item, Document)]
+        documents = [item for item in found if isinstance(item, Document)]
+        texts = [
+            "".join([item.text, *(piece.text or "" for piece in item.pieces or ())]) for item in documents
+        ]
         return texts, [item for item in found if isinstance(item, Reject) and item.reason != BLANK]
 
     return read_source
@@ -195,6 +198,26 @@ def test_hub_datasets_are_read_from_the_cache(
         read("hub", f"{tmp_path}/set:nosplit")
 
 
+def test_a_hub_name_without_a_network_says_what_to_do(
+    read: Read, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
+    with pytest.raises(DataError) as error:
+        read("hub", "nobody/has-this@main:english:train")
+    assert "data.sources.s.paths: nobody/has-this@main:english:train cannot be loaded" in str(error.value)
+    assert "Without a network: copy the files of the dataset here" in str(error.value)
+
+
+def test_what_save_to_disk_wrote(tmp_path: Path, read: Read) -> None:
+    """kind=arrow reads its files; a user who names it as a hub dataset is told so."""
+    Dataset.from_dict({"text": ["one", "two", "three"]}).save_to_disk(tmp_path / "saved", num_shards=2)
+    assert read("arrow", tmp_path / "saved" / "*.arrow") == (["one", "two", "three"], [])
+    with pytest.raises(DataError, match=r"arrow for what datasets\.save_to_disk wrote \(paths=\[FOLDER/"):
+        read("hub", f"{tmp_path}/saved:train")
+
+
 def test_conversations_in_every_format(tmp_path: Path, read: Read) -> None:
     rows = [
         {"messages": [{"role": "user", "content": "2+2"}, {"role": "assistant", "content": str(n)}]}
@@ -227,10 +250,13 @@ def test_jsonl_without_the_column_lists_its_columns(tmp_path: Path) -> None:
 
     def check(kind: str) -> None:
         source = source_of(kind, path)
-        check_columns("s", source, plan_slices(source, list_inputs("s", source, {}), 10**9)[0])
+        [[part]] = plan_slices(source, list_inputs("s", source, {}), 10**9)
+        check_columns("s", source, read_rows(source, part))
 
     columns = "their columns are id: int, body: str, text: NoneType"
-    with pytest.raises(DataError, match=f"data.sources.s: .*a.jsonl have no 'text' of type str; {columns}"):
+    with pytest.raises(
+        DataError, match=f"data.sources.s: its first rows have no 'text' of type str; {columns}"
+    ):
         check("jsonl")
     with pytest.raises(DataError, match=f"have no 'messages' of type list; {columns}"):
         check("sft")

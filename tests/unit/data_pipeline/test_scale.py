@@ -13,7 +13,7 @@ import pytest
 from data_pipeline.bins import pack_lengths
 from data_pipeline.config import DataConfig, SourceConfig
 from data_pipeline.loader import Loader
-from data_pipeline.manifest import FORMAT, Manifest, ShardRecord, SourceRecord, SplitRecord, TokenizerRecord
+from data_pipeline.manifest import FORMAT, Manifest, ShardRecord, SourceRecord, TokenizerRecord
 from data_pipeline.shards import shard_file
 
 DOCUMENTS, LENGTH, SEQ_LEN = 1_000_000_000, 1000, 4096
@@ -53,9 +53,8 @@ def billion(tmp_path_factory: pytest.TempPathFactory) -> Path:
             with open(path, "wb") as file:
                 file.truncate(size)
         shards.append(shard)
-    train = SplitRecord(DOCUMENTS, DOCUMENTS * LENGTH, 0, shards)
-    source = SourceRecord({"train": train, "validation": SplitRecord(0, 0, 0, [])}, {}, 0, 0.0, None)
-    tokenizer = TokenizerRecord("", 10, 9, 9)
+    source = SourceRecord({"train": shards, "validation": []}, {}, None)
+    tokenizer = TokenizerRecord("", 10, 9)
     Manifest(FORMAT, {}, {}, tokenizer, {"web": source}, "").save(folder)
     counts = np.zeros(SEQ_LEN + 2, dtype=np.int64)
     counts[LENGTH] = DOCUMENTS

@@ -3,6 +3,7 @@
 import json
 import shutil
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from data_pipeline import shards
 from data_pipeline.config import DataConfig, DataError
 from data_pipeline.manifest import Manifest
+from data_pipeline.rows import make_plans
 from data_pipeline.shards import ShardWriter, TokenStream, open_prepared, verify
 
 
@@ -48,14 +50,14 @@ def test_stream_reads_any_span(
 
 
 def test_more_shards_than_open_files(prepared: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    record = Manifest.load(Path(prepared.dir)).sources["letters"].splits["train"]
-    whole = TokenStream(Path(prepared.dir), record.shards)
+    record = Manifest.load(Path(prepared.dir)).sources["letters"].shards["train"]
+    whole = TokenStream(Path(prepared.dir), record)
     tokens = whole.read(0, len(whole))
     monkeypatch.setattr(shards, "_OPEN_FILES", 2)
-    few = TokenStream(Path(prepared.dir), record.shards)
+    few = TokenStream(Path(prepared.dir), record)
     for start in np.random.default_rng(0).integers(0, len(tokens) - 100, 50).tolist():
         assert np.array_equal(few.read(start, start + 100), tokens[start : start + 100])
-    assert len(few._files._open) == 2
+    assert len(few._open) == 2
     few.close()
     whole.close()
 
@@ -87,18 +89,18 @@ def test_a_missing_shard_among_too_many_to_look_at(folder: Path, monkeypatch: py
 
 
 def test_a_shard_cut_off_after_the_start(folder: Path) -> None:
-    record = Manifest.load(folder).sources["letters"].splits["train"]
-    stream = TokenStream(folder, record.shards)
+    record = Manifest.load(folder).sources["letters"].shards["train"]
+    stream = TokenStream(folder, record)
     stream.read(0, 10)  # the file is open now
-    path = folder / "slices" / f"{record.shards[0].name}.tokens"
+    path = folder / "slices" / f"{record[0].name}.tokens"
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(DataError, match=rf"{path} ends at byte 100, 200 are needed; "):
         stream.read(0, 50)
     with pytest.raises(DataError, match=r"has 100 bytes"):
-        TokenStream(folder, record.shards).read(0, 10)
+        TokenStream(folder, record).read(0, 10)
     path.unlink()
     with pytest.raises(DataError, match=rf"{path} cannot be read \(No such file"):
-        TokenStream(folder, record.shards).read(0, 10)
+        TokenStream(folder, record).read(0, 10)
 
 
 def test_flipped_bit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,23 +126,16 @@ def test_blocks_are_checked_one_by_one(tmp_path: Path, monkeypatch: pytest.Monke
     [record] = writer.close()
     assert len(record.crc32["tokens"]) == 8 * 5  # 76 tokens of 4 bytes in blocks of 64
     path, _ = shards.shard_file(tmp_path, record, "tokens")
-    blocks = list(shards._blocks(tmp_path, record, "tokens"))
-    assert [(offset, size) for _, offset, size, _ in blocks] == [
-        (0, 64),
-        (64, 64),
-        (128, 64),
-        (192, 64),
-        (256, 48),
-    ]
     content = bytearray(path.read_bytes())
     content[140] ^= 1
     path.write_bytes(content)
-    for number, block in enumerate(blocks):
-        if number == 2:
-            with pytest.raises(DataError, match="between bytes 128 and 192"):
-                shards._check_block(*block)
-        else:
-            shards._check_block(*block)
+    for number in (0, 1, 3, 4):
+        shards._check_block(tmp_path, record, "tokens", number)
+    with pytest.raises(DataError, match="between bytes 128 and 192"):
+        shards._check_block(tmp_path, record, "tokens", 2)
+    path.write_bytes(content[:300] + bytes(4))
+    with pytest.raises(DataError, match="between bytes 256 and 304"):
+        shards._check_block(tmp_path, record, "tokens", 4)
 
 
 def test_verify_lists_everything(folder: Path) -> None:
@@ -156,6 +151,18 @@ def test_verify_lists_everything(folder: Path) -> None:
     assert lines[0].startswith(f"{folder}/tokenizer.json is not the tokenizer")
     assert any(line.startswith(f"{tokens} has 0 bytes") for line in lines)
     assert any(line.startswith(f"{offsets} is damaged between bytes 0 and") for line in lines)
+
+
+@pytest.mark.parametrize("suffix", ["npz", "items"])
+def test_verify_reads_packing_plans(folder: Path, prepared: DataConfig, suffix: str) -> None:
+    make_plans(replace(prepared, dir=str(folder), packing="best_fit"), 64)
+    verify(folder)
+    path = folder / "packing" / f"letters-train-64.{suffix}"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 3] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"letters-train-64\.npz or its \.items is damaged; remove both"):
+        verify(folder)
 
 
 def test_verify_finds_offsets_that_do_not_fit_the_tokens(folder: Path) -> None:
@@ -176,7 +183,7 @@ def test_manifest_missing_damaged_or_of_another_format(folder: Path) -> None:
     path = folder / "manifest.json"
     fields = json.loads(path.read_bytes())
     path.write_text(json.dumps({**fields, "format": "token-shards-0"}))
-    with pytest.raises(DataError, match="format 'token-shards-0' is not 'token-shards-2'"):
+    with pytest.raises(DataError, match="format 'token-shards-0' is not 'token-shards-3'"):
         open_prepared(folder)
     path.write_text(json.dumps(fields)[:-500])
     with pytest.raises(DataError, match=r"manifest\.json is damaged"):
