@@ -17,9 +17,6 @@ def resume(folder: Path) -> None:
         return
     refuse_queued(run_dirs)
     owner = folder.parent if is_sweep(folder.parent) else folder
-    for run_dir in run_dirs:
-        for name in ("stop", "restarts", "excluded"):
-            (run_dir / name).unlink(missing_ok=True)
     ids = queue(owner, run_dirs, typed(SlurmConfig, read_frozen(owner / "slurm.yaml")))
     print(f"queued as job {', '.join(ids)}")
 

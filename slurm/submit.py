@@ -119,6 +119,9 @@ def queue(folder: Path, run_dirs: list[Path], request: SlurmConfig) -> list[str]
 
     Raises ConfigError where SLURM refuses; nothing stays queued then.
     """
+    for run_dir in run_dirs:
+        for name in ("stop", "restarts", "excluded"):  # what earlier jobs left to those after them
+            (run_dir / name).unlink(missing_ok=True)
     flags: list[str] = []
     ids: list[str] = []
     if is_sweep(folder):

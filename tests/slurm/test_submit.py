@@ -151,6 +151,11 @@ def test_a_name_is_used_once(cluster, held, submit_command, folder):
     assert "optimizer.lr: folder 0.0003, now 0.5" in other.stderr
     assert len(run.jobs) == 1
     assert "stopped by slurm.stop" in cluster.python("slurm.status", "runs/twice", cwd=folder).stdout
+    (run.folder / "code/trainer/mark").write_text("of the first submission")
+    held("twice", "slurm.time=10")
+    assert len(run.jobs) == 2, "the same configuration goes on, on another request"
+    assert not (run.folder / "stop").exists()
+    assert (run.folder / "code/trainer/mark").exists(), "with the code that it began with"
 
 
 def test_a_sweep_is_checked_as_a_whole_and_is_one_array(cluster, held, submit_command, folder):
