@@ -97,14 +97,29 @@ class EvaluateConfig:
 
 
 @dataclass
+class AlarmsConfig:
+    """From where on a metric is an alarm."""
+
+    loss_spike: float  # deviations above what the losses before lead to
+    effective_experts: float  # least, of any layer
+    data_stall: float  # share of the step
+    straggler: float  # how much longer than the median rank one computes
+    repeat_after_steps: int
+
+
+@dataclass
 class TrackerConfig:
-    """Weights & Biases and the interval of metrics."""
+    """Weights & Biases, the intervals of metrics, alarms."""
 
     wandb: str
     project: str
     group: str | None
     tags: list[str]
+    timeout_seconds: float
     log_every_steps: int
+    expert_load_every_steps: int
+    watch: int
+    alarms: AlarmsConfig
 
 
 @dataclass
@@ -199,7 +214,11 @@ class RunConfig:
             ("checkpoint.keep_every_steps", self.checkpoint.keep_every_steps, 0),
             ("evaluate.every_steps", self.evaluate.every_steps, 0),
             ("evaluate.rows", self.evaluate.rows, 1),
+            ("tracker.timeout_seconds", self.tracker.timeout_seconds, 1),
             ("tracker.log_every_steps", self.tracker.log_every_steps, 1),
+            ("tracker.expert_load_every_steps", self.tracker.expert_load_every_steps, 0),
+            ("tracker.watch", self.tracker.watch, 0),
+            *((f"tracker.alarms.{key}", value, 0) for key, value in vars(self.tracker.alarms).items()),
         ]:
             if not number >= least:
                 found.append(f"{key}={number} is below {least}; use {least} or more")
