@@ -24,7 +24,7 @@ def profile_rank(run_dir: Path, steps: int) -> None:
     import torch
 
     from data_pipeline.loader import Loader
-    from trainer.checkpoint import Checkpoints, Progress
+    from trainer.checkpoint import Checkpoints
     from trainer.engine import Engine, communication_log, init_deepspeed
     from trainer.loss import agree_on_totals
     from trainer.optimizer import build_optimizer
@@ -39,7 +39,7 @@ def profile_rank(run_dir: Path, steps: int) -> None:
     model = build_model(config, plan, ranks)
     engine = Engine(model, build_optimizer(model, config.optimizer), config, plan, ranks)
     balance = build_balance(config, plan, ranks.device)
-    progress = Checkpoints(run_dir, 0, config, plan, ranks).load_latest(engine, balance) or Progress(0, 0)
+    first_step = Checkpoints(run_dir, 0, config, plan, ranks, print).load_latest(engine, balance)
     loader = Loader(
         config.data,
         seq_len=config.stage.seq_len,
@@ -48,7 +48,7 @@ def profile_rank(run_dir: Path, steps: int) -> None:
         rank=ranks.rank,
         world_size=ranks.world_size,
         seed=config.seed,
-        next_row=progress.next_row,
+        next_row=first_step * plan.global_batch_size,
     )
 
     def step() -> None:

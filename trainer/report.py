@@ -188,14 +188,10 @@ def cards(run: Run) -> str:
         history = np.array(run.series("effective_experts")[1])
         found.append(_card("Balanced", verdict, f"{share:.0%} of experts in effect", said, history))
     slow = run.last("stall_fraction") > limits.data_stall or "straggler" in (a["kind"] for a in run.alarms)
-    shares = {
-        "communication": "communication_seconds",
-        "data": "data_wait_seconds",
-        "saving": "save_stall_seconds",
-    }
-    said = f"MFU {run.last('mfu'):.1%}" + "".join(
-        f" · {run.last(key, 0.0) / run.last('step_seconds'):.1%} {name}" for name, key in shares.items()
-    )
+    step = run.last("step_seconds")
+    said = f"MFU {run.last('mfu'):.1%} · {run.last('communication_seconds', 0.0) / step:.0%} communication"
+    said += f" · {run.last('data_wait_seconds') / step:.1%} waiting for data"
+    said += f" · {sum(run.series('save_stall_seconds')[1]):.0f} s saving"
     history = np.array(run.series("tokens_per_second")[1])
     found.append(_card("Fast", "watch" if slow else "good", f"{history[-1]:,.0f} tokens/s", said, history))
     return "".join(found)
