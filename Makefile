@@ -8,6 +8,7 @@ demo: .venv/installed
 	$(BIN)/python -m data_pipeline experiment=demo
 	$(BIN)/python -m trainer experiment=demo
 	$(BIN)/python -m trainer.generate runs/demo "def " --temperature 0.7
+	$(BIN)/python -m trainer.report runs/demo
 
 test: check
 	$(BIN)/python -m pytest -m "not slow" tests

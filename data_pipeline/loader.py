@@ -127,6 +127,17 @@ class Loader:
         """A line for each source that is read: rows in an epoch, and what packing made of its documents."""
         return [f"{name}: {rows.describe()}" for name, rows in self._rows.items()]
 
+    def seen(self) -> dict[str, dict[str, float]]:
+        """Tokens and epochs that the rows handed out so far took of each source of the mixture."""
+        if self._mixture is None or self.next_row == 0:
+            return {}
+        rows = self._mixture.rows_needed(self._skipped(self.next_row - 1) + 1)
+        sources = self._mixture.sources
+        return {
+            name: {"tokens": round(count * sources[name].row_tokens), "epochs": count / sources[name].rows}
+            for name, count in rows.items()
+        }
+
     def __iter__(self) -> Iterator[list[Batch]]:
         return self
 

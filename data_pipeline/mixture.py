@@ -80,6 +80,7 @@ class Mixture:
         self._seed, self._shuffle = seed, shuffle
         changes = sorted((weight_changes or {}).items())
         stages = [{name: source.weight for name, source in sources.items()}, *(w for _, w in changes)]
+        self.sources = sources
         self._names = sorted({name for stage in stages for name, weight in stage.items() if weight > 0})
         self._sources = [sources[name] for name in self._names]
         if empty := [name for name in self._names if sources[name].rows < 1]:

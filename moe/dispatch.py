@@ -26,6 +26,8 @@ class Dispatcher(Protocol):
     """x [T,H], routing_weights [T,K], expert_indices [T,K] (global) -> [T,H], by the experts of all ranks."""
 
     bytes_sent: int  # payload that forward passes sent to other ranks so far
+    slots_routed: int  # (token, expert) pairs of this rank's tokens so far
+    slots_received: int  # of those, and of other ranks', that were computed here so far
 
     def __call__(
         self, x: Tensor, routing_weights: Tensor, expert_indices: Tensor, experts: Experts
@@ -35,11 +37,13 @@ class Dispatcher(Protocol):
 class LocalDispatcher:
     """All experts are here. The oracle of the others."""
 
-    bytes_sent = 0
+    bytes_sent = slots_routed = slots_received = 0
 
     def __call__(
         self, x: Tensor, routing_weights: Tensor, expert_indices: Tensor, experts: Experts
     ) -> Tensor:
+        self.slots_routed += expert_indices.numel()
+        self.slots_received += expert_indices.numel()
         return experts(x, routing_weights, expert_indices, num_rows=expert_indices.numel())
 
 
@@ -52,7 +56,7 @@ class AllToAllDispatcher:
     def __init__(
         self, group: dist.ProcessGroup | None, all_to_all: Callable[..., Any] = dist.all_to_all_single
     ) -> None:
-        self.bytes_sent = 0
+        self.bytes_sent = self.slots_routed = self.slots_received = 0
         self.ep_size = dist.get_world_size(group)
         self._ep_rank = dist.get_rank(group)
         self._group = group
@@ -74,6 +78,8 @@ class AllToAllDispatcher:
         sent, returned = sum(send) - send[self._ep_rank], sum(receive) - receive[self._ep_rank]
         row_bytes = x.shape[1] * x.element_size()
         slot_bytes = ids.shape[1] * (weights.element_size() + ids.element_size())
+        self.slots_routed += expert_indices.numel()
+        self.slots_received += num_slots
         self.bytes_sent += sent * (row_bytes + slot_bytes) + returned * row_bytes
         return grouping.combine(rows)
 

@@ -24,10 +24,9 @@ def apply_expert_parallel(model: nn.Module, *, ep_rank: int, ep_size: int, dispa
         block.dispatcher = dispatcher
 
 
-def bytes_dispatched(model: nn.Module) -> int:
-    """Bytes that the forward passes of this rank have sent to other ranks' experts so far."""
-    return sum(
-        {
-            id(b.dispatcher): b.dispatcher.bytes_sent for b in model.modules() if isinstance(b, MoEBlock)
-        }.values()
-    )
+def dispatched(model: nn.Module) -> tuple[int, int, int]:
+    """Bytes sent to other ranks, slots routed and received by the forward passes of this rank so far."""
+    dispatchers = {b.dispatcher for b in model.modules() if isinstance(b, MoEBlock)}
+    counts = [(d.bytes_sent, d.slots_routed, d.slots_received) for d in dispatchers]
+    sent, routed, received = map(sum, zip(*counts, strict=True)) if counts else (0, 0, 0)
+    return sent, routed, received

@@ -21,6 +21,7 @@ class RouterStatistics(NamedTuple):
     probability_sums: Tensor  # [E] or [L,E] fp32, softmax over all experts; gradient flows
     z_sums: Tensor  # [] or [L] fp32, logsumexp(logits)^2 (ST-MoE, arXiv 2202.08906); gradient flows
     entropy_sums: Tensor  # [] or [L] fp32, entropy of the softmax in nats; no gradient
+    logit_range: Tensor  # [] or [L] fp32, over tokens the largest of max - min of the logits; no gradient
 
 
 def stack_statistics(layers: list[RouterStatistics]) -> RouterStatistics:
@@ -73,11 +74,14 @@ def _statistics(
     log_partition = logits.logsumexp(-1)  # [T]
     with torch.no_grad():
         entropy = log_partition - (probabilities * logits).sum(-1)
+        low, high = logits.aminmax(dim=-1)  # [T]
+        logit_range = F.pad((high - low) * counts, (0, 1)).max()  # 0 without tokens
     return RouterStatistics(
         tokens_per_expert,
         (probabilities * counts.unsqueeze(1)).sum(0),
         (log_partition.square() * counts).sum(),
         (entropy * counts).sum(),
+        logit_range,
     )
 
 

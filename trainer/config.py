@@ -7,9 +7,10 @@ from typing import Any
 from data_pipeline.config import DataConfig
 from moe.config import ConfigError, ModelConfig
 from moe.upcycle import upcycle_problems
+from trainer.deepspeed_section import deepspeed_problems
 from trainer.parallel import ParallelConfig, ParallelPlan
 from trainer.run_folder import hf_folder, read_run
-from trainer.typed import similar, typed
+from trainer.typed import typed
 
 
 @dataclass
@@ -97,14 +98,29 @@ class EvaluateConfig:
 
 
 @dataclass
+class AlarmsConfig:
+    """From where on a metric is an alarm."""
+
+    loss_spike: float  # deviations above what the losses before lead to
+    effective_experts: float  # least, of any layer
+    data_stall: float  # share of the step
+    straggler: float  # how much longer than the median rank one computes
+    repeat_after_steps: int
+
+
+@dataclass
 class TrackerConfig:
-    """Weights & Biases and the interval of metrics."""
+    """Weights & Biases, the intervals of metrics, alarms."""
 
     wandb: str
     project: str
     group: str | None
     tags: list[str]
+    timeout_seconds: float
     log_every_steps: int
+    expert_load_every_steps: int
+    watch: int
+    alarms: AlarmsConfig
 
 
 @dataclass
@@ -160,7 +176,7 @@ class RunConfig:
             *self._value_problems(),
             *self._own_problems(),
             *self._init_problems(),
-            *_deepspeed_problems(self.deepspeed),
+            *deepspeed_problems(self.deepspeed),
         ]
         if problems:
             raise ConfigError(problems)
@@ -199,7 +215,11 @@ class RunConfig:
             ("checkpoint.keep_every_steps", self.checkpoint.keep_every_steps, 0),
             ("evaluate.every_steps", self.evaluate.every_steps, 0),
             ("evaluate.rows", self.evaluate.rows, 1),
+            ("tracker.timeout_seconds", self.tracker.timeout_seconds, 1),
             ("tracker.log_every_steps", self.tracker.log_every_steps, 1),
+            ("tracker.expert_load_every_steps", self.tracker.expert_load_every_steps, 0),
+            ("tracker.watch", self.tracker.watch, 0),
+            *((f"tracker.alarms.{key}", value, 0) for key, value in vars(self.tracker.alarms).items()),
         ]:
             if not number >= least:
                 found.append(f"{key}={number} is below {least}; use {least} or more")
@@ -287,58 +307,3 @@ _FREE_AT_HAND_OVER = {"initializer_range", "max_position_embeddings", "rope_thet
 # And what makes a mixture of a dense one.
 _FREE_TO_UPCYCLE = {"num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob"}
 _FREE_TO_UPCYCLE |= {"decoder_sparse_step", "mlp_only_layers"}
-
-
-# Keys of DeepSpeed that other keys of ours set; a second place for the same number would be a contradiction.
-_OURS = {
-    "train_batch_size": "stage.global_batch_size",
-    "train_micro_batch_size_per_gpu": "micro_batch_size",
-    "gradient_accumulation_steps": "micro_batch_size (accumulation follows)",
-    "gradient_clipping": "optimizer.max_grad_norm",
-    "bf16": "dtype",
-    "fp16": "dtype",
-    "data_types": "dtype",
-    "optimizer": "optimizer",
-    "scheduler": "schedule",
-    "wandb": "tracker",
-    "sequence_parallel_size": "parallel",
-    "data_parallel_size": "parallel",
-    "expert_parallel": "parallel.ep_size",
-    "checkpoint": "checkpoint",
-}
-# DeepSpeed ignores an unknown top-level key in silence: a typo would do nothing.
-_DEEPSPEED = {
-    "zero_optimization",
-    "zero_force_ds_cpu_optimizer",
-    "communication_data_type",
-    "prescale_gradients",
-    "gradient_predivide_factor",
-    "sparse_gradients",
-    "wall_clock_breakdown",
-    "memory_breakdown",
-    "comms_logger",
-    "flops_profiler",
-    "activation_checkpointing",
-}
-
-
-def _deepspeed_problems(section: dict[str, Any]) -> list[str]:
-    found = []
-    for key in section:
-        if key in _OURS:
-            found.append(f"deepspeed.{key} is set by {_OURS[key]}; remove it")
-        elif key not in _DEEPSPEED:
-            found.append(
-                f"deepspeed.{key} is unknown{similar(key, _DEEPSPEED)}; use one of {sorted(_DEEPSPEED)}"
-            )
-    zero = section.get("zero_optimization", {})
-    stage = zero.get("stage", 0) if isinstance(zero, dict) else None
-    if stage not in (0, 1, 2, 3):
-        found.append(f"deepspeed.zero_optimization.stage={stage} is unknown; use 0, 1, 2 or 3")
-    offload = zero.get("offload_optimizer") if isinstance(zero, dict) else None
-    if isinstance(offload, dict) and (offload.get("device") == "nvme" or offload.get("ratio", 1) != 1):
-        found.append(
-            "deepspeed.zero_optimization.offload_optimizer: checkpoints need optimizer states in memory; "
-            "use device=cpu with ratio=1, or none"
-        )
-    return found

@@ -5,9 +5,10 @@ AutoEPMoELayer (as torch's `fully_shard` does with its class), and the expert we
 which DeepSpeed reduces, partitions and clips them over the expert-data-parallel group.
 """
 
+import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
@@ -23,6 +24,7 @@ from moe.model import ModelOutput
 from trainer.config import RunConfig
 from trainer.parallel import ParallelPlan
 from trainer.runtime import Ranks
+from trainer.throughput import StepClock
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -35,6 +37,16 @@ from deepspeed.utils import groups
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
+all_to_all = deepspeed.comm.all_to_all_single  # for dispatchers: DeepSpeed's communication log sees it
+# DeepSpeed's collectives, as its backend names them
+_COLLECTIVES = (
+    "all_reduce",
+    "all_gather_into_tensor",
+    "reduce_scatter_tensor",
+    "reduce",
+    "all_to_all_single",
+)
+
 
 def init_deepspeed(device: torch.device) -> None:
     """Hand the existing process group to DeepSpeed."""
@@ -44,6 +56,26 @@ def init_deepspeed(device: torch.device) -> None:
     # It would compile a shared-memory operator for inference, for a minute, on every rank.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
+
+
+def communication_log(run: Callable[[], Any]) -> str:
+    """What DeepSpeed's log says of the collectives in `run`, a line per operation, the slowest first.
+
+    It waits for each collective, and sees those that go through deepspeed.comm.
+    """
+    log = deepspeed.comm.comm.comms_logger
+    deepspeed.comm.configure(enabled=True, prof_all=True, verbose=False)
+    run()
+    deepspeed.comm.configure(enabled=False)
+    rows = []
+    for name, sizes in log.get_raw_data().items():
+        mebibytes = sum(size * count for size, (count, *_) in sizes.items()) / 2**20
+        calls = sum(count for count, *_ in sizes.values())
+        # of an operation's latencies each holds those before it: its timer is never reset
+        milliseconds = max(max(latencies) for _, latencies, *_ in sizes.values())
+        rows.append((milliseconds, f"{name:<28}{calls:>8}{mebibytes:>12.2f}{milliseconds:>12.2f}"))
+    head = f"{'collective':<28}{'calls':>8}{'MiB':>12}{'ms':>12}"
+    return "\n".join([head, *(line for _, line in sorted(rows, reverse=True))])
 
 
 def expert_parallel_group(ep_size: int) -> dist.ProcessGroup:
@@ -141,6 +173,11 @@ class Engine:
         )
         self.module: nn.Module = self._engine.module
         self._masters: dict[nn.Parameter, Tensor] = {}  # bf16 without ZeRO: fp32 masters by parameter
+        self.clock = StepClock(ranks.device)
+        backend: Any = deepspeed.comm.comm.cdb
+        for name in _COLLECTIVES:  # of the class, because another engine may come later
+            collective = getattr(type(backend), name).__get__(backend)
+            setattr(backend, name, self.clock.timed("communication", collective))
         if self._zero_stage == 0:
             lists = (getattr(self._engine.optimizer, name, []) for name in ("fp16_groups", "fp32_groups"))
             for parameters, masters in zip(*lists, strict=True):
@@ -151,15 +188,16 @@ class Engine:
         self, batch: Batch, selection_bias: Tensor | None = None, routing_only: bool = False
     ) -> ModelOutput:
         """One micro-batch: the sum of cross entropy (unless `routing_only`) and the router statistics."""
-        return self._engine(
-            batch.input_ids,
-            batch.position_ids,
-            batch.cu_seqlens,
-            token_mask=batch.token_mask,
-            labels=batch.labels,
-            selection_bias=selection_bias,
-            routing_only=routing_only,
-        )
+        with self.clock.part("forward"):
+            return self._engine(
+                batch.input_ids,
+                batch.position_ids,
+                batch.cu_seqlens,
+                token_mask=batch.token_mask,
+                labels=batch.labels,
+                selection_bias=selection_bias,
+                routing_only=routing_only,
+            )
 
     def backward(self, loss_share: Tensor) -> None:
         """Accumulate the gradient of this rank's share; shares add up over ranks and micro-batches.
@@ -167,17 +205,23 @@ class Engine:
         DeepSpeed would divide by the accumulation steps and averages over ranks; both are undone here, and no
         other line of the project scales a loss by a number of ranks.
         """
-        self._engine.backward(loss_share * self._world_size, scale_wrt_gas=False)
-        if not self._engine.is_gradient_accumulation_boundary():
-            self._engine.step()
+        with self.clock.part("backward"):
+            self._engine.backward(loss_share * self._world_size, scale_wrt_gas=False)
+            if not self._engine.is_gradient_accumulation_boundary():
+                self._engine.step()
 
     def step(self, learning_rate: float) -> float:
-        """Clip and update after the last micro-batch; returns the global gradient norm before clipping."""
+        """Clip and update after the last micro-batch; returns the global gradient norm before clipping.
+
+        Where that is no finite number, the weights stay as they were.
+        """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
-        norm = self._clip_without_zero() if self._clips_here else None
-        self._engine.step()
-        return float(self._engine.get_global_grad_norm()) if norm is None else norm
+        with self.clock.part("optimizer"):
+            norm = self._clip_without_zero() if self._clips_here else None
+            if norm is None or math.isfinite(norm):
+                self._engine.step()
+            return float(self._engine.get_global_grad_norm()) if norm is None else norm
 
     def _clip_without_zero(self) -> float:
         """Global norm over shared gradients and all ranks' experts, and the clipping by it."""

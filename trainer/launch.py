@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -16,8 +17,8 @@ from trainer.stop import STOP_SIGNALS
 _GRACE_SECONDS = 10.0  # for the other ranks, once one has failed
 
 
-def launch(run_dir: Path, nproc: int, lock: int) -> int:
-    """Run `python -m trainer.run RUN_DIR` on `nproc` ranks; returns the exit code of the first failure, or 0.
+def launch(run_dir: Path, nproc: int, lock: int, command: Sequence[str] = ("trainer.run",)) -> int:
+    """Run `python -m COMMAND RUN_DIR` on `nproc` ranks; returns the exit code of the first failure, or 0.
 
     SIGINT and SIGTERM become a stop request to every rank (save, exit 0); a second one kills. If this process
     dies, the ranks are asked to stop. `lock` (`run_folder.lock`) is held until the last rank is gone.
@@ -37,7 +38,7 @@ def launch(run_dir: Path, nproc: int, lock: int) -> int:
     _forward_stop_signals(ranks)
     for rank in range(nproc):
         process = subprocess.Popen(
-            [sys.executable, "-m", "trainer.run", str(run_dir)],
+            [sys.executable, "-m", *command, str(run_dir)],
             env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             start_new_session=True,  # Ctrl-C reaches the ranks through us, once
             preexec_fn=_prepare_rank,

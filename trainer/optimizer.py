@@ -5,10 +5,25 @@ from torch import nn
 
 from trainer.config import OptimizerConfig
 
+# Kinds of parameters, and a part of the names of each; the rest (norms, dense feed-forwards) is `other`.
+_NAMES = {
+    "experts": (".mlp.experts.",),
+    "router": (".mlp.gate.weight",),
+    "attention": ("_attn.",),
+    "embedding": ("embed_tokens", "lm_head"),
+}
+KINDS = (*_NAMES, "other")
+
+
+def kind_of(name: str) -> str:
+    """The kind of a parameter, by its name."""
+    return next((kind for kind, parts in _NAMES.items() if any(part in name for part in parts)), "other")
+
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
     """torch's AdamW; weight decay falls on matrices other than embeddings.
 
+    A group holds parameters of one `kind`, so that norms by kind follow from what the optimizer steps.
     Parameters that the engine marked with `group_name` (experts, reduced over their own group) form groups of
     their own, with DeepSpeed's keys `moe` and `name`. The rate is 0 until the loop sets it at every step:
     DeepSpeed steps once while it sets up, and that must move nothing.
@@ -18,12 +33,14 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ad
         decayed = parameter.ndim > 1 and "embed_tokens" not in name
         expert_group = getattr(parameter, "group_name", None)
         # DeepSpeed finds an expert group by this very name.
-        key = f"{expert_group or 'shared'}/{'decay' if decayed else 'no_decay'}"
+        kind = kind_of(name)
+        key = f"{expert_group or kind}/{'decay' if decayed else 'no_decay'}"
         group = groups.setdefault(
             key,
             {
                 "params": [],
                 "name": expert_group or key,
+                "kind": kind,
                 "weight_decay": config.weight_decay if decayed else 0.0,
             },
         )

@@ -36,7 +36,7 @@ def freeze(run_dir: Path, cfg: DictConfig, overrides: list[str]) -> None:
     """
     frozen = run_dir / "config.yaml"
     if frozen.exists():
-        old, new = _flat(read_frozen(frozen)), _flat(cfg)
+        old, new = flat(read_frozen(frozen)), flat(cfg)
         differing = [key for key in {**old, **new} if old.get(key) != new.get(key)]
         if differing:
             raise ConfigError(
@@ -189,8 +189,8 @@ def write_state(run_dir: Path, state: str, attempt: int) -> None:
     write_atomically(run_dir / "state", to_json({"state": state, "attempt": attempt}))
 
 
-def _flat(cfg: Any) -> dict[str, Any]:
-    """{"optimizer.lr": 0.1, ...}"""
+def flat(cfg: Any) -> dict[str, Any]:
+    """A configuration as {"optimizer.lr": 0.1, ...}."""
     values: dict[str, Any] = {}
 
     def walk(node: Any, path: str) -> None:

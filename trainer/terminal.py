@@ -6,6 +6,9 @@ from typing import Any, TextIO
 
 from rich.console import Console
 from rich.live import Live
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.table import Table
 from rich.text import Text
 
 from trainer.config import RunConfig
@@ -29,26 +32,37 @@ class Terminal:
         else:
             self._console.print(f"{time.strftime('%H:%M:%S')} {message}", markup=False)
 
-    def progress(self, metrics: dict[str, Any]) -> None:
-        """The state of the run at a logged step."""
-        step, per_step = metrics["step"], metrics["step_seconds"]
-        parts = [
-            f"step {step}/{self._total_steps}",
-            f"loss {metrics['loss']:.3f}",
-            *([f"balance {metrics['balance_loss']:.3f}"] if "balance_loss" in metrics else []),
-            f"grad {metrics['grad_norm']:.2f}",
-            f"{metrics['tokens_per_second']:,.0f} tok/s",
-            f"mfu {metrics['mfu']:.1%}",
-            f"ETA {duration((self._total_steps - step) * per_step)}",
-        ]
-        line = "  ".join(parts)
-        if self._live is not None:
-            done = int(24 * step / self._total_steps)
-            self._live.update(
-                Text(f"{'━' * done}{'╌' * (24 - done)} {line}", no_wrap=True, overflow="ellipsis")
-            )
-        else:
-            self.say(line)
+    def progress(self, metrics: dict[str, Any], saved_step: int) -> None:
+        """The state of the run at a logged step; `saved_step` has the last checkpoint, 0 = none."""
+        step, total = metrics["step"], self._total_steps
+        eta = f"ETA {duration(metrics['eta_seconds'])}"
+        learning = [f"loss {metrics['loss']:.3f}", f"grad {metrics['grad_norm']:.2f}"]
+        balance = []
+        if "balance_loss" in metrics:
+            balance = [
+                f"balance {metrics['balance_loss']:.3f}",
+                f"busiest {1 + metrics['max_violation']:.1f}x",
+            ]
+        speed = [f"{metrics['tokens_per_second']:,.0f} tok/s", f"mfu {metrics['mfu']:.1%}"]
+        if self._live is None:
+            self.say("  ".join([f"step {step}/{total}", *learning, *balance, *speed, eta]))
+            return
+        learning.append(f"learning rate {metrics['learning_rate']:.2e}")
+        if balance:
+            balance.append(f"{metrics['dead_experts']} unused")
+        speed += [f"waiting for data {metrics['stall_fraction']:.1%}", f"{metrics['memory_gib']:.1f} GiB"]
+        saved = f"checkpoint of step {saved_step:,}" if saved_step else "no checkpoint yet"
+        rows = Table.grid(padding=(0, 2))
+        rows.add_row(ProgressBar(total, step, width=24), f"step {step:,} of {total:,}  {eta}")
+        for title, parts in [
+            ("learning", learning),
+            ("balance", balance),
+            ("speed", speed),
+            ("saved", [saved]),
+        ]:
+            if parts:
+                rows.add_row(Text(title, "dim"), Text("   ".join(parts)))
+        self._live.update(Panel.fit(rows))
 
     def close(self) -> None:
         """End the live line."""
@@ -85,7 +99,7 @@ def closing(
         )
     rows += [
         ("run", f"{run_dir}; for transformers: {run_dir}/checkpoints/step-{metrics['step']:08d}/hf"),
-        ("next", f'python -m trainer.generate {run_dir} "def "'),
+        ("next", f'python -m trainer.generate {run_dir} "def ", python -m trainer.report {run_dir}'),
     ]
     return "\n".join(["", *(f"  {name:<9} {value}" for name, value in rows)])
 

@@ -1,15 +1,20 @@
-"""Tokens per second, model FLOP utilisation, memory."""
+"""Where the time of a step goes, the device's peak, memory."""
 
 import re
 import resource
 import time
-from contextlib import suppress
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 
-# Dense bf16 peak in FLOP/s by vendor data sheets, by a part of the device's name.
-_PEAKS = {"GB200": 2.5e15, "B200": 2.25e15, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12}
+# Dense bf16 peak in FLOP/s by vendor data sheets, by a part of the device's name; the first that fits counts.
+_PEAKS = {"GB200": 2.5e15, "B300": 2.25e15, "B200": 2.25e15, "H200": 989e12}  # GH200 too
+_PEAKS |= {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H800": 989e12, "H20": 148e12}
+_PEAKS |= {"A100": 312e12, "A800": 312e12, "L40S": 362e12, "MI300X": 1307e12}
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
@@ -31,11 +36,14 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * size**3 / best
 
 
-def memory_gib(device: torch.device) -> float:
-    """Peak memory of this rank so far: allocated on a GPU, resident on a CPU."""
+def memory_gib(device: torch.device) -> dict[str, float]:
+    """Peak memory of this rank so far: allocated and reserved on a GPU, resident on a CPU."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        return {
+            "memory_gib": torch.cuda.max_memory_allocated(device) / 2**30,
+            "memory_reserved_gib": torch.cuda.max_memory_reserved(device) / 2**30,
+        }
+    return {"memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
 
 
 def available_memory() -> int:
@@ -56,26 +64,77 @@ def available_memory() -> int:
 
 
 class StepClock:
-    """Wall time between two logged steps, and how much of it went by waiting for data."""
+    """Where the time between two laps goes.
 
-    def __init__(self) -> None:
-        self._start = time.perf_counter()
-        self._waited = 0.0
+    `wait` is for what the host waits for between steps, summed over all of them. `part` is for what a step
+    does, in steps with `measuring` set; parts leave out the parts inside them. On a GPU its marks are events
+    on the compute stream, which nobody waits for before the lap; what runs on other streams takes no part.
+    """
 
-    def waited(self, seconds: float) -> None:
-        """Count time spent waiting for the loader."""
-        self._waited += seconds
+    def __init__(self, device: torch.device) -> None:
+        self.measuring = False
+        self._device = device
+        self._started = time.perf_counter()
+        self._waits: defaultdict[str, float] = defaultdict(float)
+        self._spans: list[list[Any]] = []  # [name, start, end, index of the span around it or None]
+        self._open: int | None = None
 
-    def lap(self, steps: int) -> tuple[float, float]:
-        """Mean seconds per step and mean data wait per step since the last lap of `steps` steps."""
+    @contextmanager
+    def wait(self, name: str) -> Iterator[None]:
+        """Count the time inside as waiting for `name`."""
+        start = time.perf_counter()
+        yield
+        self._waits[name] += time.perf_counter() - start
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Count the time inside as the part `name` of a measured step."""
+        if not self.measuring or self._on_other_stream():
+            yield
+            return
+        span = [name, self._mark(), None, self._open]
+        around, self._open = self._open, len(self._spans)
+        self._spans.append(span)
+        yield
+        span[2], self._open = self._mark(), around
+
+    def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function`, each call of which is a `part`."""
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with self.part(name):
+                return function(*args, **kwargs)
+
+        return call
+
+    def lap(self) -> tuple[float, dict[str, float], dict[str, float]]:
+        """Seconds since the last lap, of these each `wait`, and each `part` of the measured step."""
+        parts: defaultdict[str, float] = defaultdict(float)
+        if self._spans:
+            _synchronize(self._device)
+        for name, start, end, around in self._spans:
+            seconds = end - start if self._device.type != "cuda" else start.elapsed_time(end) / 1000
+            parts[name] += seconds
+            if around is not None:
+                parts[self._spans[around][0]] -= seconds
         now = time.perf_counter()
-        result = ((now - self._start) / steps, self._waited / steps)
-        self._start, self._waited = now, 0.0
+        result = (now - self._started, dict(self._waits), dict(parts))
+        self._started, self.measuring = now, False
+        self._waits.clear()
+        self._spans.clear()
         return result
 
-    def exclude(self, seconds: float) -> None:
-        """Leave out time that is no training (evaluation, saving)."""
-        self._start += seconds
+    def _mark(self) -> Any:
+        if self._device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _on_other_stream(self) -> bool:
+        if self._device.type != "cuda":
+            return False
+        return torch.cuda.current_stream(self._device) != torch.cuda.default_stream(self._device)
 
 
 def _synchronize(device: torch.device) -> None:

@@ -2,7 +2,6 @@
 
 import math
 import socket
-import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TextIO
@@ -19,14 +18,15 @@ from moe.experts import supports
 from moe.hf import load_hf
 from moe.init import init_weights, upcycle_weights
 from moe.model import CausalLM, ModelOutput
-from moe.parallelize import apply_expert_parallel, bytes_dispatched
+from moe.parallelize import apply_expert_parallel
+from trainer.alarms import Alarm, Alarms, first_not_finite
 from trainer.checkpoint import Checkpoints, check_tokenizer
 from trainer.checkpoint_folder import reading
 from trainer.config import RunConfig
-from trainer.engine import DTYPES, Engine, expert_parallel_group, init_deepspeed, mark_experts
+from trainer.engine import DTYPES, Engine, all_to_all, expert_parallel_group, init_deepspeed, mark_experts
 from trainer.evaluate import evaluate
 from trainer.loss import Totals, agree_on_totals, loss_shares
-from trainer.metrics import StepSums
+from trainer.metrics import Meter, StepSums, perplexities
 from trainer.optimizer import build_optimizer
 from trainer.parallel import ParallelPlan
 from trainer.run_folder import hf_folder
@@ -34,7 +34,6 @@ from trainer.runtime import Ranks, TrainingError, seed_everything
 from trainer.schedule import learning_rate
 from trainer.stop import StopRequest
 from trainer.terminal import Terminal, closing
-from trainer.throughput import StepClock, memory_gib, peak_flops
 from trainer.tracker import Tracker
 
 DISPATCHERS = {"all_to_all": AllToAllDispatcher, "deduplicated": DeduplicatedAllToAllDispatcher}
@@ -61,9 +60,10 @@ def train(
     cleanup.callback(screen.close)
 
     init_deepspeed(ranks.device)
-    check_hosts(config, plan, ranks, screen)
+    hosts = check_hosts(config, plan, ranks, screen)
     model = build_model(config, plan, ranks)
-    engine = Engine(model, build_optimizer(model, config.optimizer), config, plan, ranks)
+    optimizer = build_optimizer(model, config.optimizer)
+    engine = Engine(model, optimizer, config, plan, ranks)
     balance = build_balance(config, plan, ranks.device)
     checkpoints = Checkpoints(run_dir, attempt, config, plan, ranks, screen.say)
     step = checkpoints.load_latest(engine, balance)
@@ -79,22 +79,22 @@ def train(
     )
     cleanup.callback(loader.close)
     loader.check_budget(total_steps * plan.global_batch_size)
-    tracker = Tracker(config, run_dir, attempt) if ranks.is_main else None
-    if tracker is not None:
-        cleanup.callback(tracker.close)
-    peak = peak_flops(ranks.device, DTYPES[config.dtype]) * ranks.world_size
-    flops_per_token = config.model.flops_per_token(config.stage.seq_len)
+    tracker = cleanup.enter_context(Tracker(config, run_dir, attempt, screen.say, ranks.is_main))
+    alarms = Alarms(config.tracker.alarms, hosts)
+    meter, clock = Meter(config, plan, ranks, engine, optimizer, loader, step), engine.clock
     screen.say("\n  ".join([describe(config, plan, step), *loader.describe()]))
 
     metrics: dict = {}
-    clock, logged_step, logged_bytes = StepClock(), step, 0
-    outcome, batches = "finished", iter(loader)
+    saved_step, outcome, batches = step, "finished", iter(loader)
     while step < total_steps:
-        waiting = time.perf_counter()
-        micro_batches = [batch.to(ranks.device) for batch in next(batches)]
-        clock.waited(time.perf_counter() - waiting)
-        totals = agree_on_totals(micro_batches, stop.requested, ranks.device, checkpoints.written)
-        clock.exclude(checkpoints.finish() if totals.written else 0.0)
+        with clock.wait("data"):
+            micro_batches = [batch.to(ranks.device) for batch in next(batches)]
+        meter.begin(step + 1)
+        with clock.part("communication"):
+            totals = agree_on_totals(micro_batches, stop.requested, ranks.device, checkpoints.written)
+        with clock.wait("save"):
+            if totals.written:
+                checkpoints.finish()
         if totals.stop:
             outcome = "stopped"
             break
@@ -103,49 +103,35 @@ def train(
         sums, losses, grad_norm = train_step(engine, micro_batches, totals, balance, config, rate)
         if not math.isfinite(grad_norm):  # the same on every rank: the norm is global
             checkpoints.finish()
-            raise TrainingError(diverged(step + 1, micro_batches, losses, ranks, run_dir))
+            with first_not_finite(engine.module) as first:
+                train_step(engine, micro_batches, totals, balance, config, rate)  # again: it moved nothing
+            message = diverged(step + 1, micro_batches, losses, first, ranks, run_dir)
+            tracker.alert(step + 1, Alarm("not finite", message))
+            raise TrainingError(message)
         step += 1
 
+        if meter.due:
+            metrics = meter.measure(step, sums, totals, grad_norm, rate, checkpoints.take_stall())
+            tracker.log(metrics)
+            screen.progress(metrics, saved_step)
+            for alarm in alarms.check(metrics):
+                tracker.alert(step, alarm)
         last = step == total_steps
-        if step % config.tracker.log_every_steps == 0 or last:
-            steps = step - logged_step
-            step_seconds, data_wait_seconds = clock.lap(steps)
-            tokens_per_second = step_tokens / step_seconds
-            metrics = {
-                "step": step,
-                "tokens": step * step_tokens,
-                **sums.over_ranks().describe(totals),
-                "grad_norm": grad_norm,
-                "learning_rate": rate,
-                "tokens_per_second": tokens_per_second,
-                "step_seconds": step_seconds,
-                "data_wait_seconds": data_wait_seconds,
-                "save_stall_seconds": checkpoints.take_stall(),
-                "stall_fraction": data_wait_seconds / step_seconds,
-                "padding": 1 - totals.tokens / step_tokens,
-                "mfu": tokens_per_second * flops_per_token / peak,
-                "memory_gib": memory_gib(ranks.device),
-                "dispatch_gib": (bytes_dispatched(model) - logged_bytes) / steps / 2**30,
-            }
-            logged_step, logged_bytes = step, bytes_dispatched(model)
-            if tracker is not None:
-                tracker.log(metrics)
-                screen.progress(metrics)
-        paused = time.perf_counter()
         every = config.evaluate.every_steps
         if every and (step % every == 0 or last):
-            held_out = evaluate(engine.forward, balance.bias, config, plan, ranks)
+            with clock.wait("evaluation"):
+                held_out = evaluate(engine.forward, balance.bias, config, plan, ranks)
+            tracker.log({"step": step, "tokens": step * step_tokens, **held_out, **perplexities(held_out)})
             screen.say(f"step {step}: " + ", ".join(f"{key} {value:.3f}" for key, value in held_out.items()))
-            if tracker is not None:
-                tracker.log({"step": step, "tokens": step * step_tokens, **held_out})
             metrics |= held_out
         if step % config.checkpoint.every_steps == 0:
-            checkpoints.save(engine, balance, step)
-        clock.exclude(time.perf_counter() - paused)
+            with clock.wait("save"):
+                checkpoints.save(engine, balance, step)
+            saved_step = step
 
     checkpoints.save(engine, balance, step)
     checkpoints.finish()
-    if tracker is not None and (stall := checkpoints.take_stall()):  # of saves after the last logged step
+    if stall := checkpoints.take_stall():  # of saves after the last logged step
         tracker.log({"step": step, "tokens": step * step_tokens, "save_stall_seconds": stall})
     if outcome == "stopped":
         screen.say(f"stopped at step {step} of {total_steps}; go on with: python -m trainer.resume {run_dir}")
@@ -177,9 +163,10 @@ def train_step(
         else:
             with torch.no_grad():
                 counted = [engine.forward(batch, bias, routing_only=True) for batch in micro_batches]
-        balance.count_first(
-            [output.router.tokens_per_expert for output in counted if output.router is not None]
-        )
+        with engine.clock.part("communication"):
+            balance.count_first(
+                [output.router.tokens_per_expert for output in counted if output.router is not None]
+            )
     sums = StepSums.zeros(len(model.moe_layers), model.num_experts, micro_batches[0].labels.device)
     losses = []
     for batch in micro_batches:
@@ -188,7 +175,8 @@ def train_step(
         frequencies = None
         if output.router is not None:
             slots = totals.tokens * model.num_experts_per_tok
-            frequencies = balance.frequencies(output.router.tokens_per_expert, slots)
+            with engine.clock.part("communication"):
+                frequencies = balance.frequencies(output.router.tokens_per_expert, slots)
         shares = loss_shares(output.cross_entropy_sum, output.router, frequencies, totals)
         loss = shares.total(model.router_aux_loss_coef, config.balance)
         engine.backward(loss)
@@ -220,7 +208,7 @@ def build_model(config: RunConfig, plan: ParallelPlan, ranks: Ranks) -> CausalLM
     with torch.device("meta"):
         model = CausalLM(config.model, backend=config.experts.backend, recompute=config.recompute)
     if plan.ep_size > 1:
-        dispatcher = DISPATCHERS[plan.dispatcher](expert_parallel_group(plan.ep_size))
+        dispatcher = DISPATCHERS[plan.dispatcher](expert_parallel_group(plan.ep_size), all_to_all)
         apply_expert_parallel(model, ep_rank=ep_rank, ep_size=plan.ep_size, dispatcher=dispatcher)
     model.to_empty(device=ranks.device)
     if config.stage.init_from is None:
@@ -240,8 +228,8 @@ def build_model(config: RunConfig, plan: ParallelPlan, ranks: Ranks) -> CausalLM
     return model
 
 
-def check_hosts(config: RunConfig, plan: ParallelPlan, ranks: Ranks, screen: Terminal) -> None:
-    """Say which expert-parallel groups span nodes, where every token would cross the network.
+def check_hosts(config: RunConfig, plan: ParallelPlan, ranks: Ranks, screen: Terminal) -> list[str]:
+    """The host of each rank. Say which expert-parallel groups span nodes, where all tokens cross the network.
 
     Raises ConfigError instead under `parallel.ep_within_node`. Every rank must call it.
     """
@@ -257,6 +245,7 @@ def check_hosts(config: RunConfig, plan: ParallelPlan, ranks: Ranks, screen: Ter
         )
     if apart:
         screen.say(f"warning: expert-parallel groups span nodes, which is slow: {'; '.join(apart)}")
+    return hosts
 
 
 def describe(config: RunConfig, plan: ParallelPlan, step: int) -> str:
@@ -271,17 +260,18 @@ def describe(config: RunConfig, plan: ParallelPlan, step: int) -> str:
     )
 
 
-def diverged(step: int, micro_batches: list[Batch], losses: list[Tensor], ranks: Ranks, run_dir: Path) -> str:
+def diverged(
+    step: int, micro_batches: list[Batch], losses: list[Tensor], first: list[str], ranks: Ranks, run_dir: Path
+) -> str:
     """Which rank and rows made the loss of a step no number; every rank must call it."""
     rows = [batch.rows for batch, loss in zip(micro_batches, losses, strict=True) if not torch.isfinite(loss)]
     everywhere: list = [None] * ranks.world_size
-    dist.all_gather_object(everywhere, rows)
-    where = "; ".join(
-        f"rank {rank}, rows {list(row)}" for rank, found in enumerate(everywhere) for row in found
+    dist.all_gather_object(
+        everywhere, [*(f"rows {list(row)}" for row in rows), *(f"first {x}" for x in first)]
     )
+    where = "; ".join(f"rank {rank}, {what}" for rank, found in enumerate(everywhere) for what in found)
     return (
-        f"the gradient is not finite at step {step} "
-        f"({where or 'every loss is finite: the backward overflowed'}); the last checkpoint is unharmed. "
+        f"the gradient is not finite at step {step} ({where}); the last checkpoint is unharmed. "
         f"Look at these rows, or start a run with a lower optimizer.lr from its weights: "
         f"stage.init_from={run_dir}/checkpoints/.../hf"
     )

@@ -28,6 +28,7 @@ EXTRA = {
     "slurm/health.py": {"torch"},  # runs on the nodes
     "trainer/engine.py": {"deepspeed"},
     "trainer/tracker.py": {"wandb"},
+    "trainer/report.py": {"matplotlib"},
     "moe/experts_optional.py": {"megablocks", "liger_kernel"},
 }
 TORCH_FREE = [

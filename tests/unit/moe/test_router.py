@@ -62,6 +62,7 @@ def test_statistics_of_the_tokens_that_count() -> None:
         probabilities.sum(0),
         logits.exp().sum(-1).log().square().sum(),
         -(probabilities * probabilities.log()).sum(),
+        (logits.amax(-1) - logits.amin(-1)).max(),
     ]
     for value, exact in zip(statistics[1:], expected, strict=True):
         assert value.dtype == torch.float32
@@ -112,11 +113,11 @@ def test_no_tokens() -> None:
 
 def test_stack_statistics() -> None:
     layers = [
-        RouterStatistics(torch.full((E,), v), torch.full((E,), v + 1), torch.tensor(v), torch.tensor(v + 2))
+        RouterStatistics(torch.full((E,), v), torch.full((E,), v + 1), *map(torch.tensor, (v, v + 2, v + 3)))
         for v in (1.0, 5.0)
     ]
     stacked = stack_statistics(layers)
-    assert [value.shape for value in stacked] == [(2, E), (2, E), (2,), (2,)]
+    assert [value.shape for value in stacked] == [(2, E), (2, E), (2,), (2,), (2,)]
     for layer, expected in enumerate(layers):
         assert all(torch.equal(value[layer], other) for value, other in zip(stacked, expected, strict=True))
 

@@ -1,0 +1,133 @@
+"""Norms by kind, packed sums and per-rank figures, under every ZeRO stage, against one process in fp64."""
+
+from collections import defaultdict
+from itertools import product
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from harness import run_ranks
+from layouts import RATE, ROWS, gather_parameters, micro_batches, oracle_model, small_config
+
+from moe.parallelize import dispatched
+from trainer.engine import Engine, init_deepspeed
+from trainer.loss import agree_on_totals
+from trainer.metrics import OptimizerNorms, StepSums
+from trainer.optimizer import KINDS, build_optimizer, kind_of
+from trainer.parallel import ParallelPlan
+from trainer.runtime import Ranks
+from trainer.train import build_balance, build_model, train_step
+
+TOLERANCE = 1e-5
+LAYOUTS = [
+    (world_size, stage, ep_size)
+    for world_size, stage, ep_size in product((2, 4), (0, 1, 2, 3), (1, 2))
+    if world_size == 2 or ep_size == 2
+]
+
+
+def measure(*overrides: str) -> dict:
+    """One step on this rank's share: norms by kind, histograms, statistics, traffic."""
+    init_deepspeed(torch.device("cpu"))
+    ranks = Ranks(dist.get_rank(), dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
+    config = small_config(*overrides)
+    plan = ParallelPlan.of(config, ranks.world_size)
+    model = build_model(config, plan, ranks)
+    optimizer = build_optimizer(model, config.optimizer)
+    engine = Engine(model, optimizer, config, plan, ranks)
+    norms = OptimizerNorms(optimizer, config, plan)
+    before = gather_parameters(engine, plan, ranks)
+    norms.arm(ranks.device, histograms=True)
+    engine.clock.lap()
+    engine.clock.measuring = True
+    batches = micro_batches(plan, ranks.rank, 0)
+    totals = agree_on_totals(batches, False, ranks.device)
+    balance = build_balance(config, plan, ranks.device)
+    sums, _, grad_norm = train_step(engine, batches, totals, balance, config, RATE)
+    elapsed, _, parts = engine.clock.lap()
+    mine = torch.zeros(ranks.world_size)
+    mine[ranks.rank] = ranks.rank + 1
+    whole = sums.over_ranks(norms.squares, norms.histograms, mine)
+    found = norms.describe(grad_norm) | {"grad_norm": grad_norm, "mine": mine.tolist()}
+    found |= {"parts": parts, "elapsed": elapsed, "traffic": dispatched(engine.module)}
+    after = gather_parameters(engine, plan, ranks)
+    for kind in KINDS:
+        names = [name for name in before if kind_of(name) == kind]
+        changed = sum((after[name] - before[name]).double().square().sum().item() for name in names)
+        found[f"size/{kind}"] = sum(before[name].numel() for name in names)
+        found[f"changed/{kind}"] = changed**0.5
+    found |= {"sums": whole.describe(totals), "load": whole.tokens_per_expert}
+    engine.close()
+    return found
+
+
+def measure_all(many: list[list[str]]) -> list[dict]:
+    return [measure(*overrides) for overrides in many]
+
+
+@pytest.fixture(scope="module")
+def oracle() -> dict:
+    """The same step in one process: autograd over all rows at once, torch's AdamW."""
+    config = small_config(f"micro_batch_size={ROWS}", "experts.backend=reference")
+    model = oracle_model(config)
+    (batch,) = micro_batches(ParallelPlan.of(config, 1), 0, 0)
+    output = model(batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.token_mask)
+    loss = F.cross_entropy(output.logits.flatten(0, 1), batch.labels.flatten())
+    tokens, statistics = batch.token_mask.sum(), output.router
+    shares = statistics.tokens_per_expert.double() / (2 * tokens)
+    balance = 8 * (shares * statistics.probability_sums.double() / tokens).sum(dim=1)
+    (loss + 0.1 * balance.sum() + 0.01 * (statistics.z_sums / tokens).sum()).backward()
+    sums = defaultdict(float)
+    for name, parameter in model.named_parameters():
+        sums["grad_norm", kind_of(name)] += parameter.grad.square().sum().item()
+        sums["param_norm", kind_of(name)] += parameter.detach().square().sum().item()
+    return {f"{what}/{kind}": total**0.5 for (what, kind), total in sums.items()} | {
+        "range": statistics.logit_range.tolist(),
+        "load": statistics.tokens_per_expert,
+    }
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_every_layout_measures_the_same(oracle: dict, world_size: int) -> None:
+    chosen = [
+        [f"deepspeed=zero{stage}", f"micro_batch_size={ROWS // (2 * size)}", f"parallel.ep_size={ep_size}"]
+        for size, stage, ep_size in LAYOUTS
+        if size == world_size
+    ]
+    ranks = run_ranks(measure_all, world_size, chosen, timeout=280)
+    for number, overrides in enumerate(chosen):
+        found = ranks[0][number]
+        assert all(f"update_ratio/{kind}" in found for kind in KINDS), overrides
+        for kind in KINDS:
+            for key in (f"grad_norm/{kind}", f"param_norm/{kind}"):
+                assert found[key] == pytest.approx(oracle[key], rel=TOLERANCE), (overrides, key)
+            ratio = found[f"changed/{kind}"] / found[f"param_norm/{kind}"]
+            assert found[f"update_ratio/{kind}"] == pytest.approx(ratio, rel=1e-4), (overrides, kind)
+        assert found["mine"] == [rank + 1 for rank in range(world_size)]
+        assert found["sums"]["layers"]["logit_range"] == pytest.approx(oracle["range"], rel=TOLERANCE)
+        assert torch.equal(found["load"].float(), oracle["load"].float())
+        # every gradient that is no zero lies in a bin, once
+        counted = {kind: sum(row) for kind, row in found["gradient_histogram"].items()}
+        assert counted["router"] == found["size/router"], overrides
+        assert all(0 < counted[kind] <= found[f"size/{kind}"] for kind in KINDS), overrides
+        # what the parts of the step took lies inside the step, and nothing is missing
+        parts = found["parts"]
+        assert set(parts) == {"communication", "forward", "backward", "optimizer"}
+        assert min(parts.values()) > 0
+        assert sum(parts.values()) <= found["elapsed"]
+        # no slot is lost on the way: what all ranks routed, all ranks received
+        _, routed, received = (
+            sum(values) for values in zip(*(r[number]["traffic"] for r in ranks), strict=True)
+        )
+        assert routed == received > 0
+
+
+def test_a_dense_model_has_no_experts_to_describe() -> None:
+    (values,) = run_ranks(describe_dense, 1)
+    assert values == {"loss": 0.0}
+
+
+def describe_dense() -> dict:
+    sums = StepSums.zeros(0, 0, torch.device("cpu"))
+    return sums.over_ranks().describe(agree_on_totals([], False, torch.device("cpu")))

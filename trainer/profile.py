@@ -1,0 +1,100 @@
+"""`python -m trainer.profile RUN_DIR [--steps N]`: what do steps from the newest checkpoint cost?
+
+Writes into RUN_DIR/profile: rank-R.json, a trace for Perfetto (https://ui.perfetto.dev), and rank-R.txt, the
+ten largest costs and DeepSpeed's log of the communication of one step. The rest of the run folder stays as it
+is. Under srun or torchrun, with RANK and so on set, it is one rank; else it starts them here.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from data_pipeline.config import DataError
+from trainer.config import ConfigError, RunConfig
+from trainer.launch import launch
+from trainer.parallel import ParallelPlan
+from trainer.run_folder import lock
+
+_WARM_UP = 2  # steps before those that are measured
+
+
+def profile_rank(run_dir: Path, steps: int) -> None:
+    """One rank's part: the steps under torch's profiler, then again under the communication log."""
+    import torch
+
+    from data_pipeline.loader import Loader
+    from trainer.checkpoint import Checkpoints
+    from trainer.engine import Engine, communication_log, init_deepspeed
+    from trainer.loss import agree_on_totals
+    from trainer.optimizer import build_optimizer
+    from trainer.runtime import Ranks, redirect_output, seed_everything
+    from trainer.train import build_balance, build_model, train_step
+
+    ranks, config = Ranks.join(), RunConfig.of_run(run_dir)
+    plan, folder = ParallelPlan.of(config, ranks.world_size), run_dir / "profile"
+    redirect_output(folder / f"rank-{ranks.rank}.log")
+    seed_everything(config.seed, ranks.rank)
+    init_deepspeed(ranks.device)
+    model = build_model(config, plan, ranks)
+    engine = Engine(model, build_optimizer(model, config.optimizer), config, plan, ranks)
+    balance = build_balance(config, plan, ranks.device)
+    first_step = Checkpoints(run_dir, 0, config, plan, ranks, print).load_latest(engine, balance)
+    loader = Loader(
+        config.data,
+        seq_len=config.stage.seq_len,
+        global_batch_size=plan.global_batch_size,
+        micro_batch_size=plan.micro_batch_size,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        seed=config.seed,
+        next_row=first_step * plan.global_batch_size,
+    )
+
+    def step() -> None:
+        micro_batches = [batch.to(ranks.device) for batch in next(loader)]
+        totals = agree_on_totals(micro_batches, False, ranks.device)
+        train_step(engine, micro_batches, totals, balance, config, rate=0.0)
+
+    schedule = torch.profiler.schedule(wait=0, warmup=_WARM_UP, active=steps, repeat=1)
+    with loader, torch.profiler.profile(schedule=schedule, acc_events=True) as profiler:
+        for _ in range(_WARM_UP + steps):
+            step()
+            profiler.step()
+        profiler.stop()
+        traffic = communication_log(step)
+    profiler.export_chrome_trace(str(folder / f"rank-{ranks.rank}.json"))
+    order = f"self_{ranks.device.type}_time_total"
+    costs = profiler.key_averages().table(sort_by=order, row_limit=10, max_name_column_width=50)
+    (folder / f"rank-{ranks.rank}.txt").write_text(f"{steps} steps\n{costs}\n{traffic}\n")
+    engine.close()
+    ranks.leave()
+
+
+def main(arguments: list[str]) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m trainer.profile", description=__doc__)
+    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("--steps", type=int, default=3, help="steps that are measured")
+    options = parser.parse_args(arguments)
+    if options.steps < 1:
+        parser.error("--steps must be above 0")
+    try:
+        config = RunConfig.of_run(options.run_dir)
+        if "RANK" in os.environ:
+            profile_rank(options.run_dir, options.steps)
+            return 0
+        config.check(ParallelPlan.of(config, config.parallel.nproc_per_node))
+        (options.run_dir / "profile").mkdir(exist_ok=True)
+        command = ["trainer.profile", f"--steps={options.steps}"]
+        code = launch(options.run_dir, config.parallel.nproc_per_node, lock(options.run_dir), command)
+    except (ConfigError, DataError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    folder = options.run_dir / "profile"
+    print(f"failed: see {folder}/rank-*.log" if code else (folder / "rank-0.txt").read_text())
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
