@@ -27,6 +27,7 @@ EXTRA = {
     "data_pipeline/chat.py": {"tokenizers"},
     "trainer/engine.py": {"deepspeed"},
     "trainer/tracker.py": {"wandb"},
+    "moe/gated_delta_net.py": {"fla"},
     "moe/experts_optional.py": {"megablocks", "liger_kernel"},
 }
 TORCH_FREE = [
