@@ -78,7 +78,7 @@ class Cache:
 
 
 class Attention(nn.Module):
-    """Self-attention of Qwen2 (arXiv 2407.10671), Qwen3 (arXiv 2505.09388) and the gated one of Qwen3-Next."""
+    """Self-attention of Qwen2 (arXiv 2407.10671), Qwen3 (arXiv 2505.09388) and, gated, Qwen3-Next."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()

@@ -179,6 +179,10 @@ class ModelConfig:
         """Parameters that one token uses: `num_experts_per_tok` experts per sparse layer."""
         return self._count(experts=self.num_experts_per_tok)
 
+    def num_expert_parameters(self) -> int:
+        """Parameters of all routed experts, which expert parallelism deals out."""
+        return self._count(experts=self.num_experts) - self._count(experts=0)
+
     def _count(self, experts: int) -> int:
         """Parameters with `experts` routed experts in each sparse layer."""
         hidden, shared = self.hidden_size, self.shared_expert_intermediate_size

@@ -9,9 +9,10 @@ tokens by matrix products (section 3.3). On CUDA flash-linear-attention takes ov
 # G key heads, N value heads, K and V their dims, F = 2GK + NV features of the convolution
 # W width of the convolution, C tokens per chunk, M chunks
 
-from functools import cache as once
 from functools import lru_cache
-from typing import Any
+from importlib.util import find_spec
+from itertools import accumulate, islice
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +20,10 @@ from torch import Tensor, nn
 
 from moe.attention import Cache, Documents
 from moe.config import ModelConfig
+from moe.norm import precise
 
 CHUNK = 64
+HAS_KERNEL = find_spec("fla") is not None
 
 
 class GatedDeltaNet(nn.Module):
@@ -59,7 +62,7 @@ class GatedDeltaNet(nn.Module):
         x = hidden.flatten(0, 1)
         query, key, value, gate = _of_heads(self.in_proj_qkvz(x), self.key_heads, self.qkvz_sizes)
         beta, decay = _of_heads(self.in_proj_ba(x), self.key_heads, self.ba_sizes)  # [T, N]
-        log_decay = -self.A_log.float().exp() * F.softplus(decay.float() + self.dt_bias.float())
+        log_decay = -precise(self.A_log).exp() * F.softplus(precise(decay) + self.dt_bias)
         seen, state = (cache and cache.layers.get(self.layer)) or (None, None)
 
         features, seen = self.conv1d(torch.cat((query, key, value), dim=-1), documents, seen)
@@ -71,13 +74,15 @@ class GatedDeltaNet(nn.Module):
         )  # [T, N, K]
         value = value.unflatten(-1, (-1, self.value_dim))  # [T, N, V]
 
-        rule: Any = chunked_delta_rule
-        half = hidden.dtype in (torch.bfloat16, torch.float16)
-        if hidden.is_cuda and half and (fused := _flash_linear_attention()):
-            rule = fused
-        elif documents.max_length == 1:
-            rule = recurrent_delta_rule
-        mixed, state = rule(query, key, value, log_decay, beta.sigmoid(), documents, state)
+        rule = recurrent_delta_rule if documents.max_length == 1 else chunked_delta_rule
+        if HAS_KERNEL and hidden.is_cuda and hidden.dtype in (torch.bfloat16, torch.float16):
+            rule = fused_delta_rule
+        if state is None:
+            state = log_decay.new_zeros(
+                len(documents.lengths), self.value_heads, self.key_dim, self.value_dim
+            )
+        inputs = DeltaInputs(query, key, value, log_decay, beta.sigmoid())
+        mixed, state = rule(inputs, documents, state)
         if cache is not None:
             cache.layers[self.layer] = seen, state
         mixed = self.norm(mixed.to(hidden.dtype), gate.unflatten(-1, (-1, self.value_dim)))
@@ -113,70 +118,57 @@ class CausalConvolution(nn.Module):
 
 
 class GatedRMSNorm(nn.RMSNorm):
-    """x / rms(x) * weight * silu(gate) in fp32: [T, N, V] and its gate -> [T, N, V] of the dtype of x."""
+    """x / rms(x) * weight * silu(gate): [T, N, V] and its gate -> [T, N, V] of the dtype of x."""
 
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:  # type: ignore[override]
-        normed = F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps)
-        return (normed * F.silu(gate.float())).to(x.dtype)
+        normed = F.rms_norm(precise(x), self.normalized_shape, precise(self.weight), self.eps)
+        return (normed * F.silu(precise(gate))).to(x.dtype)
 
 
-def recurrent_delta_rule(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    log_decay: Tensor,
-    beta: Tensor,
-    documents: Documents,
-    state: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """query, key [T, N, K], value [T, N, V], log_decay (at most 0) and beta [T, N] -> [T, N, V], last states.
+class DeltaInputs(NamedTuple):
+    """What the delta rule takes of every token."""
 
-    state [D, N, K, V]: where each document goes on; None = zeros. At least fp32.
-    """
-    query, key, value, log_decay, beta, state = _prepared(
-        query, key, value, log_decay, beta, documents, state
-    )
-    outputs, lasts, start = [], [], 0
+    query: Tensor  # [T, N, K]
+    key: Tensor  # [T, N, K]
+    value: Tensor  # [T, N, V]
+    log_decay: Tensor  # [T, N], at most 0
+    beta: Tensor  # [T, N]
+
+    def precise(self) -> "DeltaInputs":
+        """In at least fp32, the query scaled."""
+        x = DeltaInputs(*(precise(part) for part in self))
+        return x._replace(query=x.query * x.query.shape[-1] ** -0.5)
+
+
+def recurrent_delta_rule(x: DeltaInputs, documents: Documents, state: Tensor) -> tuple[Tensor, Tensor]:
+    """The states [D, N, K, V] before the documents -> what the tokens read [T, N, V], the states after."""
+    query, key, value, log_decay, beta = x.precise()
+    outputs, lasts, tokens = [], [], iter(range(len(query)))
     for length, s in zip(documents.lengths, state, strict=True):  # s [N, K, V]
-        for t in range(start, start + length):
+        for t in islice(tokens, length):
             s = s * log_decay[t, :, None, None].exp()
             correction = beta[t, :, None] * (value[t] - (s * key[t, :, :, None]).sum(1))  # [N, V]
             s = s + key[t, :, :, None] * correction[:, None]
             outputs.append((s * query[t, :, :, None]).sum(1))
         lasts.append(s)
-        start += length
     return torch.stack(outputs), torch.stack(lasts)
 
 
-def chunked_delta_rule(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    log_decay: Tensor,
-    beta: Tensor,
-    documents: Documents,
-    state: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+def chunked_delta_rule(x: DeltaInputs, documents: Documents, state: Tensor) -> tuple[Tensor, Tensor]:
     """The same as `recurrent_delta_rule`, in chunks of which none holds tokens of two documents.
 
     Inside all chunks at once, then from chunk to chunk, through all documents side by side. Memory is linear
     in T: a state per chunk.
     """
-    query, key, value, log_decay, beta, state = _prepared(
-        query, key, value, log_decay, beta, documents, state
-    )
     chunks = _chunks(documents)
-    q, k, v = (chunks.fill(x).transpose(1, 2) for x in (query, key, value))  # [M, N, C, K or V]
-    b, g = (chunks.fill(x).transpose(1, 2) for x in (beta, log_decay))  # [M, N, C]
+    q, k, v, g, b = (chunks.fill(part).transpose(1, 2) for part in x.precise())  # [M, N, C, ...]
     g = g.double().cumsum(-1)  # up to hundreds: differences of fp32 sums would lose the digits
     # decay from token j to token i of the chunk, 0 above the diagonal, where exp could overflow
     upper = torch.ones(CHUNK, CHUNK, dtype=torch.bool, device=q.device).triu(1)
-    decay = (g.unsqueeze(-1) - g.unsqueeze(-2)).masked_fill(upper, -torch.inf)
-    decay, from_start = (
-        decay.to(q.dtype).exp(),
-        g.exp().to(q.dtype).unsqueeze(-1),
-    )  # [M, N, C, C], [M, N, C, 1]
-    to_end = (g[..., -1:] - g).exp().to(q.dtype).unsqueeze(-1)
+    decay = (
+        (g.unsqueeze(-1) - g.unsqueeze(-2)).masked_fill(upper, -torch.inf).to(q.dtype).exp()
+    )  # [M, N, C, C]
+    from_start, to_end = (log.exp().to(q.dtype).unsqueeze(-1) for log in (g, g[..., -1:] - g))  # [M, N, C, 1]
     # The corrections of a chunk depend on each other: (1 + A) x = right side, A strictly below the diagonal.
     k_beta = k * b.unsqueeze(-1)
     right = torch.cat((v * b.unsqueeze(-1), k_beta * from_start), dim=-1)
@@ -193,28 +185,38 @@ def chunked_delta_rule(
         new = written[part] - read[part] @ active
         outputs.append(q[part] @ active + inside[part] @ new)
         active = active * chunk_decay[part] + k[part].mT @ new
-    lasts.append(active)
-    last = torch.cat(lasts[::-1])[chunks.by_length.argsort()]
+    last = torch.cat([active, *reversed(lasts)])[chunks.by_length.argsort()]
     return chunks.take(torch.cat(outputs).transpose(1, 2)), last
+
+
+def fused_delta_rule(x: DeltaInputs, documents: Documents, state: Tensor) -> tuple[Tensor, Tensor]:
+    """The same by the kernel of flash-linear-attention: CUDA and 16 bits only."""
+    from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+
+    x = x._replace(query=x.query.to(x.value.dtype), key=x.key.to(x.value.dtype))
+    batch = (part.unsqueeze(0) for part in x)
+    borders = documents.cu_seqlens.long()
+    mixed, last = chunk_gated_delta_rule(
+        *batch, initial_state=state, output_final_state=True, cu_seqlens=borders
+    )
+    return mixed[0], last
 
 
 class Chunks:
     """Where the tokens of each document lie in chunks of their own: chunk by chunk, long documents first."""
 
     def __init__(self, documents: Documents) -> None:
-        device = documents.cu_seqlens.device
-        counts = (torch.tensor(documents.lengths) + CHUNK - 1) // CHUNK  # chunks of each document
-        by_length = counts.argsort(descending=True, stable=True)
-        active = [int((counts > step).sum()) for step in range(int(counts.max()))]
-        starts = [sum(active[:step]) for step in range(len(active))]
-        # first chunk and number of chunks of each step through the documents
-        self.steps = list(zip(starts, active, strict=True))
-        self.size = sum(active) * CHUNK
-        self.by_length = by_length.to(device)  # [D]
         number = documents.number
-        position = torch.arange(len(number), device=device) - documents.cu_seqlens[number]  # in the document
-        chunk = torch.tensor(starts, device=device)[position // CHUNK] + self.by_length.argsort()[number]
-        self.place = chunk * CHUNK + position % CHUNK  # [T]
+        counts = -(-torch.tensor(documents.lengths) // CHUNK)  # [D] chunks of each document
+        active = [int((counts > step).sum()) for step in range(int(counts.max()))]
+        starts = list(accumulate(active, initial=0))
+        # first chunk and number of chunks of each step through the documents
+        self.steps = list(zip(starts, active, strict=False))
+        self.size = starts[-1] * CHUNK
+        self.by_length = counts.argsort(descending=True, stable=True).to(number.device)  # [D]
+        position = torch.arange(len(number), device=number.device) - documents.cu_seqlens[number]
+        first = torch.tensor(starts, device=number.device)[position // CHUNK]
+        self.place = (first + self.by_length.argsort()[number]) * CHUNK + position % CHUNK  # [T]
 
     def fill(self, x: Tensor) -> Tensor:
         """[T, ...] -> [M, C, ...], zeros where a chunk has no token."""
@@ -226,55 +228,7 @@ class Chunks:
         return x.flatten(0, 1).index_select(0, self.place)
 
 
-@lru_cache(maxsize=1)  # the layers of a forward share it
-def _chunks(documents: Documents) -> Chunks:
-    return Chunks(documents)
-
-
-def _prepared(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    log_decay: Tensor,
-    beta: Tensor,
-    documents: Documents,
-    state: Tensor | None,
-) -> tuple[Tensor, ...]:
-    """All in at least fp32, the query scaled, the state there."""
-    precise = torch.promote_types(query.dtype, torch.float32)
-    if state is None:
-        state = value.new_zeros(len(documents.lengths), *key.shape[1:], value.shape[-1])
-    query = query.to(precise) * key.shape[-1] ** -0.5
-    return query, *(x.to(precise) for x in (key, value, log_decay, beta, state))
-
-
-@once
-def _flash_linear_attention() -> Any:
-    """The rule by the kernel of flash-linear-attention; None where that is not installed."""
-    try:
-        from fla.ops.gated_delta_rule import chunk_gated_delta_rule
-    except ImportError:
-        return None
-
-    def rule(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        log_decay: Tensor,
-        beta: Tensor,
-        documents: Documents,
-        state: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        query, key = query.to(value.dtype), key.to(value.dtype)  # the kernel takes 16 bits
-        mixed, last = chunk_gated_delta_rule(
-            *(x.unsqueeze(0) for x in (query, key, value, log_decay, beta)),
-            initial_state=state,
-            output_final_state=True,
-            cu_seqlens=documents.cu_seqlens.long(),
-        )
-        return mixed[0], last
-
-    return rule
+_chunks = lru_cache(maxsize=1)(Chunks)  # the layers of a forward share them
 
 
 def _of_heads(projected: Tensor, heads: int, sizes: list[int]) -> tuple[Tensor, ...]:
@@ -285,5 +239,5 @@ def _of_heads(projected: Tensor, heads: int, sizes: list[int]) -> tuple[Tensor, 
 
 def _unit(x: Tensor) -> Tensor:
     """x of length 1 in its last dimension, in at least fp32."""
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    x = precise(x)
     return x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt()

@@ -37,6 +37,7 @@ TORCH_FREE = [
     "trainer.parallel",
     "trainer.cli",
     "trainer.inspect",
+    "trainer.models",
 ]
 
 
