@@ -43,6 +43,23 @@ SMALL = [
     f"stage.global_batch_size={ROWS}",
 ]
 
+# what makes a small model of each architecture of these settings
+DENSE = ["model.num_experts=0", "model.router_aux_loss_coef=0", "balance.z_loss_coef=0"]
+_SHARED = "model.shared_expert_intermediate_size=24"
+FAMILY = {
+    "qwen2": ["model=tiny_qwen2", *DENSE],
+    "qwen3": ["model=tiny_dense", *DENSE],
+    "qwen2_moe": ["model=tiny_qwen2_moe", _SHARED],
+    "qwen3_moe": ["model=tiny_moe", "model.num_hidden_layers=3", "model.mlp_only_layers=[1]"],
+    "shared_without_gate": ["model=tiny_moe", _SHARED, "model.decoder_sparse_step=2"],
+    "qwen3_next": [
+        "model=tiny_qwen3_next",
+        "model.layer_types=[linear_attention,full_attention]",
+        "model.linear_key_head_dim=8",
+        "model.linear_value_head_dim=12",
+        _SHARED,
+    ],
+}
 
 # {"losses": [...], "balance_losses": [...], "grad_norms": [...], "parameters": {name: whole tensor}}
 Outcome = dict[str, Any]
