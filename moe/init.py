@@ -13,19 +13,16 @@ from moe.model import CausalLM
 
 @torch.no_grad()
 def init_weights(model: CausalLM, seed: int, ep_rank: int = 0) -> None:
-    """Draw every weight from N(0, initializer_range), in place; norms become the identity, biases 0.
-
-    Of Gated DeltaNet dt_bias becomes 1 and A_log the logarithm of U(0.01, 16), as in transformers.
+    """Draw every weight from N(0, initializer_range), in place; norms become the identity, biases 0,
+    and of linear attention dt_bias 1 and A_log the logarithm of U(0.01, 16), as in transformers.
 
     Each tensor that the hub names (one per expert and projection) is drawn in fp32 from a generator of its
     own: the values do not depend on ep_size, nor, but for rounding, on the dtype. CPU and CUDA differ.
     """
     for name, tensor in hub_tensors(model, ep_rank):
         if name.endswith(("norm.weight", "dt_bias")):
-            zero = model.config.zero_centered_norm and not name.endswith(
-                ("linear_attn.norm.weight", "dt_bias")
-            )
-            nn.init.constant_(tensor, 0.0 if zero else 1.0)
+            identity = 0.0 if model.config.zero_centered_norm and "linear_attn" not in name else 1.0
+            nn.init.constant_(tensor, identity)
         elif name.endswith(".bias"):
             nn.init.zeros_(tensor)
         elif name.endswith("A_log"):
