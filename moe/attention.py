@@ -52,6 +52,11 @@ class Documents:
         return torch.repeat_interleave(lengths, output_size=sum(self.lengths))
 
     @cached_property
+    def position(self) -> Tensor:
+        """[T] the place of each token in its document, from 0."""
+        return torch.arange(len(self.number), device=self.number.device) - self.cu_seqlens[self.number]
+
+    @cached_property
     def inverse(self) -> Tensor | None:
         """[T] the permutation that undoes `order`."""
         return None if self.order is None else self.order.argsort()

@@ -33,20 +33,20 @@ class GatedDeltaNet(nn.Module):
         super().__init__()
         self.layer = layer
         self.key_heads, self.value_heads = config.linear_num_key_heads, config.linear_num_value_heads
-        self.key_dim, self.value_dim = config.linear_key_head_dim, config.linear_value_head_dim
-        hidden, ratio = config.hidden_size, self.value_heads // self.key_heads
-        # of one key head: query, key, and `ratio` values and gates; `ratio` betas and decays
-        self.qkvz_sizes = [self.key_dim, self.key_dim, ratio * self.value_dim, ratio * self.value_dim]
-        self.ba_sizes = [ratio, ratio]
+        key_dim, value_dim = config.linear_key_head_dim, config.linear_value_head_dim
+        self.state_shape = (self.value_heads, key_dim, value_dim)
+        self.lead = config.linear_conv_kernel_dim - 1  # inputs before a token that reach it
+        hidden, per_key = config.hidden_size, self.value_heads // self.key_heads
+        # of one key head: query, key, its values and gates; its betas and decays
+        self.qkvz_sizes = [key_dim, key_dim, per_key * value_dim, per_key * value_dim]
+        self.ba_sizes = [per_key, per_key]
         self.in_proj_qkvz = nn.Linear(hidden, self.key_heads * sum(self.qkvz_sizes), bias=False)
         self.in_proj_ba = nn.Linear(hidden, self.key_heads * sum(self.ba_sizes), bias=False)
-        self.conv1d = CausalConvolution(
-            self.key_heads * sum(self.qkvz_sizes[:3]), config.linear_conv_kernel_dim
-        )
+        self.conv1d = CausalConvolution(self.key_heads * sum(self.qkvz_sizes[:3]), self.lead + 1)
         self.A_log = nn.Parameter(torch.empty(self.value_heads))
         self.dt_bias = nn.Parameter(torch.empty(self.value_heads))
-        self.norm = GatedRMSNorm(self.value_dim, eps=config.rms_norm_eps)
-        self.out_proj = nn.Linear(self.value_heads * self.value_dim, hidden, bias=False)
+        self.norm = GatedRMSNorm(value_dim, eps=config.rms_norm_eps)
+        self.out_proj = nn.Linear(self.value_heads * value_dim, hidden, bias=False)
 
     def forward(
         self,
@@ -63,58 +63,46 @@ class GatedDeltaNet(nn.Module):
         query, key, value, gate = _of_heads(self.in_proj_qkvz(x), self.key_heads, self.qkvz_sizes)
         beta, decay = _of_heads(self.in_proj_ba(x), self.key_heads, self.ba_sizes)  # [T, N]
         log_decay = -precise(self.A_log).exp() * F.softplus(precise(decay) + self.dt_bias)
-        seen, state = (cache and cache.layers.get(self.layer)) or (None, None)
+        features = torch.cat((query, key, value), dim=-1)
+        state, seen = log_decay.new_zeros(len(documents.lengths), *self.state_shape), None
+        if cache is not None:
+            nothing = features.new_zeros(len(hidden), self.lead, features.shape[1])
+            seen, state = cache.layers.get(self.layer, (nothing, state))
 
-        features, seen = self.conv1d(torch.cat((query, key, value), dim=-1), documents, seen)
-        keys = self.key_heads * self.key_dim
-        query, key, value = features.split((keys, keys, features.shape[1] - 2 * keys), dim=-1)
-        ratio = self.value_heads // self.key_heads
-        query, key = (
-            _unit(x.unflatten(-1, (-1, self.key_dim))).repeat_interleave(ratio, dim=1) for x in (query, key)
-        )  # [T, N, K]
-        value = value.unflatten(-1, (-1, self.value_dim))  # [T, N, V]
-
+        convolved = self.conv1d(features, documents, seen)
+        query, key, value = convolved.split((query.shape[1], key.shape[1], value.shape[1]), dim=-1)
+        per_key = self.value_heads // self.key_heads
+        query, key = (_unit(x.unflatten(-1, (self.key_heads, -1))) for x in (query, key))
+        query, key = (x.repeat_interleave(per_key, dim=1) for x in (query, key))  # [T, N, K]
+        value = value.unflatten(-1, (self.value_heads, -1))  # [T, N, V]
         rule = recurrent_delta_rule if documents.max_length == 1 else chunked_delta_rule
         if HAS_KERNEL and hidden.is_cuda and hidden.dtype in (torch.bfloat16, torch.float16):
             rule = fused_delta_rule
-        if state is None:
-            state = log_decay.new_zeros(
-                len(documents.lengths), self.value_heads, self.key_dim, self.value_dim
-            )
-        inputs = DeltaInputs(query, key, value, log_decay, beta.sigmoid())
-        mixed, state = rule(inputs, documents, state)
-        if cache is not None:
-            cache.layers[self.layer] = seen, state
-        mixed = self.norm(mixed.to(hidden.dtype), gate.unflatten(-1, (-1, self.value_dim)))
+        mixed, state = rule(DeltaInputs(query, key, value, log_decay, beta.sigmoid()), documents, state)
+        if cache is not None and seen is not None:
+            inputs = torch.cat((seen, features.unflatten(0, (len(hidden), -1))), dim=1)
+            cache.layers[self.layer] = inputs[:, hidden.shape[1] :], state
+        mixed = self.norm(mixed.to(hidden.dtype), gate.unflatten(-1, (self.value_heads, -1)))
         return self.out_proj(mixed.flatten(1)).view_as(hidden)
 
 
 class CausalConvolution(nn.Module):
-    """silu of a causal convolution of width W over each feature, inside documents.
-
-    The weight [F, 1, W] is uninitialised, shaped as torch's Conv1d has it.
-    """
+    """silu of a causal convolution of width W over each feature; `weight` has the shape of torch's Conv1d."""
 
     def __init__(self, features: int, width: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(features, 1, width))
 
-    def forward(self, x: Tensor, documents: Documents, seen: Tensor | None) -> tuple[Tensor, Tensor]:
-        """[T, F] -> [T, F] and the last W - 1 inputs of each document [D, W-1, F].
-
-        `seen`: what this returned for the tokens before, of the same documents.
-        """
-        lead, count = self.weight.shape[2] - 1, len(documents.lengths)  # inputs before each document
-        borders = documents.cu_seqlens.long() + lead * torch.arange(count + 1, device=x.device)  # [D+1]
-        leads = borders[:-1, None] + torch.arange(lead, device=x.device)  # [D, W-1]
-        padded = x.new_zeros(len(x) + lead * count, x.shape[1])
-        if seen is not None:
-            padded = padded.index_copy(0, leads.flatten(), seen.flatten(0, 1))
-        place = torch.arange(len(x), device=x.device) + lead * documents.number  # of the first input
-        padded = padded.index_copy(0, place + lead, x)
-        mixed = F.conv1d(padded.t().unsqueeze(0), self.weight, groups=len(self.weight))[0].t()
-        last = leads + (borders[1:] - borders[:-1] - lead).unsqueeze(1)
-        return F.silu(mixed.index_select(0, place)), padded[last]
+    def forward(self, x: Tensor, documents: Documents, seen: Tensor | None) -> Tensor:
+        """[T, F] -> [T, F], inside documents. `seen` [B, W-1, F]: each row goes on after these inputs."""
+        taps = self.weight[:, 0].t()  # [W, F], the last one on the token itself
+        if seen is None:
+            position, lags = documents.position.unsqueeze(1), range(len(taps) - 1, -1, -1)
+            earlier = (torch.where(position >= lag, x.roll(lag, dims=0), 0) for lag in lags)  # [T, F]
+        else:
+            rows = torch.cat((seen, x.unflatten(0, (len(seen), -1))), dim=1)
+            earlier = (part.flatten(0, 1) for part in rows.unfold(1, len(taps), 1).unbind(-1))
+        return F.silu(sum(part * tap for part, tap in zip(earlier, taps, strict=True)))
 
 
 class GatedRMSNorm(nn.RMSNorm):
@@ -206,7 +194,7 @@ class Chunks:
     """Where the tokens of each document lie in chunks of their own: chunk by chunk, long documents first."""
 
     def __init__(self, documents: Documents) -> None:
-        number = documents.number
+        number, position = documents.number, documents.position
         counts = -(-torch.tensor(documents.lengths) // CHUNK)  # [D] chunks of each document
         active = [int((counts > step).sum()) for step in range(int(counts.max()))]
         starts = list(accumulate(active, initial=0))
@@ -214,7 +202,6 @@ class Chunks:
         self.steps = list(zip(starts, active, strict=False))
         self.size = starts[-1] * CHUNK
         self.by_length = counts.argsort(descending=True, stable=True).to(number.device)  # [D]
-        position = torch.arange(len(number), device=number.device) - documents.cu_seqlens[number]
         first = torch.tensor(starts, device=number.device)[position // CHUNK]
         self.place = (first + self.by_length.argsort()[number]) * CHUNK + position % CHUNK  # [T]
 

@@ -1,7 +1,7 @@
 """Time and peak memory of one training step of the tiny models over the length of one document.
 
-`python tests/bench/long_context.py [MODEL ...]`: a process for each measurement; memory is what the step adds to
-the process, so that a doubled length doubles it where memory is linear.
+`python tests/bench/long_context.py [MODEL ...]`: a process for each measurement; memory is what the step adds
+to the process, so that a doubled length doubles it where memory is linear.
 """
 
 import resource
