@@ -30,8 +30,8 @@ def rotary_tables(position_ids: Tensor, config: ModelConfig, dtype: torch.dtype)
         first = max(math.floor(pair(scaling.beta_fast)), 0)
         last = min(math.ceil(pair(scaling.beta_slow)), size - 1)
         numbers = torch.arange(size // 2, dtype=torch.float32, device=position_ids.device)
-        slow = ((numbers - first) / max(last - first, 0.001)).clamp(0, 1)  # [R/2] 0 = keep, 1 = divide
-        frequencies = 1.0 / (scaling.factor * wavelengths) * slow + frequencies * (1 - slow)
+        keep = 1 - ((numbers - first) / max(last - first, 0.001)).clamp(0, 1)  # [R/2] 1 = keep, 0 = divide
+        frequencies = 1.0 / (scaling.factor * wavelengths) * (1 - keep) + frequencies * keep
     angles = position_ids.float()[:, None, None] * frequencies  # [T, 1, R/2]
     return (angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)
 

@@ -120,9 +120,9 @@ def config(request: pytest.FixtureRequest) -> ModelConfig:
     return ModelConfig(**CASES[request.param])
 
 
-@pytest.fixture(params=["moe", "dense-tied-bias"], ids=str)
+@pytest.fixture(params=["moe", "dense-tied-bias", "next"], ids=str)
 def moe_or_dense(request: pytest.FixtureRequest) -> ModelConfig:
-    """One sparse and one dense shape, for what does not depend on the numbers."""
+    """A sparse, a dense and a hybrid shape, for what does not depend on the numbers."""
     return ModelConfig(**CASES[request.param])
 
 

@@ -1,15 +1,19 @@
 """The table of shipped models: its bytes against parameters counted on the modules, and its mistakes."""
 
+import re
 import subprocess
 import sys
 
 import pytest
 import torch
 
+from moe.config import ConfigError
 from moe.dispatch import LocalDispatcher
+from moe.formats import RopeScaling
 from moe.model import CausalLM
 from moe.parallelize import apply_expert_parallel
 from trainer.models import bytes_per_rank, main, shipped_models
+from trainer.parallel import ParallelPlan
 
 
 @pytest.mark.parametrize("name", ["tiny_moe", "tiny_qwen2_moe", "tiny_qwen3_next", "qwen3_next_80b_a3b"])
@@ -35,6 +39,30 @@ def test_every_model_has_a_line(capsys):
     assert [line.split()[0] for line in lines[2:]] == list(shipped_models())
     assert "30.532     3.353        23.08" in next(line for line in lines if "qwen3_30b_a3b" in line)
     assert "does not divide 60 experts" in next(line for line in lines if "qwen1_5_moe" in line)
+
+
+YARN = "model.rope_scaling={rope_type: yarn, factor: %s, original_max_position_embeddings: 1024}"
+
+
+def test_yarn_from_the_command_line(run_config):
+    config = run_config(YARN % 4)
+    assert config.model.rope_scaling == RopeScaling("yarn", 4.0, 1024)
+    config.check(ParallelPlan.of(config, 1))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        ([YARN % 0.5], "model.rope_scaling.factor=0.5 must be at least 1: a context grows"),
+        (["model.layer_types=[full_attention,full_attention,full_attention]"], "does not divide"),
+        (["model.moe_intermediate_size=0"], "model.moe_intermediate_size=0 must be above 0"),
+        (["model.num_key_value_heads=3"], "model.num_key_value_heads=3 does not divide"),
+    ],
+)
+def test_contradictions_are_refused_before_a_run(run_config, overrides, line):
+    config = run_config(*overrides)
+    with pytest.raises(ConfigError, match=re.escape(line)):
+        config.check(ParallelPlan.of(config, 1))
 
 
 def test_layouts_that_do_not_divide_are_refused():
