@@ -1,4 +1,4 @@
-"""Causal attention inside documents: grouped query heads, per-head QK-norm, rotary positions."""
+"""Causal attention inside documents: grouped query heads, rotary positions, optional QK-norm and gate."""
 # B rows, S tokens per row, T = B*S tokens, D documents, H hidden
 # N query heads, G key/value heads, C head_dim, P cached tokens per row
 
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe.config import ModelConfig
+from moe.norm import rms_norm
 from moe.rope import rotate
 
 try:
@@ -45,59 +46,75 @@ class Documents:
         return lengths.repeat_interleave(lengths).argsort(stable=True)
 
     @cached_property
+    def number(self) -> Tensor:
+        """[T] the number of each token's document, from 0."""
+        lengths = torch.tensor(self.lengths, device=self.cu_seqlens.device)
+        return torch.repeat_interleave(lengths, output_size=sum(self.lengths))
+
+    @cached_property
+    def position(self) -> Tensor:
+        """[T] the place of each token in its document, from 0."""
+        return torch.arange(len(self.number), device=self.number.device) - self.cu_seqlens[self.number]
+
+    @cached_property
     def inverse(self) -> Tensor | None:
         """[T] the permutation that undoes `order`."""
         return None if self.order is None else self.order.argsort()
 
 
-class KeyValueCache:
-    """Keys and values of the tokens seen so far, for generation: rows are sequences of equal length."""
+class Cache:
+    """What the layers keep of the tokens seen so far, for generation: rows are sequences of equal length.
+
+    length: P, the number of tokens per row that the whole model has seen.
+    layers: two tensors for each, keys and values or the two states of linear attention.
+    """
 
     def __init__(self) -> None:
-        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
-
-    @property
-    def length(self) -> int:
-        """P, the number of tokens per row that every layer has seen."""
-        return min((keys.shape[1] for keys, _ in self._layers.values()), default=0)
+        self.length = 0
+        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Append [B, S, G, C] to a layer; returns all its keys and values [B, P+S, G, C]."""
-        if layer in self._layers:
-            old_keys, old_values = self._layers[layer]
+        """Append [B, S, G, C] to a layer of attention; returns all its keys and values [B, P+S, G, C]."""
+        if layer in self.layers:
+            old_keys, old_values = self.layers[layer]
             keys, values = torch.cat((old_keys, keys), dim=1), torch.cat((old_values, values), dim=1)
-        self._layers[layer] = keys, values
+        self.layers[layer] = keys, values
         return keys, values
 
 
 class Attention(nn.Module):
-    """Self-attention of Qwen3 (arXiv 2505.09388, section 2)."""
+    """Self-attention of Qwen2 (arXiv 2407.10671), Qwen3 (arXiv 2505.09388) and, gated, Qwen3-Next."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.layer = layer
         self.head_dim = config.head_dim
+        self.gated = config.attn_output_gate
         hidden, bias = config.hidden_size, config.attention_bias
         query_size = config.num_attention_heads * config.head_dim
         key_value_size = config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(hidden, query_size, bias=bias)
-        self.k_proj = nn.Linear(hidden, key_value_size, bias=bias)
-        self.v_proj = nn.Linear(hidden, key_value_size, bias=bias)
+        qkv_bias = bias or config.qkv_bias
+        self.q_proj = nn.Linear(hidden, query_size * (2 if self.gated else 1), bias=qkv_bias)
+        self.k_proj = nn.Linear(hidden, key_value_size, bias=qkv_bias)
+        self.v_proj = nn.Linear(hidden, key_value_size, bias=qkv_bias)
         self.o_proj = nn.Linear(query_size, hidden, bias=bias)
-        self.q_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
-        self.k_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
+        self.q_norm: nn.Module = rms_norm(config, self.head_dim) if config.use_qk_norm else nn.Identity()
+        self.k_norm: nn.Module = rms_norm(config, self.head_dim) if config.use_qk_norm else nn.Identity()
 
     def forward(
         self,
         hidden: Tensor,
         rotary: tuple[Tensor, Tensor],
         documents: Documents,
-        cache: KeyValueCache | None = None,
+        cache: Cache | None = None,
     ) -> Tensor:
         """hidden [B, S, H] -> [B, S, H]. With a cache every row goes on with its one sequence."""
         rows, seq_len, _ = hidden.shape
         heads = (rows * seq_len, -1, self.head_dim)
-        query = rotate(self.q_norm(self.q_proj(hidden).view(heads)), rotary)  # [T, N, C]
+        query = self.q_proj(hidden)
+        if self.gated:  # each head has its query and its gate side by side
+            query, gate = query.unflatten(-1, (-1, 2 * self.head_dim)).chunk(2, dim=-1)  # [B, S, N, C]
+        query = rotate(self.q_norm(query.reshape(heads)), rotary)  # [T, N, C]
         key = rotate(self.k_norm(self.k_proj(hidden).view(heads)), rotary)  # [T, G, C]
         value = self.v_proj(hidden).view(heads)  # [T, G, C]
         if cache is not None:
@@ -109,7 +126,8 @@ class Attention(nn.Module):
             mixed = attend_varlen(query, key, value, documents)
         else:
             mixed = attend_per_document(query, key, value, documents)
-        return self.o_proj(mixed.reshape(rows, seq_len, -1))
+        mixed = mixed.reshape(rows, seq_len, -1)
+        return self.o_proj(mixed * gate.flatten(2).sigmoid() if self.gated else mixed)
 
 
 def attend_per_document(query: Tensor, key: Tensor, value: Tensor, documents: Documents) -> Tensor:

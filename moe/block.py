@@ -5,13 +5,17 @@ from torch import Tensor, nn
 from moe.config import ModelConfig
 from moe.dispatch import Dispatcher, LocalDispatcher
 from moe.experts import Experts
+from moe.mlp import MLP
 from moe.router import Router, RouterStatistics
 
 # B rows, S positions, H hidden
 
 
 class MoEBlock(nn.Module):
-    """Router, dispatcher, experts. All experts start on this rank; `apply_expert_parallel` keeps a share."""
+    """Router, dispatcher, experts, and a shared expert (arXiv 2401.06066) where the configuration has one.
+
+    All experts start on this rank; `apply_expert_parallel` keeps a share. The shared expert is on every rank.
+    """
 
     def __init__(self, config: ModelConfig, backend: str) -> None:
         super().__init__()
@@ -20,6 +24,11 @@ class MoEBlock(nn.Module):
         )
         self.experts = Experts(config.num_experts, config.hidden_size, config.moe_intermediate_size, backend)
         self.dispatcher: Dispatcher = LocalDispatcher()
+        shared = config.shared_expert_intermediate_size
+        self.shared_expert = MLP(config.hidden_size, shared) if shared else None
+        self.shared_expert_gate = (
+            nn.Linear(config.hidden_size, 1, bias=False) if config.shared_expert_gate else None
+        )
 
     def forward(
         self, hidden: Tensor, token_mask: Tensor | None = None, selection_bias: Tensor | None = None
@@ -29,4 +38,9 @@ class MoEBlock(nn.Module):
         mask = None if token_mask is None else token_mask.flatten()
         routing_weights, expert_indices, statistics = self.gate(x, mask, selection_bias)
         y = self.dispatcher(x, routing_weights, expert_indices, self.experts)
-        return y.view_as(hidden), statistics
+        y = y.view_as(hidden)
+        if self.shared_expert is not None:
+            shared = self.shared_expert(hidden)
+            gate = self.shared_expert_gate
+            y = y + (shared if gate is None else gate(hidden).sigmoid() * shared)
+        return y, statistics

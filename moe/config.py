@@ -1,10 +1,12 @@
-"""The shape of a Qwen3 model: the keys of Hugging Face's config.json and their laws. Imports no torch."""
+"""The shape of a model: the keys of Hugging Face's config.json and their laws. Imports no torch."""
 
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
+
+from moe.formats import FORMATS, FULL, LINEAR, RELEASED, RopeScaling, format_of, read_values
 
 
 class ConfigError(ValueError):
@@ -17,22 +19,37 @@ class ConfigError(ValueError):
 
 @dataclass
 class ModelConfig:
-    """Qwen3 (arXiv 2505.09388); `num_experts=0` is a dense model. The values live in conf/model/*.yaml."""
+    """Any Qwen from 2 to 3-Next; `num_experts=0` is a dense model. The values live in conf/model/*.yaml."""
 
     vocab_size: int
     hidden_size: int
     intermediate_size: int  # of the dense MLP layers
     num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
     hidden_act: str
     max_position_embeddings: int
     initializer_range: float
     rms_norm_eps: float
-    rope_theta: float
-    attention_bias: bool
+    zero_centered_norm: bool  # norms multiply by 1 + weight
     tie_word_embeddings: bool
+    layer_types: list[str]  # the sequence mixer of each layer, or a pattern that repeats
+    # full attention
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    qkv_bias: bool
+    attention_bias: bool  # of query, key, value and output
+    use_qk_norm: bool  # RMSNorm of every query and key head
+    attn_output_gate: bool  # a sigmoid gate per value, projected beside the query
+    rope_theta: float
+    rope_scaling: RopeScaling | None
+    partial_rotary_factor: float  # share of head_dim that turns
+    # linear attention: Gated DeltaNet
+    linear_num_key_heads: int
+    linear_num_value_heads: int
+    linear_key_head_dim: int
+    linear_value_head_dim: int
+    linear_conv_kernel_dim: int
+    # mixture of experts
     num_experts: int
     num_experts_per_tok: int
     moe_intermediate_size: int  # of one expert
@@ -40,6 +57,8 @@ class ModelConfig:
     router_aux_loss_coef: float
     decoder_sparse_step: int  # layer i is sparse if (i + 1) is a multiple
     mlp_only_layers: list[int]  # layers that stay dense all the same
+    shared_expert_intermediate_size: int  # of the expert that takes every token; 0 = there is none
+    shared_expert_gate: bool  # a sigmoid gate on its output
 
     def is_moe_layer(self, layer: int) -> bool:
         """Whether decoder layer `layer` (from 0) is a mixture of experts."""
@@ -49,40 +68,78 @@ class ModelConfig:
             and (layer + 1) % self.decoder_sparse_step == 0
         )
 
+    def layer_type(self, layer: int) -> str:
+        """The sequence mixer of decoder layer `layer` (from 0)."""
+        return self.layer_types[layer % len(self.layer_types)]
+
     @property
     def moe_layers(self) -> list[int]:
         """Numbers of the mixture-of-experts layers, ascending."""
         return [layer for layer in range(self.num_hidden_layers) if self.is_moe_layer(layer)]
 
+    @property
+    def rotary_dim(self) -> int:
+        """How many values of a head rotary embeddings turn."""
+        return int(self.head_dim * self.partial_rotary_factor)
+
     def problems(self) -> list[str]:
         """Every broken law, one line each, keys written as `model.<key>`; empty for a sound configuration."""
-        sizes = [
-            "vocab_size",
-            "hidden_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_key_value_heads",
-        ]
-        sizes += ["head_dim", "max_position_embeddings", "rms_norm_eps", "rope_theta"]
+        sizes = ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"]
+        sizes += ["num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "rope_theta"]
         if self.num_experts > 0:
             sizes += ["moe_intermediate_size", "num_experts_per_tok", "decoder_sparse_step"]
+        if LINEAR in self.layer_types:
+            sizes += [field.name for field in fields(self) if field.name.startswith("linear_")]
         found = [_must(self, key, "be above 0") for key in sizes if getattr(self, key) <= 0]
         not_negative = ["num_experts", "initializer_range", "router_aux_loss_coef"]
+        not_negative.append("shared_expert_intermediate_size")
         found += [_must(self, key, "not be negative") for key in not_negative if getattr(self, key) < 0]
         if self.hidden_act != "silu":
-            found.append(_must(self, "hidden_act", "be silu, the only activation of Qwen3"))
-        if self.head_dim % 2:
-            found.append(_must(self, "head_dim", "be even: rotary embeddings turn pairs"))
-        if self.num_key_value_heads > 0 and self.num_attention_heads % self.num_key_value_heads:
-            found.append(
-                f"model.num_key_value_heads={self.num_key_value_heads} does not divide "
-                f"model.num_attention_heads={self.num_attention_heads}; use a divisor"
-            )
-        return found + (self._sparse_problems() if not found else [])
+            found.append(_must(self, "hidden_act", "be silu, the only activation of Qwen"))
+        found += _divides(self, "num_key_value_heads", "num_attention_heads")
+        if LINEAR in self.layer_types:
+            found += _divides(self, "linear_num_key_heads", "linear_num_value_heads")
+        return found + self._rotary_problems() + (self._layer_problems() if not found else [])
 
-    def _sparse_problems(self) -> list[str]:
-        """Laws of the layer pattern; they presuppose the laws of the single keys."""
+    def _rotary_problems(self) -> list[str]:
+        """Laws of the rotary embeddings."""
         found = []
+        if not 0 < self.partial_rotary_factor <= 1:
+            found.append(_must(self, "partial_rotary_factor", "be above 0 and at most 1"))
+        elif self.partial_rotary_factor == 1 and self.head_dim % 2:
+            found.append(_must(self, "head_dim", "be even: rotary embeddings turn pairs"))
+        elif self.rotary_dim % 2 or self.rotary_dim == 0:
+            law = f"leave an even part of model.head_dim={self.head_dim}: rotary embeddings turn pairs"
+            found.append(_must(self, "partial_rotary_factor", law))
+        if (scaling := self.rope_scaling) is not None:
+            for key, sound, law in [
+                ("rope_type", scaling.rope_type == "yarn", "be yarn; or set model.rope_scaling=null"),
+                ("factor", scaling.factor >= 1, "be at least 1: a context grows"),
+                (
+                    "beta_fast",
+                    scaling.beta_fast > scaling.beta_slow > 0,
+                    "exceed beta_slow, which is above 0",
+                ),
+                (
+                    "original_max_position_embeddings",
+                    0 < scaling.original_max_position_embeddings <= self.max_position_embeddings,
+                    f"be above 0 and at most model.max_position_embeddings={self.max_position_embeddings}",
+                ),
+            ]:
+                if not sound:
+                    found.append(f"model.rope_scaling.{key}={getattr(scaling, key)} must {law}")
+        return found
+
+    def _layer_problems(self) -> list[str]:
+        """Laws of the layer pattern and the experts; they presuppose the laws of the single keys."""
+        found = []
+        if unknown := sorted(set(self.layer_types) - {FULL, LINEAR}):
+            found.append(f"model.layer_types holds {unknown}; use {FULL} and {LINEAR}")
+        if not self.layer_types or self.num_hidden_layers % len(self.layer_types):
+            found.append(
+                f"model.layer_types has {len(self.layer_types)} entries, which does not divide "
+                f"model.num_hidden_layers={self.num_hidden_layers}; write one per layer or a pattern"
+            )
         if self.num_experts_per_tok > self.num_experts > 0:
             found.append(
                 _must(self, "num_experts_per_tok", f"not exceed model.num_experts={self.num_experts}")
@@ -100,6 +157,18 @@ class ModelConfig:
             )
         if len(self.moe_layers) < self.num_hidden_layers and self.intermediate_size <= 0:
             found.append(_must(self, "intermediate_size", "be above 0: the model has dense layers"))
+        if self.shared_expert_intermediate_size and not self.num_experts:
+            found.append(
+                _must(
+                    self,
+                    "shared_expert_intermediate_size",
+                    "be 0 in a dense model: it adds to routed experts",
+                )
+            )
+        if self.shared_expert_gate and not self.shared_expert_intermediate_size:
+            found.append(
+                _must(self, "shared_expert_gate", "be false where model.shared_expert_intermediate_size=0")
+            )
         return found
 
     def num_parameters(self) -> int:
@@ -110,31 +179,50 @@ class ModelConfig:
         """Parameters that one token uses: `num_experts_per_tok` experts per sparse layer."""
         return self._count(experts=self.num_experts_per_tok)
 
+    def num_expert_parameters(self) -> int:
+        """Parameters of all routed experts, which expert parallelism deals out."""
+        return self._count(experts=self.num_experts) - self._count(experts=0)
+
     def _count(self, experts: int) -> int:
-        """Parameters with `experts` experts in each sparse layer."""
-        hidden, query = self.hidden_size, self.num_attention_heads * self.head_dim
-        key_value = 2 * self.num_key_value_heads * self.head_dim
-        attention = hidden * (2 * query + key_value) + 2 * self.head_dim
-        if self.attention_bias:
-            attention += query + key_value + hidden
-        sparse = self.num_experts * hidden + 3 * experts * hidden * self.moe_intermediate_size
+        """Parameters with `experts` routed experts in each sparse layer."""
+        hidden, shared = self.hidden_size, self.shared_expert_intermediate_size
+        sparse = hidden * (self.num_experts + 3 * experts * self.moe_intermediate_size + 3 * shared)
+        sparse += hidden if self.shared_expert_gate else 0
         dense = 3 * hidden * self.intermediate_size
-        sparse_layers = len(self.moe_layers)
-        layers = self.num_hidden_layers * (attention + 2 * hidden)
-        layers += sparse_layers * sparse + (self.num_hidden_layers - sparse_layers) * dense
+        layers = sum(
+            self._count_mixer(layer) + 2 * hidden + (sparse if self.is_moe_layer(layer) else dense)
+            for layer in range(self.num_hidden_layers)
+        )
         embeddings = self.vocab_size * hidden * (1 if self.tie_word_embeddings else 2)
         return embeddings + layers + hidden
+
+    def _count_mixer(self, layer: int) -> int:
+        """Parameters of the sequence mixer of a layer."""
+        if self.layer_type(layer) == LINEAR:
+            key = self.linear_num_key_heads * self.linear_key_head_dim
+            value = self.linear_num_value_heads * self.linear_value_head_dim
+            projections = self.hidden_size * (2 * key + 3 * value + 2 * self.linear_num_value_heads)
+            convolution = self.linear_conv_kernel_dim * (2 * key + value)
+            return projections + convolution + 2 * self.linear_num_value_heads + self.linear_value_head_dim
+        value = self.num_attention_heads * self.head_dim
+        inputs = value * (2 if self.attn_output_gate else 1) + 2 * self.num_key_value_heads * self.head_dim
+        biases = inputs if self.qkv_bias or self.attention_bias else 0
+        biases += self.hidden_size if self.attention_bias else 0
+        return self.hidden_size * (inputs + value) + biases + (2 * self.head_dim if self.use_qk_norm else 0)
 
     def flops_per_token(self, seq_len: int) -> float:
         """Training FLOPs (forward and backward) of one token in a causal sequence of `seq_len` tokens.
 
         6 per active parameter that multiplies (all but the input embedding, a look-up; a tied matrix does, as
-        the head) plus 6 x layers x heads x head_dim x seq_len for attention, half of the square.
+        the head), plus 6 x heads x head_dim x seq_len per layer of full attention, half of the square, plus
+        18 x heads x key dim x value dim per layer of linear attention: read, write and query of its state.
         Recompute does not count (model FLOPs, PaLM, arXiv 2204.02311, appendix B).
         """
         look_up = 0 if self.tie_word_embeddings else self.vocab_size * self.hidden_size
-        attention = self.num_hidden_layers * self.num_attention_heads * self.head_dim * seq_len
-        return 6.0 * (self.num_active_parameters() - look_up + attention)
+        state = self.linear_num_value_heads * self.linear_key_head_dim * self.linear_value_head_dim
+        mixing = {FULL: self.num_attention_heads * self.head_dim * seq_len, LINEAR: 3 * state}
+        mixed = sum(mixing[self.layer_type(layer)] for layer in range(self.num_hidden_layers))
+        return 6.0 * (self.num_active_parameters() - look_up + mixed)
 
     @classmethod
     def of_folder(cls, folder: Path) -> "ModelConfig":
@@ -149,21 +237,15 @@ class ModelConfig:
 
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> "ModelConfig":
-        """From a config.json of model_type qwen3 or qwen3_moe, in the spelling of transformers 4 or 5.
+        """From a config.json of a model_type of `moe.formats`, in the spelling of transformers 4 or 5.
 
         Raises ConfigError for missing keys, for features this model does not compute, and for broken laws.
         """
-        values = dict(hf)
-        values.setdefault("rope_theta", (hf.get("rope_parameters") or {}).get("rope_theta"))
-        if hf.get("model_type") == "qwen3_moe":
-            values.setdefault("num_experts", hf.get("num_local_experts"))
-        else:
-            values.update(_DENSE)
-        found = _unsupported(hf)
+        values, found = read_values(hf)
         names = [field.name for field in fields(cls)]
-        found += [
-            f"config.json: key {name} is missing; write it out" for name in names if values.get(name) is None
-        ]
+        if values:
+            absent = [name for name in names if name not in values]
+            found += [f"config.json: key {name} is missing; write it out" for name in absent]
         if found:
             raise ConfigError(found)
         config = cls(**{name: values[name] for name in names})
@@ -174,58 +256,21 @@ class ModelConfig:
 
     def to_hf(self) -> dict[str, Any]:
         """The config.json of this model, in the older keys of the released ones, which every reader takes."""
-        moe = self.num_experts > 0
-        keys = {key: value for key, value in asdict(self).items() if moe or key not in _DENSE}
-        return {
-            "architectures": ["Qwen3MoeForCausalLM" if moe else "Qwen3ForCausalLM"],
-            "model_type": "qwen3_moe" if moe else "qwen3",
-            **_RELEASED,
-            **keys,
-        }
-
-
-# The keys that a dense config.json does not have, and what they are there.
-_DENSE: dict[str, Any] = {
-    "num_experts": 0,
-    "num_experts_per_tok": 0,
-    "moe_intermediate_size": 0,
-    "norm_topk_prob": True,
-    "router_aux_loss_coef": 0.0,
-    "decoder_sparse_step": 1,
-    "mlp_only_layers": [],
-}
-
-# What the released config.json files say besides, the same in all of them.
-_RELEASED: dict[str, Any] = {
-    "attention_dropout": 0.0,
-    "rope_scaling": None,
-    "sliding_window": None,
-    "use_cache": True,
-    "use_sliding_window": False,
-    "transformers_version": "4.51.0",  # the first that knows Qwen3
-}
+        values = asdict(self)
+        model_type = format_of(values)
+        architecture, fixed, _ = FORMATS[model_type]
+        repeats = self.num_hidden_layers // len(self.layer_types)
+        keys = {**values, "layer_types": self.layer_types * repeats}
+        kept = {key: value for key, value in keys.items() if key not in fixed}
+        return {"architectures": [architecture], "model_type": model_type, **RELEASED, **kept}
 
 
 def _must(config: ModelConfig, key: str, law: str) -> str:
     return f"model.{key}={getattr(config, key)} must {law}"
 
 
-def _unsupported(hf: Mapping[str, Any]) -> list[str]:
-    """What a config.json asks for and this model does not compute."""
-    found = []
-    if hf.get("model_type") not in ("qwen3", "qwen3_moe"):
-        found.append(
-            f"config.json: model_type={hf.get('model_type')} is not supported; use qwen3 or qwen3_moe"
-        )
-    if hf.get("use_sliding_window"):
-        found.append("config.json: use_sliding_window=true is not supported; use full attention")
-    layer_types = set(hf.get("layer_types") or []) - {"full_attention"}
-    if layer_types:
-        found.append(
-            f"config.json: layer_types holds {sorted(layer_types)}; only full_attention is supported"
-        )
-    rope = {**(hf.get("rope_scaling") or {}), **(hf.get("rope_parameters") or {})}
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if rope_type != "default":
-        found.append(f"config.json: rope_type={rope_type} is not supported; remove rope_scaling")
-    return found
+def _divides(config: ModelConfig, key: str, of: str) -> list[str]:
+    divisor, number = getattr(config, key), getattr(config, of)
+    if divisor > 0 and number % divisor:
+        return [f"model.{key}={divisor} does not divide model.{of}={number}; use a divisor"]
+    return []

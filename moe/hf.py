@@ -222,7 +222,9 @@ def locate(config: ModelConfig, folder: Path, dense_slices: int = 0) -> dict[str
             misshapen.append(f"{stored} {list(found[stored].shape)} instead of {list(stored_shape)}")
         else:
             places[name] = found[stored]._replace(part=part, shape=shape)
-    kinds = {"missing": missing, "extra": sorted(found.keys() - known), "misshapen": misshapen}
+    # released Qwen3-Next folders hold a head for multi-token prediction besides
+    extra = sorted(name for name in found.keys() - known if not name.startswith("mtp."))
+    kinds = {"missing": missing, "extra": extra, "misshapen": misshapen}
     problems = [f"{folder}: {_listed(kind, names)}" for kind, names in kinds.items() if names]
     if problems:
         raise ConfigError(problems)

@@ -13,16 +13,20 @@ from moe.model import CausalLM
 
 @torch.no_grad()
 def init_weights(model: CausalLM, seed: int, ep_rank: int = 0) -> None:
-    """Draw every weight from N(0, initializer_range), in place; norms become 1, biases 0.
+    """Draw every weight from N(0, initializer_range), in place; norms become the identity, biases 0,
+    and of linear attention dt_bias 1 and A_log the logarithm of U(0.01, 16), as in transformers.
 
     Each tensor that the hub names (one per expert and projection) is drawn in fp32 from a generator of its
     own: the values do not depend on ep_size, nor, but for rounding, on the dtype. CPU and CUDA differ.
     """
     for name, tensor in hub_tensors(model, ep_rank):
-        if name.endswith("norm.weight"):
-            nn.init.ones_(tensor)
+        if name.endswith(("norm.weight", "dt_bias")):
+            identity = 0.0 if model.config.zero_centered_norm and "linear_attn" not in name else 1.0
+            nn.init.constant_(tensor, identity)
         elif name.endswith(".bias"):
             nn.init.zeros_(tensor)
+        elif name.endswith("A_log"):
+            tensor.copy_((0.01 + 15.99 * torch.special.ndtr(normal(seed, name, tensor))).log())
         else:
             tensor.copy_(model.config.initializer_range * normal(seed, name, tensor))
 

@@ -1,4 +1,4 @@
-"""Qwen3, dense and mixture-of-experts: arithmetic on one rank, modules named as in Hugging Face."""
+"""The language model, dense or sparse: arithmetic on one rank, modules named as in Hugging Face."""
 # B rows, S tokens per row, T = B*S tokens, D documents, H hidden, V vocabulary, L sparse layers
 
 from collections.abc import Callable
@@ -8,11 +8,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from moe.attention import Attention, Documents, KeyValueCache
+from moe.attention import Attention, Cache, Documents
 from moe.block import MoEBlock
 from moe.config import ConfigError, ModelConfig
 from moe.cross_entropy import chunked_cross_entropy
+from moe.formats import FULL, LINEAR
+from moe.gated_delta_net import GatedDeltaNet
 from moe.mlp import MLP
+from moe.norm import rms_norm
 from moe.rope import rotary_tables
 from moe.router import RouterStatistics, stack_statistics
 
@@ -27,15 +30,23 @@ class ModelOutput(NamedTuple):
     router: RouterStatistics | None  # stacked over the L sparse layers; None for a dense model
 
 
+# the sequence mixers: the name of the module in a layer, and its class
+MIXERS: dict[str, tuple[str, type[Attention] | type[GatedDeltaNet]]] = {
+    FULL: ("self_attn", Attention),
+    LINEAR: ("linear_attn", GatedDeltaNet),
+}
+
+
 class DecoderLayer(nn.Module):
-    """Attention and feed-forward, each normed before and added to the residual stream."""
+    """Sequence mixer and feed-forward, each normed before and added to the residual stream."""
 
     def __init__(self, config: ModelConfig, layer: int, backend: str, recompute: str) -> None:
         super().__init__()
         self.recompute_experts = recompute == "experts"
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.self_attn = Attention(config, layer)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.input_layernorm = rms_norm(config, config.hidden_size)
+        self.mixer, mixer_class = MIXERS[config.layer_type(layer)]
+        self.add_module(self.mixer, mixer_class(config, layer))
+        self.post_attention_layernorm = rms_norm(config, config.hidden_size)
         self.mlp: MoEBlock | MLP
         if config.is_moe_layer(layer):
             self.mlp = MoEBlock(config, backend)
@@ -48,11 +59,12 @@ class DecoderLayer(nn.Module):
         rotary: tuple[Tensor, Tensor],
         documents: Documents,
         token_mask: Tensor | None,
-        cache: KeyValueCache | None,
+        cache: Cache | None,
         selection_bias: Tensor | None,
     ) -> tuple[Tensor, RouterStatistics | None]:
         """hidden [B, S, H] -> [B, S, H] and, from a sparse layer, its router statistics."""
-        hidden = hidden + self.self_attn(self.input_layernorm(hidden), rotary, documents, cache)
+        mix = getattr(self, self.mixer)
+        hidden = hidden + mix(self.input_layernorm(hidden), rotary, documents, cache)
         normed = self.post_attention_layernorm(hidden)
         update, statistics = _call(
             self._feed_forward, normed, token_mask, selection_bias, recompute=self.recompute_experts
@@ -78,7 +90,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(
             DecoderLayer(config, layer, backend, recompute) for layer in range(config.num_hidden_layers)
         )
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = rms_norm(config, config.hidden_size)
 
     def forward(
         self,
@@ -86,15 +98,13 @@ class Decoder(nn.Module):
         position_ids: Tensor,
         cu_seqlens: Tensor,
         token_mask: Tensor | None,
-        cache: KeyValueCache | None,
+        cache: Cache | None,
         selection_bias: Tensor | None,
     ) -> tuple[Tensor, RouterStatistics | None]:
         """[B, S] ids -> hidden states [B, S, H] after the final norm, and the statistics of all routers."""
         hidden = self.embed_tokens(input_ids)  # [B, S, H]
         documents = Documents(cu_seqlens)
-        rotary = rotary_tables(
-            position_ids.flatten(), self.config.head_dim, self.config.rope_theta, hidden.dtype
-        )
+        rotary = rotary_tables(position_ids.flatten(), self.config, hidden.dtype)
         per_layer: list[RouterStatistics] = []
         for layer in self.layers:
             bias = None if selection_bias is None else selection_bias[len(per_layer)]  # a row each
@@ -103,6 +113,8 @@ class Decoder(nn.Module):
             )
             if statistics is not None:
                 per_layer.append(statistics)
+        if cache is not None:
+            cache.length += input_ids.shape[1]
         return self.norm(hidden), stack_statistics(per_layer) if per_layer else None
 
 
@@ -144,7 +156,7 @@ class CausalLM(nn.Module):
         cu_seqlens: Tensor,
         token_mask: Tensor | None = None,
         labels: Tensor | None = None,
-        cache: KeyValueCache | None = None,
+        cache: Cache | None = None,
         selection_bias: Tensor | None = None,
         routing_only: bool = False,
     ) -> ModelOutput:

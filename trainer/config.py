@@ -303,7 +303,8 @@ class RunConfig:
 
 
 # What a stage may change of the model whose weights it takes over.
-_FREE_AT_HAND_OVER = {"initializer_range", "max_position_embeddings", "rope_theta", "router_aux_loss_coef"}
+_FREE_AT_HAND_OVER = {"initializer_range", "max_position_embeddings", "rope_theta", "rope_scaling"}
+_FREE_AT_HAND_OVER |= {"router_aux_loss_coef"}
 # And what makes a mixture of a dense one.
 _FREE_TO_UPCYCLE = {"num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob"}
 _FREE_TO_UPCYCLE |= {"decoder_sparse_step", "mlp_only_layers"}

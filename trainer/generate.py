@@ -9,7 +9,7 @@ import torch
 
 from data_pipeline.config import DataError
 from data_pipeline.tokenizer import load_tokenizer
-from moe.attention import KeyValueCache
+from moe.attention import Cache
 from moe.config import ConfigError, ModelConfig
 from moe.hf import load_hf
 from moe.model import CausalLM
@@ -36,10 +36,10 @@ def generate(
 ) -> Iterator[int]:
     """Token ids that continue `prompt`, one by one, until `stop_id`; temperature 0 is greedy.
 
-    Every step computes one token; keys and values of those before it come from the cache.
+    Every step computes one token; what came before is in the cache.
     """
     device = next(model.parameters()).device
-    cache = KeyValueCache()
+    cache = Cache()
     tokens = torch.tensor([prompt], device=device)  # [1, S]
     for _ in range(max_new_tokens):
         seen, new = cache.length, tokens.shape[1]

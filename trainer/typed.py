@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Iterable
-from dataclasses import fields, is_dataclass, make_dataclass
+from dataclasses import MISSING, fields, is_dataclass, make_dataclass
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
@@ -39,25 +39,26 @@ def _typed(cls: Any, cfg: Any, path: str, problems: list[str]) -> Any:
         return None
     hints = get_type_hints(cls)
     known = [field.name for field in fields(cls)]
+    optional = {field.name for field in fields(cls) if field.default is not MISSING}
     unknown = [str(key) for key in cfg if str(key) not in known]
     problems += [f"{path}{key} is unknown{similar(key, known)}; remove it" for key in unknown]
     values: dict[str, Any] = {}
     for key in known:
         if key not in cfg or OmegaConf.is_missing(cfg, key):
-            problems.append(f"{path}{key} has no value; give {path}{key}=...")
+            if key not in optional:
+                problems.append(f"{path}{key} has no value; give {path}{key}=...")
             continue
         hint, value = hints[key], cfg[key]
-        of_dict = get_args(hint)[1] if get_origin(hint) is dict else None
-        if is_dataclass(hint):
-            values[key] = _typed(hint, value, f"{path}{key}.", problems)
-        elif is_dataclass(of_dict) and isinstance(value, DictConfig):
+        inner: Any = next((part for part in (hint, *get_args(hint)) if is_dataclass(part)), None)
+        if inner and get_origin(hint) is dict and isinstance(value, DictConfig):
             values[key] = {
-                name: _typed(of_dict, value[name], f"{path}{key}.{name}.", problems)
-                for name in map(str, value)
+                name: _typed(inner, value[name], f"{path}{key}.{name}.", problems) for name in map(str, value)
             }
+        elif inner and (value is not None or inner is hint):
+            values[key] = _typed(inner, value, f"{path}{key}.", problems)
         else:
             values[key] = _leaf(hint, value, f"{path}{key}", problems)
-    return cls(**values) if len(values) == len(known) else None
+    return cls(**values) if values.keys() | optional == set(known) else None
 
 
 def _leaf(hint: Any, value: Any, path: str, problems: list[str]) -> Any:

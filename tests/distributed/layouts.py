@@ -26,7 +26,6 @@ END_OF_TEXT = 0
 SMALL = [
     "name=t",
     "dtype=fp32",
-    "model=tiny_moe",
     f"model.vocab_size={VOCAB}",
     "model.hidden_size=32",
     "model.num_hidden_layers=2",
@@ -44,14 +43,33 @@ SMALL = [
     f"stage.global_batch_size={ROWS}",
 ]
 
+# what makes a small model of each architecture of these settings
+DENSE = ["model.num_experts=0", "model.router_aux_loss_coef=0", "balance.z_loss_coef=0"]
+_SHARED = "model.shared_expert_intermediate_size=24"
+FAMILY = {
+    "qwen2": ["model=tiny_qwen2", *DENSE],
+    "qwen3": ["model=tiny_dense", *DENSE],
+    "qwen2_moe": ["model=tiny_qwen2_moe", _SHARED],
+    "qwen3_moe": ["model=tiny_moe", "model.num_hidden_layers=3", "model.mlp_only_layers=[1]"],
+    "shared_without_gate": ["model=tiny_moe", _SHARED, "model.decoder_sparse_step=2"],
+    "qwen3_next": [
+        "model=tiny_qwen3_next",
+        "model.layer_types=[linear_attention,full_attention]",
+        "model.linear_key_head_dim=8",
+        "model.linear_value_head_dim=12",
+        _SHARED,
+    ],
+}
 
 # {"losses": [...], "balance_losses": [...], "grad_norms": [...], "parameters": {name: whole tensor}}
 Outcome = dict[str, Any]
 
 
 def small_config(*overrides: str) -> RunConfig:
+    """The configuration of the overrides, of tiny_moe unless they name another model."""
+    model = [] if any(one.startswith("model=") for one in overrides) else ["model=tiny_moe"]
     with initialize_config_module("conf", version_base="1.3"):
-        return RunConfig.load(compose("train", overrides=[*SMALL, *overrides]))
+        return RunConfig.load(compose("train", overrides=[*model, *SMALL, *overrides]))
 
 
 def make_rows(step: int) -> list[Row]:
@@ -107,7 +125,7 @@ class SmallRun:
             sums, _, grad_norm = train_step(self.engine, batches, totals, self.balance, self.config, RATE)
             metrics = sums.over_ranks().describe(totals)
             outcome["losses"].append(metrics["loss"])
-            outcome["balance_losses"].append(metrics["balance_loss"])
+            outcome["balance_losses"].append(metrics.get("balance_loss", 1.0))
             outcome["grad_norms"].append(grad_norm)
         return outcome | {"parameters": gather_parameters(self.engine, self.plan, self.ranks)}
 
@@ -129,9 +147,9 @@ def oracle_model(config: RunConfig) -> CausalLM:
     return model.double()
 
 
-def train_oracle() -> Outcome:
+def train_oracle(*overrides: str) -> Outcome:
     """The same three steps by obvious means: one process, fp64, all rows at once, autograd, torch's AdamW."""
-    config = small_config(f"micro_batch_size={ROWS}", "experts.backend=reference")
+    config = small_config(f"micro_batch_size={ROWS}", "experts.backend=reference", *overrides)
     model = oracle_model(config)
     matrices = [p for name, p in model.named_parameters() if p.ndim > 1 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim == 1 or "embed" in name]
@@ -149,13 +167,15 @@ def train_oracle() -> Outcome:
         (batch,) = micro_batches(ParallelPlan.of(config, 1), 0, step)
         output = model(batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.token_mask)
         cross_entropy = F.cross_entropy(output.logits.flatten(0, 1), batch.labels.flatten())
-        counts, probabilities = (
-            output.router.tokens_per_expert.double(),
-            output.router.probability_sums.double(),
-        )
-        tokens, experts, top_k = batch.token_mask.sum(), 8, 2
-        balance = experts * (counts / (top_k * tokens) * probabilities / tokens).sum(dim=1)  # [L]
-        z = output.router.z_sums / tokens
+        balance, z = torch.ones(1), torch.zeros(1)  # of a dense model
+        if output.router is not None:
+            counts, probabilities = (
+                output.router.tokens_per_expert.double(),
+                output.router.probability_sums.double(),
+            )
+            tokens, experts, top_k = batch.token_mask.sum(), 8, 2
+            balance = experts * (counts / (top_k * tokens) * probabilities / tokens).sum(dim=1)  # [L]
+            z = output.router.z_sums / tokens
         optimizer.zero_grad()
         (cross_entropy + 0.1 * balance.sum() + 0.01 * z.sum()).backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
@@ -165,6 +185,19 @@ def train_oracle() -> Outcome:
         outcome["grad_norms"].append(norm.item())
     outcome["parameters"] = {name: p.detach().float() for name, p in model.named_parameters()}
     return outcome
+
+
+def deviation(outcome: Outcome, oracle: Outcome) -> dict[str, float]:
+    """Largest relative difference of each kind."""
+    found = {
+        key: max(abs(a - b) / abs(b) for a, b in zip(outcome[key], oracle[key], strict=True))
+        for key in ("losses", "balance_losses", "grad_norms")
+    }
+    assert outcome["parameters"].keys() == oracle["parameters"].keys()
+    for name, expected in oracle["parameters"].items():
+        difference = (outcome["parameters"][name] - expected).abs().max() / expected.abs().max()
+        found["parameters"] = max(found.get("parameters", 0.0), difference.item())
+    return found
 
 
 def gather_parameters(engine: Engine, plan: ParallelPlan, ranks: Ranks) -> dict[str, Tensor]:

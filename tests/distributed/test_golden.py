@@ -1,4 +1,4 @@
-"""Losses of ten steps, kept in a file: a change that should not change the arithmetic does not change them.
+"""Losses of ten steps, kept in files: a change that should not change the arithmetic does not change them.
 
 If one should, run `python tests/distributed/test_golden.py` in the repository and say in the commit why.
 """
@@ -6,27 +6,42 @@ If one should, run `python tests/distributed/test_golden.py` in the repository a
 import json
 from pathlib import Path
 
-import layouts
+import pytest
 from harness import run_ranks
+from layouts import DENSE, FAMILY, train_small
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "tiny_moe.json"
+FOLDER = Path(__file__).parents[1] / "golden"
+MODELS = {"tiny_moe": ["model=tiny_moe"], **FAMILY}
 KEYS = ("losses", "balance_losses", "grad_norms")
 TOLERANCE = 1e-5
 
 
-def ten_steps() -> dict[str, list[float]]:
-    layout = ("deepspeed=zero1", "micro_batch_size=4", "parallel.ep_size=2")
-    outcome = layouts.train_small(*layout, steps=10, same_rows=True)
-    return {key: outcome[key] for key in KEYS}
+def ten_steps() -> dict[str, dict[str, list[float]]]:
+    """The same rows in each step, so that the loss has to fall."""
+    found = {}
+    for name, model in MODELS.items():
+        ep_size = 1 if DENSE[0] in model else 2
+        layout = ("deepspeed=zero1", "micro_batch_size=4", f"parallel.ep_size={ep_size}")
+        outcome = train_small(*model, *layout, steps=10, same_rows=True)
+        found[name] = {key: outcome[key] for key in KEYS}
+    return found
 
 
-def test_losses_are_the_golden_ones():
-    golden = json.loads(GOLDEN.read_text())
-    measured = run_ranks(ten_steps, 2)[0]
+@pytest.fixture(scope="module")
+def measured() -> dict[str, dict[str, list[float]]]:
+    return run_ranks(ten_steps, 2, timeout=550)[0]
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", MODELS)
+def test_losses_are_the_golden_ones(measured, name):
+    golden = json.loads((FOLDER / f"{name}.json").read_text())
     for key in KEYS:
-        worst = max(abs(a / b - 1) for a, b in zip(measured[key], golden[key], strict=True))
+        worst = max(abs(a / b - 1) for a, b in zip(measured[name][key], golden[key], strict=True))
         assert worst < TOLERANCE, (key, worst)
+    assert golden["losses"][-1] < golden["losses"][0] - 0.8
 
 
 if __name__ == "__main__":
-    GOLDEN.write_text(json.dumps(run_ranks(ten_steps, 2)[0], indent=1) + "\n")
+    for name, losses in run_ranks(ten_steps, 2, timeout=550)[0].items():
+        (FOLDER / f"{name}.json").write_text(json.dumps(losses, indent=1) + "\n")

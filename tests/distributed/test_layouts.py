@@ -4,7 +4,7 @@ from itertools import product
 
 import pytest
 from harness import run_ranks
-from layouts import ROWS, Outcome, run_many, train_oracle
+from layouts import ROWS, Outcome, deviation, run_many, train_oracle
 
 TOLERANCE = 1e-5
 
@@ -48,19 +48,6 @@ VARIANTS = [
 @pytest.fixture(scope="module")
 def oracle() -> Outcome:
     return train_oracle()
-
-
-def deviation(outcome: Outcome, oracle: Outcome) -> dict[str, float]:
-    """Largest relative difference of each kind."""
-    found = {
-        key: max(abs(a - b) / abs(b) for a, b in zip(outcome[key], oracle[key], strict=True))
-        for key in ("losses", "balance_losses", "grad_norms")
-    }
-    assert outcome["parameters"].keys() == oracle["parameters"].keys()
-    for name, expected in oracle["parameters"].items():
-        difference = (outcome["parameters"][name] - expected).abs().max() / expected.abs().max()
-        found["parameters"] = max(found.get("parameters", 0.0), difference.item())
-    return found
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])

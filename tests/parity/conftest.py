@@ -1,14 +1,19 @@
 """Shapes of the tiny models that are compared with transformers, and the comparison."""
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch import Tensor
 
 from moe.config import ModelConfig
+from moe.formats import RopeScaling
 
+_PLAIN = OmegaConf.to_container(OmegaConf.load(Path(__file__).parents[2] / "conf" / "model" / "_base.yaml"))
 _DENSE = {
+    **_PLAIN,
     "vocab_size": 97,
     "hidden_size": 48,
     "intermediate_size": 80,
@@ -16,22 +21,32 @@ _DENSE = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 12,
-    "hidden_act": "silu",
-    "max_position_embeddings": 128,
+    "use_qk_norm": True,
+    "max_position_embeddings": 512,
     "initializer_range": 0.2,  # large enough that softmax, norms and routing are far from linear
-    "rms_norm_eps": 1e-6,
     "rope_theta": 10000.0,
-    "attention_bias": False,
-    "tie_word_embeddings": False,
-    "num_experts": 0,
-    "num_experts_per_tok": 0,
-    "moe_intermediate_size": 0,
-    "norm_topk_prob": True,
-    "router_aux_loss_coef": 0.0,
-    "decoder_sparse_step": 1,
-    "mlp_only_layers": [],
 }
 _MOE = {**_DENSE, "num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 20}
+_QWEN2 = {"use_qk_norm": False, "qkv_bias": True}
+_SHARED = {"shared_expert_intermediate_size": 28, "shared_expert_gate": True, "norm_topk_prob": False}
+_NEXT = {
+    **_MOE,
+    **_SHARED,
+    "zero_centered_norm": True,
+    "attn_output_gate": True,
+    "partial_rotary_factor": 0.5,
+    "norm_topk_prob": True,
+    "initializer_range": 0.1,
+    "rms_norm_eps": 1e-2,  # the gated norm would magnify the rounding of values near zero
+    "num_hidden_layers": 4,
+    "layer_types": ["linear_attention", "linear_attention", "linear_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 10,
+    "linear_conv_kernel_dim": 4,
+}
+_YARN = RopeScaling("yarn", factor=4.0, original_max_position_embeddings=64)
 
 CASES = {
     "dense": _DENSE,
@@ -51,6 +66,51 @@ CASES = {
     "moe-top1": {**_MOE, "num_experts_per_tok": 1, "norm_topk_prob": False},
     "moe-sparse-step-2": {**_MOE, "num_hidden_layers": 4, "decoder_sparse_step": 2},
     "moe-mlp-only": {**_MOE, "num_hidden_layers": 3, "mlp_only_layers": [0, 2]},
+    "qwen2": {**_DENSE, **_QWEN2},
+    "qwen2-tied-one-kv-head": {
+        **_DENSE,
+        **_QWEN2,
+        "tie_word_embeddings": True,
+        "num_attention_heads": 7,
+        "num_key_value_heads": 1,
+    },
+    "qwen2-moe": {**_MOE, **_QWEN2, **_SHARED},
+    "qwen2-moe-tied-mixed": {
+        **_MOE,
+        **_QWEN2,
+        **_SHARED,
+        "tie_word_embeddings": True,
+        "qkv_bias": False,
+        "norm_topk_prob": True,
+        "num_hidden_layers": 4,
+        "decoder_sparse_step": 2,
+    },
+    "next": _NEXT,
+    "next-odd-heads-tied": {
+        **_NEXT,
+        "tie_word_embeddings": True,
+        "num_attention_heads": 5,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "partial_rotary_factor": 0.25,
+        "linear_num_key_heads": 1,
+        "linear_num_value_heads": 3,
+        "linear_conv_kernel_dim": 3,
+        "num_hidden_layers": 2,
+        "layer_types": ["full_attention", "linear_attention"],
+        "mlp_only_layers": [0],
+    },
+    "next-full-attention-bias": {
+        **_NEXT,
+        "layer_types": ["full_attention"],
+        "num_hidden_layers": 2,
+        "attention_bias": True,
+    },
+    "dense-yarn": {**_DENSE, "rope_scaling": _YARN},
+    "next-yarn-by-hand": {
+        **_NEXT,
+        "rope_scaling": RopeScaling("yarn", 2.5, 100, attention_factor=1.3, beta_fast=8.0, beta_slow=0.5),
+    },
 }
 
 
@@ -60,9 +120,9 @@ def config(request: pytest.FixtureRequest) -> ModelConfig:
     return ModelConfig(**CASES[request.param])
 
 
-@pytest.fixture(params=["moe", "dense-tied-bias"], ids=str)
+@pytest.fixture(params=["moe", "dense-tied-bias", "next"], ids=str)
 def moe_or_dense(request: pytest.FixtureRequest) -> ModelConfig:
-    """One sparse and one dense shape, for what does not depend on the numbers."""
+    """A sparse, a dense and a hybrid shape, for what does not depend on the numbers."""
     return ModelConfig(**CASES[request.param])
 
 
@@ -80,10 +140,10 @@ def assert_close() -> Callable[[Tensor, Tensor, str], None]:
     return check
 
 
-@pytest.fixture
-def rows() -> Mapping[str, Tensor]:
-    """Three rows of 17 tokens, a document each, as the model takes them."""
-    count, length = 3, 17
+@pytest.fixture(params=[17, 150], ids=["short", "long"])
+def rows(request: pytest.FixtureRequest) -> Mapping[str, Tensor]:
+    """Three rows, a document each, as the model takes them; the long ones span chunks of linear attention."""
+    count, length = 3, request.param
     generator = torch.Generator().manual_seed(1)
     return {
         "input_ids": torch.randint(0, 97, (count, length), generator=generator),

@@ -12,9 +12,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from moe.config import ModelConfig
+from moe.formats import RopeScaling
 from moe.hf import from_hub, load_hf, save_hf
 from moe.init import init_weights
 from moe.model import CausalLM
+from moe.rope import rotary_tables
+
+from .conftest import CASES
 
 Check = Callable[[Tensor, Tensor, str], None]
 FUSED = {"w1": ("gate_up_proj", 0), "w3": ("gate_up_proj", 1), "w2": ("down_proj", None)}
@@ -34,6 +38,8 @@ def _random_model(config: ModelConfig) -> CausalLM:
         for name, parameter in model.named_parameters():
             if name.endswith(("norm.weight", "bias")):
                 parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
+            elif name.endswith("A_log"):
+                parameter -= 3  # transformers' fp32 sums of strong decays lose digits, ours are fp64
     return model
 
 
@@ -138,3 +144,18 @@ def test_we_name_tensors_as_they_do(moe_or_dense: ModelConfig, tmp_path: Path) -
     assert mine.keys() == their.keys()
     assert all(torch.equal(mine[name], their[name]) for name in mine)
     assert any(from_hub(name)[1] is not None for name in mine) == bool(moe_or_dense.num_experts)
+
+
+@pytest.mark.parametrize("theta", [1e4, 1e6])
+@pytest.mark.parametrize("factor", [None, 1.0, 4.0, 32.0])
+def test_rotary_tables_of_long_contexts(theta: float, factor: float | None) -> None:
+    """The base of a longer stage, and YaRN beyond it, at positions up to a million: equal, bit for bit."""
+    scaling = None if factor is None else RopeScaling("yarn", factor, 32768)
+    values = {**CASES["dense"], "head_dim": 128, "max_position_embeddings": 2**20}
+    config = ModelConfig(**{**values, "rope_theta": theta, "rope_scaling": scaling})
+    theirs = transformers.AutoConfig.for_model(**config.to_hf())
+    rotary = transformers.models.qwen3.modeling_qwen3.Qwen3RotaryEmbedding(theirs)
+    positions = torch.tensor([0, 1, 100, 4095, 32768, 131071, 2**20 - 1])
+    expected = rotary(torch.zeros(1), positions.unsqueeze(0))
+    for ours, table in zip(rotary_tables(positions, config, torch.float32), expected, strict=True):
+        assert torch.equal(ours[:, 0], table[0, :, :64])

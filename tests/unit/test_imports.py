@@ -29,6 +29,7 @@ EXTRA = {
     "trainer/engine.py": {"deepspeed"},
     "trainer/tracker.py": {"wandb"},
     "trainer/report.py": {"matplotlib"},
+    "moe/gated_delta_net.py": {"fla"},
     "moe/experts_optional.py": {"megablocks", "liger_kernel"},
 }
 TORCH_FREE = [
@@ -43,6 +44,7 @@ TORCH_FREE = [
     "slurm.stop",
     "slurm.resume",
     "slurm.logs",
+    "trainer.models",
 ]
 
 

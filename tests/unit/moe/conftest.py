@@ -1,10 +1,13 @@
 """Tiny models and packed batches."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import accumulate
+from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch import Tensor
 
 from moe.config import ModelConfig
@@ -15,30 +18,27 @@ VOCABULARY = 61
 
 
 @pytest.fixture
-def dense_config() -> ModelConfig:
+def dense_config(repository: Path) -> ModelConfig:
     """Two layers, 3 query heads on 1 key/value head, biases, tied."""
+    plain = OmegaConf.to_container(OmegaConf.load(repository / "conf" / "model" / "_base.yaml"))
     return ModelConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=24,
-        intermediate_size=40,
-        num_hidden_layers=2,
-        num_attention_heads=3,
-        num_key_value_heads=1,
-        head_dim=8,
-        hidden_act="silu",
-        max_position_embeddings=128,
-        initializer_range=0.3,
-        rms_norm_eps=1e-6,
-        rope_theta=10000.0,
-        attention_bias=True,
-        tie_word_embeddings=True,
-        num_experts=0,
-        num_experts_per_tok=0,
-        moe_intermediate_size=0,
-        norm_topk_prob=True,
-        router_aux_loss_coef=0.0,
-        decoder_sparse_step=1,
-        mlp_only_layers=[],
+        **{
+            **plain,
+            "vocab_size": VOCABULARY,
+            "hidden_size": 24,
+            "intermediate_size": 40,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 3,
+            "num_key_value_heads": 1,
+            "head_dim": 8,
+            "use_qk_norm": True,
+            "max_position_embeddings": 256,
+            "initializer_range": 0.3,
+            "rope_theta": 10000.0,
+            "attention_bias": True,
+            "tie_word_embeddings": True,
+            "router_aux_loss_coef": 0.0,
+        }
     )
 
 
@@ -50,9 +50,28 @@ def moe_config(dense_config: ModelConfig) -> ModelConfig:
     return ModelConfig(**{**vars(dense_config), **sparse, **plain})
 
 
-@pytest.fixture(params=["dense", "moe"])
+@pytest.fixture
+def next_config(moe_config: ModelConfig) -> ModelConfig:
+    """Two layers of linear attention, one of full: gated, zero-centred, partly rotary; a shared expert."""
+    return replace(
+        moe_config,
+        layer_types=["linear_attention", "linear_attention", "full_attention"],
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        linear_key_head_dim=6,
+        linear_value_head_dim=10,
+        linear_conv_kernel_dim=4,
+        attn_output_gate=True,
+        zero_centered_norm=True,
+        partial_rotary_factor=0.5,
+        shared_expert_intermediate_size=20,
+        shared_expert_gate=True,
+    )
+
+
+@pytest.fixture(params=["dense", "moe", "next"])
 def config(request: pytest.FixtureRequest) -> ModelConfig:
-    """The dense and the sparse configuration in turn."""
+    """The dense, the sparse and the hybrid configuration in turn."""
     return request.getfixturevalue(f"{request.param}_config")
 
 

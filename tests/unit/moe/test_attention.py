@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moe import attention
-from moe.attention import Documents, KeyValueCache, attend_cached, attend_per_document, attend_varlen
+from moe.attention import Cache, Documents, attend_cached, attend_per_document, attend_varlen
 
 HEADS, GROUPS, HEAD_DIM = 6, 2, 8
 LAYOUTS = [[4, 4, 4], [12], [1] * 5, [5, 2, 5, 1, 2, 5], [7, 3, 2], [2, 3, 7]]
@@ -102,10 +102,9 @@ def test_cached_attention_sees_all_that_came_before() -> None:
     flat = _inputs(rows * seq_len)
     query, key, value = (x.unflatten(0, (rows, seq_len)) for x in flat)
     whole = attend_per_document(*flat, _documents([seq_len] * rows)).unflatten(0, (rows, seq_len))
-    cache = KeyValueCache()
+    cache = Cache()
     for part in (slice(0, seen), slice(seen, 6), slice(6, 7)):
         keys, values = cache.append(0, key[:, part], value[:, part])
         torch.testing.assert_close(
             attend_cached(query[:, part], keys, values), whole[:, part], rtol=0, atol=2e-6
         )
-    assert cache.length == seq_len

@@ -16,7 +16,13 @@ B, S, H, E, K = 2, 6, 16, 8, 3
 def build(backend: str = "loop") -> tuple[MoEBlock, torch.Tensor, torch.Tensor]:
     """The block, hidden [B,S,H], token_mask [B,S]."""
     config = SimpleNamespace(  # the keys of ModelConfig that a block reads
-        hidden_size=H, num_experts=E, num_experts_per_tok=K, moe_intermediate_size=8, norm_topk_prob=True
+        hidden_size=H,
+        num_experts=E,
+        num_experts_per_tok=K,
+        moe_intermediate_size=8,
+        norm_topk_prob=True,
+        shared_expert_intermediate_size=0,
+        shared_expert_gate=False,
     )
     torch.manual_seed(0)
     block = MoEBlock(config, backend)

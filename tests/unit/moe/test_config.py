@@ -3,41 +3,60 @@
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+from omegaconf import OmegaConf
 
 from moe.config import ConfigError, ModelConfig
+from moe.formats import RopeScaling
 
+PLAIN = OmegaConf.to_container(OmegaConf.load(Path(__file__).parents[3] / "conf" / "model" / "_base.yaml"))
 MOE = ModelConfig(
-    vocab_size=1000,
-    hidden_size=64,
-    intermediate_size=96,
-    num_hidden_layers=6,
-    num_attention_heads=8,
-    num_key_value_heads=2,
-    head_dim=16,
-    hidden_act="silu",
-    max_position_embeddings=256,
-    initializer_range=0.02,
-    rms_norm_eps=1e-6,
-    rope_theta=10000.0,
-    attention_bias=False,
-    tie_word_embeddings=False,
-    num_experts=16,
-    num_experts_per_tok=4,
-    moe_intermediate_size=32,
-    norm_topk_prob=True,
-    router_aux_loss_coef=0.001,
-    decoder_sparse_step=1,
-    mlp_only_layers=[],
+    **{
+        **PLAIN,
+        "vocab_size": 1000,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "use_qk_norm": True,
+        "max_position_embeddings": 256,
+        "rope_theta": 10000.0,
+        "num_experts": 16,
+        "num_experts_per_tok": 4,
+        "moe_intermediate_size": 32,
+    }
 )
 DENSE = replace(MOE, num_experts=0, num_experts_per_tok=0, moe_intermediate_size=0, router_aux_loss_coef=0.0)
+QWEN2 = replace(DENSE, use_qk_norm=False, qkv_bias=True)
+QWEN2_MOE = replace(
+    MOE, use_qk_norm=False, qkv_bias=True, shared_expert_intermediate_size=48, shared_expert_gate=True
+)
+NEXT = replace(
+    MOE,
+    num_hidden_layers=8,
+    layer_types=["linear_attention"] * 3 + ["full_attention"],
+    linear_num_key_heads=2,
+    linear_num_value_heads=4,
+    linear_key_head_dim=8,
+    linear_value_head_dim=12,
+    linear_conv_kernel_dim=4,
+    zero_centered_norm=True,
+    attn_output_gate=True,
+    partial_rotary_factor=0.25,
+    shared_expert_intermediate_size=48,
+    shared_expert_gate=True,
+)
+FAMILY = {"qwen2": QWEN2, "qwen3": DENSE, "qwen2_moe": QWEN2_MOE, "qwen3_moe": MOE, "qwen3_next": NEXT}
 
 
 def test_sound_configurations_have_no_problems() -> None:
-    assert MOE.problems() == []
-    assert DENSE.problems() == []
+    for config in FAMILY.values():
+        assert config.problems() == []
 
 
 @pytest.mark.parametrize(
@@ -47,7 +66,7 @@ def test_sound_configurations_have_no_problems() -> None:
         ({"rms_norm_eps": 0.0}, "model.rms_norm_eps=0.0 must be above 0"),
         ({"initializer_range": -0.1}, "model.initializer_range=-0.1 must not be negative"),
         ({"num_experts": -1}, "model.num_experts=-1 must not be negative"),
-        ({"hidden_act": "gelu"}, "model.hidden_act=gelu must be silu, the only activation of Qwen3"),
+        ({"hidden_act": "gelu"}, "model.hidden_act=gelu must be silu, the only activation of Qwen"),
         ({"head_dim": 15}, "model.head_dim=15 must be even: rotary embeddings turn pairs"),
         (
             {"num_key_value_heads": 3},
@@ -68,10 +87,69 @@ def test_sound_configurations_have_no_problems() -> None:
             {"intermediate_size": 0, "mlp_only_layers": [2]},
             "model.intermediate_size=0 must be above 0: the model has dense layers",
         ),
+        ({"moe_intermediate_size": 0}, "model.moe_intermediate_size=0 must be above 0"),
     ],
 )
 def test_each_law(change: dict[str, Any], line: str) -> None:
     assert replace(MOE, **change).problems() == [line]
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        (
+            {"shared_expert_intermediate_size": -1},
+            "model.shared_expert_intermediate_size=-1 must not be negative",
+        ),
+        (
+            {"shared_expert_intermediate_size": 0},
+            "model.shared_expert_gate=True must be false where model.shared_expert_intermediate_size=0",
+        ),
+        (
+            {"num_experts": 0},
+            "model.shared_expert_intermediate_size=48 must be 0 in a dense model: it adds to routed experts",
+        ),
+        (
+            {"layer_types": ["full_attention"] * 3},
+            "model.layer_types has 3 entries, which does not divide model.num_hidden_layers=8; "
+            "write one per layer or a pattern",
+        ),
+        (
+            {"layer_types": ["sliding_attention"]},
+            "model.layer_types holds ['sliding_attention']; use full_attention and linear_attention",
+        ),
+        ({"linear_conv_kernel_dim": 0}, "model.linear_conv_kernel_dim=0 must be above 0"),
+        (
+            {"linear_num_key_heads": 3},
+            "model.linear_num_key_heads=3 does not divide model.linear_num_value_heads=4; use a divisor",
+        ),
+        ({"partial_rotary_factor": 1.5}, "model.partial_rotary_factor=1.5 must be above 0 and at most 1"),
+        (
+            {"partial_rotary_factor": 0.2},
+            "model.partial_rotary_factor=0.2 must leave an even part of model.head_dim=16: "
+            "rotary embeddings turn pairs",
+        ),
+        (
+            {"rope_scaling": RopeScaling("yarn", 0.5, 64)},
+            "model.rope_scaling.factor=0.5 must be at least 1: a context grows",
+        ),
+        (
+            {"rope_scaling": RopeScaling("linear", 2.0, 64)},
+            "model.rope_scaling.rope_type=linear must be yarn; or set model.rope_scaling=null",
+        ),
+        (
+            {"rope_scaling": RopeScaling("yarn", 2.0, 1024)},
+            "model.rope_scaling.original_max_position_embeddings=1024 must be above 0 and at most "
+            "model.max_position_embeddings=256",
+        ),
+        (
+            {"rope_scaling": RopeScaling("yarn", 2.0, 64, beta_fast=1.0)},
+            "model.rope_scaling.beta_fast=1.0 must exceed beta_slow, which is above 0",
+        ),
+    ],
+)
+def test_each_law_of_hybrids(change: dict[str, Any], line: str) -> None:
+    assert replace(NEXT, **change).problems() == [line]
 
 
 def test_all_problems_at_once() -> None:
@@ -98,36 +176,81 @@ def test_flops_of_a_dense_model_by_hand() -> None:
     assert tied.num_parameters() == DENSE.num_parameters() - 1000 * 64
 
 
-@pytest.mark.parametrize("config", [MOE, DENSE, replace(MOE, mlp_only_layers=[1], decoder_sparse_step=2)])
+MIXED = replace(MOE, mlp_only_layers=[1], decoder_sparse_step=2)
+LONGER = replace(MOE, rope_scaling=RopeScaling("yarn", 4.0, 64))
+VARIANT = replace(MOE, shared_expert_intermediate_size=48)  # no gate: transformers has no such model
+
+
+@pytest.mark.parametrize("config", [*FAMILY.values(), MIXED, LONGER, VARIANT])
 def test_hf_round_trip(config: ModelConfig) -> None:
     assert ModelConfig.from_hf(config.to_hf()) == config
 
 
-def test_old_keys_are_written() -> None:
-    moe, dense = MOE.to_hf(), DENSE.to_hf()
-    assert (moe["model_type"], moe["architectures"]) == ("qwen3_moe", ["Qwen3MoeForCausalLM"])
-    assert (dense["model_type"], dense["architectures"]) == ("qwen3", ["Qwen3ForCausalLM"])
-    assert moe["num_experts"] == 16
-    assert moe["rope_theta"] == 10000.0
-    assert "num_experts" not in dense
+@pytest.mark.parametrize("model_type", FAMILY)
+def test_the_architecture_is_written(model_type: str) -> None:
+    hf = FAMILY[model_type].to_hf()
+    assert hf["model_type"] == model_type
+    assert hf["architectures"] == [transformers_name(model_type)]
+    assert ("num_experts" in hf) == bool(FAMILY[model_type].num_experts)
+    assert hf["rope_theta"] == 10000.0
+    assert VARIANT.to_hf()["model_type"] == "qwen_variant"
+
+
+def transformers_name(model_type: str) -> str:
+    return "".join(part.capitalize() for part in model_type.split("_")) + "ForCausalLM"
+
+
+def test_a_dense_model_is_dense_whatever_its_other_expert_keys_say() -> None:
+    dense = replace(DENSE, num_experts_per_tok=8, router_aux_loss_coef=0.1)
+    assert dense.to_hf()["model_type"] == "qwen3"
 
 
 def test_new_spelling_is_read() -> None:
-    hf = MOE.to_hf()
+    hf = LONGER.to_hf()
     hf["num_local_experts"] = hf.pop("num_experts")
-    hf["rope_parameters"] = {"rope_type": "default", "rope_theta": hf.pop("rope_theta")}
-    assert ModelConfig.from_hf(hf) == MOE
+    hf["rope_parameters"] = {**hf.pop("rope_scaling"), "rope_theta": hf.pop("rope_theta")}
+    assert ModelConfig.from_hf(hf) == LONGER
+
+
+def test_released_spellings() -> None:
+    """What the hub's folders leave out is what transformers takes for it."""
+    qwen2 = {
+        k: v for k, v in QWEN2.to_hf().items() if k not in ("head_dim", "initializer_range", "hidden_act")
+    }
+    window = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 3}
+    assert ModelConfig.from_hf({**qwen2, **window}) == replace(QWEN2, head_dim=8)
+    unused = {"use_sliding_window": True, "sliding_window": 4096, "max_window_layers": 6}
+    assert ModelConfig.from_hf({**qwen2, **unused}) == replace(QWEN2, head_dim=8)
+    moe = {k: v for k, v in QWEN2_MOE.to_hf().items() if k not in ("mlp_only_layers", "qkv_bias")}
+    assert ModelConfig.from_hf({**moe, "norm_topk_prob": None}) == replace(QWEN2_MOE, norm_topk_prob=False)
+    hybrid = {k: v for k, v in NEXT.to_hf().items() if k not in ("layer_types", "partial_rotary_factor")}
+    assert ModelConfig.from_hf({**hybrid, "full_attention_interval": 4}) == NEXT
+    assert ModelConfig.from_hf({**hybrid, "full_attention_interval": 3}).layer_types == [
+        "full_attention" if layer in (2, 5) else "linear_attention" for layer in range(8)
+    ]
 
 
 @pytest.mark.parametrize(
     ("change", "fragment"),
     [
-        ({"model_type": "llama"}, "model_type=llama is not supported"),
+        ({"model_type": "llama"}, "model_type=llama is not supported; use one of qwen2, qwen3,"),
         ({"use_sliding_window": True}, "use_sliding_window=true is not supported"),
-        ({"layer_types": ["full_attention", "linear_attention"]}, "layer_types holds ['linear_attention']"),
-        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_type=yarn is not supported"),
-        ({"norm_topk_prob": None}, "key norm_topk_prob is missing"),
+        ({"layer_types": ["full_attention"] * 5}, "layer_types has 5 entries, but num_hidden_layers=6"),
+        (
+            {"layer_types": ["full_attention", "linear_attention"] * 3},
+            "layer_types=['full_attention', 'linear_attention'] contradicts model_type=qwen3_moe",
+        ),
+        ({"shared_expert_intermediate_size": 8}, "shared_expert_intermediate_size=8 contradicts"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "rope_type=dynamic must be yarn"),
+        ({"rope_scaling": {"type": "yarn"}}, "key rope_scaling.factor is missing"),
+        ({"rope_scaling": {"type": "yarn", "factor": 0.5}}, "rope_scaling.factor=0.5 must be at least 1"),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 4.0, "mscale": 0.7}},
+            "rope_scaling.mscale=0.7 is not supported",
+        ),
+        ({"num_experts_per_tok": None}, "key num_experts_per_tok is missing"),
         ({"num_experts_per_tok": 17}, "model.num_experts_per_tok=17 must not exceed"),
+        ({"num_key_value_heads": 3}, "model.num_key_value_heads=3 does not divide"),
     ],
 )
 def test_what_we_do_not_compute_is_refused(change: dict[str, Any], fragment: str) -> None:

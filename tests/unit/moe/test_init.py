@@ -38,7 +38,13 @@ def test_distribution(config: ModelConfig) -> None:
     init_weights(model, seed=0)
     for name, parameter in model.named_parameters():
         if name.endswith("norm.weight"):
+            identity = 0 if config.zero_centered_norm and "linear_attn" not in name else 1
+            assert (parameter == identity).all(), name
+        elif name.endswith("dt_bias"):
             assert (parameter == 1).all(), name
+        elif name.endswith("A_log"):
+            assert ((parameter.exp() > 0.01) & (parameter.exp() < 16)).all(), name
+            assert parameter.unique().numel() == parameter.numel(), name
         elif name.endswith("bias"):
             assert (parameter == 0).all(), name
         else:

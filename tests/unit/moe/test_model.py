@@ -1,13 +1,14 @@
 """The whole model: documents, cache, recompute, statistics, and the tied head."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe.attention import KeyValueCache
+from moe.attention import Cache
 from moe.config import ConfigError, ModelConfig
 from moe.model import CausalLM
 
@@ -24,18 +25,25 @@ def _gradients(model: CausalLM, loss: Tensor) -> dict[str, Tensor]:
     return dict(zip(names, torch.autograd.grad(loss, parameters, materialize_grads=True), strict=True))
 
 
+@pytest.fixture(params=["dense", "next"])
+def independent(request: pytest.FixtureRequest) -> ModelConfig:
+    """Models whose tokens do not meet in a sum over the tokens of an expert."""
+    config = request.getfixturevalue(f"{request.param}_config")
+    return replace(config, num_experts=0, shared_expert_intermediate_size=0, shared_expert_gate=False)
+
+
 @pytest.mark.parametrize("changed", [0, 1, 2])
 def test_a_document_knows_nothing_of_its_neighbours(
-    dense_config: ModelConfig, build: Build, pack: Pack, changed: int
+    independent: ModelConfig, build: Build, pack: Pack, changed: int
 ) -> None:
     """Other ids in one document leave every logit and gradient of the others as they are, bit for bit."""
     batch = pack([[5, 4, 7]])
     part = [slice(0, 5), slice(5, 9), slice(9, 16)][changed]
     other = dict(batch, input_ids=batch["input_ids"].clone())
-    other["input_ids"][:, part] = (batch["input_ids"][:, part] + 1) % dense_config.vocab_size
+    other["input_ids"][:, part] = (batch["input_ids"][:, part] + 1) % independent.vocab_size
     labels = batch["input_ids"].roll(-1, dims=1)
     labels[:, part] = -100
-    model = build(dense_config)
+    model = build(independent)
     kept = torch.ones(16, dtype=torch.bool)
     kept[part] = False
     logits, logits_of_other = model(**batch).logits, model(**other).logits
@@ -90,7 +98,7 @@ def test_loss_is_the_cross_entropy_of_the_logits(config: ModelConfig, build: Bui
 def test_cached_decoding(config: ModelConfig, build: Build, pack: Pack, steps: list[int]) -> None:
     batch = pack([[10], [10]])
     model = build(config)
-    cache = KeyValueCache()
+    cache = Cache()
     pieces = []
     with torch.no_grad():
         whole = model(**batch).logits
@@ -112,7 +120,8 @@ def test_recompute(
     """The same loss, gradients and statistics; and what is said to run again does."""
     batch = pack([[3, 5], [6, 2]])
     labels = batch["input_ids"].roll(-1, dims=1)
-    runs = {"self_attn": 0, "mlp": 0}
+    mixer = "linear_attn" if "linear_attention" in config.layer_types else "self_attn"
+    runs = {mixer: 0, "mlp": 0}
 
     def forward(model: CausalLM) -> tuple[Tensor, dict[str, Tensor], tuple[Tensor, ...]]:
         output = model(**batch, labels=labels)
@@ -132,7 +141,7 @@ def test_recompute(
     for key in runs:
         getattr(model.model.layers[0], key).register_forward_pre_hook(count(key))
     actual = forward(model)
-    assert runs == {"self_attn": attention_runs, "mlp": mlp_runs}
+    assert runs == {mixer: attention_runs, "mlp": mlp_runs}
     assert torch.equal(actual[0], expected[0])
     for name in expected[1]:
         assert torch.equal(actual[1][name], expected[1][name]), name

@@ -28,6 +28,8 @@ class Model(nn.Module):
             num_experts_per_tok=2,
             moe_intermediate_size=INTERMEDIATE,
             norm_topk_prob=True,
+            shared_expert_intermediate_size=0,
+            shared_expert_gate=False,
         )
         self.layers = nn.ModuleList([MoEBlock(config, "loop"), nn.Linear(H, H), MoEBlock(config, "loop")])
 

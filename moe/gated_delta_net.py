@@ -1,0 +1,230 @@
+"""Gated DeltaNet (arXiv 2412.06464): linear attention whose state forgets, and corrects what it wrote.
+
+Per value head, with a state S [K,V] that starts at zero in every document:
+    S_t = a_t S_(t-1);  S_t += k_t (b_t (v_t - k_t^T S_t))^T;  y_t = q_t^T S_t
+`recurrent_delta_rule` is this, token by token, and the oracle. `chunked_delta_rule` computes it in chunks of
+tokens by matrix products (section 3.3). On CUDA flash-linear-attention takes over where it is installed.
+"""
+# B rows, S tokens per row, T = B*S tokens, D documents, H hidden
+# G key heads, N value heads, K and V their dims, F = 2GK + NV features of the convolution
+# W width of the convolution, C tokens per chunk, M chunks
+
+from functools import lru_cache
+from importlib.util import find_spec
+from itertools import accumulate, islice
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moe.attention import Cache, Documents
+from moe.config import ModelConfig
+from moe.norm import precise
+
+CHUNK = 64
+HAS_KERNEL = find_spec("fla") is not None
+
+
+class GatedDeltaNet(nn.Module):
+    """The sequence mixer `linear_attention` of Qwen3-Next: convolution, gated delta rule, gated norm."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.key_heads, self.value_heads = config.linear_num_key_heads, config.linear_num_value_heads
+        key_dim, value_dim = config.linear_key_head_dim, config.linear_value_head_dim
+        self.state_shape = (self.value_heads, key_dim, value_dim)
+        self.lead = config.linear_conv_kernel_dim - 1  # inputs before a token that reach it
+        hidden, per_key = config.hidden_size, self.value_heads // self.key_heads
+        # of one key head: query, key, its values and gates; its betas and decays
+        self.qkvz_sizes = [key_dim, key_dim, per_key * value_dim, per_key * value_dim]
+        self.ba_sizes = [per_key, per_key]
+        self.in_proj_qkvz = nn.Linear(hidden, self.key_heads * sum(self.qkvz_sizes), bias=False)
+        self.in_proj_ba = nn.Linear(hidden, self.key_heads * sum(self.ba_sizes), bias=False)
+        self.conv1d = CausalConvolution(self.key_heads * sum(self.qkvz_sizes[:3]), self.lead + 1)
+        self.A_log = nn.Parameter(torch.empty(self.value_heads))
+        self.dt_bias = nn.Parameter(torch.empty(self.value_heads))
+        self.norm = GatedRMSNorm(value_dim, eps=config.rms_norm_eps)
+        self.out_proj = nn.Linear(self.value_heads * value_dim, hidden, bias=False)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        documents: Documents,
+        cache: Cache | None = None,
+    ) -> Tensor:
+        """hidden [B, S, H] -> [B, S, H]; positions are in the order, `rotary` is not used.
+
+        With a cache every row goes on with its one sequence.
+        """
+        x = hidden.flatten(0, 1)
+        query, key, value, gate = _of_heads(self.in_proj_qkvz(x), self.key_heads, self.qkvz_sizes)
+        beta, decay = _of_heads(self.in_proj_ba(x), self.key_heads, self.ba_sizes)  # [T, N]
+        log_decay = -precise(self.A_log).exp() * F.softplus(precise(decay) + self.dt_bias)
+        features = torch.cat((query, key, value), dim=-1)
+        state, seen = log_decay.new_zeros(len(documents.lengths), *self.state_shape), None
+        if cache is not None:
+            nothing = features.new_zeros(len(hidden), self.lead, features.shape[1])
+            seen, state = cache.layers.get(self.layer, (nothing, state))
+
+        convolved = self.conv1d(features, documents, seen)
+        query, key, value = convolved.split((query.shape[1], key.shape[1], value.shape[1]), dim=-1)
+        per_key = self.value_heads // self.key_heads
+        query, key = (_unit(x.unflatten(-1, (self.key_heads, -1))) for x in (query, key))
+        query, key = (x.repeat_interleave(per_key, dim=1) for x in (query, key))  # [T, N, K]
+        value = value.unflatten(-1, (self.value_heads, -1))  # [T, N, V]
+        rule = recurrent_delta_rule if documents.max_length == 1 else chunked_delta_rule
+        if HAS_KERNEL and hidden.is_cuda and hidden.dtype in (torch.bfloat16, torch.float16):
+            rule = fused_delta_rule
+        mixed, state = rule(DeltaInputs(query, key, value, log_decay, beta.sigmoid()), documents, state)
+        if cache is not None and seen is not None:
+            inputs = torch.cat((seen, features.unflatten(0, (len(hidden), -1))), dim=1)
+            cache.layers[self.layer] = inputs[:, hidden.shape[1] :], state
+        mixed = self.norm(mixed.to(hidden.dtype), gate.unflatten(-1, (self.value_heads, -1)))
+        return self.out_proj(mixed.flatten(1)).view_as(hidden)
+
+
+class CausalConvolution(nn.Module):
+    """silu of a causal convolution of width W over each feature; `weight` has the shape of torch's Conv1d."""
+
+    def __init__(self, features: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(features, 1, width))
+
+    def forward(self, x: Tensor, documents: Documents, seen: Tensor | None) -> Tensor:
+        """[T, F] -> [T, F], inside documents. `seen` [B, W-1, F]: each row goes on after these inputs."""
+        taps = self.weight[:, 0].t()  # [W, F], the last one on the token itself
+        if seen is None:
+            position, lags = documents.position.unsqueeze(1), range(len(taps) - 1, -1, -1)
+            earlier = (torch.where(position >= lag, x.roll(lag, dims=0), 0) for lag in lags)  # [T, F]
+        else:
+            rows = torch.cat((seen, x.unflatten(0, (len(seen), -1))), dim=1)
+            earlier = (part.flatten(0, 1) for part in rows.unfold(1, len(taps), 1).unbind(-1))
+        return F.silu(sum(part * tap for part, tap in zip(earlier, taps, strict=True)))
+
+
+class GatedRMSNorm(nn.RMSNorm):
+    """x / rms(x) * weight * silu(gate): [T, N, V] and its gate -> [T, N, V] of the dtype of x."""
+
+    def forward(self, x: Tensor, gate: Tensor) -> Tensor:  # type: ignore[override]
+        normed = F.rms_norm(precise(x), self.normalized_shape, precise(self.weight), self.eps)
+        return (normed * F.silu(precise(gate))).to(x.dtype)
+
+
+class DeltaInputs(NamedTuple):
+    """What the delta rule takes of every token."""
+
+    query: Tensor  # [T, N, K]
+    key: Tensor  # [T, N, K]
+    value: Tensor  # [T, N, V]
+    log_decay: Tensor  # [T, N], at most 0
+    beta: Tensor  # [T, N]
+
+    def precise(self) -> "DeltaInputs":
+        """In at least fp32, the query scaled."""
+        x = DeltaInputs(*(precise(part) for part in self))
+        return x._replace(query=x.query * x.query.shape[-1] ** -0.5)
+
+
+def recurrent_delta_rule(x: DeltaInputs, documents: Documents, state: Tensor) -> tuple[Tensor, Tensor]:
+    """The states [D, N, K, V] before the documents -> what the tokens read [T, N, V], the states after."""
+    query, key, value, log_decay, beta = x.precise()
+    outputs, lasts, tokens = [], [], iter(range(len(query)))
+    for length, s in zip(documents.lengths, state, strict=True):  # s [N, K, V]
+        for t in islice(tokens, length):
+            s = s * log_decay[t, :, None, None].exp()
+            correction = beta[t, :, None] * (value[t] - (s * key[t, :, :, None]).sum(1))  # [N, V]
+            s = s + key[t, :, :, None] * correction[:, None]
+            outputs.append((s * query[t, :, :, None]).sum(1))
+        lasts.append(s)
+    return torch.stack(outputs), torch.stack(lasts)
+
+
+def chunked_delta_rule(x: DeltaInputs, documents: Documents, state: Tensor) -> tuple[Tensor, Tensor]:
+    """The same as `recurrent_delta_rule`, in chunks of which none holds tokens of two documents.
+
+    Inside all chunks at once, then from chunk to chunk, through all documents side by side. Memory is linear
+    in T: a state per chunk.
+    """
+    chunks = _chunks(documents)
+    q, k, v, g, b = (chunks.fill(part).transpose(1, 2) for part in x.precise())  # [M, N, C, ...]
+    g = g.double().cumsum(-1)  # up to hundreds: differences of fp32 sums would lose the digits
+    # decay from token j to token i of the chunk, 0 above the diagonal, where exp could overflow
+    upper = torch.ones(CHUNK, CHUNK, dtype=torch.bool, device=q.device).triu(1)
+    decay = (
+        (g.unsqueeze(-1) - g.unsqueeze(-2)).masked_fill(upper, -torch.inf).to(q.dtype).exp()
+    )  # [M, N, C, C]
+    from_start, to_end = (log.exp().to(q.dtype).unsqueeze(-1) for log in (g, g[..., -1:] - g))  # [M, N, C, 1]
+    # The corrections of a chunk depend on each other: (1 + A) x = right side, A strictly below the diagonal.
+    k_beta = k * b.unsqueeze(-1)
+    right = torch.cat((v * b.unsqueeze(-1), k_beta * from_start), dim=-1)
+    solved = torch.linalg.solve_triangular(k_beta @ k.mT * decay, right, upper=False, unitriangular=True)
+    written, read = solved.split((v.shape[-1], k.shape[-1]), dim=-1)  # [M, N, C, V], [M, N, C, K]
+    inside = q @ k.mT * decay  # [M, N, C, C]
+    q, k, chunk_decay = q * from_start, k * to_end, from_start[..., -1:, :]
+
+    outputs, lasts, active = [], [], state[chunks.by_length]
+    for start, count in chunks.steps:
+        part = slice(start, start + count)
+        lasts.append(active[count:])  # of the documents that have ended
+        active = active[:count]
+        new = written[part] - read[part] @ active
+        outputs.append(q[part] @ active + inside[part] @ new)
+        active = active * chunk_decay[part] + k[part].mT @ new
+    last = torch.cat([active, *reversed(lasts)])[chunks.by_length.argsort()]
+    return chunks.take(torch.cat(outputs).transpose(1, 2)), last
+
+
+def fused_delta_rule(x: DeltaInputs, documents: Documents, state: Tensor) -> tuple[Tensor, Tensor]:
+    """The same by the kernel of flash-linear-attention: CUDA and 16 bits only."""
+    from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+
+    x = x._replace(query=x.query.to(x.value.dtype), key=x.key.to(x.value.dtype))
+    batch = (part.unsqueeze(0) for part in x)
+    borders = documents.cu_seqlens.long()
+    mixed, last = chunk_gated_delta_rule(
+        *batch, initial_state=state, output_final_state=True, cu_seqlens=borders
+    )
+    return mixed[0], last
+
+
+class Chunks:
+    """Where the tokens of each document lie in chunks of their own: chunk by chunk, long documents first."""
+
+    def __init__(self, documents: Documents) -> None:
+        number, position = documents.number, documents.position
+        counts = -(-torch.tensor(documents.lengths) // CHUNK)  # [D] chunks of each document
+        active = [int((counts > step).sum()) for step in range(int(counts.max()))]
+        starts = list(accumulate(active, initial=0))
+        # first chunk and number of chunks of each step through the documents
+        self.steps = list(zip(starts, active, strict=False))
+        self.size = starts[-1] * CHUNK
+        self.by_length = counts.argsort(descending=True, stable=True).to(number.device)  # [D]
+        first = torch.tensor(starts, device=number.device)[position // CHUNK]
+        self.place = (first + self.by_length.argsort()[number]) * CHUNK + position % CHUNK  # [T]
+
+    def fill(self, x: Tensor) -> Tensor:
+        """[T, ...] -> [M, C, ...], zeros where a chunk has no token."""
+        empty = x.new_zeros(self.size, *x.shape[1:])
+        return empty.index_copy(0, self.place, x).unflatten(0, (-1, CHUNK))
+
+    def take(self, x: Tensor) -> Tensor:
+        """[M, C, ...] -> [T, ...], the inverse of `fill`."""
+        return x.flatten(0, 1).index_select(0, self.place)
+
+
+_chunks = lru_cache(maxsize=1)(Chunks)  # the layers of a forward share them
+
+
+def _of_heads(projected: Tensor, heads: int, sizes: list[int]) -> tuple[Tensor, ...]:
+    """[T, heads * sum(sizes)], each head with all its parts -> each part of all heads [T, heads * size]."""
+    parts = projected.unflatten(-1, (heads, -1)).split(sizes, dim=-1)
+    return tuple(part.flatten(1) for part in parts)
+
+
+def _unit(x: Tensor) -> Tensor:
+    """x of length 1 in its last dimension, in at least fp32."""
+    x = precise(x)
+    return x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt()

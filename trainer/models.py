@@ -1,0 +1,74 @@
+"""`python -m trainer.models`: every shipped model, what it costs, and what a rank holds of it. Torch-free."""
+
+import argparse
+import sys
+from importlib.resources import files
+
+from hydra import compose, initialize_config_module
+
+from moe.config import ModelConfig
+from trainer.typed import typed
+
+
+def shipped_models() -> dict[str, ModelConfig]:
+    """Name and shape of each file in conf/model, small ones first."""
+    paths = (path.name for path in files("conf").joinpath("model").iterdir())
+    names = [name.removesuffix(".yaml") for name in paths if name[0] != "_"]
+    with initialize_config_module("conf", version_base="1.3"):
+        models = {name: typed(ModelConfig, compose(overrides=[f"+model={name}"]).model) for name in names}
+    return dict(sorted(models.items(), key=lambda item: item[1].num_parameters()))
+
+
+def bytes_per_rank(
+    model: ModelConfig, *, zero_stage: int, ep_size: int, world_size: int
+) -> tuple[float, float, float]:
+    """Bytes of weights (bf16), gradient sums (fp32) and optimizer (fp32 master and two moments) on one rank.
+
+    ZeRO cuts the optimizer (from stage 1 on), gradients (2) and weights (3) over the ranks that hold the same
+    parameter: all of them, or for routed experts every ep_size-th.
+    """
+    experts = model.num_expert_parameters()
+    shared, local = model.num_parameters() - experts, experts / ep_size
+    whole, cut = shared + local, shared / world_size + local * ep_size / world_size
+    weights, gradients, optimizer = (cut if zero_stage >= stage else whole for stage in (3, 2, 1))
+    return 2 * weights, 4 * gradients, 12 * optimizer
+
+
+def table(options: argparse.Namespace) -> list[str]:
+    """The lines of the table."""
+    zero, ep_size, world = options.zero_stage, options.ep_size, options.world_size
+    lines = [
+        f"per rank: GiB in bf16 with fp32 gradients and AdamW; ZeRO {zero}, {world} ranks, ep_size {ep_size}",
+        f"{'model':20}{'total B':>10}{'active B':>10}{'GFLOP/token':>13}{'at length':>11}"
+        f"{'weights':>10}{'gradients':>11}{'optimizer':>11}{'sum':>9}",
+    ]
+    for name, model in shipped_models().items():
+        seq_len = min(options.seq_len, model.max_position_embeddings)
+        total, active = model.num_parameters() / 1e9, model.num_active_parameters() / 1e9
+        line = f"{name:20}{total:10.3f}{active:10.3f}{model.flops_per_token(seq_len) / 1e9:13.2f}{seq_len:11}"
+        ep = ep_size if model.num_experts else 1
+        if model.num_experts % ep:
+            lines.append(f"{line}   ep_size {ep} does not divide {model.num_experts} experts")
+            continue
+        sizes = bytes_per_rank(model, zero_stage=zero, ep_size=ep, world_size=world)
+        weights, gradients, optimizer = (size / 2**30 for size in sizes)
+        lines.append(f"{line}{weights:10.2f}{gradients:11.2f}{optimizer:11.2f}{sum(sizes) / 2**30:9.2f}")
+    return lines
+
+
+def main(arguments: list[str]) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m trainer.models", description=__doc__)
+    parser.add_argument("--zero-stage", type=int, default=1, choices=range(4))
+    parser.add_argument("--ep-size", type=int, default=1, help="ranks over which experts are dealt out")
+    parser.add_argument("--world-size", type=int, default=8, help="ranks in all")
+    parser.add_argument("--seq-len", type=int, default=4096, help="of a row, at most what the model takes")
+    options = parser.parse_args(arguments)
+    if min(options.ep_size, options.world_size, options.seq_len) < 1 or options.world_size % options.ep_size:
+        parser.error("--ep-size must divide --world-size, and all must be above 0")
+    print("\n".join(table(options)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
