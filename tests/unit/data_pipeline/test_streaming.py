@@ -49,7 +49,9 @@ def test_an_epoch_is_the_tokens_of_a_prepared_folder(
         config = replace(streaming, slice_bytes=slice_bytes)
         text = TextStream(config, source, load_tokenizer(prepared.dir), SEED)
         assert np.array_equal(text.read(0, 2 * len(wanted)), np.tile(wanted, 2)), "epoch after epoch"
-        assert np.array_equal(text.read(5, 77), wanted[5:77]), "a step back"
+        later, far = TextStream(config, source, load_tokenizer(prepared.dir), SEED), len(wanted) + 90
+        assert np.array_equal(later.read(far, far + 50), wanted[90:140]), "what lies before is passed over"
+        assert np.array_equal(later.read(5, 77), wanted[5:77]), "a step back"
         text.close()
 
 
