@@ -35,7 +35,7 @@ def _modules() -> dict[str, str]:
     root, modules = Path(sysconfig.get_paths()["stdlib"]), {}
     for path in sorted(root.rglob("*.py")):
         parts = path.relative_to(root).with_suffix("").parts
-        source = "" if _EXCLUDED & set(parts) else path.read_text(encoding="utf-8")
+        source = "" if _EXCLUDED & set(parts[:-1]) else path.read_text(encoding="utf-8")
         if source.strip():
             modules[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = source
     return modules
