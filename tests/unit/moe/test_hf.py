@@ -199,6 +199,18 @@ def test_tied_folder_may_repeat_the_embedding(
     assert torch.equal(model.lm_head.weight, tensors["model.embed_tokens.weight"])
 
 
+def test_a_head_for_multi_token_prediction_is_passed_over(
+    next_config: ModelConfig, build: Build, tmp_path: Path
+) -> None:
+    """Released Qwen3-Next folders hold one; transformers does not read it either."""
+    model = build(next_config)
+    tensors = {**_saved(model, tmp_path), "mtp.fc.weight": torch.zeros(3)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    back = CausalLM(next_config)
+    load_hf(back, tmp_path)
+    assert all(torch.equal(*pair) for pair in zip(back.parameters(), model.parameters(), strict=True))
+
+
 def test_folders_that_cannot_be_read(dense_config: ModelConfig, build: Build, tmp_path: Path) -> None:
     model = build(dense_config)
     assert _load_error(model, tmp_path) == [f"{tmp_path}: 1 missing: model.safetensors"]
