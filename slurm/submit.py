@@ -17,7 +17,7 @@ from slurm.jobs import is_sweep, refuse_queued, slurm
 from slurm.script import job_script
 from slurm.snapshot import snapshot
 from trainer.cli import check_data, make_paths_absolute
-from trainer.run_folder import freeze, lock
+from trainer.run_folder import forget_origin, freeze, lock
 from trainer.typed import typed
 
 
@@ -45,6 +45,7 @@ class Submission:
             cfg.name = f"{cfg.name}/{point}"
         try:
             config = typed(SubmitConfig, cfg)
+            forget_origin(config, config.run_dir)
             config.check(config.plan)
             check_data(config)
             make_paths_absolute(cfg, config)

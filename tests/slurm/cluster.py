@@ -62,7 +62,7 @@ class Cluster:
     @classmethod
     def start(cls, data: list[str], nodes: int = NODES, **settings: str) -> "Cluster":
         """Start it, or mend it where a test broke it; `settings` are those of slurm-up."""
-        lab = {"SLURM_LAB_ID": str(LAB), "SLURM_LAB_CONF": str(HERE / "partitions.conf"), **settings}
+        lab = {"SLURM_LAB_ID": str(LAB), "SLURM_LAB_CONF": str(HERE / "lab.conf"), **settings}
         up = subprocess.run(
             [HERE / "slurm-up", str(nodes)],
             env={**os.environ, **lab},

@@ -236,7 +236,7 @@ def sweep(cluster: Cluster, folder: Path) -> Run:
     return last
 
 
-SLOW = {"crashes_too_often", "chain_cancelled", "cut_off_node"}
+SLOW = {"crashes_too_often", "chain_cancelled", "stopped"}
 
 
 @pytest.fixture(scope="session")
