@@ -51,6 +51,13 @@ def test_a_falling_loss_is_no_spike_and_a_jump_is(alarms):
     assert kinds(alarms, 301, loss=losses[-1] + 1.0) == ["loss spike"]
 
 
+def test_a_jump_on_the_way_down_is_a_spike_below_earlier_losses(alarms):
+    noise = np.random.default_rng(0).normal(0, 0.01, 40)
+    for step in range(40):
+        assert kinds(alarms, step, loss=5 - 0.05 * step + noise[step]) == []
+    assert kinds(alarms, 40, loss=3.5) == ["loss spike"]
+
+
 def test_a_run_that_has_just_started_has_nothing_to_compare_with(alarms):
     for step in range(10):
         assert kinds(alarms, step, loss=3.0 + 100 * (step == 9)) == []
