@@ -10,6 +10,7 @@ from moe.upcycle import upcycle_problems
 from trainer.deepspeed_section import deepspeed_problems
 from trainer.parallel import ParallelConfig, ParallelPlan
 from trainer.run_folder import hf_folder, read_run
+from trainer.tracker_config import TrackerConfig
 from trainer.typed import typed
 
 
@@ -95,32 +96,6 @@ class EvaluateConfig:
 
     every_steps: int
     rows: int
-
-
-@dataclass
-class AlarmsConfig:
-    """From where on a metric is an alarm."""
-
-    loss_spike: float  # deviations above what the losses before lead to
-    effective_experts: float  # least, of any layer
-    data_stall: float  # share of the step
-    straggler: float  # how much longer than the median rank one computes
-    repeat_after_steps: int
-
-
-@dataclass
-class TrackerConfig:
-    """Weights & Biases, the intervals of metrics, alarms."""
-
-    wandb: str
-    project: str
-    group: str | None
-    tags: list[str]
-    timeout_seconds: float
-    log_every_steps: int
-    expert_load_every_steps: int
-    watch: int
-    alarms: AlarmsConfig
 
 
 @dataclass

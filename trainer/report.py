@@ -23,9 +23,8 @@ from matplotlib.ticker import EngFormatter
 
 from moe.config import ConfigError
 from trainer.config import RunConfig
-from trainer.run_folder import flat, read_frozen, read_state
+from trainer.run_folder import flat, flat_metrics, read_frozen, read_state
 from trainer.terminal import duration
-from trainer.tracker import flat_metrics
 
 _COLUMNS = ("loss", "loss/validation", "effective_experts", "tokens_per_second", "mfu")
 

@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Iterator
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -202,6 +203,15 @@ def flat(cfg: Any) -> dict[str, Any]:
 
     walk(OmegaConf.to_container(cfg, resolve=True), "")
     return values
+
+
+def flat_metrics(values: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """{"layers": {"z_loss": [0.1]}} -> ("layers/z_loss/0", 0.1)"""
+    if not isinstance(values, dict | list):
+        yield path, values
+        return
+    for key, value in values.items() if isinstance(values, dict) else enumerate(values):
+        yield from flat_metrics(value, f"{path}/{key}" if path else str(key))
 
 
 def _environment() -> dict[str, Any]:

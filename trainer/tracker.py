@@ -3,7 +3,7 @@
 import json
 import netrc
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -15,6 +15,7 @@ import numpy as np
 from trainer.alarms import Alarm
 from trainer.config import RunConfig
 from trainer.metrics import HISTOGRAM_LOG2
+from trainer.run_folder import flat_metrics
 
 _ROOT = Path(__file__).parents[1]
 _CODE = {".py", ".yaml", ".sh", ".html"}
@@ -161,15 +162,6 @@ def heatmap(load: np.ndarray) -> np.ndarray:
     away = np.clip(load / np.maximum(load.mean(axis=1, keepdims=True), 1e-9) - 1, -1, 1)
     colours = np.stack([1 + np.minimum(away, 0), 1 - abs(away), 1 - np.maximum(away, 0)], axis=-1)
     return (255 * colours).astype(np.uint8).repeat(8, axis=0).repeat(4, axis=1)
-
-
-def flat_metrics(values: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """{"layers": {"z_loss": [0.1]}} -> ("layers/z_loss/0", 0.1)"""
-    if not isinstance(values, dict | list):
-        yield path, values
-        return
-    for key, value in values.items() if isinstance(values, dict) else enumerate(values):
-        yield from flat_metrics(value, f"{path}/{key}" if path else str(key))
 
 
 def _drop_torn_line(path: Path) -> None:

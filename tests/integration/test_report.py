@@ -150,6 +150,7 @@ def test_a_browser_shows_it(runs, tmp_path):
     assert pixels[:, :20].std() < 0.02, "the margin is a margin"
 
 
+@pytest.mark.slow
 def test_a_profile_leaves_a_trace_and_the_run_as_it_was(runs):
     """In Perfetto's format, with the ten largest costs and the collectives, dispatch among them."""
     run_dir = runs / "runs/s/1"

@@ -143,6 +143,7 @@ def test_a_killed_attempt_loses_nothing(tracker, tmp_path):
     assert [row["step"] for row in history(newest(tmp_path))] == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.slow
 def test_the_client_may_die(tracker, tmp_path):
     """Its service process killed in mid-run: metrics.jsonl goes on, a person is told, the run ends well."""
     tracker("tracker.wandb=disabled").__exit__(None, None, None)
@@ -181,7 +182,7 @@ def _accept(server: socket.socket, accepted: list[socket.socket]) -> None:
             return
 
 
-@pytest.mark.parametrize("server", ["dead", "hanging"])
+@pytest.mark.parametrize("server", [pytest.param("dead", marks=pytest.mark.slow), "hanging"])
 def test_no_server_holds_up_a_run(small, tmp_path, hanging_server, server):
     """Online, with a server that is not there or never answers: a late start, and nothing else."""
     with socket.create_server(("127.0.0.1", 0)) as free:
@@ -217,6 +218,7 @@ def test_no_server_holds_up_a_run(small, tmp_path, hanging_server, server):
 PARTS = ("forward", "backward", "optimizer", "communication", "other")
 
 
+@pytest.mark.slow
 def test_the_sweep_of_the_documents_runs(repository, corpus, tmp_path, monkeypatch):
     """The command line that `wandb agent` would start, made by its own functions, with what it puts into the
     environment."""

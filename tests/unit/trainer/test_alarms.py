@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from trainer.alarms import Alarms, first_not_finite
-from trainer.config import AlarmsConfig
+from trainer.tracker_config import AlarmsConfig
 
 CONFIG = AlarmsConfig(
     loss_spike=8.0, effective_experts=0.25, data_stall=0.01, straggler=0.3, repeat_after_steps=100
@@ -49,6 +49,13 @@ def test_a_falling_loss_is_no_spike_and_a_jump_is(alarms):
         assert kinds(alarms, step, loss=loss) == []
     assert kinds(alarms, 300, loss=losses[-1] + 0.1) == [], "within the noise"
     assert kinds(alarms, 301, loss=losses[-1] + 1.0) == ["loss spike"]
+
+
+def test_a_jump_on_the_way_down_is_a_spike_below_earlier_losses(alarms):
+    noise = np.random.default_rng(0).normal(0, 0.01, 40)
+    for step in range(40):
+        assert kinds(alarms, step, loss=5 - 0.05 * step + noise[step]) == []
+    assert kinds(alarms, 40, loss=3.5) == ["loss spike"]
 
 
 def test_a_run_that_has_just_started_has_nothing_to_compare_with(alarms):
