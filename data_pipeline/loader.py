@@ -128,8 +128,11 @@ class Loader:
         return [f"{name}: {rows.describe()}" for name, rows in self._rows.items()]
 
     def seen(self) -> dict[str, dict[str, float]]:
-        """Tokens and epochs that the rows handed out so far took of each source of the mixture."""
-        if self._mixture is None or self.next_row == 0:
+        """Tokens and epochs that the rows handed out so far took of each source of the mixture.
+
+        Nothing is known of a text stream: how much of it is an epoch shows at its end.
+        """
+        if self._mixture is None or self.manifest is None or self.next_row == 0:
             return {}
         rows = self._mixture.rows_needed(self._skipped(self.next_row - 1) + 1)
         sources = self._mixture.sources

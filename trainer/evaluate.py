@@ -78,6 +78,10 @@ def evaluate_checkpoint(source: Path) -> dict[str, float]:
     """
     run_dir = source if (source / "config.yaml").is_file() else source.resolve().parent.parent
     config, folder = RunConfig.of_run(run_dir), hf_folder(source)
+    if config.data.mode == "streaming":
+        raise ConfigError(
+            [f"{run_dir} was trained with data.mode=streaming, which keeps no rows to evaluate on"]
+        )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load_model(folder, device).to(torch.bfloat16 if config.dtype == "bf16" else torch.float32)
     balance = torch.load(folder.parent / "balance.pt", weights_only=True, map_location=device)
