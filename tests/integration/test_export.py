@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from commands import ENVIRONMENT, python
+from omegaconf import OmegaConf
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -23,6 +24,7 @@ from moe.model import CausalLM
 from trainer import evaluate, export
 from trainer.generate import load_model
 
+ROOT = Path(__file__).parents[2]
 MB = 10**6
 SHORT = ["stage.train_tokens=1024", "optimizer.lr=5e-3", "evaluate.every_steps=2"]  # two steps
 DENSE = ["model=tiny_dense", "model.num_experts=0", "parallel.ep_size=1", "model.intermediate_size=96"]
@@ -38,27 +40,21 @@ RELEASED_KEYS = {
     *("use_sliding_window", "vocab_size"),
 }
 SHAPE = ModelConfig(
-    vocab_size=512,
-    hidden_size=128,
-    intermediate_size=256,
-    num_hidden_layers=4,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=32,
-    hidden_act="silu",
-    max_position_embeddings=512,
-    initializer_range=0.02,
-    rms_norm_eps=1e-6,
-    rope_theta=10000.0,
-    attention_bias=False,
-    tie_word_embeddings=False,
-    num_experts=8,
-    num_experts_per_tok=2,
-    moe_intermediate_size=64,
-    norm_topk_prob=True,
-    router_aux_loss_coef=0.001,
-    decoder_sparse_step=1,
-    mlp_only_layers=[],
+    **{
+        **OmegaConf.to_container(OmegaConf.load(ROOT / "conf/model/_base.yaml")),
+        "use_qk_norm": True,
+        "vocab_size": 512,
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "max_position_embeddings": 512,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 64,
+    }
 )
 
 
