@@ -53,7 +53,7 @@ def main(arguments: list[str]) -> int:
         write_state(run_dir, "running", attempt)
     terminal = redirect_output(run_dir / "logs" / f"attempt-{attempt}" / f"rank-{ranks.rank}.log")
     state, code = _train(config, run_dir, attempt, ranks, stop, terminal)
-    if ranks.is_main and read_state(run_dir)["attempt"] == attempt:  # else another has taken over the run
+    if ranks.is_main:
         try:
             write_state(run_dir, state, attempt)
         except OSError as error:

@@ -99,6 +99,19 @@ def interrupt(
             process.kill()
 
 
+def test_an_attempt_that_was_taken_over_leaves_the_state_alone(small, tmp_path):
+    """As on a node that was cut off: another attempt runs elsewhere, and this one comes back."""
+    taken = {"attempt": 7, "state": "stopped"}
+
+    def take_over(launcher: subprocess.Popen) -> None:
+        (tmp_path / "runs/old/state").write_text(json.dumps(taken))
+        launcher.send_signal(signal.SIGINT)
+
+    arguments = [*small, "name=old", "stage.train_tokens=409600", "evaluate.every_steps=0"]
+    assert interrupt(arguments, tmp_path, tmp_path / "runs/old", 1, take_over) == 1, "it cannot save"
+    assert json.loads((tmp_path / "runs/old/state").read_text()) == taken
+
+
 def test_a_run_cannot_be_started_twice_at_once(small, tmp_path):
     def start_another(launcher: subprocess.Popen) -> None:
         second = python("trainer.resume", "runs/twice", cwd=tmp_path)
