@@ -83,13 +83,12 @@ still_ours() { # after a network partition the job may have been started again e
 }
 
 run() { # COMMAND...: `wait` returns at every signal, so again until the command is gone
-    local code
     "$@" </dev/null &
     CHILD=$!
     ((!STOPPING)) || ask_to_stop
-    while kill -0 "$CHILD" 2>/dev/null; do wait "$CHILD"; code=$?; done
+    while kill -0 "$CHILD" 2>/dev/null; do wait "$CHILD"; done
     CHILD=''
-    ((!TERMINATED)) && still_ours && return "$code"
+    ((!TERMINATED)) && still_ours && return
     say "ended by SLURM: cancelled, preempted or a failed node"
     exit 143
 }
@@ -146,5 +145,4 @@ if [[ $(latest) != "$before" ]]; then
 fi
 ((!STOPPING)) || give_up "the time limit left no time for a step and its checkpoint; raise slurm.time"
 [[ $state != stopped ]] || go_on "stopped by SLURM" # preempted before its first step
-run timeout -k 10 60 srun --mpi=none --ntasks-per-node=1 true || restart "a node does not answer"
 give_up "the attempt ended '$state' and saved nothing new; see $RUN_DIR/logs"

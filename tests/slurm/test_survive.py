@@ -35,7 +35,9 @@ def straight(cluster: Cluster, folder: Path) -> Run:
     run = submitting.submit(folder, "straight", cluster.only(1, 2), "+slurm.sbatch.hold=true")
     shutil.rmtree(checkout)
     assert cluster.run("scontrol", "release", run.jobs[0]).returncode == 0
-    return run.finish(attempts=1)
+    run.finish(attempts=1)
+    assert list((run.folder / "code/trainer").rglob("train.*.pyc")), "the ranks imported that copy"
+    return run
 
 
 @scenario
