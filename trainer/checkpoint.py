@@ -155,6 +155,10 @@ class Checkpoints:
         self._stall += seconds
         return seconds
 
+    def close(self) -> None:
+        """Wait until what this rank still writes or removes is done; nothing is committed any more."""
+        self._writer.shutdown()
+
     def load_latest(self, engine: Engine, balance: Balance) -> int:
         """Restore the newest whole checkpoint, of whatever layout of ranks; returns its step, 0 without one.
 

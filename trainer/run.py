@@ -99,7 +99,8 @@ if __name__ == "__main__":
     except Exception:
         traceback.print_exc()
         code = 1
-    if code:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)  # the process group of a failed rank may block at interpreter exit
+    sys.stdout.flush()
+    sys.stderr.flush()
+    logging.shutdown()
+    # Not by way of the interpreter's exit: threads of process groups that are left may block or abort there.
+    os._exit(code)

@@ -66,6 +66,7 @@ def train(
     engine = Engine(model, optimizer, config, plan, ranks)
     balance = build_balance(config, plan, ranks.device)
     checkpoints = Checkpoints(run_dir, attempt, config, plan, ranks, screen.say)
+    cleanup.callback(checkpoints.close)
     step = checkpoints.load_latest(engine, balance)
     loader = Loader(
         config.data,
