@@ -21,7 +21,6 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 ROUTER = ".mlp.gate.weight"  # how the hub's name of a router ends
 MAX_SHARD_BYTES = 5 * 10**9
-WriteError = SafetensorError  # what a full disk raises in `write_shards`
 
 # our stacked tensor -> the projection of one expert on the hub
 _PROJECTIONS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
