@@ -80,7 +80,10 @@ def evaluate_checkpoint(source: Path) -> dict[str, float]:
     config, folder = RunConfig.of_run(run_dir), hf_folder(source)
     if config.data.mode == "streaming":
         raise ConfigError(
-            [f"{run_dir} was trained with data.mode=streaming, which keeps no rows to evaluate on"]
+            [
+                f"{run_dir} was trained with data.mode=streaming, which keeps no held-out rows; "
+                "prepare the data and train with data.mode=prepared to evaluate"
+            ]
         )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load_model(folder, device).to(torch.bfloat16 if config.dtype == "bf16" else torch.float32)
