@@ -179,6 +179,8 @@ class Engine:
             collective = getattr(type(backend), name).__get__(backend)
             setattr(backend, name, self.clock.timed("communication", collective))
         if self._zero_stage == 0:
+            # Alone, a rank reduces nothing, but DeepSpeed would copy all gradients into a buffer and back.
+            self._engine.enable_backward_allreduce = plan.world_size > 1
             lists = (getattr(self._engine.optimizer, name, []) for name in ("fp16_groups", "fp32_groups"))
             for parameters, masters in zip(*lists, strict=True):
                 self._masters.update(zip(parameters, masters, strict=True))
@@ -335,4 +337,4 @@ class Engine:
 def _square_sum(tensors: list[Tensor]) -> Tensor:
     if not tensors:
         return torch.zeros(())
-    return torch.stack([tensor.float().square().sum() for tensor in tensors]).sum()
+    return torch.stack(torch._foreach_norm(tensors, dtype=torch.float32)).square().sum()

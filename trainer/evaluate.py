@@ -16,6 +16,7 @@ from data_pipeline.loader import Batch, Loader
 from moe.config import ConfigError
 from moe.model import ModelOutput
 from trainer.config import RunConfig
+from trainer.cpu_products import fast_products
 from trainer.generate import load_model
 from trainer.parallel import ParallelPlan
 from trainer.run_folder import hf_folder
@@ -86,7 +87,8 @@ def evaluate_checkpoint(source: Path) -> dict[str, float]:
             ]
         )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = load_model(folder, device).to(torch.bfloat16 if config.dtype == "bf16" else torch.float32)
+    dtype = torch.bfloat16 if config.dtype == "bf16" else torch.float32
+    model = load_model(folder, device).to(dtype)
     balance = torch.load(folder.parent / "balance.pt", weights_only=True, map_location=device)
 
     def forward(batch: Batch, bias: Tensor | None) -> ModelOutput:
@@ -94,7 +96,8 @@ def evaluate_checkpoint(source: Path) -> dict[str, float]:
         return model(*rows, labels=batch.labels, selection_bias=bias)
 
     plan = ParallelPlan.of(config, world_size=1)
-    return evaluate(forward, balance.get("bias"), config, plan, Ranks(0, 0, 1, device))
+    with fast_products(device, dtype):
+        return evaluate(forward, balance.get("bias"), config, plan, Ranks(0, 0, 1, device))
 
 
 def main(arguments: list[str]) -> int:

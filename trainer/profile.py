@@ -25,7 +25,8 @@ def profile_rank(run_dir: Path, steps: int) -> None:
 
     from data_pipeline.loader import Loader
     from trainer.checkpoint import Checkpoints
-    from trainer.engine import Engine, communication_log, init_deepspeed
+    from trainer.cpu_products import fast_products
+    from trainer.engine import DTYPES, Engine, communication_log, init_deepspeed
     from trainer.loss import agree_on_totals
     from trainer.optimizer import build_optimizer
     from trainer.runtime import Ranks, redirect_output, seed_everything
@@ -57,7 +58,8 @@ def profile_rank(run_dir: Path, steps: int) -> None:
         train_step(engine, micro_batches, totals, balance, config, rate=0.0)
 
     schedule = torch.profiler.schedule(wait=0, warmup=_WARM_UP, active=steps, repeat=1)
-    with loader, torch.profiler.profile(schedule=schedule, acc_events=True) as profiler:
+    products = fast_products(ranks.device, DTYPES[config.dtype])
+    with loader, products, torch.profiler.profile(schedule=schedule, acc_events=True) as profiler:
         for _ in range(_WARM_UP + steps):
             step()
             profiler.step()

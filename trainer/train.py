@@ -23,6 +23,7 @@ from trainer.alarms import Alarm, Alarms, first_not_finite
 from trainer.checkpoint import Checkpoints, check_tokenizer
 from trainer.checkpoint_folder import reading
 from trainer.config import RunConfig
+from trainer.cpu_products import fast_products
 from trainer.engine import DTYPES, Engine, all_to_all, expert_parallel_group, init_deepspeed, mark_experts
 from trainer.evaluate import evaluate
 from trainer.loss import Totals, agree_on_totals, loss_shares
@@ -60,6 +61,7 @@ def train(
     cleanup.callback(screen.close)
 
     init_deepspeed(ranks.device)
+    cleanup.enter_context(fast_products(ranks.device, DTYPES[config.dtype]))
     hosts = check_hosts(config, plan, ranks, screen)
     model = build_model(config, plan, ranks)
     optimizer = build_optimizer(model, config.optimizer)
