@@ -24,12 +24,12 @@ def fast_products(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
         with _InFp32():
             yield
     else:
-        before = torch.backends.mkldnn.matmul.fp32_precision
-        torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+        settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+        before, settings.fp32_precision = settings.fp32_precision, "bf16"
         if not _exact():
-            torch.backends.mkldnn.matmul.fp32_precision = before
+            settings.fp32_precision = before
         yield
-        torch.backends.mkldnn.matmul.fp32_precision = before
+        settings.fp32_precision = before
 
 
 def _exact() -> bool:

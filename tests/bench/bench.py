@@ -1,0 +1,223 @@
+"""`make bench`, or `python tests/bench/bench.py [SECTION ...]`: speed against what a user would pick instead.
+
+Sections: equality, startup, one_rank, two_ranks, scaling. Every contender runs in a process of its own, in
+rounds, so that a slow minute of the machine meets all of them; the best step of all rounds counts. Writes
+docs/bench.json, of which a section replaces its part, and prints it as tables. Takes about an hour on two
+cores; the machine must have nothing else to do.
+"""
+
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from contender import Work
+from tables import show
+
+HERE = Path(__file__).parent
+RESULTS = HERE.parent.parent / "docs" / "bench.json"
+PEER = HERE.parent.parent / "build" / "transformers-5.22"  # AutoEP does not work with a newer one
+LAUNCHER = {"MALLOC_MMAP_THRESHOLD_": str(8 << 30), "MALLOC_TRIM_THRESHOLD_": str(16 << 30)}
+ROUNDS = 3
+SECONDS = 420  # a contender that has not finished by then is given up
+
+
+def run(name: str, ranks: int = 1, tuned: bool = True, **work: Any) -> dict[str, Any] | None:
+    """One run of a contender; None if it did not finish. `tuned`: with the launcher's settings of malloc."""
+    environment = {**os.environ, **(LAUNCHER if tuned else {}), "WORLD_SIZE": str(ranks)}
+    environment["OMP_NUM_THREADS"] = str(max(1, work.pop("threads", os.cpu_count() or 1) // ranks))
+    if name == "autoep":
+        environment["PYTHONPATH"] = f"{PEER}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    command = [sys.executable, str(HERE / "contender.py"), name, *(f"{k}={v}" for k, v in work.items())]
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        processes = []
+        for rank in range(ranks):
+            out = Path(folder, f"{rank}.out").open("w")  # noqa: SIM115
+            err = Path(folder, f"{rank}.err").open("w")  # noqa: SIM115
+            place = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            processes.append(subprocess.Popen(command, env=environment | place, stdout=out, stderr=err))
+        try:
+            codes = [process.wait(max(1, SECONDS + started - time.monotonic())) for process in processes]
+        except subprocess.TimeoutExpired:
+            codes = [None]
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
+        lines = Path(folder, "0.out").read_text().splitlines()
+        if any(codes):
+            print(Path(folder, "0.err").read_text()[-2000:], file=sys.stderr)
+    print(
+        f"  {name} {' '.join(command[3:])} x{ranks}: {time.monotonic() - started:.0f} s, {codes}", flush=True
+    )
+    return json.loads(lines[-1]) if not any(code != 0 for code in codes) else None
+
+
+def best(runs: list[dict[str, Any] | None]) -> dict[str, Any]:
+    """Of several runs of one contender: its fastest step, its peak memory, its first losses."""
+    done = [result for result in runs if result is not None]
+    if not done:
+        return {"seconds": None, "slower_than_seconds": SECONDS / 2}
+    tokens = done[0]["rows"] * done[0]["seq_len"]
+    seconds = min(min(result["seconds"]) for result in done)
+    return {
+        "seconds": seconds,
+        "tokens_per_second": tokens / seconds,
+        "peak_gib": max(result["peak_gib"] for result in done),
+        "work_gib": max(result["peak_gib"] - result["imported_gib"] for result in done),
+        "losses": done[0]["losses"][:4],
+        "parts": done[-1]["parts"],
+    }
+
+
+def compete(contenders: dict[str, dict[str, Any]], **work: Any) -> dict[str, Any]:
+    """The best of ROUNDS rounds of every contender; who does not finish once is not asked again."""
+    runs: dict[str, list[dict[str, Any] | None]] = {name: [] for name in contenders}
+    for _ in range(ROUNDS):
+        for name, keys in contenders.items():
+            if None not in runs[name]:
+                runs[name].append(run(**(keys | work)))
+    return {name: best(results) for name, results in runs.items()}
+
+
+def equality() -> dict[str, float]:
+    """The largest relative difference to transformers' loss and gradients, from the same weights, in fp32."""
+    result = subprocess.run(
+        [sys.executable, str(HERE / "equal.py")], capture_output=True, text=True, check=True, env=os.environ
+    )
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def one_rank() -> dict[str, Any]:
+    """The reference work on one rank, all threads."""
+    ours = {"name": "ours", "parts": 1}
+    contenders: dict[str, dict[str, Any]] = {
+        "ours": ours,
+        "transformers": {"name": "transformers", "tuned": False},
+        "transformers, our malloc settings": {"name": "transformers"},
+    }
+    fp32 = compete(contenders | {"deepspeed.moe": {"name": "deepspeed_moe", "steps": 1}}, dtype="fp32")
+    bf16 = compete(contenders, dtype="bf16", steps=3)
+    config = Work()
+    return {"peak_tflops": peaks(), "flops": flops(config), "fp32": fp32, "bf16": bf16}
+
+
+def two_ranks() -> dict[str, Any]:
+    """EP=2 on two ranks of one thread, and one rank of one thread, ZeRO-1."""
+    contenders: dict[str, dict[str, Any]] = {
+        "ours, EP=2": {"name": "ours", "ranks": 2, "parts": 1},
+        "AutoEP, EP=2": {"name": "autoep", "ranks": 2, "tuned": False},
+        "AutoEP, EP=2, our malloc settings": {"name": "autoep", "ranks": 2},
+        "ours, one thread": {"name": "ours", "threads": 1, "zero_stage": 1},
+    }
+    return {dtype: compete(contenders, dtype=dtype, steps=3) for dtype in ("fp32", "bf16")}
+
+
+def scaling() -> dict[str, Any]:
+    """Seconds per step of ours in fp32 as one thing grows, and the exponent fitted to them."""
+    base = {"dtype": "fp32", "layers": 2, "experts": 64, "vocab": 4096, "steps": 3}
+    series: dict[str, list[tuple[int, dict[str, Any]]]] = {
+        "tokens": [(512 * 2**n, {"rows": 2**n, "seq_len": 512, "document": 512}) for n in range(6)],
+        "experts": [(16 * 2**n, {"experts": 16 * 2**n}) for n in range(6)],
+        "top_k": [(k, {"top_k": k}) for k in (1, 2, 4, 8, 16)],
+        "sequence length, documents of 1K": [
+            (length, {"rows": 1, "seq_len": length}) for length in (1024, 4096, 16384, 32768)
+        ],
+        "sequence length, one document": [
+            (length, {"rows": 1, "seq_len": length, "document": length})
+            for length in (1024, 4096, 16384, 32768)
+        ],
+    }
+    result = {}
+    for name, points in series.items():
+        seconds = [best([run("ours", **(base | {"seq_len": 1024} | keys))])["seconds"] for _, keys in points]
+        result[name] = {
+            "points": [[size, took] for (size, _), took in zip(points, seconds, strict=True)],
+            "exponent": slope([math.log(size) for size, _ in points], [math.log(took) for took in seconds]),
+            "exponent of the last doubling": math.log(seconds[-1] / seconds[-2])
+            / math.log(points[-1][0] / points[-2][0]),
+        }
+    return result
+
+
+def slope(x: list[float], y: list[float]) -> float:
+    """Of the least-squares line."""
+    mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
+    products = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True))
+    return products / sum((a - mean_x) ** 2 for a in x)
+
+
+def startup() -> dict[str, float]:
+    """Seconds of commands as a user types them; the embedded corpus is prepared before."""
+    demo = ["experiment=demo", "checkpoint.every_steps=1000", "evaluate.every_steps=0"]
+    with tempfile.TemporaryDirectory() as folder:
+        one_step = [*demo, "stage.train_tokens=4096", f"output_dir={folder}", "tracker.wandb=off"]
+        commands = {
+            "trainer --help": ["trainer", "--help"],
+            "slurm --help": ["slurm", "--help"],
+            "a refused configuration": ["trainer", *demo, "parallel.ep_size=3"],
+            "slurm dry run": ["slurm", *demo, "slurm=local", "slurm.dry_run=true", f"output_dir={folder}"],
+            "trainer.models": ["trainer.models"],
+            "one step of the demo, from the prompt to the prompt": ["trainer", *one_step, "name=one"],
+        }
+        subprocess.run([sys.executable, "-m", "data_pipeline", *demo], check=True, capture_output=True)
+        result = {}
+        for name, command in commands.items():
+            times = []
+            for attempt in range(3):
+                words = [word if word != "name=one" else f"name=one{attempt}" for word in command]
+                started = time.perf_counter()
+                subprocess.run([sys.executable, "-m", *words], capture_output=True)
+                times.append(time.perf_counter() - started)
+            result[name] = min(times)
+    return result
+
+
+def peaks() -> dict[str, float]:
+    """TFLOP/s of the largest matrix products, measured as the trainer does, under its settings."""
+    import torch
+
+    from trainer.cpu_products import fast_products
+    from trainer.throughput import peak_flops
+
+    device, result = torch.device("cpu"), {}
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        with fast_products(device, dtype):
+            result[name] = max(peak_flops(device, dtype) for _ in range(5)) / 1e12
+    return result
+
+
+def flops(work: Work) -> float:
+    """Model FLOPs of a step."""
+    from moe.config import ModelConfig
+
+    model = ModelConfig.from_hf({"model_type": "qwen3_moe", **work.model_keys()})
+    return model.flops_per_token(work.seq_len) * work.rows * work.seq_len
+
+
+def main(sections: list[str]) -> None:
+    """Measure, write, show."""
+    known = {function.__name__: function for function in (equality, startup, one_rank, two_ranks, scaling)}
+    if unknown := set(sections) - set(known):
+        sys.exit(f"unknown: {', '.join(unknown)}; sections are {', '.join(known)}")
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    for name in sections or known:
+        print(f"{name} ...", flush=True)
+        results[name] = known[name]()
+        cpu = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+        flags = next((line.split() for line in cpu.splitlines() if line.startswith("flags")), [])
+        best_flags = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in flags]
+        results["machine"] = {"cpus": os.cpu_count(), "cpu": platform.machine(), "instructions": best_flags}
+        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    print(show(results))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
