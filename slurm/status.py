@@ -18,14 +18,11 @@ def state_of(run_dir: Path, state: dict[str, Any], answers: dict[str, tuple[str,
         name, where = answers.get(job, ("", ""))
         if name in ACTIVE:
             return f"{name.lower()} {where}", job
-    if state["state"] == "finished":
-        said = "finished"
-    elif stop.is_file():
+    said = state["state"]
+    if said != "finished" and stop.is_file():
         said = stop.read_text().strip()
-    elif state["state"] in ("running", "new"):  # no rank could say how it ended
-        said = answers[jobs[-1]][0].lower() if jobs[-1] in answers else "lost: its job is gone"
-    else:
-        said = state["state"]
+    elif said in ("running", "new"):  # no rank could say how it ended
+        said = answers.get(jobs[-1], ("lost: its job is gone", ""))[0].lower()
     return said, jobs[-1]
 
 
@@ -52,9 +49,9 @@ def show(folder: Path) -> None:
         state, metrics = read_state(run_dir), last_metrics(run_dir)
         said, job = state_of(run_dir, state, answers)
         steps = f"{metrics.get('step', 0)}/{RunConfig.of_run(run_dir).stage.total_steps}"
-        numbers = (
-            [f"{metrics['loss']:.4f}", f"{metrics['tokens_per_second']:,.0f}"] if metrics else ["-", "-"]
-        )
+        numbers = ["-", "-"]
+        if metrics:
+            numbers = [f"{metrics['loss']:.4f}", f"{metrics['tokens_per_second']:,.0f}"]
         own = " ".join(override for override in overrides if override not in shared)
         rows.append([run_dir.name, said, job, str(state["attempt"]), steps, *numbers, own])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

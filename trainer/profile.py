@@ -23,9 +23,9 @@ def profile_rank(run_dir: Path, steps: int) -> None:
     """One rank's part: the steps under torch's profiler, then again under the communication log."""
     import torch
 
-    from data_pipeline.loader import Loader
     from trainer.checkpoint import Checkpoints
     from trainer.engine import Engine, communication_log, init_deepspeed
+    from trainer.evaluate import open_loader
     from trainer.loss import agree_on_totals
     from trainer.optimizer import build_optimizer
     from trainer.runtime import Ranks, redirect_output, seed_everything
@@ -39,17 +39,8 @@ def profile_rank(run_dir: Path, steps: int) -> None:
     model = build_model(config, plan, ranks)
     engine = Engine(model, build_optimizer(model, config.optimizer), config, plan, ranks)
     balance = build_balance(config, plan, ranks.device)
-    first_step = Checkpoints(run_dir, 0, config, plan, ranks, print).load_latest(engine, balance)
-    loader = Loader(
-        config.data,
-        seq_len=config.stage.seq_len,
-        global_batch_size=plan.global_batch_size,
-        micro_batch_size=plan.micro_batch_size,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-        seed=config.seed,
-        next_row=first_step * plan.global_batch_size,
-    )
+    done = Checkpoints(run_dir, 0, config, plan, ranks, print).load_latest(engine, balance)
+    loader = open_loader(config, plan, ranks.rank, next_row=done * plan.global_batch_size)
 
     def step() -> None:
         micro_batches = [batch.to(ranks.device) for batch in next(loader)]
