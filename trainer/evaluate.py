@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from data_pipeline.config import DataError
 from data_pipeline.loader import Batch, Loader
@@ -38,11 +37,7 @@ def open_loader(config: RunConfig, plan: ParallelPlan, rank: int, **settings: An
 
 @torch.no_grad()
 def evaluate(
-    forward: Callable[[Batch, Tensor | None], ModelOutput],
-    selection_bias: Tensor | None,
-    config: RunConfig,
-    plan: ParallelPlan,
-    ranks: Ranks,
+    forward: Callable[[Batch], ModelOutput], config: RunConfig, plan: ParallelPlan, ranks: Ranks
 ) -> dict[str, float]:
     """Cross entropy per labelled token: `loss/<source>` for each source, `loss/validation` over all of them.
 
@@ -56,7 +51,7 @@ def evaluate(
             for micro_batches in islice(loader, -(-config.evaluate.rows // rows_at_once)):
                 for batch in micro_batches:
                     batch.labels[[row >= config.evaluate.rows for row in batch.rows]] = -100
-                    output = forward(batch.to(ranks.device), selection_bias)
+                    output = forward(batch.to(ranks.device))
                     assert output.cross_entropy_sum is not None
                     sums[index, 0] += output.cross_entropy_sum
                     sums[index, 1] += (batch.labels != -100).sum()
@@ -74,20 +69,17 @@ def evaluate_checkpoint(source: Path) -> dict[str, float]:
     run_dir = source if (source / "config.yaml").is_file() else source.resolve().parent.parent
     config, folder = RunConfig.of_run(run_dir), hf_folder(source)
     if config.data.mode == "streaming":
-        why = "was trained with data.mode=streaming, which keeps no held-out rows"
-        raise ConfigError(
-            [f"{run_dir} {why}; prepare the data and train with data.mode=prepared to evaluate"]
-        )
+        why = f"{run_dir} was trained with data.mode=streaming, which keeps no held-out rows"
+        raise ConfigError([f"{why}; prepare the data and train with data.mode=prepared to evaluate"])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load_model(folder, device).to(torch.bfloat16 if config.dtype == "bf16" else torch.float32)
     balance = torch.load(folder.parent / "balance.pt", weights_only=True, map_location=device)
 
-    def forward(batch: Batch, bias: Tensor | None) -> ModelOutput:
+    def forward(batch: Batch) -> ModelOutput:
         rows = (batch.input_ids, batch.position_ids, batch.cu_seqlens)
-        return model(*rows, labels=batch.labels, selection_bias=bias)
+        return model(*rows, labels=batch.labels, selection_bias=balance.get("bias"))
 
-    plan = ParallelPlan.of(config, world_size=1)
-    return evaluate(forward, balance.get("bias"), config, plan, Ranks(0, 0, 1, device))
+    return evaluate(forward, config, ParallelPlan.of(config, world_size=1), Ranks(0, 0, 1, device))
 
 
 def main(arguments: list[str]) -> int:

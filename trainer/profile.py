@@ -70,19 +70,19 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     if options.steps < 1:
         parser.error("--steps must be above 0")
+    run_dir, folder = options.run_dir, options.run_dir / "profile"
     try:
-        config = RunConfig.of_run(options.run_dir)
         if "RANK" in os.environ:
-            profile_rank(options.run_dir, options.steps)
+            profile_rank(run_dir, options.steps)
             return 0
+        config = RunConfig.of_run(run_dir)
         config.check(ParallelPlan.of(config, config.parallel.nproc_per_node))
-        (options.run_dir / "profile").mkdir(exist_ok=True)
+        folder.mkdir(exist_ok=True)
         command = ["trainer.profile", f"--steps={options.steps}"]
-        code = launch(options.run_dir, config.parallel.nproc_per_node, lock(options.run_dir), command)
+        code = launch(run_dir, config.parallel.nproc_per_node, lock(run_dir), command)
     except (ConfigError, DataError) as error:
         print(error, file=sys.stderr)
         return 2
-    folder = options.run_dir / "profile"
     print(f"failed: see {folder}/rank-*.log" if code else (folder / "rank-0.txt").read_text())
     return code
 

@@ -59,7 +59,7 @@ def train(
     cleanup.callback(screen.close)
 
     init_deepspeed(ranks.device)
-    hosts = check_hosts(config, plan, ranks, screen)
+    hosts = check_hosts(config, plan, screen)
     model = build_model(config, plan, ranks)
     optimizer = build_optimizer(model, config.optimizer)
     engine = Engine(model, optimizer, config, plan, ranks)
@@ -111,7 +111,7 @@ def train(
         every = config.evaluate.every_steps
         if every and (step % every == 0 or last):
             with clock.wait("evaluation"):
-                held_out = evaluate(engine.forward, balance.bias, config, plan, ranks)
+                held_out = evaluate(lambda batch: engine.forward(batch, balance.bias), config, plan, ranks)
             perplexity = {f"perplexity{key[4:]}": math.exp(min(loss, 700)) for key, loss in held_out.items()}
             tracker.log({"step": step, "tokens": step * step_tokens, **held_out, **perplexity})
             screen.say(f"step {step}: " + ", ".join(f"{key} {value:.3f}" for key, value in held_out.items()))
@@ -216,12 +216,12 @@ def build_model(config: RunConfig, plan: ParallelPlan, ranks: Ranks) -> CausalLM
     return model
 
 
-def check_hosts(config: RunConfig, plan: ParallelPlan, ranks: Ranks, screen: Terminal) -> list[str]:
+def check_hosts(config: RunConfig, plan: ParallelPlan, screen: Terminal) -> list[str]:
     """The host of each rank. Say which expert-parallel groups span nodes, where all tokens cross the network.
 
     Raises ConfigError instead under `parallel.ep_within_node`. Every rank must call it.
     """
-    hosts: list = [None] * ranks.world_size
+    hosts: list = [None] * plan.world_size
     dist.all_gather_object(hosts, socket.gethostname())
     apart = plan.groups_across_nodes(hosts)
     if apart and config.parallel.ep_within_node:
