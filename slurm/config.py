@@ -93,8 +93,8 @@ class SlurmConfig:
             if not re.fullmatch(r"[A-Za-z_]\w*", key):
                 found.append(f"slurm.env.{key} is no name of an environment variable")
             elif re.search(r"KEY|TOKEN|SECRET|PASSW", key.upper()):
-                remedy = "export it where you submit: jobs get that environment"
-                found.append(f"slurm.env.{key} looks like a secret, no matter for a job script; {remedy}")
+                remedy = "the job script is no place for one: export it where you submit, jobs get it"
+                found.append(f"slurm.env.{key} looks like a secret; {remedy}")
         return found
 
 

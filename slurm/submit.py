@@ -117,9 +117,9 @@ def queue(folder: Path, run_dirs: list[Path], request: SlurmConfig) -> list[str]
     for run_dir in run_dirs:
         for name in ("stop", "restarts", "excluded"):  # what earlier jobs left to those after them
             (run_dir / name).unlink(missing_ok=True)
-    ids: list[str] = []
     sweep, parallel = is_sweep(folder), f"%{request.max_parallel}" if request.max_parallel else ""
     array = [f"--array={','.join(run_dir.name for run_dir in run_dirs)}{parallel}"] if sweep else []
+    ids: list[str] = []
     try:
         for _ in range(request.chain_length if request.resume == "chain" else 1):
             after = [f"--dependency=afterany:{ids[-1]}"] if ids else []

@@ -18,36 +18,34 @@ from moe.config import ConfigError
 from moe.model import ModelOutput
 from trainer.config import RunConfig
 from trainer.generate import load_model
-from trainer.parallel import ParallelPlan
 from trainer.run_folder import hf_folder
 from trainer.runtime import Ranks
 
 
-def open_loader(config: RunConfig, plan: ParallelPlan, rank: int, **settings: Any) -> Loader:
+def open_loader(config: RunConfig, ranks: Ranks, **settings: Any) -> Loader:
     """The rows of a run for this rank; `settings` of Loader go before the run's."""
     of_run: dict[str, Any] = {
         "seq_len": config.stage.seq_len,
-        "global_batch_size": plan.global_batch_size,
-        "micro_batch_size": plan.micro_batch_size,
-        "world_size": plan.world_size,
+        "global_batch_size": config.stage.global_batch_size,
+        "micro_batch_size": config.micro_batch_size,
+        "rank": ranks.rank,
+        "world_size": ranks.world_size,
         "seed": config.seed,
     }
-    return Loader(config.data, rank=rank, **(of_run | settings))
+    return Loader(config.data, **(of_run | settings))
 
 
 @torch.no_grad()
-def evaluate(
-    forward: Callable[[Batch], ModelOutput], config: RunConfig, plan: ParallelPlan, ranks: Ranks
-) -> dict[str, float]:
+def evaluate(forward: Callable[[Batch], ModelOutput], config: RunConfig, ranks: Ranks) -> dict[str, float]:
     """Cross entropy per labelled token: `loss/<source>` for each source, `loss/validation` over all of them.
 
     Every rank must call it; rows are dealt out like those of training.
     """
     sums = torch.zeros(len(config.data.sources), 2, dtype=torch.float64, device=ranks.device)
-    rows_at_once = plan.world_size * plan.micro_batch_size
+    rows_at_once = ranks.world_size * config.micro_batch_size
     for index, source in enumerate(config.data.sources):
         held_out = {"global_batch_size": rows_at_once, "split": "validation", "source": source}
-        with open_loader(config, plan, ranks.rank, **held_out) as loader:
+        with open_loader(config, ranks, **held_out) as loader:
             for micro_batches in islice(loader, -(-config.evaluate.rows // rows_at_once)):
                 for batch in micro_batches:
                     batch.labels[[row >= config.evaluate.rows for row in batch.rows]] = -100
@@ -79,7 +77,7 @@ def evaluate_checkpoint(source: Path) -> dict[str, float]:
         rows = (batch.input_ids, batch.position_ids, batch.cu_seqlens)
         return model(*rows, labels=batch.labels, selection_bias=balance.get("bias"))
 
-    return evaluate(forward, config, ParallelPlan.of(config, world_size=1), Ranks(0, 0, 1, device))
+    return evaluate(forward, config, Ranks(0, 0, 1, device))
 
 
 def main(arguments: list[str]) -> int:

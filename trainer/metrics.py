@@ -8,7 +8,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from data_pipeline.loader import Loader
 from moe.parallelize import dispatched
 from moe.router import RouterStatistics
 from trainer.config import RunConfig
@@ -154,17 +153,11 @@ class Meter:
     """Gathers what a logged step says. Every rank makes the same calls: they contain collectives."""
 
     def __init__(
-        self,
-        config: RunConfig,
-        plan: ParallelPlan,
-        ranks: Ranks,
-        engine: Engine,
-        optimizer: torch.optim.Optimizer,
-        loader: Loader,
-        step: int,
+        self, config: RunConfig, ranks: Ranks, engine: Engine, optimizer: torch.optim.Optimizer, step: int
     ) -> None:
-        self._config, self._plan, self._ranks, self._engine = config, plan, ranks, engine
-        self._norms, self._loader = OptimizerNorms(optimizer, config, plan), loader
+        self._config, self._ranks, self._engine = config, ranks, engine
+        self._plan = ParallelPlan.of(config, ranks.world_size)
+        self._norms = OptimizerNorms(optimizer, config, self._plan)
         self._peak = peak_flops(ranks.device, DTYPES[config.dtype])
         self._flops_per_token = config.model.flops_per_token(config.stage.seq_len)
         self._first_step = self._logged_step = step
@@ -224,7 +217,6 @@ class Meter:
             "mfu": per_rank_flops / self._peak,
             **{key: max(values) for key, values in zip(memory, memories, strict=True)},
             **self._describe_dispatch(sent, routed, received),
-            "sources": self._loader.seen(),
         }
         due = self._crossed(step, self._config.tracker.expert_load_every_steps)
         if due and sums.tokens_per_expert.numel():

@@ -40,7 +40,7 @@ def profile_rank(run_dir: Path, steps: int) -> None:
     engine = Engine(model, build_optimizer(model, config.optimizer), config, plan, ranks)
     balance = build_balance(config, plan, ranks.device)
     done = Checkpoints(run_dir, 0, config, plan, ranks, print).load_latest(engine, balance)
-    loader = open_loader(config, plan, ranks.rank, next_row=done * plan.global_batch_size)
+    loader = open_loader(config, ranks, next_row=done * plan.global_batch_size)
 
     def step() -> None:
         micro_batches = [batch.to(ranks.device) for batch in next(loader)]

@@ -1,7 +1,6 @@
 """What a person sees while a run goes: a live line on a terminal, plain lines in a job log. Rank 0 only."""
 
 import time
-from itertools import chain
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -14,6 +13,14 @@ from rich.text import Text
 
 from data_pipeline.manifest import Manifest
 from trainer.config import RunConfig
+
+# What the live panel says of a step; a plain line says the first two of each.
+_SHOWN = {
+    "learning": ["loss {loss:.3f}", "grad {grad_norm:.2f}", "learning rate {learning_rate:.2e}"],
+    "balance": ["balance {balance_loss:.3f}", "busiest {busiest:.1f}x", "{dead_experts} unused"],
+    "speed": ["{tokens_per_second:,.0f} tok/s", "mfu {mfu:.1%}", "waiting for data {stall_fraction:.1%}"],
+}
+_SHOWN["speed"] += ["{memory_gib:.1f} GiB"]
 
 
 class Terminal:
@@ -36,28 +43,21 @@ class Terminal:
         """The state of the run at a logged step; `saved_step` has the last checkpoint, 0 = none."""
         step, total = metrics["step"], self._total_steps
         eta = f"ETA {duration(metrics['eta_seconds'])}"
+        known = metrics | {"busiest": 1 + metrics.get("max_violation", 0.0)}
         parts = {
-            "learning": [f"loss {metrics['loss']:.3f}", f"grad {metrics['grad_norm']:.2f}"],
-            "balance": [],
-            "speed": [f"{metrics['tokens_per_second']:,.0f} tok/s", f"mfu {metrics['mfu']:.1%}"],
+            title: [text.format(**known) for text in texts]
+            for title, texts in _SHOWN.items()
+            if title != "balance" or "balance_loss" in metrics
         }
-        if "balance_loss" in metrics:
-            busiest = f"busiest {1 + metrics['max_violation']:.1f}x"
-            parts["balance"] = [f"balance {metrics['balance_loss']:.3f}", busiest]
         if self._live is None:
-            self.say("  ".join([f"step {step}/{total}", *chain(*parts.values()), eta]))
+            brief = [text for texts in parts.values() for text in texts[:2]]
+            self.say("  ".join([f"step {step}/{total}", *brief, eta]))
             return
-        parts["learning"].append(f"learning rate {metrics['learning_rate']:.2e}")
-        if parts["balance"]:
-            parts["balance"].append(f"{metrics['dead_experts']} unused")
-        parts["speed"].append(f"waiting for data {metrics['stall_fraction']:.1%}")
-        parts["speed"].append(f"{metrics['memory_gib']:.1f} GiB")
         parts["saved"] = [f"checkpoint of step {saved_step:,}" if saved_step else "no checkpoint yet"]
         rows = Table.grid(padding=(0, 2))
         rows.add_row(ProgressBar(total, step, width=24), f"step {step:,} of {total:,}  {eta}")
-        for title, said in parts.items():
-            if said:
-                rows.add_row(Text(title, "dim"), Text("   ".join(said)))
+        for title, texts in parts.items():
+            rows.add_row(Text(title, "dim"), Text("   ".join(texts)))
         self._live.update(Panel.fit(rows))
 
     def close(self) -> None:

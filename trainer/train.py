@@ -67,19 +67,19 @@ def train(
     checkpoints = Checkpoints(run_dir, attempt, config, plan, ranks, screen.say)
     cleanup.callback(checkpoints.close)
     step = checkpoints.load_latest(engine, balance)
-    loader = open_loader(config, plan, ranks.rank, next_row=step * plan.global_batch_size)
+    loader = open_loader(config, ranks, next_row=step * plan.global_batch_size)
     cleanup.callback(loader.close)
     loader.check_budget(total_steps * plan.global_batch_size)
     tracker = cleanup.enter_context(Tracker(config, run_dir, attempt, screen.say, ranks.is_main))
     alarms = Alarms(config.tracker.alarms, hosts)
-    meter, clock = Meter(config, plan, ranks, engine, optimizer, loader, step), engine.clock
+    meter, clock = Meter(config, ranks, engine, optimizer, step), engine.clock
     screen.say("\n  ".join([describe(config, plan, step), *loader.describe()]))
 
     metrics: dict = {}
-    saved_step, outcome, batches = step, "finished", iter(loader)
+    saved_step, outcome = step, "finished"
     while step < total_steps:
         with clock.wait("data"):
-            micro_batches = [batch.to(ranks.device) for batch in next(batches)]
+            micro_batches = [batch.to(ranks.device) for batch in next(loader)]
         meter.begin(step + 1)
         with clock.part("communication"):
             totals = agree_on_totals(micro_batches, stop.requested, ranks.device, checkpoints.written)
@@ -103,7 +103,7 @@ def train(
 
         if meter.due:
             metrics = meter.measure(step, sums, totals, grad_norm, rate, checkpoints.take_stall())
-            tracker.log(metrics)
+            tracker.log(metrics | {"sources": loader.seen()})
             screen.progress(metrics, saved_step)
             for alarm in alarms.check(metrics):
                 tracker.alert(step, alarm)
@@ -111,7 +111,7 @@ def train(
         every = config.evaluate.every_steps
         if every and (step % every == 0 or last):
             with clock.wait("evaluation"):
-                held_out = evaluate(lambda batch: engine.forward(batch, balance.bias), config, plan, ranks)
+                held_out = evaluate(lambda batch: engine.forward(batch, balance.bias), config, ranks)
             perplexity = {f"perplexity{key[4:]}": math.exp(min(loss, 700)) for key, loss in held_out.items()}
             tracker.log({"step": step, "tokens": step * step_tokens, **held_out, **perplexity})
             screen.say(f"step {step}: " + ", ".join(f"{key} {value:.3f}" for key, value in held_out.items()))
@@ -136,12 +136,7 @@ def train(
 
 
 def train_step(
-    engine: Engine,
-    micro_batches: list[Batch],
-    totals: Totals,
-    balance: Balance,
-    config: RunConfig,
-    rate: float,
+    engine: Engine, batches: list[Batch], totals: Totals, balance: Balance, config: RunConfig, rate: float
 ) -> tuple[StepSums, list[Tensor], float]:
     """One optimizer step: this rank's sums, its losses per micro-batch, and the global gradient norm."""
     model, bias = config.model, balance.bias
@@ -149,16 +144,16 @@ def train_step(
     if balance.counts_first:
         # Full recompute keeps little of a forward: all wait for the counts. ZeRO-3 would lose gradients.
         if config.recompute == "full" and config.zero_stage < 3:
-            kept = counted = [engine.forward(batch, bias) for batch in micro_batches]
+            kept = counted = [engine.forward(batch, bias) for batch in batches]
         else:
             with torch.no_grad():
-                counted = [engine.forward(batch, bias, routing_only=True) for batch in micro_batches]
+                counted = [engine.forward(batch, bias, routing_only=True) for batch in batches]
         routed = [output.router.tokens_per_expert for output in counted if output.router is not None]
         with engine.clock.part("communication"):
             balance.count_first(routed)
-    sums = StepSums.zeros(len(model.moe_layers), model.num_experts, micro_batches[0].labels.device)
+    sums = StepSums.zeros(len(model.moe_layers), model.num_experts, batches[0].labels.device)
     losses = []
-    for batch in micro_batches:
+    for batch in batches:
         output = kept.pop(0) if kept else engine.forward(batch, bias)
         assert output.cross_entropy_sum is not None
         frequencies = None
