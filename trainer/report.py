@@ -75,9 +75,7 @@ def find_runs(paths: list[Path]) -> list[Run]:
 
     Raises ConfigError where there is none.
     """
-    configs = [
-        file for path in paths for pattern in ("", "*/") for file in path.glob(f"{pattern}config.yaml")
-    ]
+    configs = [file for path in paths for name in ("", "*/") for file in path.glob(f"{name}config.yaml")]
     runs = [run for run in (Run.read(file.parent) for file in sorted(configs)) if run.series("loss")[0].size]
     if not runs:
         where = ", ".join(map(str, paths))
@@ -158,17 +156,17 @@ def sweep_table(runs: list[Run]) -> str:
 def cards(run: Run) -> str:
     """Three answers: does it learn, is it balanced, is it fast?"""
     limits, (_, losses) = run.config.tracker.alarms, run.series("loss")
+    _, held_out = run.series("loss/validation")
     recent = max(1, len(losses) // 8)  # logged steps, compared with as many before
     fell = losses[-2 * recent : -recent].mean() - losses[-recent:].mean() if len(losses) > 1 else 0.0
     verdict = "good" if fell > 0 else "watch" if fell > -0.02 * losses[-1] else "bad"
-    held_out = run.last("loss/validation")
-    said = [f"{losses[0]:.3f} at the start", f"held out {held_out:.3f}" if held_out == held_out else ""]
+    said = [f"{losses[0]:.3f} at the start", *(f"held out {loss:.3f}" for loss in held_out[-1:])]
     found = [_card("Learns", verdict, f"loss {losses[-1]:.3f}", said, losses)]
     if "effective_experts" in run.points[0]:
         share = run.last("effective_experts")
         verdict = "good" if share > 0.5 else "watch" if share > limits.effective_experts else "bad"
-        said = [f"balance {run.last('balance_loss'):.3f}", f"{run.last('dead_experts'):.0f} idle"]
-        said.insert(1, f"busiest {1 + run.last('max_violation'):.1f} x the mean")
+        busiest = f"busiest {1 + run.last('max_violation'):.1f} x the mean"
+        said = [f"balance {run.last('balance_loss'):.3f}", busiest, f"{run.last('dead_experts'):.0f} idle"]
         history = run.series("effective_experts")[1]
         found.append(_card("Balanced", verdict, f"{share:.0%} of experts in effect", said, history))
     slow = run.last("stall_fraction") > limits.data_stall or "straggler" in (a["kind"] for a in run.alarms)
@@ -187,7 +185,7 @@ def _card(title: str, verdict: str, figure: str, said: list[str], history: np.nd
     heights = 38 - 36 * (history - history.min()) / max(np.ptp(history), 1e-12)
     places = zip(np.linspace(0, 200, len(history)), heights, strict=True)
     line = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
-    head = f"<h2>{title}<span>{verdict}</span></h2><b>{figure}</b><p>{' · '.join(filter(None, said))}</p>"
+    head = f"<h2>{title}<span>{verdict}</span></h2><b>{figure}</b><p>{' · '.join(said)}</p>"
     picture = f'<svg viewBox="0 0 200 40" preserveAspectRatio="none"><polyline points="{line}"/></svg>'
     return f'<section class="card {verdict}">{head}{picture}</section>'
 

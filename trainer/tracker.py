@@ -88,18 +88,18 @@ class Tracker:
         identity = run_dir / "wandb_id"  # over all attempts; the agent of a W&B sweep chooses it
         if not identity.exists():
             identity.write_text(os.environ.get("WANDB_RUN_ID", os.urandom(6).hex()))
-        parent, limits = str(Path(config.name).parent), ("init_timeout", "login_timeout", "finish_timeout")
+        folder, seconds = Path(config.name).parent.as_posix(), config.tracker.timeout_seconds
+        settings = dict.fromkeys(("init_timeout", "login_timeout", "finish_timeout"), seconds)
         init = partial(
             wandb.init,
             dir=run_dir,
             id=identity.read_text(),
             project=os.environ.get("WANDB_PROJECT", config.tracker.project),  # which a W&B sweep sets
-            group=config.tracker.group or (None if parent == "." else parent),
+            group=config.tracker.group or (None if folder == "." else folder),
             tags=config.tracker.tags,
             name=config.name,
             config=asdict(config),
-            settings={"console": "off", "silent": True}
-            | dict.fromkeys(limits, config.tracker.timeout_seconds),
+            settings={"console": "off", "silent": True, **settings},
         )
         try:
             self._run = init(mode=mode, resume="allow" if mode == "online" else None)
@@ -114,8 +114,8 @@ class Tracker:
         for key in ("loss", "loss/validation"):
             self._run.define_metric(key, step_metric="step", summary="min,last")
         code = wandb.Artifact(f"code-{self._run.id}", type="code")
-        for folder in ("trainer", "moe", "data_pipeline", "slurm", "conf"):
-            for path in sorted((_ROOT / folder).rglob("*")):
+        for package in ("trainer", "moe", "data_pipeline", "slurm", "conf"):
+            for path in sorted((_ROOT / package).rglob("*")):
                 if path.suffix in _CODE:
                     code.add_file(str(path), str(path.relative_to(_ROOT)))
         for name in ("config.yaml", "overrides.txt", "environment.json", "git.txt"):
