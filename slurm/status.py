@@ -8,8 +8,6 @@ from slurm.jobs import ACTIVE, ask, command, is_sweep, jobs_of, runs_of
 from trainer.config import RunConfig
 from trainer.run_folder import read_state
 
-_TITLES = ["run", "state", "job", "attempt", "step", "loss", "tokens/s", "overrides"]
-
 
 def state_of(run_dir: Path, state: dict[str, Any], answers: dict[str, tuple[str, str]]) -> tuple[str, str]:
     """(state, job) of a run: what SLURM says of a job that waits or runs, else what the folder says."""
@@ -44,7 +42,7 @@ def show(folder: Path) -> None:
     answers = ask(run_dirs)
     points = json.loads((folder / "sweep.json").read_text()) if is_sweep(folder) else [[]]
     shared = set(points[0]).intersection(*points) if len(points) > 1 else set()
-    rows = [_TITLES]
+    rows = [["run", "state", "job", "attempt", "step", "loss", "tokens/s", "overrides"]]
     for run_dir, overrides in zip(run_dirs, points, strict=True):
         state, metrics = read_state(run_dir), last_metrics(run_dir)
         said, job = state_of(run_dir, state, answers)

@@ -101,8 +101,3 @@ def start(run_dir: Path, config: RunConfig, held: int) -> int:
     if code:
         print(f"The run failed; logs are in {run_dir}/logs", file=sys.stderr)
     return code
-
-
-def main() -> NoReturn:
-    """The command line."""
-    compose_and("train", train_here)

@@ -107,9 +107,8 @@ def train(
             screen.progress(metrics, saved_step)
             for alarm in alarms.check(metrics):
                 tracker.alert(step, alarm)
-        last = step == total_steps
         every = config.evaluate.every_steps
-        if every and (step % every == 0 or last):
+        if every and (step % every == 0 or step == total_steps):
             with clock.wait("evaluation"):
                 held_out = evaluate(lambda batch: engine.forward(batch, balance.bias), config, ranks)
             perplexity = {f"perplexity{key[4:]}": math.exp(min(loss, 700)) for key, loss in held_out.items()}
