@@ -74,7 +74,9 @@ class Submission:
 
     def _checked(self) -> list[SubmitConfig]:
         """Raises ConfigError with what is wrong with any of the runs."""
-        configs, problems, first = [], [], self._cfgs[0]
+        configs: list[SubmitConfig] = []
+        problems: list[str] = []
+        first = self._cfgs[0]
         for point, (cfg, overrides) in enumerate(zip(self._cfgs, self._overrides, strict=True)):
             try:
                 config = typed(SubmitConfig, cfg)

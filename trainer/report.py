@@ -107,12 +107,13 @@ def draw(runs: list[Run], panels: dict[str, list[str]]) -> Figure:
     return figure
 
 
-def _grid(panels: int, across: int, height: float, **shared: bool) -> tuple[Figure, list[Axes]]:
+def _grid(panels: int, across: int, height: float, shared: bool = False) -> tuple[Figure, list[Axes]]:
     """A figure of so many panels, at most `across` side by side."""
     across = min(across, panels)
     down = -(-panels // across)
     figure = Figure(figsize=(11, 0.4 + height * down))
-    return figure, list(figure.subplots(down, across, squeeze=False, **shared).flat)[:panels]
+    places = figure.subplots(down, across, squeeze=False, sharex=shared, sharey=shared)
+    return figure, list(places.flat)[:panels]
 
 
 def _short(key: str) -> str:
@@ -124,7 +125,7 @@ def draw_experts(run: Run) -> Figure:
     """The load of each expert over steps, a panel per sparse layer."""
     load = np.array([line["tokens_per_expert"] for line in run.loads], dtype=float)  # [steps,L,E]
     load /= np.maximum(load.mean(axis=2, keepdims=True), 1e-9)
-    figure, places = _grid(load.shape[1], 4, 1.9, sharex=True, sharey=True)
+    figure, places = _grid(load.shape[1], 4, 1.9, shared=True)
     first, last = run.loads[0]["step"], run.loads[-1]["step"]
     extent = (first, max(last, first + 1), load.shape[2] - 0.5, -0.5)
     for layer, axes in enumerate(places):
