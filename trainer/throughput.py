@@ -73,6 +73,7 @@ class StepClock:
     def __init__(self, device: torch.device) -> None:
         self.measuring = False
         self._device, self._on_gpu = device, device.type == "cuda"
+        self._stream = torch.cuda.default_stream(device) if self._on_gpu else None
         self._started = time.perf_counter()
         self._waits: defaultdict[str, float] = defaultdict(float)
         self._spans: list[tuple[str, Any, Any, str | None]] = []  # name, start, end, name of the part around
@@ -88,9 +89,7 @@ class StepClock:
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
         """Count the time inside as the part `name` of a measured step."""
-        device = self._device
-        other_stream = self._on_gpu and torch.cuda.current_stream(device) != torch.cuda.default_stream(device)
-        if not self.measuring or other_stream:
+        if not self.measuring or (self._on_gpu and torch.cuda.current_stream(self._device) != self._stream):
             yield
             return
         start, around, self._open = self._mark(), self._open, name
