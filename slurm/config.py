@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 from moe.config import ConfigError
@@ -70,17 +71,9 @@ class SlurmConfig:
     def problems(self, nproc_per_node: int) -> list[str]:
         """Every broken law, one line each."""
         found = [
-            f"slurm.{key}={value} is below {least}; use {least} or more"
-            for key, value, least in [
-                ("nodes", self.nodes, 1),
-                ("gpus_per_node", self.gpus_per_node, 0),
-                ("max_parallel", self.max_parallel, 0),
-                ("chain_length", self.chain_length, 1),
-                ("max_restarts", self.max_restarts, 0),
-                ("stop_before_seconds", self.stop_before_seconds, 1),
-                ("health.seconds", self.health.seconds, 0),
-            ]
-            if value < least
+            f"slurm.{key}={attrgetter(key)(self)} is below {least}; use {least} or more"
+            for key, least in _LEAST.items()
+            if attrgetter(key)(self) < least
         ]
         if self.resume not in ("requeue", "chain"):
             found.append(f"slurm.resume={self.resume} is unknown; use requeue or chain")
@@ -88,11 +81,9 @@ class SlurmConfig:
             found.append(f"slurm.container.kind={kind} is unknown; use none, pyxis or apptainer")
         elif kind != "none" and self.container.image is None:
             found.append(f"slurm.container.kind={kind} needs slurm.container.image=...")
-        if self.gpus_per_node not in (0, nproc_per_node):
-            found.append(
-                f"slurm.gpus_per_node={self.gpus_per_node} but parallel.nproc_per_node={nproc_per_node}: "
-                "a rank is one GPU; give both the same number"
-            )
+        if (gpus := self.gpus_per_node) not in (0, nproc_per_node):
+            different = f"slurm.gpus_per_node={gpus} but parallel.nproc_per_node={nproc_per_node}"
+            found.append(f"{different}: a rank is one GPU; give both the same number")
         for flag, value in self.flags().items():
             if flag in _OURS:
                 found.append(f"slurm.sbatch.{flag} is set by {_OURS[flag]}; remove it")
@@ -102,13 +93,13 @@ class SlurmConfig:
             if not re.fullmatch(r"[A-Za-z_]\w*", key):
                 found.append(f"slurm.env.{key} is no name of an environment variable")
             elif re.search(r"KEY|TOKEN|SECRET|PASSW", key.upper()):
-                found.append(
-                    f"slurm.env.{key} looks like a secret, and the job script is no place for one; "
-                    "export it where you submit: jobs get that environment"
-                )
+                remedy = "the job script is no place for one: export it where you submit, jobs get it"
+                found.append(f"slurm.env.{key} looks like a secret; {remedy}")
         return found
 
 
+_LEAST = {"nodes": 1, "chain_length": 1, "stop_before_seconds": 1, "gpus_per_node": 0, "max_parallel": 0}
+_LEAST |= {"max_restarts": 0, "health.seconds": 0}
 # Keys that are flags of sbatch under their own names.
 _FLAGS = (
     *("nodes", "gpus_per_node", "cpus_per_task", "partition", "account", "qos", "constraint", "reservation"),

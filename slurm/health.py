@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -66,13 +67,11 @@ def check_collective(device: torch.device, max_skew_seconds: float, timeout: tim
 def main(report: Path, seconds: int, gpus: int, min_free_gib: float, max_skew_seconds: float) -> None:
     """Check, and leave the report; waits at most `seconds` for others."""
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if gpus else torch.device("cpu")
+    checks = [partial(check_device, gpus, device), partial(check_disk, report, min_free_gib)]
+    checks.append(partial(check_disk, Path(tempfile.gettempdir()), min_free_gib))
+    checks.append(partial(check_collective, device, max_skew_seconds, timedelta(seconds=seconds)))
     problems = []
-    for check in (
-        lambda: check_device(gpus, device),
-        lambda: check_disk(report, min_free_gib),
-        lambda: check_disk(Path(tempfile.gettempdir()), min_free_gib),
-        lambda: check_collective(device, max_skew_seconds, timedelta(seconds=seconds)),
-    ):
+    for check in checks:
         try:
             problems += check()
         except Exception as error:  # whatever it is, the node is not well

@@ -1,10 +1,15 @@
-"""The job script: sbatch's flags and a block of variables before the static text of job.sh. Torch-free."""
+"""What a job runs: its script, a block of flags and variables before job.sh, and the code. Torch-free."""
 
 import shlex
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 from slurm.config import SubmitConfig
+
+_ROOT = Path(__file__).parents[1]
+_PACKAGES = ("trainer", "moe", "data_pipeline", "slurm", "conf")
 
 
 def job_script(folder: Path, configs: list[SubmitConfig], sweep: bool) -> str:
@@ -34,19 +39,13 @@ def job_script(folder: Path, configs: list[SubmitConfig], sweep: bool) -> str:
         "WRAP": wrap,
         "SETUP": slurm.setup,
     }
-    return "\n".join(
-        [
-            "#!/usr/bin/env bash",
-            *(
-                f"#SBATCH --{flag}" + (f"={shlex.quote(v)}" if v is not None else "")
-                for flag, v in flags.items()
-            ),
-            *(f"{name}={_quoted(value)}" for name, value in variables.items()),
-            *(f"export {name}={shlex.quote(value)}" for name, value in slurm.env.items()),
-            "",
-            (Path(__file__).parent / "job.sh").read_text(),
-        ]
-    )
+    lines = ["#!/usr/bin/env bash"]
+    lines += [
+        f"#SBATCH --{flag}" + (f"={shlex.quote(v)}" if v is not None else "") for flag, v in flags.items()
+    ]
+    lines += [f"{name}={_quoted(value)}" for name, value in variables.items()]
+    lines += [f"export {name}={shlex.quote(value)}" for name, value in slurm.env.items()]
+    return "\n".join([*lines, "", Path(__file__).with_name("job.sh").read_text()])
 
 
 def _container(folder: Path, configs: list[SubmitConfig]) -> tuple[list[str], list[str]]:
@@ -70,3 +69,19 @@ def _quoted(value: object) -> str:
     if isinstance(value, list):
         return f"({shlex.join(map(str, value))})"
     return shlex.quote(str(value))
+
+
+def snapshot(target: Path, root: Path = _ROOT) -> None:
+    """Copy the code of `root` into `target` as it lies there, so that later edits do not change a queued job.
+
+    In a git checkout these are the files that git does not ignore; an installed package is copied whole.
+    """
+    shutil.rmtree(target, ignore_errors=True)
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", *_PACKAGES]
+    listed = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False).stdout
+    for package in _PACKAGES if not listed else ():
+        shutil.copytree(root / package, target / package, ignore=shutil.ignore_patterns("__pycache__"))
+    for file in filter(None, listed.split("\0")):
+        if (root / file).is_file():  # not: deleted, but not committed so
+            (target / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(root / file, target / file)

@@ -8,8 +8,6 @@ from slurm.jobs import ACTIVE, ask, command, is_sweep, jobs_of, runs_of
 from trainer.config import RunConfig
 from trainer.run_folder import read_state
 
-_TITLES = ["run", "state", "job", "attempt", "step", "loss", "tokens/s", "overrides"]
-
 
 def state_of(run_dir: Path, state: dict[str, Any], answers: dict[str, tuple[str, str]]) -> tuple[str, str]:
     """(state, job) of a run: what SLURM says of a job that waits or runs, else what the folder says."""
@@ -18,14 +16,11 @@ def state_of(run_dir: Path, state: dict[str, Any], answers: dict[str, tuple[str,
         name, where = answers.get(job, ("", ""))
         if name in ACTIVE:
             return f"{name.lower()} {where}", job
-    if state["state"] == "finished":
-        said = "finished"
-    elif stop.is_file():
+    said = state["state"]
+    if said != "finished" and stop.is_file():
         said = stop.read_text().strip()
-    elif state["state"] in ("running", "new"):  # no rank could say how it ended
-        said = answers[jobs[-1]][0].lower() if jobs[-1] in answers else "lost: its job is gone"
-    else:
-        said = state["state"]
+    elif said in ("running", "new"):  # no rank could say how it ended
+        said = answers.get(jobs[-1], ("lost: its job is gone", ""))[0].lower()
     return said, jobs[-1]
 
 
@@ -47,14 +42,14 @@ def show(folder: Path) -> None:
     answers = ask(run_dirs)
     points = json.loads((folder / "sweep.json").read_text()) if is_sweep(folder) else [[]]
     shared = set(points[0]).intersection(*points) if len(points) > 1 else set()
-    rows = [_TITLES]
+    rows = [["run", "state", "job", "attempt", "step", "loss", "tokens/s", "overrides"]]
     for run_dir, overrides in zip(run_dirs, points, strict=True):
         state, metrics = read_state(run_dir), last_metrics(run_dir)
         said, job = state_of(run_dir, state, answers)
         steps = f"{metrics.get('step', 0)}/{RunConfig.of_run(run_dir).stage.total_steps}"
-        numbers = (
-            [f"{metrics['loss']:.4f}", f"{metrics['tokens_per_second']:,.0f}"] if metrics else ["-", "-"]
-        )
+        numbers = ["-", "-"]
+        if metrics:
+            numbers = [f"{metrics['loss']:.4f}", f"{metrics['tokens_per_second']:,.0f}"]
         own = " ".join(override for override in overrides if override not in shared)
         rows.append([run_dir.name, said, job, str(state["attempt"]), steps, *numbers, own])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

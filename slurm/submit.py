@@ -14,69 +14,48 @@ from data_pipeline.manifest import write_atomically
 from moe.config import ConfigError
 from slurm.config import SlurmConfig, SubmitConfig
 from slurm.jobs import is_sweep, refuse_queued, slurm
-from slurm.script import job_script
-from slurm.snapshot import snapshot
-from trainer.cli import check_data, make_paths_absolute
-from trainer.run_folder import forget_origin, freeze, lock
+from slurm.script import job_script, snapshot
+from trainer.cli import check
+from trainer.run_folder import freeze, lock
 from trainer.typed import typed
 
 
 class Submission:
     """The runs of one command line: one, or with -m the points of a sweep, which become one job array.
 
-    Hydra hands them to `take` one by one; nothing is written before `submit`.
+    Hydra hands them to `take` one by one; all are checked, and then written, in `submit`.
     """
 
     def __init__(self) -> None:
         self._cfgs: list[DictConfig] = []
-        self._configs: list[SubmitConfig] = []
         self._overrides: list[list[str]] = []
-        self._problems: list[str] = []
         self._sweep = False
 
     def take(self, cfg: DictConfig) -> int:
-        """Check one run; what is wrong is kept for `submit`, so that all points are reported at once."""
+        """Keep one run for `submit`."""
         hydra_config = HydraConfig.get()
         self._sweep = hydra_config.mode == RunMode.MULTIRUN
-        point, overrides = len(self._overrides), list(hydra_config.overrides.task)
-        self._cfgs.append(cfg)
-        self._overrides.append(overrides)
         if self._sweep:
-            cfg.name = f"{cfg.name}/{point}"
-        try:
-            config = typed(SubmitConfig, cfg)
-            forget_origin(config, config.run_dir)
-            config.check(config.plan)
-            check_data(config)
-            make_paths_absolute(cfg, config)
-            self._configs.append(config)
-        except (ConfigError, DataError) as error:
-            where = f"point {point} ({' '.join(overrides)}):\n" if self._sweep else ""
-            self._problems.append(f"{where}{error}")
-        first = self._cfgs[0]
-        if cfg.slurm != first.slurm or cfg.parallel.nproc_per_node != first.parallel.nproc_per_node:
-            self._problems.append(
-                f"point {point}: slurm.* and parallel.nproc_per_node must be the same for all points: "
-                "a job array has one request"
-            )
+            cfg.name = f"{cfg.name}/{len(self._cfgs)}"
+        self._cfgs.append(cfg)
+        self._overrides.append(list(hydra_config.overrides.task))
         return 0
 
     def submit(self) -> int:
         """Freeze the folders and queue the job, or print its script.
 
-        Raises ConfigError, with nothing queued, for what `take` found, for a folder that cannot be used, and
-        where sbatch refuses.
+        Raises ConfigError, with nothing queued, for what is wrong with any of the runs, for a folder that
+        cannot be used, and where sbatch refuses.
         """
-        if self._problems:
-            raise ConfigError(self._problems)
-        config, run_dir = self._configs[0], self._configs[0].run_dir.resolve()
-        folder = run_dir.parent if self._sweep else run_dir
-        script = job_script(folder, self._configs, self._sweep)
-        if config.slurm.dry_run:
+        configs = self._checked()
+        config, request = configs[0], configs[0].slurm
+        run_dirs = [config.run_dir.resolve() for config in configs]
+        folder = run_dirs[0].parent if self._sweep else run_dirs[0]
+        script = job_script(folder, configs, self._sweep)
+        if request.dry_run:
             print(script, end="")
             return 0
         slurm("sbatch", "--version")
-        run_dirs = [config.run_dir.resolve() for config in self._configs]
         self._refuse_other(folder)
         with ExitStack() as held:
             for run_dir in run_dirs:
@@ -84,16 +63,34 @@ class Submission:
             refuse_queued(run_dirs)
             self._freeze(folder, run_dirs)
             (folder / "job.sh").write_text(script)
-            ids = queue(folder, run_dirs, config.slurm)
+            ids = queue(folder, run_dirs, request)
         points = f"{len(run_dirs)} points of " if self._sweep else ""
         print(
-            f"queued as job {', '.join(ids)}: {points}{config.slurm.nodes} nodes, "
-            f"{config.plan.world_size} ranks\n"
-            f"  python -m slurm.status {folder}\n"
-            f"  python -m slurm.logs -f {run_dirs[0]}\n"
-            f"  python -m slurm.stop {folder}"
+            f"queued as job {', '.join(ids)}: {points}{request.nodes} nodes, {config.plan.world_size} ranks"
         )
+        print(f"  python -m slurm.status {folder}\n  python -m slurm.logs -f {run_dirs[0]}")
+        print(f"  python -m slurm.stop {folder}")
         return 0
+
+    def _checked(self) -> list[SubmitConfig]:
+        """Raises ConfigError with what is wrong with any of the runs."""
+        configs: list[SubmitConfig] = []
+        problems: list[str] = []
+        first = self._cfgs[0]
+        for point, (cfg, overrides) in enumerate(zip(self._cfgs, self._overrides, strict=True)):
+            try:
+                config = typed(SubmitConfig, cfg)
+                check(config, cfg, config.plan)
+                configs.append(config)
+            except (ConfigError, DataError) as error:
+                where = f"point {point} ({' '.join(overrides)}):\n" if self._sweep else ""
+                problems.append(f"{where}{error}")
+            if cfg.slurm != first.slurm or cfg.parallel.nproc_per_node != first.parallel.nproc_per_node:
+                keys = "slurm.* and parallel.nproc_per_node must be the same for all points"
+                problems.append(f"point {point}: {keys}: a job array has one request")
+        if problems:
+            raise ConfigError(problems)
+        return configs
 
     def _refuse_other(self, folder: Path) -> None:
         there = json.loads((folder / "sweep.json").read_text()) if is_sweep(folder) else None
@@ -111,8 +108,7 @@ class Submission:
             snapshot(folder / "code")  # a run goes on with the code that it began with
         if self._sweep:
             write_atomically(folder / "sweep.json", json.dumps(self._overrides, indent=1).encode())
-        request = OmegaConf.to_container(self._cfgs[0].slurm, resolve=True)
-        (folder / "slurm.yaml").write_text(OmegaConf.to_yaml(request))
+        (folder / "slurm.yaml").write_text(OmegaConf.to_yaml(self._cfgs[0].slurm, resolve=True))
 
 
 def queue(folder: Path, run_dirs: list[Path], request: SlurmConfig) -> list[str]:
@@ -123,15 +119,13 @@ def queue(folder: Path, run_dirs: list[Path], request: SlurmConfig) -> list[str]
     for run_dir in run_dirs:
         for name in ("stop", "restarts", "excluded"):  # what earlier jobs left to those after them
             (run_dir / name).unlink(missing_ok=True)
-    flags: list[str] = []
+    sweep, parallel = is_sweep(folder), f"%{request.max_parallel}" if request.max_parallel else ""
+    array = [f"--array={','.join(run_dir.name for run_dir in run_dirs)}{parallel}"] if sweep else []
     ids: list[str] = []
-    if is_sweep(folder):
-        parallel = f"%{request.max_parallel}" if request.max_parallel else ""
-        flags.append(f"--array={','.join(run_dir.name for run_dir in run_dirs)}{parallel}")
     try:
         for _ in range(request.chain_length if request.resume == "chain" else 1):
             after = [f"--dependency=afterany:{ids[-1]}"] if ids else []
-            answer = slurm("sbatch", "--parsable", *flags, *after, str(folder / "job.sh"))
+            answer = slurm("sbatch", "--parsable", *array, *after, str(folder / "job.sh"))
             ids.append(answer.strip().split(";")[0])
     except ConfigError:
         if ids:
@@ -139,5 +133,5 @@ def queue(folder: Path, run_dirs: list[Path], request: SlurmConfig) -> list[str]
         raise
     for run_dir in run_dirs:
         with (run_dir / "jobs").open("a") as jobs:
-            jobs.writelines(f"{job}_{run_dir.name}\n" if is_sweep(folder) else f"{job}\n" for job in ids)
+            jobs.writelines(f"{job}_{run_dir.name}\n" if sweep else f"{job}\n" for job in ids)
     return ids

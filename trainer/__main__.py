@@ -1,5 +1,5 @@
 """`python -m trainer`."""
 
-from trainer.cli import main
+from trainer.cli import compose_and, train_here
 
-main()
+compose_and("train", train_here)

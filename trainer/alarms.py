@@ -35,68 +35,51 @@ class Alarms:
 
     def check(self, metrics: dict[str, Any]) -> list[Alarm]:
         """The alarms that a logged step raises; each kind once in `repeat_after_steps`."""
-        found = {
-            "loss spike": self._loss(metrics),
-            "expert collapse": self._experts(metrics),
-            "data stall": self._data(metrics),
-            "straggler": self._ranks(metrics),
-        }
-        step, quiet = metrics["step"], self._config.repeat_after_steps
-        due = [
-            Alarm(kind, text)
-            for kind, text in found.items()
-            if text and (kind not in self._raised or step - self._raised[kind] >= quiet)
-        ]
+        step, loud = metrics["step"], metrics["step"] - self._config.repeat_after_steps
+        due = [alarm for alarm in self._found(metrics) if self._raised.get(alarm.kind, loud) <= loud]
         self._raised |= {alarm.kind: step for alarm in due}
         return due
 
-    def _loss(self, metrics: dict[str, Any]) -> str:
-        """By the z-score of the loss against the line through those before it."""
-        loss, before = metrics["loss"], np.array(self._losses)
+    def _found(self, metrics: dict[str, Any]) -> Iterator[Alarm]:
+        limits, loss, before = self._config, metrics["loss"], np.array(self._losses)
         self._losses.append(loss)
-        if len(before) < _LEAST:
-            return ""
-        at = np.arange(len(before))
-        slope, start = np.polyfit(at, before, 1)
-        expected = start + slope * len(before)
-        z = (loss - expected) / max(float(np.std(before - start - slope * at)), 1e-3 * abs(expected))
-        if z <= self._config.loss_spike:
-            return ""
-        return (
-            f"the loss is {loss:.3f}, {z:.1f} deviations above where the steps before lead. "
-            "If it does not come back: look at the rows of the step (python -m data_pipeline inspect), "
-            "leave them out (data.skip) or lower optimizer.lr, and go on from a checkpoint before it"
-        )
-
-    def _experts(self, metrics: dict[str, Any]) -> str:
+        if len(before) >= _LEAST:  # the z-score of the loss against the line through those before it
+            at = np.arange(len(before))
+            slope, start = np.polyfit(at, before, 1)
+            expected = start + slope * len(before)
+            z = (loss - expected) / max(float(np.std(before - start - slope * at)), 1e-3 * abs(expected))
+            if z > limits.loss_spike:
+                yield Alarm(
+                    "loss spike",
+                    f"the loss is {loss:.3f}, {z:.1f} deviations above where the steps before lead. If it "
+                    "does not come back: look at the rows of the step (python -m data_pipeline inspect), "
+                    "leave them out (data.skip) or lower optimizer.lr, and go on from a checkpoint before it",
+                )
         layers = metrics.get("layers", {}).get("effective_experts", [])
-        if not layers or min(layers) >= self._config.effective_experts:
-            return ""
-        layer = layers.index(min(layers))
-        return (
-            f"sparse layer {layer} works as if it had {layers[layer]:.0%} of its experts"
-            f" ({metrics['layers']['dead_experts'][layer]} without a token). If it does not recover: raise"
-            " model.router_aux_loss_coef, set balance.bias_update_rate, look for one-sided data"
-        )
-
-    def _data(self, metrics: dict[str, Any]) -> str:
-        if metrics["stall_fraction"] <= self._config.data_stall:
-            return ""
-        return (
-            f"{metrics['stall_fraction']:.1%} of a step goes by waiting for data "
-            f"({metrics['data_wait_seconds']:.3f} s). Put data.dir on a faster disk, or free CPU cores"
-        )
-
-    def _ranks(self, metrics: dict[str, Any]) -> str:
-        rank = metrics["slowest_rank"] if metrics["straggling"] > self._config.straggler else -1
+        if layers and min(layers) < limits.effective_experts:
+            layer = layers.index(min(layers))
+            yield Alarm(
+                "expert collapse",
+                f"sparse layer {layer} works as if it had {layers[layer]:.0%} of its experts "
+                f"({metrics['layers']['dead_experts'][layer]} without a token). If it does not recover: "
+                "raise model.router_aux_loss_coef, set balance.bias_update_rate, look for one-sided data",
+            )
+        if metrics["stall_fraction"] > limits.data_stall:
+            yield Alarm(
+                "data stall",
+                f"{metrics['stall_fraction']:.1%} of a step goes by waiting for data "
+                f"({metrics['data_wait_seconds']:.3f} s). Put data.dir on a faster disk, or free CPU cores",
+            )
+        rank = metrics["slowest_rank"] if metrics["straggling"] > limits.straggler else -1
         self._slow = (rank, self._slow[1] + 1 if rank == self._slow[0] else 1)
-        if rank < 0 or self._slow[1] < _STRAGGLES:
-            return ""
-        return (
-            f"rank {rank} on {self._hosts[rank]} computes {metrics['straggling']:.0%} longer than the median"
-            f" in {self._slow[1]} logged steps running; all others wait. Look at the clocks, heat and other"
-            " processes of its device, or leave the node out; if received_imbalance is high, at its experts"
-        )
+        if rank >= 0 and self._slow[1] >= _STRAGGLES:
+            yield Alarm(
+                "straggler",
+                f"rank {rank} on {self._hosts[rank]} computes {metrics['straggling']:.0%} longer than the "
+                f"median in {self._slow[1]} logged steps running; all others wait. Look at the clocks, heat "
+                "and other processes of its device, or leave the node out; if received_imbalance is high, at "
+                "its experts",
+            )
 
 
 @contextmanager
@@ -107,15 +90,14 @@ def first_not_finite(model: nn.Module) -> Iterator[list[str]]:
     """
     found: list[str] = []
 
-    def look(gradient: Tensor, name: str) -> None:
-        if not found and not torch.isfinite(gradient).all():
-            found.append(f"the gradient of the {kind_of(name)} ({name})")
+    def look(tensor: Tensor, name: str, what: str = "gradient") -> None:
+        if not found and not torch.isfinite(tensor).all():
+            found.append(f"the {what} of the {kind_of(name)} ({name})")
 
+    handles = []
     for name, parameter in model.named_parameters():
-        if not found and not torch.isfinite(parameter).all():
-            found.append(f"the weights of the {kind_of(name)} ({name})")
-    named = list(model.named_parameters())
-    handles = [parameter.register_hook(partial(look, name=name)) for name, parameter in named]
+        look(parameter, name, "weights")
+        handles.append(parameter.register_hook(partial(look, name=name)))
     yield found
     for handle in handles:
         handle.remove()

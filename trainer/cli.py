@@ -60,17 +60,20 @@ def train_here(cfg: DictConfig) -> int:
     if hydra_config.mode == RunMode.MULTIRUN:  # a sweep is a folder of numbered runs
         cfg.name = f"{cfg.name}/{hydra_config.job.num}"
     config = RunConfig.load(cfg)
-    forget_origin(config, config.run_dir)
-    config.check(ParallelPlan.of(config, config.parallel.nproc_per_node))
-    check_data(config)
-    make_paths_absolute(cfg, config)
+    check(config, cfg, ParallelPlan.of(config, config.parallel.nproc_per_node))
     held = lock(config.run_dir)
     freeze(config.run_dir, cfg, list(hydra_config.overrides.task))
     return start(config.run_dir, RunConfig.of_run(config.run_dir), held)
 
 
-def make_paths_absolute(cfg: DictConfig, config: RunConfig) -> None:
-    """Make what a run reads independent of the folder it is started in."""
+def check(config: RunConfig, cfg: DictConfig, plan: ParallelPlan) -> None:
+    """Raises ConfigError or DataError if the run or its data is wrong.
+
+    Makes what the run reads independent of the folder it is started in, in `cfg`, of which `config` is.
+    """
+    forget_origin(config, config.run_dir)
+    config.check(plan)
+    check_data(config)
     for group, key in (("data", "dir"), ("stage", "init_from")):
         if cfg[group][key] is not None:
             cfg[group][key] = str(Path(cfg[group][key]).resolve())
@@ -81,15 +84,15 @@ def make_paths_absolute(cfg: DictConfig, config: RunConfig) -> None:
 def check_data(config: RunConfig) -> None:
     """Raises DataError if the data is not prepared for this run, is damaged, or does not fit the model."""
     if config.data.mode == "streaming":
-        tokenizer = tokenizer_of(config.data)
+        vocab_size = (tokenizer := tokenizer_of(config.data)).vocab_size
         for name in sorted(config.data.trained_sources()):
             TextStream(config.data, name, tokenizer, config.seed)
-        check_vocab_size(tokenizer.vocab_size, config.model.vocab_size)
     else:
         folder = Path(config.data.dir)
         manifest = open_prepared(folder)
         manifest.check_settings(config.data.content_settings(), folder)
-        check_vocab_size(manifest.tokenizer.vocab_size, config.model.vocab_size)
+        vocab_size = manifest.tokenizer.vocab_size
+    check_vocab_size(vocab_size, config.model.vocab_size)
 
 
 def start(run_dir: Path, config: RunConfig, held: int) -> int:
@@ -98,8 +101,3 @@ def start(run_dir: Path, config: RunConfig, held: int) -> int:
     if code:
         print(f"The run failed; logs are in {run_dir}/logs", file=sys.stderr)
     return code
-
-
-def main() -> NoReturn:
-    """The command line."""
-    compose_and("train", train_here)

@@ -5,11 +5,12 @@ Touches no training state: no gradient, no balance counts, its own rows.
 
 import sys
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from data_pipeline.config import DataError
 from data_pipeline.loader import Batch, Loader
@@ -18,58 +19,45 @@ from moe.model import ModelOutput
 from trainer.config import RunConfig
 from trainer.cpu_products import fast_products
 from trainer.generate import load_model
-from trainer.parallel import ParallelPlan
 from trainer.run_folder import hf_folder
 from trainer.runtime import Ranks
 
 
+def open_loader(config: RunConfig, ranks: Ranks, **settings: Any) -> Loader:
+    """The rows of a run for this rank; `settings` of Loader go before the run's."""
+    of_run: dict[str, Any] = {
+        "seq_len": config.stage.seq_len,
+        "global_batch_size": config.stage.global_batch_size,
+        "micro_batch_size": config.micro_batch_size,
+        "rank": ranks.rank,
+        "world_size": ranks.world_size,
+        "seed": config.seed,
+    }
+    return Loader(config.data, **(of_run | settings))
+
+
 @torch.no_grad()
-def evaluate(
-    forward: Callable[[Batch, Tensor | None], ModelOutput],
-    selection_bias: Tensor | None,
-    config: RunConfig,
-    plan: ParallelPlan,
-    ranks: Ranks,
-) -> dict[str, float]:
+def evaluate(forward: Callable[[Batch], ModelOutput], config: RunConfig, ranks: Ranks) -> dict[str, float]:
     """Cross entropy per labelled token: `loss/<source>` for each source, `loss/validation` over all of them.
 
     Every rank must call it; rows are dealt out like those of training.
     """
     sums = torch.zeros(len(config.data.sources), 2, dtype=torch.float64, device=ranks.device)
-    rows_at_once = plan.world_size * plan.micro_batch_size
+    rows_at_once = ranks.world_size * config.micro_batch_size
     for index, source in enumerate(config.data.sources):
-        loader = Loader(
-            config.data,
-            seq_len=config.stage.seq_len,
-            global_batch_size=rows_at_once,
-            micro_batch_size=plan.micro_batch_size,
-            rank=ranks.rank,
-            world_size=ranks.world_size,
-            seed=config.seed,
-            split="validation",
-            source=source,
-        )
-        try:
-            for number, micro_batches in enumerate(loader):
-                if number * rows_at_once >= config.evaluate.rows:
-                    break
+        held_out = {"global_batch_size": rows_at_once, "split": "validation", "source": source}
+        with open_loader(config, ranks, **held_out) as loader:
+            for micro_batches in islice(loader, -(-config.evaluate.rows // rows_at_once)):
                 for batch in micro_batches:
                     batch.labels[[row >= config.evaluate.rows for row in batch.rows]] = -100
-                    output = forward(batch.to(ranks.device), selection_bias)
+                    output = forward(batch.to(ranks.device))
                     assert output.cross_entropy_sum is not None
                     sums[index, 0] += output.cross_entropy_sum
                     sums[index, 1] += (batch.labels != -100).sum()
-        finally:
-            loader.close()
     if dist.is_initialized():
         dist.all_reduce(sums)
-    losses = {
-        f"loss/{source}": float(total / count)
-        for source, (total, count) in zip(config.data.sources, sums, strict=True)
-        if count > 0
-    }
-    total, count = sums.sum(dim=0)
-    return {**losses, "loss/validation": float(total / count)} if count > 0 else losses
+    named = zip([*config.data.sources, "validation"], [*sums, sums.sum(dim=0)], strict=True)
+    return {f"loss/{source}": float(total / count) for source, (total, count) in named if count > 0}
 
 
 def evaluate_checkpoint(source: Path) -> dict[str, float]:
@@ -80,24 +68,19 @@ def evaluate_checkpoint(source: Path) -> dict[str, float]:
     run_dir = source if (source / "config.yaml").is_file() else source.resolve().parent.parent
     config, folder = RunConfig.of_run(run_dir), hf_folder(source)
     if config.data.mode == "streaming":
-        raise ConfigError(
-            [
-                f"{run_dir} was trained with data.mode=streaming, which keeps no held-out rows; "
-                "prepare the data and train with data.mode=prepared to evaluate"
-            ]
-        )
+        why = f"{run_dir} was trained with data.mode=streaming, which keeps no held-out rows"
+        raise ConfigError([f"{why}; prepare the data and train with data.mode=prepared to evaluate"])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if config.dtype == "bf16" else torch.float32
     model = load_model(folder, device).to(dtype)
     balance = torch.load(folder.parent / "balance.pt", weights_only=True, map_location=device)
 
-    def forward(batch: Batch, bias: Tensor | None) -> ModelOutput:
+    def forward(batch: Batch) -> ModelOutput:
         rows = (batch.input_ids, batch.position_ids, batch.cu_seqlens)
-        return model(*rows, labels=batch.labels, selection_bias=bias)
+        return model(*rows, labels=batch.labels, selection_bias=balance.get("bias"))
 
-    plan = ParallelPlan.of(config, world_size=1)
     with fast_products(device, dtype):
-        return evaluate(forward, balance.get("bias"), config, plan, Ranks(0, 0, 1, device))
+        return evaluate(forward, config, Ranks(0, 0, 1, device))
 
 
 def main(arguments: list[str]) -> int:

@@ -1,4 +1,4 @@
-"""Start the ranks of a run on this machine and see them through."""
+"""Start the ranks of a run on this machine and see them through; how a rank is asked to stop. Torch-free."""
 
 import ctypes
 import os
@@ -12,9 +12,22 @@ from pathlib import Path
 from types import FrameType
 
 from trainer.run_folder import read_state, write_state
-from trainer.stop import STOP_SIGNALS
 
 _GRACE_SECONDS = 10.0  # for the other ranks, once one has failed
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)  # NCCL takes SIGUSR1
+
+
+class StopRequest:
+    """Set by a stop signal; the loop asks all ranks to agree on it."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._on_signal)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # the launcher holds them back until now
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True
 
 
 def launch(run_dir: Path, nproc: int, lock: int, command: Sequence[str] = ("trainer.run",)) -> int:
@@ -23,19 +36,29 @@ def launch(run_dir: Path, nproc: int, lock: int, command: Sequence[str] = ("trai
     SIGINT and SIGTERM become a stop request to every rank (save, exit 0); a second one kills. If this process
     dies, the ranks are asked to stop. `lock` (`run_folder.lock`) is held until the last rank is gone.
     """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
     environment = {
+        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // nproc)),
+        # Large blocks are kept instead of returned: page faults cost a fifth of the time of a step on a CPU.
+        "MALLOC_MMAP_THRESHOLD_": str(8 << 30),
+        "MALLOC_TRIM_THRESHOLD_": str(16 << 30),
         **os.environ,
-        "WORLD_SIZE": str(nproc),
-        "LOCAL_WORLD_SIZE": str(nproc),
+        **dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(nproc)),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(_free_port()),
+        "MASTER_PORT": str(port),
     }
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
-    # Large blocks are kept instead of returned: page faults cost a fifth of the time of a step on a CPU.
-    environment.setdefault("MALLOC_MMAP_THRESHOLD_", str(8 << 30))
-    environment.setdefault("MALLOC_TRIM_THRESHOLD_", str(16 << 30))
     ranks: list[subprocess.Popen] = []
-    _forward_stop_signals(ranks)
+    gently = iter([signal.SIGUSR2])
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        ours = next(gently, signal.SIGKILL)
+        for rank in ranks:
+            rank.send_signal(ours)
+
+    signal.signal(signal.SIGINT, forward)
+    signal.signal(signal.SIGTERM, forward)
     for rank in range(nproc):
         process = subprocess.Popen(
             [sys.executable, "-m", *command, str(run_dir)],
@@ -55,33 +78,17 @@ def launch(run_dir: Path, nproc: int, lock: int, command: Sequence[str] = ("trai
 
 def _wait(ranks: list[subprocess.Popen]) -> int:
     """Until all have ended; a failed rank ends the others, which would wait for it in a collective."""
-    deadline = None
-    failed = 0
-    while None in [rank.poll() for rank in ranks]:  # all are asked, each time
-        failed = failed or next((rank.returncode for rank in ranks if rank.returncode), 0)
-        if failed and deadline is None:
-            deadline = time.monotonic() + _GRACE_SECONDS
-        if deadline is not None and time.monotonic() > deadline:
+    failed, deadline = 0, float("inf")
+    while True:
+        codes = [rank.poll() for rank in ranks]
+        if not failed and any(codes):
+            failed, deadline = next(filter(None, codes)), time.monotonic() + _GRACE_SECONDS
+        if None not in codes:
+            return failed if failed >= 0 else 1
+        if time.monotonic() > deadline:
             for rank in ranks:
-                if rank.poll() is None:
-                    rank.kill()
+                rank.kill()
         time.sleep(0.05)
-    failed = failed or next((rank.returncode for rank in ranks if rank.returncode), 0)
-    return failed if failed >= 0 else 1
-
-
-def _forward_stop_signals(ranks: list[subprocess.Popen]) -> None:
-    seen = 0
-
-    def forward(number: int, frame: FrameType | None) -> None:
-        nonlocal seen
-        seen += 1
-        for rank in ranks:
-            if rank.poll() is None:
-                rank.send_signal(signal.SIGUSR2 if seen == 1 else signal.SIGKILL)
-
-    signal.signal(signal.SIGINT, forward)
-    signal.signal(signal.SIGTERM, forward)
 
 
 def _prepare_rank() -> None:
@@ -89,9 +96,3 @@ def _prepare_rank() -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

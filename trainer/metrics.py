@@ -1,15 +1,13 @@
 """What a logged step says, from sums kept on the device and one packed all-reduce: docs/monitoring.md."""
 
-import math
 import time
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from data_pipeline.loader import Loader
 from moe.parallelize import dispatched
 from moe.router import RouterStatistics
 from trainer.config import RunConfig
@@ -25,8 +23,7 @@ from trainer.throughput import memory_gib, peak_flops
 HISTOGRAM_LOG2 = (-40, 8)  # |gradient| from 2^-40 to 2^8, a bin per power of two
 
 
-@dataclass
-class StepSums:
+class StepSums(NamedTuple):
     """Sums over this rank's micro-batches of one step."""
 
     cross_entropy: Tensor  # scalar share
@@ -45,57 +42,50 @@ class StepSums:
 
     def add(self, shares: LossShares, router: RouterStatistics | None) -> None:
         """Count one micro-batch."""
-        self.cross_entropy += shares.cross_entropy.detach()
+        self.cross_entropy.add_(shares.cross_entropy.detach())
         if router is not None:
-            self.balance += shares.balance.detach()
-            self.z += shares.z.detach()
-            self.entropy += router.entropy_sums
-            self.tokens_per_expert += router.tokens_per_expert
-            self.logit_range = torch.maximum(self.logit_range, router.logit_range)
+            self.balance.add_(shares.balance.detach())
+            self.z.add_(shares.z.detach())
+            self.entropy.add_(router.entropy_sums)
+            self.tokens_per_expert.add_(router.tokens_per_expert)
+            self.logit_range.clamp_(min=router.logit_range)
 
     def over_ranks(self, *more: Tensor) -> "StepSums":
         """The same over all ranks, and each tensor of `more` replaced by its sum over them.
 
         One packed all-reduce in fp64 (counts stay exact); every rank must call it.
         """
-        ranges = self.logit_range.new_zeros(dist.get_world_size(), *self.logit_range.shape)  # [R,L]
-        ranges[dist.get_rank()] = self.logit_range
-        sums = [self.cross_entropy, self.balance, self.z, self.entropy, self.tokens_per_expert, ranges]
-        parts = [*sums, *more]
+        *sums, logit_range = self
+        ranges = logit_range.new_zeros(dist.get_world_size(), len(logit_range))  # [R,L]
+        ranges[dist.get_rank()] = logit_range
+        parts = [*more, *sums, ranges]
         packed = torch.cat([part.reshape(-1).double() for part in parts])
         dist.all_reduce(packed)
         pieces = packed.split([part.numel() for part in parts])
         totals = [piece.view_as(part) for piece, part in zip(pieces, parts, strict=True)]
-        for tensor, total in zip(more, totals[len(sums) :], strict=True):
+        for tensor, total in zip(more, totals, strict=False):
             tensor.copy_(total)
-        cross_entropy, balance, z, entropy, load, ranges = totals[: len(sums)]
-        return StepSums(cross_entropy, balance, z, entropy, load, ranges.amax(dim=0))
+        *sums, ranges = totals[len(more) :]
+        return StepSums._make([*sums, ranges.amax(dim=0)])
 
     def describe(self, totals: Totals) -> dict[str, Any]:
         """The metrics of a step from sums over all ranks; `layers` holds a list of L for each."""
-        values: dict[str, Any] = {"loss": float(self.cross_entropy)}
-        if not self.tokens_per_expert.numel():
-            return values
+        loss = {"loss": self.cross_entropy.item()}
         load = self.tokens_per_expert
+        if not load.numel():
+            return loss
         shares = load / load.sum(dim=1, keepdim=True).clamp(min=1)
-        layers = {
-            "balance_loss": self.balance,
-            "z_loss": self.z,
-            "router_entropy": self.entropy / max(totals.tokens, 1),
-            "max_violation": load.amax(dim=1) / load.mean(dim=1).clamp(min=1e-9) - 1,
-            "effective_experts": torch.special.entr(shares).sum(dim=1).exp() / load.shape[1],
-            "dead_experts": (load == 0).sum(dim=1),
-            "logit_range": self.logit_range,
+        layers: dict[str, tuple[Callable[[Tensor], Tensor], Tensor]] = {
+            "balance_loss": (torch.mean, self.balance),
+            "z_loss": (torch.mean, self.z),
+            "router_entropy": (torch.mean, self.entropy / max(totals.tokens, 1)),
+            "max_violation": (torch.max, load.amax(dim=1) / load.mean(dim=1).clamp(min=1e-9) - 1),
+            "effective_experts": (torch.min, torch.special.entr(shares).sum(dim=1).exp() / load.shape[1]),
+            "dead_experts": (torch.sum, (load == 0).sum(dim=1)),
+            "logit_range": (torch.max, self.logit_range),
         }
-        for key in ("balance_loss", "z_loss", "router_entropy"):
-            values[key] = float(layers[key].mean())
-        return values | {
-            "max_violation": float(layers["max_violation"].max()),
-            "effective_experts": float(layers["effective_experts"].min()),
-            "dead_experts": int(layers["dead_experts"].sum()),
-            "logit_range": float(layers["logit_range"].max()),
-            "layers": {key: tensor.tolist() for key, tensor in layers.items()},
-        }
+        over_layers = {key: reduce(values).item() for key, (reduce, values) in layers.items()}
+        return loss | over_layers | {"layers": {key: values.tolist() for key, (_, values) in layers.items()}}
 
 
 class OptimizerNorms:
@@ -118,8 +108,7 @@ class OptimizerNorms:
         """Measure at the next step."""
         self._armed, self._with_histograms = True, histograms
         self.squares = torch.zeros(len(KINDS), 3, device=device, dtype=torch.float64)
-        first, last = HISTOGRAM_LOG2
-        self.histograms = torch.zeros(len(KINDS), last - first, device=device)
+        self.histograms = torch.zeros(len(KINDS), HISTOGRAM_LOG2[1] - HISTOGRAM_LOG2[0], device=device)
 
     def _before(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         if not self._armed:
@@ -154,10 +143,9 @@ class OptimizerNorms:
                 values[f"param_norm/{kind}"] = weight
                 values[f"update_ratio/{kind}"] = update / weight
         if self._with_histograms:
-            counts = self.histograms.cpu() / self._replicas.unsqueeze(1)
-            values["gradient_histogram"] = {
-                kind: row for kind, row in zip(KINDS, counts.tolist(), strict=True) if any(row)
-            }
+            counts = (self.histograms.cpu() / self._replicas.unsqueeze(1)).tolist()
+            rows = zip(KINDS, counts, strict=True)
+            values["gradient_histogram"] = {kind: row for kind, row in rows if any(row)}
         return values
 
 
@@ -165,18 +153,11 @@ class Meter:
     """Gathers what a logged step says. Every rank makes the same calls: they contain collectives."""
 
     def __init__(
-        self,
-        config: RunConfig,
-        plan: ParallelPlan,
-        ranks: Ranks,
-        engine: Engine,
-        optimizer: torch.optim.Optimizer,
-        loader: Loader,
-        step: int,
+        self, config: RunConfig, ranks: Ranks, engine: Engine, optimizer: torch.optim.Optimizer, step: int
     ) -> None:
-        self._config, self._ranks, self._engine, self._loader = config, ranks, engine, loader
-        self._norms = OptimizerNorms(optimizer, config, plan)
-        self._ep_size = plan.ep_size
+        self._config, self._ranks, self._engine = config, ranks, engine
+        self._plan = ParallelPlan.of(config, ranks.world_size)
+        self._norms = OptimizerNorms(optimizer, config, self._plan)
         self._peak = peak_flops(ranks.device, DTYPES[config.dtype])
         self._flops_per_token = config.model.flops_per_token(config.stage.seq_len)
         self._first_step = self._logged_step = step
@@ -204,16 +185,14 @@ class Meter:
         memory = memory_gib(self._ranks.device)
         mine = [waits.get("data", 0.0) / steps, busy, *memory.values()]
         mine += [(new - old) / steps for new, old in zip(traffic, self._traffic, strict=True)]
-        everywhere = torch.zeros(
-            self._ranks.world_size, len(mine), dtype=torch.float64, device=self._ranks.device
-        )
-        everywhere[self._ranks.rank] = torch.tensor(mine, dtype=torch.float64)
+        everywhere = self._norms.squares.new_zeros(self._plan.world_size, len(mine))  # [R,...]
+        everywhere[self._ranks.rank] = everywhere.new_tensor(mine)
         sums = sums.over_ranks(self._norms.squares, self._norms.histograms, everywhere)
         data_wait, busy_by_rank, *memories, sent, routed, received = everywhere.t().tolist()
 
         step_seconds = (elapsed - waits.get("evaluation", 0.0) - waits.get("save", 0.0)) / steps
-        step_tokens = self._config.stage.step_tokens
-        per_rank_flops = step_tokens / step_seconds * self._flops_per_token / self._ranks.world_size
+        step_tokens, total_steps = self._config.stage.step_tokens, self._config.stage.total_steps
+        per_rank_flops = step_tokens / step_seconds * self._flops_per_token / self._plan.world_size
         per_step = (now - self._started) / (step - self._first_step)
         metrics = {
             "step": step,
@@ -224,7 +203,7 @@ class Meter:
             "learning_rate": rate,
             "tokens_per_second": step_tokens / step_seconds,
             "tokens_per_second_mean": step_tokens / per_step,
-            "eta_seconds": per_step * (self._config.stage.total_steps - step),
+            "eta_seconds": per_step * (total_steps - step),
             "step_seconds": step_seconds,
             "data_wait_seconds": max(data_wait),
             "save_stall_seconds": save_stall,
@@ -238,22 +217,18 @@ class Meter:
             "mfu": per_rank_flops / self._peak,
             **{key: max(values) for key, values in zip(memory, memories, strict=True)},
             **self._describe_dispatch(sent, routed, received),
-            "sources": self._loader.seen(),
         }
-        if sums.tokens_per_expert.numel() and self._crossed(
-            step, self._config.tracker.expert_load_every_steps
-        ):
+        due = self._crossed(step, self._config.tracker.expert_load_every_steps)
+        if due and sums.tokens_per_expert.numel():
             metrics["tokens_per_expert"] = sums.tokens_per_expert.long().tolist()
         self._logged_step, self._traffic = step, traffic
         return metrics
 
-    def _describe_dispatch(
-        self, sent: list[float], routed: list[float], received: list[float]
-    ) -> dict[str, Any]:
+    def _describe_dispatch(self, sent: list, routed: list, received: list) -> dict[str, Any]:
         """From [R] bytes sent, slots routed and slots received, per step."""
         if not sum(routed):
             return {}
-        by_ep_rank = [received[rank :: self._ep_size] for rank in range(self._ep_size)]
+        by_ep_rank = [received[rank :: self._plan.ep_size] for rank in range(self._plan.ep_size)]
         return {
             "dispatch_gib": sum(sent) / len(sent) / 2**30,
             "received_slots": [sum(values) / len(values) for values in by_ep_rank],
@@ -264,11 +239,6 @@ class Meter:
     def _crossed(self, step: int, every: int) -> bool:
         """Whether a multiple of `every` lies between the last logged step and this one; 0 = never."""
         return every > 0 and step // every > self._logged_step // every
-
-
-def perplexities(losses: dict[str, float]) -> dict[str, float]:
-    """{"loss/x": nats per token} -> {"perplexity/x": ...}"""
-    return {f"perplexity{key.removeprefix('loss')}": math.exp(min(loss, 700)) for key, loss in losses.items()}
 
 
 def _square(tensor: Tensor) -> Tensor:

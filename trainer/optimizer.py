@@ -1,9 +1,11 @@
-"""AdamW over parameter groups: decayed matrices, undecayed rest, experts apart as DeepSpeed reduces them."""
+"""AdamW over parameter groups: decayed matrices, undecayed rest, experts apart; its learning rate."""
+
+import math
 
 import torch
 from torch import nn
 
-from trainer.config import OptimizerConfig
+from trainer.config import OptimizerConfig, ScheduleConfig
 
 # Kinds of parameters, and a part of the names of each; the rest (norms, dense feed-forwards) is `other`.
 _NAMES = {
@@ -32,20 +34,29 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ad
     for name, parameter in model.named_parameters():
         decayed = parameter.ndim > 1 and "embed_tokens" not in name
         expert_group = getattr(parameter, "group_name", None)
-        # DeepSpeed finds an expert group by this very name.
-        kind = kind_of(name)
-        key = f"{expert_group or kind}/{'decay' if decayed else 'no_decay'}"
-        group = groups.setdefault(
-            key,
-            {
-                "params": [],
-                "name": expert_group or key,
-                "kind": kind,
-                "weight_decay": config.weight_decay if decayed else 0.0,
-            },
-        )
+        key = f"{expert_group or kind_of(name)}/{'decay' if decayed else 'no_decay'}"
+        decay = config.weight_decay if decayed else 0.0
+        group = groups.setdefault(key, {"params": [], "kind": kind_of(name), "weight_decay": decay})
+        group["name"] = expert_group or key  # DeepSpeed finds an expert group by this very name
         if expert_group:
             group["moe"] = True
         group["params"].append(parameter)
     beta1, beta2 = config.betas
     return torch.optim.AdamW(list(groups.values()), lr=0.0, betas=(beta1, beta2), eps=config.eps, fused=True)
+
+
+def learning_rate(config: ScheduleConfig, peak: float, step: int, total_steps: int) -> float:
+    """Learning rate of the update numbered `step` (from 0) out of `total_steps`.
+
+    Linear warmup to `peak`, a plateau, then a fall to `min_lr_ratio * peak` over the last `decay_fraction` of
+    the run: half a cosine (arXiv 1608.03983), a line for `wsd` (arXiv 2404.06395), none for `constant`.
+    """
+    if step < config.warmup_steps:
+        return peak * (step + 1) / config.warmup_steps
+    decay_steps = min(round(config.decay_fraction * total_steps), total_steps - config.warmup_steps)
+    into_decay = step - (total_steps - decay_steps)
+    if config.kind == "constant" or into_decay < 0:
+        return peak
+    progress = min((into_decay + 1) / decay_steps, 1.0)
+    remaining = (1 + math.cos(math.pi * progress)) / 2 if config.kind == "cosine" else 1 - progress
+    return peak * (config.min_lr_ratio + (1 - config.min_lr_ratio) * remaining)

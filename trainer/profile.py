@@ -23,10 +23,10 @@ def profile_rank(run_dir: Path, steps: int) -> None:
     """One rank's part: the steps under torch's profiler, then again under the communication log."""
     import torch
 
-    from data_pipeline.loader import Loader
     from trainer.checkpoint import Checkpoints
     from trainer.cpu_products import fast_products
     from trainer.engine import DTYPES, Engine, communication_log, init_deepspeed
+    from trainer.evaluate import open_loader
     from trainer.loss import agree_on_totals
     from trainer.optimizer import build_optimizer
     from trainer.runtime import Ranks, redirect_output, seed_everything
@@ -40,17 +40,8 @@ def profile_rank(run_dir: Path, steps: int) -> None:
     model = build_model(config, plan, ranks)
     engine = Engine(model, build_optimizer(model, config.optimizer), config, plan, ranks)
     balance = build_balance(config, plan, ranks.device)
-    first_step = Checkpoints(run_dir, 0, config, plan, ranks, print).load_latest(engine, balance)
-    loader = Loader(
-        config.data,
-        seq_len=config.stage.seq_len,
-        global_batch_size=plan.global_batch_size,
-        micro_batch_size=plan.micro_batch_size,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-        seed=config.seed,
-        next_row=first_step * plan.global_batch_size,
-    )
+    done = Checkpoints(run_dir, 0, config, plan, ranks, print).load_latest(engine, balance)
+    loader = open_loader(config, ranks, next_row=done * plan.global_batch_size)
 
     def step() -> None:
         micro_batches = [batch.to(ranks.device) for batch in next(loader)]
@@ -81,19 +72,19 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     if options.steps < 1:
         parser.error("--steps must be above 0")
+    run_dir, folder = options.run_dir, options.run_dir / "profile"
     try:
-        config = RunConfig.of_run(options.run_dir)
         if "RANK" in os.environ:
-            profile_rank(options.run_dir, options.steps)
+            profile_rank(run_dir, options.steps)
             return 0
+        config = RunConfig.of_run(run_dir)
         config.check(ParallelPlan.of(config, config.parallel.nproc_per_node))
-        (options.run_dir / "profile").mkdir(exist_ok=True)
+        folder.mkdir(exist_ok=True)
         command = ["trainer.profile", f"--steps={options.steps}"]
-        code = launch(options.run_dir, config.parallel.nproc_per_node, lock(options.run_dir), command)
+        code = launch(run_dir, config.parallel.nproc_per_node, lock(run_dir), command)
     except (ConfigError, DataError) as error:
         print(error, file=sys.stderr)
         return 2
-    folder = options.run_dir / "profile"
     print(f"failed: see {folder}/rank-*.log" if code else (folder / "rank-0.txt").read_text())
     return code
 

@@ -6,18 +6,13 @@ import sys
 import traceback
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
 from zlib import crc32
 
 from data_pipeline.config import DataError
 from trainer.config import ConfigError, RunConfig
+from trainer.launch import StopRequest
 from trainer.parallel import ParallelPlan
 from trainer.run_folder import read_state, write_state
-from trainer.stop import StopRequest
-
-if TYPE_CHECKING:
-    from trainer.runtime import Ranks
-
 
 ENVIRONMENT = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -30,15 +25,13 @@ def main(arguments: list[str]) -> int:
     stop = StopRequest()  # before the slow imports: a signal during start-up counts
     import torch.distributed as dist
 
-    from trainer.runtime import Ranks, redirect_output
+    from trainer.runtime import Ranks, TrainingError, redirect_output
 
     run_dir = Path(arguments[0])
     try:
-        missing = [key for key in ENVIRONMENT if key not in os.environ]
-        if missing:
-            raise ConfigError(
-                [f"{', '.join(missing)} not set: start ranks by srun, torchrun or trainer.resume"]
-            )
+        if missing := [key for key in ENVIRONMENT if key not in os.environ]:
+            remedy = "start ranks by srun, torchrun or trainer.resume"
+            raise ConfigError([f"{', '.join(missing)} not set: {remedy}"])
         config = RunConfig.of_run(run_dir)
         config.check(ParallelPlan.of(config, int(os.environ["WORLD_SIZE"])))
     except ConfigError as error:
@@ -48,41 +41,33 @@ def main(arguments: list[str]) -> int:
     ranks = Ranks.join()
     shared = [read_state(run_dir)["attempt"] + 1]
     dist.broadcast_object_list(shared)
-    attempt = shared[0]
+    (attempt,) = shared
     if ranks.is_main:
         write_state(run_dir, "running", attempt)
-    terminal = redirect_output(run_dir / "logs" / f"attempt-{attempt}" / f"rank-{ranks.rank}.log")
-    state, code = _train(config, run_dir, attempt, ranks, stop, terminal)
+    logs = run_dir / "logs" / f"attempt-{attempt}"
+    terminal = redirect_output(logs / f"rank-{ranks.rank}.log")
+    try:
+        from trainer.train import train
+
+        with ExitStack() as cleanup:
+            state = train(config, run_dir, attempt, ranks, stop, terminal, cleanup)
+        ranks.leave()
+        code = 0
+    except (ConfigError, DataError, TrainingError) as error:
+        logging.error("%s", error)
+        if _first(logs / f"error-{crc32(str(error).encode()):08x}"):  # most errors are met by all ranks
+            print(f"rank {ranks.rank}: {error}", file=terminal)
+        state, code = "failed", 1 if isinstance(error, TrainingError) else 2
+    except Exception:
+        logging.exception("rank %s", ranks.rank)
+        print(f"rank {ranks.rank}: {traceback.format_exc()}", file=terminal)
+        state, code = "failed", 1
     if ranks.is_main:
         try:
             write_state(run_dir, state, attempt)
         except OSError as error:
             print(f"cannot write the state of the run ({error})", file=terminal)
     return code
-
-
-def _train(
-    config: RunConfig, run_dir: Path, attempt: int, ranks: "Ranks", stop: StopRequest, terminal: TextIO
-) -> tuple[str, int]:
-    """The state of the run afterwards, and the exit code; errors go to the log and to the terminal."""
-    from trainer.runtime import TrainingError
-    from trainer.train import train
-
-    try:
-        with ExitStack() as cleanup:
-            outcome = train(config, run_dir, attempt, ranks, stop, terminal, cleanup)
-        ranks.leave()
-        return outcome, 0
-    except (ConfigError, DataError, TrainingError) as error:
-        logging.error("%s", error)
-        marker = f"error-{crc32(str(error).encode()):08x}"
-        if _first(run_dir / "logs" / f"attempt-{attempt}" / marker):  # most errors are met by all ranks
-            print(f"rank {ranks.rank}: {error}", file=terminal)
-        return "failed", 1 if isinstance(error, TrainingError) else 2
-    except Exception:
-        logging.exception("rank %s", ranks.rank)
-        print(f"rank {ranks.rank}: {traceback.format_exc()}", file=terminal)
-        return "failed", 1
 
 
 def _first(marker: Path) -> bool:

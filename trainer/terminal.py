@@ -11,7 +11,16 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from data_pipeline.manifest import Manifest
 from trainer.config import RunConfig
+
+# What the live panel says of a step; a plain line says the first two of each.
+_SHOWN = {
+    "learning": ["loss {loss:.3f}", "grad {grad_norm:.2f}", "learning rate {learning_rate:.2e}"],
+    "balance": ["balance {balance_loss:.3f}", "busiest {busiest:.1f}x", "{dead_experts} unused"],
+    "speed": ["{tokens_per_second:,.0f} tok/s", "mfu {mfu:.1%}", "waiting for data {stall_fraction:.1%}"],
+}
+_SHOWN["speed"] += ["{memory_gib:.1f} GiB"]
 
 
 class Terminal:
@@ -27,41 +36,28 @@ class Terminal:
 
     def say(self, message: str) -> None:
         """One line that stays."""
-        if self._console.is_terminal:
-            self._console.print(message, markup=False)
-        else:
-            self._console.print(f"{time.strftime('%H:%M:%S')} {message}", markup=False)
+        when = "" if self._console.is_terminal else time.strftime("%H:%M:%S ")
+        self._console.print(when + message, markup=False)
 
     def progress(self, metrics: dict[str, Any], saved_step: int) -> None:
         """The state of the run at a logged step; `saved_step` has the last checkpoint, 0 = none."""
         step, total = metrics["step"], self._total_steps
         eta = f"ETA {duration(metrics['eta_seconds'])}"
-        learning = [f"loss {metrics['loss']:.3f}", f"grad {metrics['grad_norm']:.2f}"]
-        balance = []
-        if "balance_loss" in metrics:
-            balance = [
-                f"balance {metrics['balance_loss']:.3f}",
-                f"busiest {1 + metrics['max_violation']:.1f}x",
-            ]
-        speed = [f"{metrics['tokens_per_second']:,.0f} tok/s", f"mfu {metrics['mfu']:.1%}"]
+        known = metrics | {"busiest": 1 + metrics.get("max_violation", 0.0)}
+        parts = {
+            title: [text.format(**known) for text in texts]
+            for title, texts in _SHOWN.items()
+            if title != "balance" or "balance_loss" in metrics
+        }
         if self._live is None:
-            self.say("  ".join([f"step {step}/{total}", *learning, *balance, *speed, eta]))
+            brief = [text for texts in parts.values() for text in texts[:2]]
+            self.say("  ".join([f"step {step}/{total}", *brief, eta]))
             return
-        learning.append(f"learning rate {metrics['learning_rate']:.2e}")
-        if balance:
-            balance.append(f"{metrics['dead_experts']} unused")
-        speed += [f"waiting for data {metrics['stall_fraction']:.1%}", f"{metrics['memory_gib']:.1f} GiB"]
-        saved = f"checkpoint of step {saved_step:,}" if saved_step else "no checkpoint yet"
+        parts["saved"] = [f"checkpoint of step {saved_step:,}" if saved_step else "no checkpoint yet"]
         rows = Table.grid(padding=(0, 2))
         rows.add_row(ProgressBar(total, step, width=24), f"step {step:,} of {total:,}  {eta}")
-        for title, parts in [
-            ("learning", learning),
-            ("balance", balance),
-            ("speed", speed),
-            ("saved", [saved]),
-        ]:
-            if parts:
-                rows.add_row(Text(title, "dim"), Text("   ".join(parts)))
+        for title, texts in parts.items():
+            rows.add_row(Text(title, "dim"), Text("   ".join(texts)))
         self._live.update(Panel.fit(rows))
 
     def close(self) -> None:
@@ -70,38 +66,28 @@ class Terminal:
             self._live.stop()
 
 
-def closing(
-    config: RunConfig, metrics: dict[str, Any], unigram: dict[str, float | None], run_dir: Path
-) -> str:
-    """The last words of a finished run: what was reached, where it is, what to do next.
-
-    `unigram` is, per source, the held-out cross entropy of knowing only how common each token is.
-    """
-    held_out = [
-        f"{source} {metrics[f'loss/{source}']:.3f}"
-        + (f" (token frequencies alone: {known:.3f})" if known else "")
-        for source, known in unigram.items()
-        if f"loss/{source}" in metrics
-    ]
-    rows = [("loss", f"{metrics['loss']:.3f} nats per token at step {metrics['step']:,}")]
-    if held_out:
-        rows.append(("held out", ", ".join(held_out)))
-    rows.append(("speed", f"{metrics['tokens_per_second']:,.0f} tokens/s, MFU {metrics['mfu']:.1%}"))
+def closing(config: RunConfig, metrics: dict[str, Any], manifest: Manifest | None, run_dir: Path) -> str:
+    """The last words of a finished run: what was reached, where it is, what to do next."""
+    held_out = []
+    for name, source in manifest.sources.items() if manifest else ():
+        if f"loss/{name}" in metrics:
+            known = source.validation_unigram_cross_entropy  # of knowing only how common each token is
+            beside = f" (token frequencies alone: {known:.3f})" if known else ""
+            held_out.append(f"{name} {metrics[f'loss/{name}']:.3f}{beside}")
+    rows = {
+        "loss": f"{metrics['loss']:.3f} nats per token at step {metrics['step']:,}",
+        "held out": ", ".join(held_out),
+        "speed": f"{metrics['tokens_per_second']:,.0f} tokens/s, MFU {metrics['mfu']:.1%}",
+    }
     if "balance_loss" in metrics:
         experts = config.model.num_experts * len(config.model.moe_layers)
-        rows.append(
-            (
-                "experts",
-                f"balance {metrics['balance_loss']:.3f} (1 = even), "
-                f"busiest {1 + metrics['max_violation']:.1f} x the mean, "
-                f"{metrics['dead_experts']} of {experts} unused in the last step",
-            )
+        rows["experts"] = (
+            f"balance {metrics['balance_loss']:.3f} (1 = even), busiest {1 + metrics['max_violation']:.1f} x "
+            f"the mean, {metrics['dead_experts']} of {experts} unused in the last step"
         )
-    rows += [
-        ("run", f"{run_dir}; for transformers: {run_dir}/checkpoints/step-{metrics['step']:08d}/hf"),
-        ("next", f'python -m trainer.generate {run_dir} "def ", python -m trainer.report {run_dir}'),
-    ]
-    return "\n".join(["", *(f"  {name:<9} {value}" for name, value in rows)])
+    rows["run"] = f"{run_dir}; for transformers: {run_dir}/checkpoints/step-{metrics['step']:08d}/hf"
+    rows["next"] = f'python -m trainer.generate {run_dir} "def ", python -m trainer.report {run_dir}'
+    return "\n".join(["", *(f"  {name:<9} {value}" for name, value in rows.items() if value)])
 
 
 def duration(seconds: float) -> str:

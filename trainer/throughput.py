@@ -21,9 +21,8 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """Peak FLOP/s of one rank's device: of the table for known GPUs in bf16, else measured by a product."""
     if device.type == "cuda" and dtype == torch.bfloat16:
         name = torch.cuda.get_device_name(device)
-        for part, peak in _PEAKS.items():
-            if part in name:
-                return peak
+        if known := [peak for part, peak in _PEAKS.items() if part in name]:
+            return known[0]
     size = 8192 if device.type == "cuda" else 1024
     a = torch.ones(size, size, device=device, dtype=dtype)
     best = float("inf")
@@ -73,11 +72,12 @@ class StepClock:
 
     def __init__(self, device: torch.device) -> None:
         self.measuring = False
-        self._device = device
+        self._device, self._on_gpu = device, device.type == "cuda"
+        self._stream = torch.cuda.default_stream(device) if self._on_gpu else None
         self._started = time.perf_counter()
         self._waits: defaultdict[str, float] = defaultdict(float)
-        self._spans: list[list[Any]] = []  # [name, start, end, index of the span around it or None]
-        self._open: int | None = None
+        self._spans: list[tuple[str, Any, Any, str | None]] = []  # name, start, end, name of the part around
+        self._open: str | None = None
 
     @contextmanager
     def wait(self, name: str) -> Iterator[None]:
@@ -89,23 +89,17 @@ class StepClock:
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
         """Count the time inside as the part `name` of a measured step."""
-        if not self.measuring or self._on_other_stream():
+        if not self.measuring or (self._on_gpu and torch.cuda.current_stream(self._device) != self._stream):
             yield
             return
-        span = [name, self._mark(), None, self._open]
-        around, self._open = self._open, len(self._spans)
-        self._spans.append(span)
+        start, around, self._open = self._mark(), self._open, name
         yield
-        span[2], self._open = self._mark(), around
+        self._spans.append((name, start, self._mark(), around))
+        self._open = around
 
     def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         """`function`, each call of which is a `part`."""
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            with self.part(name):
-                return function(*args, **kwargs)
-
-        return call
+        return self.part(name)(function)
 
     def lap(self) -> tuple[float, dict[str, float], dict[str, float]]:
         """Seconds since the last lap, of these each `wait`, and each `part` of the measured step."""
@@ -113,10 +107,10 @@ class StepClock:
         if self._spans:
             _synchronize(self._device)
         for name, start, end, around in self._spans:
-            seconds = end - start if self._device.type != "cuda" else start.elapsed_time(end) / 1000
+            seconds = start.elapsed_time(end) / 1000 if self._on_gpu else end - start
             parts[name] += seconds
             if around is not None:
-                parts[self._spans[around][0]] -= seconds
+                parts[around] -= seconds
         now = time.perf_counter()
         result = (now - self._started, dict(self._waits), dict(parts))
         self._started, self.measuring = now, False
@@ -125,16 +119,11 @@ class StepClock:
         return result
 
     def _mark(self) -> Any:
-        if self._device.type != "cuda":
+        if not self._on_gpu:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
-
-    def _on_other_stream(self) -> bool:
-        if self._device.type != "cuda":
-            return False
-        return torch.cuda.current_stream(self._device) != torch.cuda.default_stream(self._device)
 
 
 def _synchronize(device: torch.device) -> None:

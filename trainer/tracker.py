@@ -4,7 +4,9 @@ import json
 import netrc
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
@@ -32,37 +34,29 @@ class Tracker:
     def __init__(
         self, config: RunConfig, run_dir: Path, attempt: int, say: Callable[[str], None], is_main: bool
     ) -> None:
-        self._attempt, self._say, self._is_main = attempt, say, is_main
+        names = ("metrics", "expert_load", "alarms") if is_main else ()
+        self._files = {name: _open(run_dir / f"{name}.jsonl") for name in names}
+        self._attempt, self._say = attempt, say
         self._run: Any = None
-        self._wandb = False
-        self._files: dict[str, TextIO] = {}
-        if not is_main:
-            return
-        for name in ("metrics", "expert_load", "alarms"):
-            path = run_dir / f"{name}.jsonl"
-            _drop_torn_line(path)
-            self._files[name] = path.open("a", buffering=1)
         mode = _wandb_mode(config.tracker.wandb)
-        self._wandb = mode != "disabled"
+        self._wandb = is_main and mode != "disabled"
         self._guarded(lambda: self._start(mode, config, run_dir))
 
     def log(self, metrics: dict[str, Any]) -> None:
         """One line of metrics.jsonl and one point of W&B; `metrics` holds at least `step`."""
-        if not self._is_main:
-            return
         rest = dict(metrics)
         load = rest.pop("tokens_per_expert", None)
         self._write("metrics", rest)
         if load is not None:
             self._write("expert_load", {"step": metrics["step"], "tokens_per_expert": load})
-        self._guarded(lambda: self._send(rest, load))
+        self._guarded(lambda: self._send(metrics))
 
     def alert(self, step: int, alarm: Alarm) -> None:
         """Tell a person, alarms.jsonl and W&B."""
-        self._say(f"ALARM {alarm.kind} at step {step}: {alarm.text}")
-        if self._is_main:
-            self._write("alarms", {"step": step, "kind": alarm.kind, "text": alarm.text})
-            self._guarded(lambda: self._run.alert(f"{alarm.kind} at step {step}", alarm.text, level="WARN"))
+        title = f"{alarm.kind} at step {step}"
+        self._say(f"ALARM {title}: {alarm.text}")
+        self._write("alarms", {"step": step, **alarm._asdict()})
+        self._guarded(lambda: self._run.alert(title, alarm.text, level="WARN"))
 
     def __enter__(self) -> "Tracker":
         return self
@@ -73,7 +67,8 @@ class Tracker:
         self._guarded(lambda: self._run.finish(exit_code=1 if error else 0))
 
     def _write(self, name: str, values: dict[str, Any]) -> None:
-        self._files[name].write(json.dumps({**values, "attempt": self._attempt}) + "\n")
+        if name in self._files:
+            self._files[name].write(json.dumps({**values, "attempt": self._attempt}) + "\n")
 
     def _guarded(self, act: Callable[[], None]) -> None:
         """W&B is a guest: whatever goes wrong in its client ends its part, not the run's."""
@@ -84,48 +79,43 @@ class Tracker:
             self._wandb = False
             self._say(f"warning: W&B has failed ({error}); metrics.jsonl goes on")
 
-    def _start(self, mode: str, config: RunConfig, run_dir: Path) -> None:
-        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # would wait for a dead server at exit
-        os.environ.setdefault(
-            "WANDB_DATA_DIR", str((run_dir / "wandb").resolve())
-        )  # or ~ would hold our code
+    def _start(self, mode: Any, config: RunConfig, run_dir: Path) -> None:
+        # It would wait for a dead server at exit, and keep our code in the home directory.
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+        os.environ.setdefault("WANDB_DATA_DIR", str((run_dir / "wandb").resolve()))
         import wandb
 
-        parent = str(Path(config.name).parent)
-        timeout = config.tracker.timeout_seconds
-        settings = wandb.Settings(
-            console="off", silent=True, init_timeout=timeout, login_timeout=timeout, finish_timeout=timeout
+        identity = run_dir / "wandb_id"  # over all attempts; the agent of a W&B sweep chooses it
+        if not identity.exists():
+            identity.write_text(os.environ.get("WANDB_RUN_ID", os.urandom(6).hex()))
+        folder, seconds = Path(config.name).parent.as_posix(), config.tracker.timeout_seconds
+        settings = dict.fromkeys(("init_timeout", "login_timeout", "finish_timeout"), seconds)
+        init = partial(
+            wandb.init,
+            dir=run_dir,
+            id=identity.read_text(),
+            project=os.environ.get("WANDB_PROJECT", config.tracker.project),  # which a W&B sweep sets
+            group=config.tracker.group or (None if folder == "." else folder),
+            tags=config.tracker.tags,
+            name=config.name,
+            config=asdict(config),
+            settings={"console": "off", "silent": True, **settings},
         )
-
-        def init(mode: Any) -> Any:
-            return wandb.init(
-                mode=mode,
-                dir=run_dir,
-                id=_run_id(run_dir),
-                resume="allow" if mode == "online" else None,
-                project=os.environ.get("WANDB_PROJECT", config.tracker.project),  # which a W&B sweep sets
-                group=config.tracker.group or (None if parent == "." else parent),
-                tags=config.tracker.tags,
-                name=config.name,
-                config=asdict(config),
-                settings=settings,
-            )
-
         try:
-            self._run = init(mode)
+            self._run = init(mode=mode, resume="allow" if mode == "online" else None)
         except Exception as error:
             if mode != "online":
                 raise
             later = f"upload later by wandb sync {run_dir}/wandb/latest-run"
             self._say(f"warning: W&B does not answer ({error}); going on offline, {later}")
             wandb.teardown()  # its service holds the run id
-            self._run = init("offline")
+            self._run = init(mode="offline")
         self._run.define_metric("*", step_metric="step")  # `tokens` is there for the other axis
         for key in ("loss", "loss/validation"):
             self._run.define_metric(key, step_metric="step", summary="min,last")
         code = wandb.Artifact(f"code-{self._run.id}", type="code")
-        for folder in ("trainer", "moe", "data_pipeline", "slurm", "conf"):
-            for path in sorted((_ROOT / folder).rglob("*")):
+        for package in ("trainer", "moe", "data_pipeline", "slurm", "conf"):
+            for path in sorted((_ROOT / package).rglob("*")):
                 if path.suffix in _CODE:
                     code.add_file(str(path), str(path.relative_to(_ROOT)))
         for name in ("config.yaml", "overrides.txt", "environment.json", "git.txt"):
@@ -133,24 +123,22 @@ class Tracker:
         self._run.log_artifact(code)
         self._told_step = self._run.step  # online, what the server has
         with (run_dir / "metrics.jsonl").open() as known, (run_dir / "expert_load.jsonl").open() as loads:
-            load = {line["step"]: line["tokens_per_expert"] for line in map(json.loads, loads)}
+            load = {line["step"]: line for line in map(json.loads, loads)}
             for line in map(json.loads, known):
-                self._send(line, load.get(line["step"]) if "loss" in line else None)
+                self._send(load.get(line["step"], {}) | line if "loss" in line else line)
 
-    def _send(self, metrics: dict[str, Any], load: list[list[int]] | None) -> None:
+    def _send(self, metrics: dict[str, Any]) -> None:
         import wandb
 
         step, rest = metrics["step"], dict(metrics)
         if step < self._told_step:
             return
         self._told_step = step
-        histograms = rest.pop("gradient_histogram", {})
+        histograms, load = rest.pop("gradient_histogram", {}), rest.pop("tokens_per_expert", None)
         point = dict(flat_metrics(rest))
         if load is not None:
-            point["expert_load"] = wandb.Image(
-                heatmap(np.array(load)),
-                caption=f"step {step}: layers down, experts across; red = twice the mean",
-            )
+            caption = f"step {step}: layers down, experts across; red = twice the mean"
+            point["expert_load"] = wandb.Image(heatmap(np.array(load)), caption=caption)
         edges = np.exp2(np.arange(HISTOGRAM_LOG2[0], HISTOGRAM_LOG2[1] + 1))
         for kind, counts in histograms.items():
             point[f"gradient/{kind}"] = wandb.Histogram(np_histogram=(np.array(counts), edges))
@@ -164,34 +152,19 @@ def heatmap(load: np.ndarray) -> np.ndarray:
     return (255 * colours).astype(np.uint8).repeat(8, axis=0).repeat(4, axis=1)
 
 
-def _drop_torn_line(path: Path) -> None:
-    """A killed attempt may have left half a line; what follows would be glued to it."""
-    if path.exists():
-        text = path.read_bytes()
-        with path.open("r+b") as file:
-            file.truncate(text.rfind(b"\n") + 1)
+def _open(path: Path) -> TextIO:
+    """To append. Half a line that a killed attempt may have left goes: the next would be glued to it."""
+    path.touch()
+    os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+    return path.open("a", buffering=1)
 
 
 def _wandb_mode(configured: str) -> str:
     """`auto` is online where a key is at hand, else offline; WANDB_MODE of the environment goes before it."""
     if configured != "auto":
         return configured
-    if "WANDB_MODE" in os.environ:
-        return os.environ["WANDB_MODE"]
-    return "online" if "WANDB_API_KEY" in os.environ or _netrc_has_key() else "offline"
-
-
-def _netrc_has_key() -> bool:
-    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
-    try:
-        return netrc.netrc().authenticators(host) is not None
-    except (FileNotFoundError, netrc.NetrcParseError):
-        return False
-
-
-def _run_id(run_dir: Path) -> str:
-    """One W&B run per run folder, over all attempts; the agent of a W&B sweep chooses it."""
-    path = run_dir / "wandb_id"
-    if not path.exists():
-        path.write_text(os.environ.get("WANDB_RUN_ID", os.urandom(6).hex()))
-    return path.read_text()
+    key: Any = os.environ.get("WANDB_API_KEY")
+    with suppress(FileNotFoundError, netrc.NetrcParseError):
+        host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+        key = key or netrc.netrc().authenticators(host)
+    return os.environ.get("WANDB_MODE", "online" if key else "offline")

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from data_pipeline.loader import Batch, Loader
+from data_pipeline.loader import Batch
 from moe.balance import Balance
 from moe.config import ConfigError
 from moe.dispatch import AllToAllDispatcher, DeduplicatedAllToAllDispatcher
@@ -25,15 +25,14 @@ from trainer.checkpoint_folder import reading
 from trainer.config import RunConfig
 from trainer.cpu_products import fast_products
 from trainer.engine import DTYPES, Engine, all_to_all, expert_parallel_group, init_deepspeed, mark_experts
-from trainer.evaluate import evaluate
+from trainer.evaluate import evaluate, open_loader
+from trainer.launch import StopRequest
 from trainer.loss import Totals, agree_on_totals, loss_shares
-from trainer.metrics import Meter, StepSums, perplexities
-from trainer.optimizer import build_optimizer
+from trainer.metrics import Meter, StepSums
+from trainer.optimizer import build_optimizer, learning_rate
 from trainer.parallel import ParallelPlan
 from trainer.run_folder import hf_folder
 from trainer.runtime import Ranks, TrainingError, seed_everything
-from trainer.schedule import learning_rate
-from trainer.stop import StopRequest
 from trainer.terminal import Terminal, closing
 from trainer.tracker import Tracker
 
@@ -62,7 +61,7 @@ def train(
 
     init_deepspeed(ranks.device)
     cleanup.enter_context(fast_products(ranks.device, DTYPES[config.dtype]))
-    hosts = check_hosts(config, plan, ranks, screen)
+    hosts = check_hosts(config, plan, screen)
     model = build_model(config, plan, ranks)
     optimizer = build_optimizer(model, config.optimizer)
     engine = Engine(model, optimizer, config, plan, ranks)
@@ -70,28 +69,19 @@ def train(
     checkpoints = Checkpoints(run_dir, attempt, config, plan, ranks, screen.say)
     cleanup.callback(checkpoints.close)
     step = checkpoints.load_latest(engine, balance)
-    loader = Loader(
-        config.data,
-        seq_len=config.stage.seq_len,
-        global_batch_size=plan.global_batch_size,
-        micro_batch_size=plan.micro_batch_size,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-        seed=config.seed,
-        next_row=step * plan.global_batch_size,
-    )
+    loader = open_loader(config, ranks, next_row=step * plan.global_batch_size)
     cleanup.callback(loader.close)
     loader.check_budget(total_steps * plan.global_batch_size)
     tracker = cleanup.enter_context(Tracker(config, run_dir, attempt, screen.say, ranks.is_main))
     alarms = Alarms(config.tracker.alarms, hosts)
-    meter, clock = Meter(config, plan, ranks, engine, optimizer, loader, step), engine.clock
+    meter, clock = Meter(config, ranks, engine, optimizer, step), engine.clock
     screen.say("\n  ".join([describe(config, plan, step), *loader.describe()]))
 
     metrics: dict = {}
-    saved_step, outcome, batches = step, "finished", iter(loader)
+    saved_step, outcome = step, "finished"
     while step < total_steps:
         with clock.wait("data"):
-            micro_batches = [batch.to(ranks.device) for batch in next(batches)]
+            micro_batches = [batch.to(ranks.device) for batch in next(loader)]
         meter.begin(step + 1)
         with clock.part("communication"):
             totals = agree_on_totals(micro_batches, stop.requested, ranks.device, checkpoints.written)
@@ -115,16 +105,16 @@ def train(
 
         if meter.due:
             metrics = meter.measure(step, sums, totals, grad_norm, rate, checkpoints.take_stall())
-            tracker.log(metrics)
+            tracker.log(metrics | {"sources": loader.seen()})
             screen.progress(metrics, saved_step)
             for alarm in alarms.check(metrics):
                 tracker.alert(step, alarm)
-        last = step == total_steps
         every = config.evaluate.every_steps
-        if every and (step % every == 0 or last):
+        if every and (step % every == 0 or step == total_steps):
             with clock.wait("evaluation"):
-                held_out = evaluate(engine.forward, balance.bias, config, plan, ranks)
-            tracker.log({"step": step, "tokens": step * step_tokens, **held_out, **perplexities(held_out)})
+                held_out = evaluate(lambda batch: engine.forward(batch, balance.bias), config, ranks)
+            perplexity = {f"perplexity{key[4:]}": math.exp(min(loss, 700)) for key, loss in held_out.items()}
+            tracker.log({"step": step, "tokens": step * step_tokens, **held_out, **perplexity})
             screen.say(f"step {step}: " + ", ".join(f"{key} {value:.3f}" for key, value in held_out.items()))
             metrics |= held_out
         if step % config.checkpoint.every_steps == 0:
@@ -138,23 +128,16 @@ def train(
         tracker.log({"step": step, "tokens": step * step_tokens, "save_stall_seconds": stall})
     if outcome == "stopped":
         screen.say(f"stopped at step {step} of {total_steps}; go on with: python -m trainer.resume {run_dir}")
+    elif metrics:
+        screen.say(closing(config, metrics, loader.manifest, run_dir))
     else:
-        sources = loader.manifest.sources if loader.manifest else {}
-        unigram = {name: source.validation_unigram_cross_entropy for name, source in sources.items()}
-        screen.say(
-            closing(config, metrics, unigram, run_dir) if metrics else "nothing to do: the run is finished"
-        )
+        screen.say("nothing to do: the run is finished")
     engine.close()
     return outcome
 
 
 def train_step(
-    engine: Engine,
-    micro_batches: list[Batch],
-    totals: Totals,
-    balance: Balance,
-    config: RunConfig,
-    rate: float,
+    engine: Engine, batches: list[Batch], totals: Totals, balance: Balance, config: RunConfig, rate: float
 ) -> tuple[StepSums, list[Tensor], float]:
     """One optimizer step: this rank's sums, its losses per micro-batch, and the global gradient norm."""
     model, bias = config.model, balance.bias
@@ -162,17 +145,16 @@ def train_step(
     if balance.counts_first:
         # Full recompute keeps little of a forward: all wait for the counts. ZeRO-3 would lose gradients.
         if config.recompute == "full" and config.zero_stage < 3:
-            kept = counted = [engine.forward(batch, bias) for batch in micro_batches]
+            kept = counted = [engine.forward(batch, bias) for batch in batches]
         else:
             with torch.no_grad():
-                counted = [engine.forward(batch, bias, routing_only=True) for batch in micro_batches]
+                counted = [engine.forward(batch, bias, routing_only=True) for batch in batches]
+        routed = [output.router.tokens_per_expert for output in counted if output.router is not None]
         with engine.clock.part("communication"):
-            balance.count_first(
-                [output.router.tokens_per_expert for output in counted if output.router is not None]
-            )
-    sums = StepSums.zeros(len(model.moe_layers), model.num_experts, micro_batches[0].labels.device)
+            balance.count_first(routed)
+    sums = StepSums.zeros(len(model.moe_layers), model.num_experts, batches[0].labels.device)
     losses = []
-    for batch in micro_batches:
+    for batch in batches:
         output = kept.pop(0) if kept else engine.forward(batch, bias)
         assert output.cross_entropy_sum is not None
         frequencies = None
@@ -203,10 +185,9 @@ def build_balance(config: RunConfig, plan: ParallelPlan, device: torch.device) -
 
 def build_model(config: RunConfig, plan: ParallelPlan, ranks: Ranks) -> CausalLM:
     """The model with this rank's experts only, weights read from `stage.init_from` or drawn from the seed."""
-    if config.model.num_experts and (
-        why := supports(config.experts.backend, ranks.device, DTYPES[config.dtype])
-    ):
-        raise ConfigError([why])
+    why_not = supports(config.experts.backend, ranks.device, DTYPES[config.dtype])
+    if config.model.num_experts and why_not:
+        raise ConfigError([why_not])
     ep_rank = plan.ep_rank(ranks.rank)
     with torch.device("meta"):
         model = CausalLM(config.model, backend=config.experts.backend, recompute=config.recompute)
@@ -231,21 +212,17 @@ def build_model(config: RunConfig, plan: ParallelPlan, ranks: Ranks) -> CausalLM
     return model
 
 
-def check_hosts(config: RunConfig, plan: ParallelPlan, ranks: Ranks, screen: Terminal) -> list[str]:
+def check_hosts(config: RunConfig, plan: ParallelPlan, screen: Terminal) -> list[str]:
     """The host of each rank. Say which expert-parallel groups span nodes, where all tokens cross the network.
 
     Raises ConfigError instead under `parallel.ep_within_node`. Every rank must call it.
     """
-    hosts: list = [None] * ranks.world_size
+    hosts: list = [None] * plan.world_size
     dist.all_gather_object(hosts, socket.gethostname())
     apart = plan.groups_across_nodes(hosts)
     if apart and config.parallel.ep_within_node:
-        raise ConfigError(
-            [
-                f"parallel.ep_size={plan.ep_size} spans nodes ({'; '.join(apart)}); "
-                f"use at most the ranks of a node, or parallel.ep_within_node=false"
-            ]
-        )
+        remedy = "use at most the ranks of a node, or parallel.ep_within_node=false"
+        raise ConfigError([f"parallel.ep_size={plan.ep_size} spans nodes ({'; '.join(apart)}); {remedy}"])
     if apart:
         screen.say(f"warning: expert-parallel groups span nodes, which is slow: {'; '.join(apart)}")
     return hosts
@@ -268,10 +245,9 @@ def diverged(
 ) -> str:
     """Which rank and rows made the loss of a step no number; every rank must call it."""
     rows = [batch.rows for batch, loss in zip(micro_batches, losses, strict=True) if not torch.isfinite(loss)]
+    here = [*(f"rows {list(row)}" for row in rows), *(f"first {what}" for what in first)]
     everywhere: list = [None] * ranks.world_size
-    dist.all_gather_object(
-        everywhere, [*(f"rows {list(row)}" for row in rows), *(f"first {x}" for x in first)]
-    )
+    dist.all_gather_object(everywhere, here)
     where = "; ".join(f"rank {rank}, {what}" for rank, found in enumerate(everywhere) for what in found)
     return (
         f"the gradient is not finite at step {step} ({where}); the last checkpoint is unharmed. "

@@ -16,9 +16,9 @@ from typing import Any
 
 from hydra import compose, initialize_config_module
 
-from data_pipeline.loader import Loader
 from trainer.config import RunConfig
 from trainer.engine import Engine, init_deepspeed
+from trainer.evaluate import open_loader
 from trainer.loss import agree_on_totals
 from trainer.metrics import Meter, OptimizerNorms
 from trainer.optimizer import build_optimizer
@@ -42,15 +42,7 @@ def main(folder: str = "data/embedded", steps: str = "40") -> None:
     optimizer = build_optimizer(model, config.optimizer)
     engine = Engine(model, optimizer, config, plan, ranks)
     balance = build_balance(config, plan, ranks.device)
-    loader = Loader(
-        config.data,
-        seq_len=config.stage.seq_len,
-        global_batch_size=plan.global_batch_size,
-        micro_batch_size=plan.micro_batch_size,
-        rank=0,
-        world_size=1,
-        seed=0,
-    )
+    loader = open_loader(config, ranks)
     looking: list[float] = []
 
     def timed(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -65,7 +57,7 @@ def main(folder: str = "data/embedded", steps: str = "40") -> None:
     watched = [(OptimizerNorms, "_before"), (OptimizerNorms, "_after"), (Meter, "measure"), (Tracker, "log")]
     for owner, name in watched:
         setattr(owner, name, timed(getattr(owner, name)))
-    meter = Meter(config, plan, ranks, engine, optimizer, loader, 0)
+    meter = Meter(config, ranks, engine, optimizer, 0)
     plain: list[float] = []
     with tempfile.TemporaryDirectory() as name, loader:
         for file in ("config.yaml", "overrides.txt", "environment.json", "git.txt"):

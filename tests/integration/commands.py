@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -36,11 +37,13 @@ SMALL = [
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
 
 
-def python(*arguments: str, cwd: Path, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+def python(
+    *arguments: str, cwd: Path, timeout: float = 120, env: Mapping[str, str] = ENVIRONMENT
+) -> subprocess.CompletedProcess[str]:
     """`python -m ...` in a folder, with the output kept."""
     command = [sys.executable, "-m", *arguments]
     return subprocess.run(
-        command, cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=timeout, check=False
+        command, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout, check=False
     )
 
 

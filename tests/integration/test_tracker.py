@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import wandb.sdk.launch.sweeps.utils as agent
 import yaml
-from commands import ENVIRONMENT, SMALL
+from commands import ENVIRONMENT, SMALL, python
 from wandb_files import history, of_kind, records
 
 from trainer.alarms import Alarm
@@ -192,15 +192,7 @@ def test_no_server_holds_up_a_run(small, tmp_path, hanging_server, server):
         socket.create_connection(hanging_server.removeprefix("http://").split(":")).close()
     arguments = ["name=a", "tracker.wandb=auto", "tracker.timeout_seconds=4"]
     started = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, "-m", *small, *arguments],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
+    done = python(*small, *arguments, cwd=tmp_path, timeout=200, env=environment)
     total = time.monotonic() - started
     assert done.returncode == 0, done.stdout + done.stderr
     assert "warning: W&B does not answer" in done.stdout

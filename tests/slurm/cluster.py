@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import commands
 import pytest
 
 HERE = Path(__file__).parent
@@ -19,24 +20,11 @@ NODES = 14
 LAB = 41  # a cluster of its own, beside what anybody else may have started
 
 SMALL = [
-    "model=tiny_moe",
-    "model.vocab_size=512",
-    "model.hidden_size=64",
-    "model.num_hidden_layers=2",
-    "model.num_experts=16",
-    "model.num_experts_per_tok=4",
-    "model.moe_intermediate_size=32",
-    "stage.seq_len=64",
-    "stage.global_batch_size=8",
+    *commands.SMALL,
     "stage.train_tokens=12288",  # 24 steps
-    "micro_batch_size=2",
     "parallel.nproc_per_node=1",
-    "parallel.ep_size=2",
-    "dtype=fp32",
-    "schedule.warmup_steps=2",
     "checkpoint.every_steps=8",
     "evaluate.every_steps=0",
-    "tracker.log_every_steps=1",
     "slurm.nodes=2",
     "slurm.mem=500",
     "slurm.health.seconds=0",

@@ -3,7 +3,7 @@
 import subprocess
 from pathlib import Path
 
-from slurm.snapshot import snapshot
+from slurm.script import snapshot
 
 PACKAGES = ("trainer", "moe", "data_pipeline", "slurm", "conf")
 

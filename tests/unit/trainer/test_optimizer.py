@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 
 from trainer.config import ScheduleConfig
-from trainer.schedule import learning_rate
+from trainer.optimizer import learning_rate
 
 TOTAL = 100
 
