@@ -3,6 +3,8 @@
 The values are those of transformers' configuration and modelling files. Imports no torch.
 """
 
+import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
@@ -48,6 +50,7 @@ _NEXT |= {"zero_centered_norm": True, "shared_expert_gate": True}
 
 _ANY: _Keys = {"hidden_act": "silu", "initializer_range": 0.02, "rms_norm_eps": 1e-6}
 _ANY |= {"rope_theta": 10_000.0, "tie_word_embeddings": False, "attention_bias": False, "qkv_bias": True}
+_ANY |= {"num_nextn_predict_layers": 0}
 _MOE: _Keys = {**_ANY, "norm_topk_prob": False, "router_aux_loss_coef": 0.001}
 _MOE |= {"decoder_sparse_step": 1, "mlp_only_layers": []}
 _HYBRID: _Keys = {**_MOE, "norm_topk_prob": True, "head_dim": 256}
@@ -63,6 +66,8 @@ FORMATS = {
     "qwen_variant": Format("QwenVariantForCausalLM", {}, {}),
 }
 
+MTP_FORMATS = ("qwen3_next", "qwen_variant")  # those with a place for the tensors mtp.*
+
 # What the released config.json files say besides, the same in all of them.
 RELEASED: _Keys = {
     "attention_dropout": 0.0,
@@ -71,6 +76,39 @@ RELEASED: _Keys = {
     "use_sliding_window": False,
     "transformers_version": "4.57.0",  # the first that knows all of them
 }
+
+
+# Types of the keys of a config.json that ModelConfig does not have, or has in another form.
+_KINDS: _Keys = {"rope_scaling": dict, "rope_parameters": dict, "use_sliding_window": bool}
+_KINDS |= {"num_local_experts": int, "full_attention_interval": int, "max_window_layers": int}
+_ROPE_KINDS: _Keys = {"type": str, "rope_type": str, "original_max_position_embeddings": int}
+_ROPE_KINDS |= dict.fromkeys(("rope_theta", "partial_rotary_factor", "factor", "attention_factor"), float)
+_ROPE_KINDS |= {"beta_fast": float, "beta_slow": float}
+_KIND_NAMES: dict[Any, str] = {int: "an integer", float: "a finite number", bool: "true or false"}
+_KIND_NAMES |= {str: "a string", dict: "a group of keys"}
+_KIND_NAMES |= {list[int]: "a list of integers", list[str]: "a list of strings"}
+
+
+def mistyped(hf: Mapping[str, Any], hints: Mapping[str, Any], group: str = "") -> list[str]:
+    """A line for each key of a config.json, or of a group in it, whose value is of another type, not null."""
+    found, kinds = [], {**hints, **_KINDS}
+    for key, value in hf.items():
+        if key not in kinds or value is None:
+            continue
+        if not _is_of(value, kinds[key]):
+            shown, kind = json.dumps(value), _KIND_NAMES[kinds[key]]
+            found.append(f"config.json: {group}{key}={shown} must be {kind}; correct it")
+        elif kinds[key] is dict:
+            found += mistyped(value, _ROPE_KINDS, f"{key}.")
+    return found
+
+
+def _is_of(value: Any, kind: Any) -> bool:
+    if kind is float:
+        return type(value) is int or (type(value) is float and math.isfinite(value))
+    if kind in (list[int], list[str]):
+        return isinstance(value, list) and all(type(item) is kind.__args__[0] for item in value)
+    return type(value) is kind
 
 
 def format_of(values: Mapping[str, Any]) -> str:

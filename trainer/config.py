@@ -36,8 +36,9 @@ class StageConfig:
 
 @dataclass
 class InitConfig:
-    """How the weights of stage.init_from become the model's (moe/upcycle.py)."""
+    """First weights, and how those of stage.init_from become the model's (moe/upcycle.py)."""
 
+    router_scale: float
     upcycle: str
     upcycle_noise: float
 
@@ -75,9 +76,11 @@ class BalanceConfig:
 
 @dataclass
 class ExpertsConfig:
-    """How a rank computes its experts."""
+    """How a rank computes its experts, and what routing does in training alone."""
 
     backend: str
+    capacity_factor: float | None
+    router_jitter_noise: float
 
 
 @dataclass
@@ -108,6 +111,7 @@ class RunConfig:
     dtype: str
     micro_batch_size: int
     recompute: str
+    mtp_loss_scaling_factor: float
     model: ModelConfig
     stage: StageConfig
     init: InitConfig
@@ -177,6 +181,8 @@ class RunConfig:
         for key, number, least in [
             ("stage.seq_len", self.stage.seq_len, 1),
             ("stage.train_tokens", self.stage.train_tokens, 1),
+            ("mtp_loss_scaling_factor", self.mtp_loss_scaling_factor, 0),
+            ("init.router_scale", self.init.router_scale, 0),
             ("init.upcycle_noise", self.init.upcycle_noise, 0),
             ("optimizer.eps", self.optimizer.eps, 0),
             ("optimizer.max_grad_norm", self.optimizer.max_grad_norm, 0),
@@ -220,11 +226,21 @@ class RunConfig:
                 f"{self.stage.total_steps} steps of the run, so that the peak rate is never reached; "
                 "shorten it or raise stage.train_tokens"
             )
-        router = ("micro_weight", "z_loss_coef", "bias_update_rate")
+        capacity, jitter = self.experts.capacity_factor, self.experts.router_jitter_noise
+        if capacity is not None and not capacity > 0:
+            found.append(f"experts.capacity_factor={capacity} must be above 0; null drops nothing")
+        if not 0 <= jitter < 1:
+            found.append(f"experts.router_jitter_noise={jitter} must be from 0 to below 1; 0.01 is usual")
+        router: dict[str, float | None] = {
+            f"balance.{key}": getattr(self.balance, key)
+            for key in ("micro_weight", "z_loss_coef", "bias_update_rate")
+        }
+        router |= {"experts.router_jitter_noise": jitter, "experts.capacity_factor": capacity}
         found += [
-            f"balance.{key}={getattr(self.balance, key)} needs experts, but model.num_experts=0; use 0"
-            for key in router
-            if self.model.num_experts == 0 and getattr(self.balance, key)
+            f"{key}={value} needs experts, but model.num_experts=0; "
+            f"use {'null' if key.endswith('factor') else 0}"
+            for key, value in router.items()
+            if self.model.num_experts == 0 and value
         ]
         if self.data.mode == "streaming" and self.evaluate.every_steps:
             found.append(
@@ -279,7 +295,7 @@ class RunConfig:
 
 # What a stage may change of the model whose weights it takes over.
 _FREE_AT_HAND_OVER = {"initializer_range", "max_position_embeddings", "rope_theta", "rope_scaling"}
-_FREE_AT_HAND_OVER |= {"router_aux_loss_coef"}
+_FREE_AT_HAND_OVER |= {"router_aux_loss_coef", "num_nextn_predict_layers"}
 # And what makes a mixture of a dense one.
 _FREE_TO_UPCYCLE = {"num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob"}
 _FREE_TO_UPCYCLE |= {"decoder_sparse_step", "mlp_only_layers"}

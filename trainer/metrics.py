@@ -30,6 +30,7 @@ class StepSums:
     """Sums over this rank's micro-batches of one step."""
 
     cross_entropy: Tensor  # scalar share
+    mtp: Tensor  # scalar share
     balance: Tensor  # [L] shares
     z: Tensor  # [L] shares
     entropy: Tensor  # [L]
@@ -40,12 +41,13 @@ class StepSums:
     def zeros(cls, num_layers: int, num_experts: int, device: torch.device) -> "StepSums":
         """Nothing seen yet."""
         layers = (num_layers,)
-        shapes = [(), layers, layers, layers, (num_layers, num_experts), layers]
+        shapes = [(), (), layers, layers, layers, (num_layers, num_experts), layers]
         return cls(*(torch.zeros(shape, device=device) for shape in shapes))
 
     def add(self, shares: LossShares, router: RouterStatistics | None) -> None:
         """Count one micro-batch."""
         self.cross_entropy += shares.cross_entropy.detach()
+        self.mtp += shares.mtp.detach()
         if router is not None:
             self.balance += shares.balance.detach()
             self.z += shares.z.detach()
@@ -60,7 +62,8 @@ class StepSums:
         """
         ranges = self.logit_range.new_zeros(dist.get_world_size(), *self.logit_range.shape)  # [R,L]
         ranges[dist.get_rank()] = self.logit_range
-        sums = [self.cross_entropy, self.balance, self.z, self.entropy, self.tokens_per_expert, ranges]
+        sums = [*vars(self).values()]
+        sums[-1] = ranges
         parts = [*sums, *more]
         packed = torch.cat([part.reshape(-1).double() for part in parts])
         dist.all_reduce(packed)
@@ -68,12 +71,15 @@ class StepSums:
         totals = [piece.view_as(part) for piece, part in zip(pieces, parts, strict=True)]
         for tensor, total in zip(more, totals[len(sums) :], strict=True):
             tensor.copy_(total)
-        cross_entropy, balance, z, entropy, load, ranges = totals[: len(sums)]
-        return StepSums(cross_entropy, balance, z, entropy, load, ranges.amax(dim=0))
+        merged = StepSums(*totals[: len(sums)])
+        merged.logit_range = merged.logit_range.amax(dim=0)
+        return merged
 
     def describe(self, totals: Totals) -> dict[str, Any]:
         """The metrics of a step from sums over all ranks; `layers` holds a list of L for each."""
         values: dict[str, Any] = {"loss": float(self.cross_entropy)}
+        if self.mtp:
+            values["mtp_loss"] = float(self.mtp)
         if not self.tokens_per_expert.numel():
             return values
         load = self.tokens_per_expert

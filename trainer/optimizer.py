@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from moe.norm import ZeroCenteredRMSNorm
 from trainer.config import OptimizerConfig
 
 # Kinds of parameters, and a part of the names of each; the rest (norms, dense feed-forwards) is `other`.
@@ -21,7 +22,8 @@ def kind_of(name: str) -> str:
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """torch's AdamW; weight decay falls on matrices other than embeddings.
+    """torch's AdamW; weight decay falls on matrices other than embeddings, and on zero-centred norms of query
+    and key heads, which it pulls to the identity, as in Qwen3-Next (Megatron-LM's apply_wd_to_qk_layernorm).
 
     A group holds parameters of one `kind`, so that norms by kind follow from what the optimizer steps.
     Parameters that the engine marked with `group_name` (experts, reduced over their own group) form groups of
@@ -29,8 +31,11 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ad
     DeepSpeed steps once while it sets up, and that must move nothing.
     """
     groups: dict[str, dict] = {}
+    centred = [name for name, module in model.named_modules() if isinstance(module, ZeroCenteredRMSNorm)]
     for name, parameter in model.named_parameters():
         decayed = parameter.ndim > 1 and "embed_tokens" not in name
+        norm = name.removesuffix(".weight")
+        decayed |= norm in centred and norm.endswith(("q_norm", "k_norm"))
         expert_group = getattr(parameter, "group_name", None)
         # DeepSpeed finds an expert group by this very name.
         kind = kind_of(name)

@@ -88,7 +88,7 @@ def closing(
         rows.append(("held out", ", ".join(held_out)))
     rows.append(("speed", f"{metrics['tokens_per_second']:,.0f} tokens/s, MFU {metrics['mfu']:.1%}"))
     if "balance_loss" in metrics:
-        experts = config.model.num_experts * len(config.model.moe_layers)
+        experts = config.model.num_experts * config.model.num_moe_layers
         rows.append(
             (
                 "experts",
