@@ -274,6 +274,8 @@ class ModelConfig:
         repeats = self.num_hidden_layers // len(self.layer_types)
         keys = {**values, "layer_types": self.layer_types * repeats}
         kept = {key: value for key, value in keys.items() if key not in fixed}
+        if not self.num_nextn_predict_layers:  # the released models do not have the key
+            del kept["num_nextn_predict_layers"]
         return {"architectures": [architecture], "model_type": model_type, **RELEASED, **kept}
 
 

@@ -63,7 +63,7 @@ FORMATS = {
     "qwen3_moe": Format("Qwen3MoeForCausalLM", {**_QWEN3, **_NO_SHARED_EXPERT}, _MOE),
     "qwen3_next": Format("Qwen3NextForCausalLM", _NEXT, _HYBRID),
     # Any other combination of keys: transformers does not know it, this project reads it back.
-    "qwen_variant": Format("QwenVariantForCausalLM", {}, {}),
+    "qwen_variant": Format("QwenVariantForCausalLM", {}, {"num_nextn_predict_layers": 0}),
 }
 
 MTP_FORMATS = ("qwen3_next", "qwen_variant")  # those with a place for the tensors mtp.*
