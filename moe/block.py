@@ -48,7 +48,7 @@ class MoEBlock(nn.Module):
         if factor is not None:
             num_experts = len(statistics.tokens_per_expert)
             expert_indices = within_capacity(routing_weights, expert_indices, num_experts, factor, mask)
-        y = self.dispatcher(x, routing_weights, expert_indices, self.experts, dropping=factor is not None)
+        y = self.dispatcher(x, routing_weights, expert_indices, self.experts, drops=factor is not None)
         y = y.view_as(hidden)
         if self.shared_expert is not None:
             shared = self.shared_expert(hidden)

@@ -98,7 +98,7 @@ class ModelConfig:
         not_negative.append("shared_expert_intermediate_size")
         found += [_must(self, key, "not be negative") for key in not_negative if getattr(self, key) < 0]
         if self.num_nextn_predict_layers not in (0, 1):
-            found.append(_must(self, "num_nextn_predict_layers", "be 0 or 1, as in the released models"))
+            found.append(_must(self, "num_nextn_predict_layers", "be 0 or 1"))
         if self.hidden_act != "silu":
             found.append(_must(self, "hidden_act", "be silu, the only activation of Qwen"))
         found += _divides(self, "num_key_value_heads", "num_attention_heads")
@@ -274,8 +274,8 @@ class ModelConfig:
         repeats = self.num_hidden_layers // len(self.layer_types)
         keys = {**values, "layer_types": self.layer_types * repeats}
         kept = {key: value for key, value in keys.items() if key not in fixed}
-        if not self.num_nextn_predict_layers:  # the released models do not have the key
-            del kept["num_nextn_predict_layers"]
+        if not self.num_nextn_predict_layers:
+            del kept["num_nextn_predict_layers"]  # as the released models have it
         return {"architectures": [architecture], "model_type": model_type, **RELEASED, **kept}
 
 

@@ -25,7 +25,7 @@ Swap = Callable[[Tensor, list[int], list[int]], Tensor]
 class Dispatcher(Protocol):
     """x [T,H], routing_weights [T,K], expert_indices [T,K] (global) -> [T,H], by the experts of all ranks.
 
-    `dropping`: the id E may occur; its slot goes nowhere and adds nothing.
+    `drops`: the id E may occur; its slot goes nowhere and adds nothing.
     """
 
     bytes_sent: int  # payload that forward passes sent to other ranks so far
@@ -33,12 +33,7 @@ class Dispatcher(Protocol):
     slots_received: int  # of those, and of other ranks', that were computed here so far
 
     def __call__(
-        self,
-        x: Tensor,
-        routing_weights: Tensor,
-        expert_indices: Tensor,
-        experts: Experts,
-        dropping: bool = False,
+        self, x: Tensor, routing_weights: Tensor, expert_indices: Tensor, experts: Experts, drops: bool
     ) -> Tensor: ...
 
 
@@ -48,16 +43,11 @@ class LocalDispatcher:
     bytes_sent = slots_routed = slots_received = 0
 
     def __call__(
-        self,
-        x: Tensor,
-        routing_weights: Tensor,
-        expert_indices: Tensor,
-        experts: Experts,
-        dropping: bool = False,
+        self, x: Tensor, routing_weights: Tensor, expert_indices: Tensor, experts: Experts, drops: bool
     ) -> Tensor:
         num_rows = expert_indices.numel()
         self.slots_routed += num_rows
-        if dropping:  # counting waits for the device
+        if drops:  # counting waits for the device
             num_rows = int((expert_indices < experts.num_local_experts).sum())
         self.slots_received += num_rows
         return experts(x, routing_weights, expert_indices, num_rows=num_rows)
@@ -79,12 +69,7 @@ class AllToAllDispatcher:
         self._all_to_all = all_to_all
 
     def __call__(
-        self,
-        x: Tensor,
-        routing_weights: Tensor,
-        expert_indices: Tensor,
-        experts: Experts,
-        dropping: bool = False,
+        self, x: Tensor, routing_weights: Tensor, expert_indices: Tensor, experts: Experts, drops: bool
     ) -> Tensor:
         ranks = expert_indices // experts.num_local_experts  # [T,K] where each slot's expert lives, or R
         local_ids = expert_indices % experts.num_local_experts

@@ -78,28 +78,23 @@ RELEASED: _Keys = {
 }
 
 
-# Types of the keys of a config.json that ModelConfig does not have, or has in another form.
-_KINDS: _Keys = {"rope_scaling": dict, "rope_parameters": dict, "use_sliding_window": bool}
-_KINDS |= {"num_local_experts": int, "full_attention_interval": int, "max_window_layers": int}
-_ROPE_KINDS: _Keys = {"type": str, "rope_type": str, "original_max_position_embeddings": int}
-_ROPE_KINDS |= dict.fromkeys(("rope_theta", "partial_rotary_factor", "factor", "attention_factor"), float)
-_ROPE_KINDS |= {"beta_fast": float, "beta_slow": float}
-_KIND_NAMES: dict[Any, str] = {int: "an integer", float: "a finite number", bool: "true or false"}
-_KIND_NAMES |= {str: "a string", dict: "a group of keys"}
-_KIND_NAMES |= {list[int]: "a list of integers", list[str]: "a list of strings"}
+# Types of what ModelConfig does not have, or has in another form, and how a message names a type.
+_KINDS: _Keys = dict.fromkeys(("num_local_experts", "full_attention_interval", "max_window_layers"), int)
+_KINDS |= {"rope_scaling": dict, "rope_parameters": dict, "use_sliding_window": bool, "type": str}
+_KINDS |= {**RopeScaling.__annotations__, "attention_factor": float}
+_NAMES: dict[Any, str] = {int: "an integer", float: "a finite number", bool: "true or false", str: "a string"}
+_NAMES |= {dict: "a group of keys", list[int]: "a list of integers", list[str]: "a list of strings"}
 
 
 def mistyped(hf: Mapping[str, Any], hints: Mapping[str, Any], group: str = "") -> list[str]:
     """A line for each key of a config.json, or of a group in it, whose value is of another type, not null."""
     found, kinds = [], {**hints, **_KINDS}
-    for key, value in hf.items():
-        if key not in kinds or value is None:
-            continue
-        if not _is_of(value, kinds[key]):
-            shown, kind = json.dumps(value), _KIND_NAMES[kinds[key]]
+    for key in [key for key, value in hf.items() if key in kinds and value is not None]:
+        if not _is_of(hf[key], kinds[key]):
+            shown, kind = json.dumps(hf[key]), _NAMES[kinds[key]]
             found.append(f"config.json: {group}{key}={shown} must be {kind}; correct it")
         elif kinds[key] is dict:
-            found += mistyped(value, _ROPE_KINDS, f"{key}.")
+            found += mistyped(hf[key], hints, f"{key}.")
     return found
 
 

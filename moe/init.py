@@ -15,7 +15,7 @@ from moe.router import seeded
 def init_weights(model: CausalLM, seed: int, ep_rank: int = 0, router_scale: float = 1.0) -> None:
     """Draw every weight from N(0, initializer_range), in place; norms become the identity, biases 0,
     and of linear attention dt_bias 1 and A_log the logarithm of U(0.01, 16), as in transformers. Routers
-    have `router_scale` times that standard deviation (Switch, arXiv 2101.03961, has 0.1 for all weights).
+    have `router_scale` times that standard deviation.
 
     Each tensor that the hub names (one per expert and projection) is drawn in fp32 from a generator of its
     own: the values do not depend on ep_size, nor, but for rounding, on the dtype. CPU and CUDA differ.
@@ -35,13 +35,7 @@ def init_weights(model: CausalLM, seed: int, ep_rank: int = 0, router_scale: flo
 
 @torch.no_grad()
 def upcycle_weights(
-    model: CausalLM,
-    folder: Path,
-    *,
-    seed: int,
-    noise: float = 0.0,
-    ep_rank: int = 0,
-    router_scale: float = 1.0,
+    model: CausalLM, folder: Path, *, seed: int, noise: float = 0.0, ep_rank: int = 0, router_scale: float = 1
 ) -> None:
     """Fill the mixture `model` from the dense folder, in place: see moe/upcycle.py, whose laws hold.
 

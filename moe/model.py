@@ -77,15 +77,9 @@ class DecoderLayer(nn.Module):
         )
         return hidden + update, statistics
 
-    def _feed_forward(
-        self,
-        hidden: Tensor,
-        token_mask: Tensor | None,
-        selection_bias: Tensor | None,
-        routing: TrainingRouting | None,
-    ) -> tuple[Tensor, RouterStatistics | None]:
+    def _feed_forward(self, hidden: Tensor, *how: Any) -> tuple[Tensor, RouterStatistics | None]:
         if isinstance(self.mlp, MoEBlock):
-            return self.mlp(hidden, token_mask, selection_bias, routing)
+            return self.mlp(hidden, *how)
         return self.mlp(hidden), None
 
 
@@ -94,7 +88,6 @@ class Decoder(nn.Module):
 
     def __init__(self, config: ModelConfig, backend: str, recompute: str) -> None:
         super().__init__()
-        self.config = config
         self.recompute_layers = recompute == "full"
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
@@ -105,7 +98,7 @@ class Decoder(nn.Module):
     def forward(
         self,
         input_ids: Tensor,
-        position_ids: Tensor,
+        rotary: tuple[Tensor, Tensor],
         documents: Documents,
         token_mask: Tensor | None,
         cache: Cache | None,
@@ -114,7 +107,6 @@ class Decoder(nn.Module):
     ) -> tuple[Tensor, list[RouterStatistics]]:
         """[B, S] ids -> hidden states [B, S, H] after the final norm, and the statistics of each router."""
         hidden = self.embed_tokens(input_ids)  # [B, S, H]
-        rotary = rotary_tables(position_ids.flatten(), self.config, hidden.dtype)
         per_layer: list[RouterStatistics] = []
         for layer in self.layers:
             bias = None if selection_bias is None else selection_bias[len(per_layer)]  # a row each
@@ -137,7 +129,6 @@ class MultiTokenPrediction(nn.Module):
     def __init__(self, config: ModelConfig, backend: str, recompute: str) -> None:
         super().__init__()
         size = config.hidden_size
-        self.config = config
         self.recompute_layers = recompute == "full"
         self.pre_fc_norm_embedding = rms_norm(config, size)
         self.pre_fc_norm_hidden = rms_norm(config, size)
@@ -149,7 +140,7 @@ class MultiTokenPrediction(nn.Module):
         self,
         hidden: Tensor,
         embedding: Tensor,
-        position_ids: Tensor,
+        rotary: tuple[Tensor, Tensor],
         documents: Documents,
         token_mask: Tensor | None,
         selection_bias: Tensor | None,
@@ -157,7 +148,6 @@ class MultiTokenPrediction(nn.Module):
     ) -> tuple[Tensor, list[RouterStatistics]]:
         """hidden and the next tokens' embedding [B, S, H] -> what the head takes [B, S, H], statistics."""
         both = torch.cat((self.pre_fc_norm_embedding(embedding), self.pre_fc_norm_hidden(hidden)), dim=-1)
-        rotary = rotary_tables(position_ids.flatten(), self.config, hidden.dtype)
         inputs = (rotary, documents, token_mask, None, selection_bias, routing)
         hidden, statistics = _call(self.layers[0], self.fc(both), *inputs, recompute=self.recompute_layers)
         return self.norm(hidden), [] if statistics is None else [statistics]
@@ -229,15 +219,16 @@ class CausalLM(nn.Module):
         routing: what routing does in training alone.
         Ids must lie in the vocabulary: nothing checks them here.
         """
-        documents = Documents(cu_seqlens)
+        documents, dtype = Documents(cu_seqlens), self.lm_head.weight.dtype
+        rotary = rotary_tables(position_ids.flatten(), self.config, dtype)
         hidden, statistics = self.model(
-            input_ids, position_ids, documents, token_mask, cache, selection_bias, routing
+            input_ids, rotary, documents, token_mask, cache, selection_bias, routing
         )
         ahead = None
         if self.mtp is not None and self.training and cache is None:
             embedding = self.model.embed_tokens(_next(input_ids, documents, 1, input_ids))
             bias = None if selection_bias is None else selection_bias[-1]
-            ahead, more = self.mtp(hidden, embedding, position_ids, documents, token_mask, bias, routing)
+            ahead, more = self.mtp(hidden, embedding, rotary, documents, token_mask, bias, routing)
             statistics = statistics + more
         router = stack_statistics(statistics) if statistics else None
         if routing_only:

@@ -1,6 +1,7 @@
 """What a run is: typed, checked as a whole before anything starts. Torch-free, for login nodes."""
 
 from dataclasses import dataclass, fields
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -207,6 +208,7 @@ class RunConfig:
         for key, share in [
             ("schedule.decay_fraction", self.schedule.decay_fraction),
             ("schedule.min_lr_ratio", self.schedule.min_lr_ratio),
+            ("experts.router_jitter_noise", self.experts.router_jitter_noise),
             *((f"optimizer.betas[{i}]", beta) for i, beta in enumerate(self.optimizer.betas)),
         ]:
             if not 0 <= share <= 1 or (share == 1 and "betas" in key):
@@ -226,20 +228,14 @@ class RunConfig:
                 f"{self.stage.total_steps} steps of the run, so that the peak rate is never reached; "
                 "shorten it or raise stage.train_tokens"
             )
-        capacity, jitter = self.experts.capacity_factor, self.experts.router_jitter_noise
+        capacity = self.experts.capacity_factor
         if capacity is not None and not capacity > 0:
             found.append(f"experts.capacity_factor={capacity} must be above 0; null drops nothing")
-        if not 0 <= jitter < 1:
-            found.append(f"experts.router_jitter_noise={jitter} must be from 0 to below 1; 0.01 is usual")
-        router: dict[str, float | None] = {
-            f"balance.{key}": getattr(self.balance, key)
-            for key in ("micro_weight", "z_loss_coef", "bias_update_rate")
-        }
-        router |= {"experts.router_jitter_noise": jitter, "experts.capacity_factor": capacity}
+        keys = ["balance.micro_weight", "balance.z_loss_coef", "balance.bias_update_rate"]
+        keys += ["experts.router_jitter_noise", "experts.capacity_factor"]
         found += [
-            f"{key}={value} needs experts, but model.num_experts=0; "
-            f"use {'null' if key.endswith('factor') else 0}"
-            for key, value in router.items()
+            f"{key}={value} needs experts, but model.num_experts=0; use {'null' if value == capacity else 0}"
+            for key, value in ((key, attrgetter(key)(self)) for key in keys)
             if self.model.num_experts == 0 and value
         ]
         if self.data.mode == "streaming" and self.evaluate.every_steps:

@@ -189,14 +189,9 @@ class Engine:
     def forward(
         self, batch: Batch, selection_bias: Tensor | None = None, routing_only: bool = False
     ) -> ModelOutput:
-        """One micro-batch: the sums of cross entropy (unless `routing_only`) and the router statistics.
-
-        In evaluation mode of the module nothing happens that is of training alone.
-        """
-        routing = None
-        if self.module.training:
-            keys = [f"{self._seed}:{row}" for row in batch.rows]
-            routing = TrainingRouting(self._experts.router_jitter_noise, self._experts.capacity_factor, keys)
+        """One micro-batch: the sums of cross entropy (unless `routing_only`) and the router statistics."""
+        keys = [f"{self._seed}:{row}" for row in batch.rows]
+        routing = TrainingRouting(self._experts.router_jitter_noise, self._experts.capacity_factor, keys)
         with self.clock.part("forward"):
             return self._engine(
                 batch.input_ids,
@@ -206,7 +201,7 @@ class Engine:
                 labels=batch.labels,
                 selection_bias=selection_bias,
                 routing_only=routing_only,
-                routing=routing,
+                routing=routing if self.module.training else None,
             )
 
     def backward(self, loss_share: Tensor) -> None:

@@ -65,7 +65,7 @@ def run_case(
     dispatcher: Any, experts: Experts, x: Tensor, routing_weights: Tensor, indices: Tensor, grad_y: Tensor
 ) -> dict[str, Tensor]:
     x, routing_weights = x.clone().requires_grad_(), routing_weights.clone().requires_grad_()
-    y = dispatcher(x, routing_weights, indices, experts, dropping=True)
+    y = dispatcher(x, routing_weights, indices, experts, drops=True)
     leaves = {"x": x, "routing_weights": routing_weights, **dict(experts.named_parameters())}
     grads = torch.autograd.grad(y, list(leaves.values()), grad_y)
     return {"y": y.detach(), **dict(zip(leaves, grads, strict=True))}
@@ -134,7 +134,7 @@ def count_bytes(top_k: int, tokens: int) -> dict[str, tuple[int, int]]:
         slots = top_k if kind == "deduplicated" else 1
         by_hand = out * (2 * H + slots * (2 + 4)) + back * 2 * H  # bf16 tokens and weights, int32 ids
         instance = dispatcher(dist.group.WORLD)
-        y = instance(x, routing_weights, indices, experts)
+        y = instance(x, routing_weights, indices, experts, drops=False)
         assert y.dtype == torch.bfloat16
         assert y.isfinite().all()
         result[kind] = (instance.bytes_sent, by_hand, out)

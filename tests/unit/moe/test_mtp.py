@@ -37,7 +37,8 @@ def slow_loss(model: CausalLM, batch: dict[str, Tensor], labels: Tensor) -> Tens
     """The summed cross entropy of the token after next, each document by itself; labels say which count."""
     mtp, total = model.mtp, torch.zeros((), dtype=torch.float64)
     documents = Documents(batch["cu_seqlens"])
-    hidden, _ = model.model(batch["input_ids"], batch["position_ids"], documents, None, None, None, None)
+    rotary = rotary_tables(batch["position_ids"].flatten(), model.config, torch.float64)
+    hidden, _ = model.model(batch["input_ids"], rotary, documents, None, None, None, None)
     ids, targets, states = batch["input_ids"].flatten(), labels.flatten(), hidden.flatten(0, 1)
     for start, stop in pairwise(batch["cu_seqlens"].tolist()):
         following = torch.cat([ids[start + 1 : stop], ids[stop - 1 : stop]])  # the last one's does not matter

@@ -83,10 +83,7 @@ def test_laws_come_together(run_config):
             "offload_optimizer: checkpoints need optimizer states in memory",
         ),
         ("experts.capacity_factor=0", "experts.capacity_factor=0.0 must be above 0; null drops nothing"),
-        (
-            "experts.router_jitter_noise=1",
-            "experts.router_jitter_noise=1.0 must be from 0 to below 1; 0.01 is usual",
-        ),
+        ("experts.router_jitter_noise=-0.1", "experts.router_jitter_noise=-0.1 is outside 0 to 1"),
         ("init.router_scale=-1", "init.router_scale=-1.0 is below 0"),
         ("mtp_loss_scaling_factor=-1", "mtp_loss_scaling_factor=-1.0 is below 0"),
         ("parallel.dispatcher=magic", "parallel.dispatcher=magic is unknown"),
