@@ -97,7 +97,7 @@ class Decoder(nn.Module):
 
     def forward(
         self,
-        input_ids: Tensor,
+        hidden: Tensor,
         rotary: tuple[Tensor, Tensor],
         documents: Documents,
         token_mask: Tensor | None,
@@ -105,8 +105,7 @@ class Decoder(nn.Module):
         selection_bias: Tensor | None,
         routing: TrainingRouting | None,
     ) -> tuple[Tensor, list[RouterStatistics]]:
-        """[B, S] ids -> hidden states [B, S, H] after the final norm, and the statistics of each router."""
-        hidden = self.embed_tokens(input_ids)  # [B, S, H]
+        """Embedded tokens [B, S, H] -> what comes after the final norm [B, S, H], each router's statistics."""
         per_layer: list[RouterStatistics] = []
         for layer in self.layers:
             bias = None if selection_bias is None else selection_bias[len(per_layer)]  # a row each
@@ -115,7 +114,7 @@ class Decoder(nn.Module):
             if statistics is not None:
                 per_layer.append(statistics)
         if cache is not None:
-            cache.length += input_ids.shape[1]
+            cache.length += hidden.shape[1]
         return self.norm(hidden), per_layer
 
 
@@ -219,11 +218,10 @@ class CausalLM(nn.Module):
         routing: what routing does in training alone.
         Ids must lie in the vocabulary: nothing checks them here.
         """
-        documents, dtype = Documents(cu_seqlens), self.lm_head.weight.dtype
-        rotary = rotary_tables(position_ids.flatten(), self.config, dtype)
-        hidden, statistics = self.model(
-            input_ids, rotary, documents, token_mask, cache, selection_bias, routing
-        )
+        documents, hidden = Documents(cu_seqlens), self.model.embed_tokens(input_ids)
+        rotary = rotary_tables(position_ids.flatten(), self.config, hidden.dtype)
+        inputs = (rotary, documents, token_mask, cache, selection_bias, routing)
+        hidden, statistics = self.model(hidden, *inputs)
         ahead = None
         if self.mtp is not None and self.training and cache is None:
             embedding = self.model.embed_tokens(_next(input_ids, documents, 1, input_ids))
@@ -253,6 +251,6 @@ class CausalLM(nn.Module):
 
 def _call(function: Callable[..., Any], *arguments: Any, recompute: bool) -> Any:
     """function(*arguments); with `recompute` its activations are computed again in the backward."""
-    if recompute:  # no random numbers are drawn inside
+    if recompute:  # no numbers of the global random generators are drawn inside
         return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
     return function(*arguments)

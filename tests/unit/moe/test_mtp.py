@@ -38,12 +38,13 @@ def slow_loss(model: CausalLM, batch: dict[str, Tensor], labels: Tensor) -> Tens
     mtp, total = model.mtp, torch.zeros((), dtype=torch.float64)
     documents = Documents(batch["cu_seqlens"])
     rotary = rotary_tables(batch["position_ids"].flatten(), model.config, torch.float64)
-    hidden, _ = model.model(batch["input_ids"], rotary, documents, None, None, None, None)
+    embedded = model.model.embed_tokens(batch["input_ids"])
+    hidden, _ = model.model(embedded, rotary, documents, None, None, None, None)
     ids, targets, states = batch["input_ids"].flatten(), labels.flatten(), hidden.flatten(0, 1)
     for start, stop in pairwise(batch["cu_seqlens"].tolist()):
         following = torch.cat([ids[start + 1 : stop], ids[stop - 1 : stop]])  # the last one's does not matter
-        embedded = mtp.pre_fc_norm_embedding(model.model.embed_tokens.weight[following])
-        both = torch.cat([embedded, mtp.pre_fc_norm_hidden(states[start:stop])], dim=-1)
+        after = mtp.pre_fc_norm_embedding(model.model.embed_tokens.weight[following])
+        both = torch.cat([after, mtp.pre_fc_norm_hidden(states[start:stop])], dim=-1)
         alone = Documents(torch.tensor([0, stop - start], dtype=torch.int32))
         rotary = rotary_tables(torch.arange(stop - start), model.config, hidden.dtype)
         out, _ = mtp.layers[0]((both @ mtp.fc.weight.T)[None], rotary, alone, None, None, None, None)
