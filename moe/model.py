@@ -105,7 +105,7 @@ class Decoder(nn.Module):
         selection_bias: Tensor | None,
         routing: TrainingRouting | None,
     ) -> tuple[Tensor, list[RouterStatistics]]:
-        """Embedded tokens [B, S, H] -> what comes after the final norm [B, S, H], each router's statistics."""
+        """Embedded tokens [B, S, H] -> hidden states after the final norm [B, S, H], router statistics."""
         per_layer: list[RouterStatistics] = []
         for layer in self.layers:
             bias = None if selection_bias is None else selection_bias[len(per_layer)]  # a row each
