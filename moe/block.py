@@ -6,7 +6,7 @@ from moe.config import ModelConfig
 from moe.dispatch import Dispatcher, LocalDispatcher
 from moe.experts import Experts
 from moe.mlp import MLP
-from moe.router import Router, RouterStatistics
+from moe.router import Router, RouterStatistics, TrainingRouting, jittered, within_capacity
 
 # B rows, S positions, H hidden
 
@@ -31,13 +31,24 @@ class MoEBlock(nn.Module):
         )
 
     def forward(
-        self, hidden: Tensor, token_mask: Tensor | None = None, selection_bias: Tensor | None = None
+        self,
+        hidden: Tensor,
+        token_mask: Tensor | None = None,
+        selection_bias: Tensor | None = None,
+        routing: TrainingRouting | None = None,
     ) -> tuple[Tensor, RouterStatistics]:
         """hidden [B,S,H], token_mask [B,S] bool (False: in no statistic) -> [B,S,H], its statistics."""
         x = hidden.flatten(0, 1)
         mask = None if token_mask is None else token_mask.flatten()
-        routing_weights, expert_indices, statistics = self.gate(x, mask, selection_bias)
-        y = self.dispatcher(x, routing_weights, expert_indices, self.experts)
+        seen = x
+        if routing is not None and routing.jitter_noise:
+            seen = jittered(hidden, routing.jitter_noise, routing.keys).flatten(0, 1)
+        routing_weights, expert_indices, statistics = self.gate(seen, mask, selection_bias)
+        factor = None if routing is None else routing.capacity_factor
+        if factor is not None:
+            num_experts = len(statistics.tokens_per_expert)
+            expert_indices = within_capacity(routing_weights, expert_indices, num_experts, factor, mask)
+        y = self.dispatcher(x, routing_weights, expert_indices, self.experts, drops=factor is not None)
         y = y.view_as(hidden)
         if self.shared_expert is not None:
             shared = self.shared_expert(hidden)

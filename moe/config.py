@@ -4,9 +4,9 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
-from moe.formats import FORMATS, FULL, LINEAR, RELEASED, RopeScaling, format_of, read_values
+from moe.formats import FORMATS, FULL, LINEAR, RELEASED, RopeScaling, format_of, mistyped, read_values
 
 
 class ConfigError(ValueError):
@@ -59,23 +59,26 @@ class ModelConfig:
     mlp_only_layers: list[int]  # layers that stay dense all the same
     shared_expert_intermediate_size: int  # of the expert that takes every token; 0 = there is none
     shared_expert_gate: bool  # a sigmoid gate on its output
+    num_nextn_predict_layers: int  # of multi-token prediction: 0 or 1
 
     def is_moe_layer(self, layer: int) -> bool:
-        """Whether decoder layer `layer` (from 0) is a mixture of experts."""
-        return (
-            self.num_experts > 0
-            and layer not in self.mlp_only_layers
-            and (layer + 1) % self.decoder_sparse_step == 0
-        )
+        """Whether decoder layer `layer` (from 0) is a mixture of experts; num_hidden_layers = MTP's layer."""
+        placed = layer not in self.mlp_only_layers and (layer + 1) % self.decoder_sparse_step == 0
+        return self.num_experts > 0 and (placed or layer == self.num_hidden_layers)
 
     def layer_type(self, layer: int) -> str:
-        """The sequence mixer of decoder layer `layer` (from 0)."""
-        return self.layer_types[layer % len(self.layer_types)]
+        """The sequence mixer of decoder layer `layer` (from 0); num_hidden_layers = MTP's layer."""
+        return FULL if layer == self.num_hidden_layers else self.layer_types[layer % len(self.layer_types)]
 
     @property
     def moe_layers(self) -> list[int]:
         """Numbers of the mixture-of-experts layers, ascending."""
         return [layer for layer in range(self.num_hidden_layers) if self.is_moe_layer(layer)]
+
+    @property
+    def num_moe_layers(self) -> int:
+        """How many layers have a router; that of multi-token prediction counts and comes last."""
+        return len(self.moe_layers) + (self.num_nextn_predict_layers if self.num_experts else 0)
 
     @property
     def rotary_dim(self) -> int:
@@ -94,6 +97,8 @@ class ModelConfig:
         not_negative = ["num_experts", "initializer_range", "router_aux_loss_coef"]
         not_negative.append("shared_expert_intermediate_size")
         found += [_must(self, key, "not be negative") for key in not_negative if getattr(self, key) < 0]
+        if self.num_nextn_predict_layers not in (0, 1):
+            found.append(_must(self, "num_nextn_predict_layers", "be 0 or 1"))
         if self.hidden_act != "silu":
             found.append(_must(self, "hidden_act", "be silu, the only activation of Qwen"))
         found += _divides(self, "num_key_value_heads", "num_attention_heads")
@@ -191,8 +196,9 @@ class ModelConfig:
         dense = 3 * hidden * self.intermediate_size
         layers = sum(
             self._count_mixer(layer) + 2 * hidden + (sparse if self.is_moe_layer(layer) else dense)
-            for layer in range(self.num_hidden_layers)
+            for layer in range(self.num_hidden_layers + self.num_nextn_predict_layers)
         )
+        layers += self.num_nextn_predict_layers * (2 * hidden + 3) * hidden  # its projection and norms
         embeddings = self.vocab_size * hidden * (1 if self.tie_word_embeddings else 2)
         return embeddings + layers + hidden
 
@@ -216,13 +222,16 @@ class ModelConfig:
         6 per active parameter that multiplies (all but the input embedding, a look-up; a tied matrix does, as
         the head), plus 6 x heads x head_dim x seq_len per layer of full attention, half of the square, plus
         18 x heads x key dim x value dim per layer of linear attention: read, write and query of its state.
+        Multi-token prediction has its layer and the head once more.
         Recompute does not count (model FLOPs, PaLM, arXiv 2204.02311, appendix B).
         """
         look_up = 0 if self.tie_word_embeddings else self.vocab_size * self.hidden_size
         state = self.linear_num_value_heads * self.linear_key_head_dim * self.linear_value_head_dim
         mixing = {FULL: self.num_attention_heads * self.head_dim * seq_len, LINEAR: 3 * state}
-        mixed = sum(mixing[self.layer_type(layer)] for layer in range(self.num_hidden_layers))
-        return 6.0 * (self.num_active_parameters() - look_up + mixed)
+        ahead = self.num_nextn_predict_layers
+        mixed = sum(mixing[self.layer_type(layer)] for layer in range(self.num_hidden_layers + ahead))
+        heads = ahead * self.vocab_size * self.hidden_size
+        return 6.0 * (self.num_active_parameters() - look_up + heads + mixed)
 
     @classmethod
     def of_folder(cls, folder: Path) -> "ModelConfig":
@@ -239,8 +248,11 @@ class ModelConfig:
     def from_hf(cls, hf: Mapping[str, Any]) -> "ModelConfig":
         """From a config.json of a model_type of `moe.formats`, in the spelling of transformers 4 or 5.
 
-        Raises ConfigError for missing keys, for features this model does not compute, and for broken laws.
+        Raises ConfigError for missing and mistyped keys, for features this model does not compute, and for
+        broken laws.
         """
+        if found := mistyped(hf, get_type_hints(cls)):
+            raise ConfigError(found)
         values, found = read_values(hf)
         names = [field.name for field in fields(cls)]
         if values:
@@ -262,6 +274,8 @@ class ModelConfig:
         repeats = self.num_hidden_layers // len(self.layer_types)
         keys = {**values, "layer_types": self.layer_types * repeats}
         kept = {key: value for key, value in keys.items() if key not in fixed}
+        if not self.num_nextn_predict_layers:
+            del kept["num_nextn_predict_layers"]  # as the released models have it
         return {"architectures": [architecture], "model_type": model_type, **RELEASED, **kept}
 
 

@@ -23,14 +23,17 @@ Swap = Callable[[Tensor, list[int], list[int]], Tensor]
 
 
 class Dispatcher(Protocol):
-    """x [T,H], routing_weights [T,K], expert_indices [T,K] (global) -> [T,H], by the experts of all ranks."""
+    """x [T,H], routing_weights [T,K], expert_indices [T,K] (global) -> [T,H], by the experts of all ranks.
+
+    `drops`: the id E may occur; its slot goes nowhere and adds nothing.
+    """
 
     bytes_sent: int  # payload that forward passes sent to other ranks so far
     slots_routed: int  # (token, expert) pairs of this rank's tokens so far
     slots_received: int  # of those, and of other ranks', that were computed here so far
 
     def __call__(
-        self, x: Tensor, routing_weights: Tensor, expert_indices: Tensor, experts: Experts
+        self, x: Tensor, routing_weights: Tensor, expert_indices: Tensor, experts: Experts, drops: bool
     ) -> Tensor: ...
 
 
@@ -40,11 +43,14 @@ class LocalDispatcher:
     bytes_sent = slots_routed = slots_received = 0
 
     def __call__(
-        self, x: Tensor, routing_weights: Tensor, expert_indices: Tensor, experts: Experts
+        self, x: Tensor, routing_weights: Tensor, expert_indices: Tensor, experts: Experts, drops: bool
     ) -> Tensor:
-        self.slots_routed += expert_indices.numel()
-        self.slots_received += expert_indices.numel()
-        return experts(x, routing_weights, expert_indices, num_rows=expert_indices.numel())
+        num_rows = expert_indices.numel()
+        self.slots_routed += num_rows
+        if drops:  # counting waits for the device
+            num_rows = int((expert_indices < experts.num_local_experts).sum())
+        self.slots_received += num_rows
+        return experts(x, routing_weights, expert_indices, num_rows=num_rows)
 
 
 class AllToAllDispatcher:
@@ -63,9 +69,9 @@ class AllToAllDispatcher:
         self._all_to_all = all_to_all
 
     def __call__(
-        self, x: Tensor, routing_weights: Tensor, expert_indices: Tensor, experts: Experts
+        self, x: Tensor, routing_weights: Tensor, expert_indices: Tensor, experts: Experts, drops: bool
     ) -> Tensor:
-        ranks = expert_indices // experts.num_local_experts  # [T,K] where each slot's expert lives
+        ranks = expert_indices // experts.num_local_experts  # [T,K] where each slot's expert lives, or R
         local_ids = expert_indices % experts.num_local_experts
         destinations = self._destinations(ranks)  # [T,columns], ep_size = no row
         send, receive, num_slots = self._exchange_counts(destinations, ranks)
@@ -121,8 +127,8 @@ class DeduplicatedAllToAllDispatcher(AllToAllDispatcher):
 
     def _destinations(self, ranks: Tensor) -> Tensor:
         every_rank = torch.arange(self.ep_size, device=ranks.device)
-        visited = torch.zeros(len(ranks), self.ep_size, dtype=torch.bool, device=ranks.device)
-        return torch.where(visited.scatter_(1, ranks, True), every_rank, self.ep_size)
+        visited = torch.zeros(len(ranks), self.ep_size + 1, dtype=torch.bool, device=ranks.device)
+        return torch.where(visited.scatter_(1, ranks, True)[:, :-1], every_rank, self.ep_size)
 
     def _pack(
         self, grouping: Grouping, ranks: Tensor, routing_weights: Tensor, local_ids: Tensor, absent: int

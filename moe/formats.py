@@ -3,6 +3,8 @@
 The values are those of transformers' configuration and modelling files. Imports no torch.
 """
 
+import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
@@ -48,6 +50,7 @@ _NEXT |= {"zero_centered_norm": True, "shared_expert_gate": True}
 
 _ANY: _Keys = {"hidden_act": "silu", "initializer_range": 0.02, "rms_norm_eps": 1e-6}
 _ANY |= {"rope_theta": 10_000.0, "tie_word_embeddings": False, "attention_bias": False, "qkv_bias": True}
+_ANY |= {"num_nextn_predict_layers": 0}
 _MOE: _Keys = {**_ANY, "norm_topk_prob": False, "router_aux_loss_coef": 0.001}
 _MOE |= {"decoder_sparse_step": 1, "mlp_only_layers": []}
 _HYBRID: _Keys = {**_MOE, "norm_topk_prob": True, "head_dim": 256}
@@ -60,8 +63,10 @@ FORMATS = {
     "qwen3_moe": Format("Qwen3MoeForCausalLM", {**_QWEN3, **_NO_SHARED_EXPERT}, _MOE),
     "qwen3_next": Format("Qwen3NextForCausalLM", _NEXT, _HYBRID),
     # Any other combination of keys: transformers does not know it, this project reads it back.
-    "qwen_variant": Format("QwenVariantForCausalLM", {}, {}),
+    "qwen_variant": Format("QwenVariantForCausalLM", {}, {"num_nextn_predict_layers": 0}),
 }
+
+MTP_FORMATS = ("qwen3_next", "qwen_variant")  # those with a place for the tensors mtp.*
 
 # What the released config.json files say besides, the same in all of them.
 RELEASED: _Keys = {
@@ -71,6 +76,34 @@ RELEASED: _Keys = {
     "use_sliding_window": False,
     "transformers_version": "4.57.0",  # the first that knows all of them
 }
+
+
+# Types of what ModelConfig does not have, or has in another form, and how a message names a type.
+_KINDS: _Keys = dict.fromkeys(("num_local_experts", "full_attention_interval", "max_window_layers"), int)
+_KINDS |= {"rope_scaling": dict, "rope_parameters": dict, "use_sliding_window": bool, "type": str}
+_KINDS |= {**RopeScaling.__annotations__, "attention_factor": float}
+_NAMES: dict[Any, str] = {int: "an integer", float: "a finite number", bool: "true or false", str: "a string"}
+_NAMES |= {dict: "a group of keys", list[int]: "a list of integers", list[str]: "a list of strings"}
+
+
+def mistyped(hf: Mapping[str, Any], hints: Mapping[str, Any], group: str = "") -> list[str]:
+    """A line for each key of a config.json, or of a group in it, whose value is of another type, not null."""
+    found, kinds = [], {**hints, **_KINDS}
+    for key in [key for key, value in hf.items() if key in kinds and value is not None]:
+        if not _is_of(hf[key], kinds[key]):
+            shown, kind = json.dumps(hf[key]), _NAMES[kinds[key]]
+            found.append(f"config.json: {group}{key}={shown} must be {kind}; correct it")
+        elif kinds[key] is dict:
+            found += mistyped(hf[key], hints, f"{key}.")
+    return found
+
+
+def _is_of(value: Any, kind: Any) -> bool:
+    if kind is float:
+        return type(value) is int or (type(value) is float and math.isfinite(value))
+    if kind in (list[int], list[str]):
+        return isinstance(value, list) and all(type(item) is kind.__args__[0] for item in value)
+    return type(value) is kind
 
 
 def format_of(values: Mapping[str, Any]) -> str:

@@ -152,7 +152,7 @@ def save_hf(model: CausalLM, folder: str | Path, max_shard_bytes: int = MAX_SHAR
     folder.mkdir(parents=True, exist_ok=True)
     written = write_shards(model.named_parameters(), folder, max_shard_bytes=max_shard_bytes)
     held = sum(from_hub(name)[1] is not None for name in written)
-    assert held == 3 * len(model.config.moe_layers) * model.config.num_experts, "the model is expert-parallel"
+    assert held == 3 * model.config.num_moe_layers * model.config.num_experts, "the model is expert-parallel"
     finish_folder(model.config, model.lm_head.weight.dtype, written, folder)
 
 
@@ -221,7 +221,7 @@ def locate(config: ModelConfig, folder: Path, dense_slices: int = 0) -> dict[str
             misshapen.append(f"{stored} {list(found[stored].shape)} instead of {list(stored_shape)}")
         else:
             places[name] = found[stored]._replace(part=part, shape=shape)
-    # released Qwen3-Next folders hold a head for multi-token prediction besides
+    # a folder may hold a layer of multi-token prediction that is not wanted
     extra = sorted(name for name in found.keys() - known if not name.startswith("mtp."))
     kinds = {"missing": missing, "extra": extra, "misshapen": misshapen}
     problems = [f"{folder}: {_listed(kind, names)}" for kind, names in kinds.items() if names]

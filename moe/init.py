@@ -1,6 +1,5 @@
 """First values of the weights: functions of (seed, name on the hub), so that every layout starts alike."""
 
-import hashlib
 from pathlib import Path
 
 import torch
@@ -9,18 +8,20 @@ from torch import Tensor, nn
 from moe.config import ModelConfig
 from moe.hf import ROUTER, from_hub, hub_tensors, load_hf
 from moe.model import CausalLM
+from moe.router import seeded
 
 
 @torch.no_grad()
-def init_weights(model: CausalLM, seed: int, ep_rank: int = 0) -> None:
+def init_weights(model: CausalLM, seed: int, ep_rank: int = 0, router_scale: float = 1.0) -> None:
     """Draw every weight from N(0, initializer_range), in place; norms become the identity, biases 0,
-    and of linear attention dt_bias 1 and A_log the logarithm of U(0.01, 16), as in transformers.
+    and of linear attention dt_bias 1 and A_log the logarithm of U(0.01, 16), as in transformers. Routers
+    have `router_scale` times that standard deviation.
 
     Each tensor that the hub names (one per expert and projection) is drawn in fp32 from a generator of its
     own: the values do not depend on ep_size, nor, but for rounding, on the dtype. CPU and CUDA differ.
     """
     for name, tensor in hub_tensors(model, ep_rank):
-        if name.endswith(("norm.weight", "dt_bias")):
+        if name.endswith(("norm.weight", "norm_hidden.weight", "norm_embedding.weight", "dt_bias")):
             identity = 0.0 if model.config.zero_centered_norm and "linear_attn" not in name else 1.0
             nn.init.constant_(tensor, identity)
         elif name.endswith(".bias"):
@@ -28,12 +29,13 @@ def init_weights(model: CausalLM, seed: int, ep_rank: int = 0) -> None:
         elif name.endswith("A_log"):
             tensor.copy_((0.01 + 15.99 * torch.special.ndtr(normal(seed, name, tensor))).log())
         else:
-            tensor.copy_(model.config.initializer_range * normal(seed, name, tensor))
+            scale = router_scale if name.endswith(ROUTER) else 1.0
+            tensor.copy_(scale * model.config.initializer_range * normal(seed, name, tensor))
 
 
 @torch.no_grad()
 def upcycle_weights(
-    model: CausalLM, folder: Path, *, seed: int, noise: float = 0.0, ep_rank: int = 0
+    model: CausalLM, folder: Path, *, seed: int, noise: float = 0.0, ep_rank: int = 0, router_scale: float = 1
 ) -> None:
     """Fill the mixture `model` from the dense folder, in place: see moe/upcycle.py, whose laws hold.
 
@@ -45,7 +47,7 @@ def upcycle_weights(
     for name, tensor in hub_tensors(model, ep_rank):
         if name.endswith(ROUTER):
             rows = normal(seed, name, tensor[::slices]).repeat_interleave(slices, dim=0)
-            tensor.copy_(model.config.initializer_range * rows)
+            tensor.copy_(router_scale * model.config.initializer_range * rows)
         elif from_hub(name)[1] is not None:
             if name.endswith("down_proj.weight"):
                 tensor.mul_(slices)
@@ -55,6 +57,5 @@ def upcycle_weights(
 
 def normal(seed: int, name: str, like: Tensor) -> Tensor:
     """N(0, 1) in fp32 in the shape of `like`: a function of (seed, name) and the kind of device."""
-    digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
-    generator = torch.Generator(like.device).manual_seed(int.from_bytes(digest))
+    generator = seeded(f"{seed}:{name}", like.device)
     return torch.empty_like(like, dtype=torch.float32).normal_(generator=generator)

@@ -4,6 +4,7 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple, Self
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -11,13 +12,13 @@ from torch.utils.checkpoint import checkpoint
 from moe.attention import Attention, Cache, Documents
 from moe.block import MoEBlock
 from moe.config import ConfigError, ModelConfig
-from moe.cross_entropy import chunked_cross_entropy
+from moe.cross_entropy import IGNORED, chunked_cross_entropy
 from moe.formats import FULL, LINEAR
 from moe.gated_delta_net import GatedDeltaNet
 from moe.mlp import MLP
 from moe.norm import rms_norm
 from moe.rope import rotary_tables
-from moe.router import RouterStatistics, stack_statistics
+from moe.router import RouterStatistics, TrainingRouting, stack_statistics
 
 RECOMPUTE = ("none", "experts", "full")
 
@@ -28,6 +29,7 @@ class ModelOutput(NamedTuple):
     logits: Tensor | None  # [B, S, V], where no labels were given
     cross_entropy_sum: Tensor | None  # scalar fp32, sum over labels != -100, where labels were given
     router: RouterStatistics | None  # stacked over the L sparse layers; None for a dense model
+    mtp_cross_entropy_sum: Tensor | None = None  # the same of the token after next, where it is trained
 
 
 # the sequence mixers: the name of the module in a layer, and its class
@@ -42,6 +44,7 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int, backend: str, recompute: str) -> None:
         super().__init__()
+        self.layer = layer
         self.recompute_experts = recompute == "experts"
         self.input_layernorm = rms_norm(config, config.hidden_size)
         self.mixer, mixer_class = MIXERS[config.layer_type(layer)]
@@ -61,21 +64,22 @@ class DecoderLayer(nn.Module):
         token_mask: Tensor | None,
         cache: Cache | None,
         selection_bias: Tensor | None,
+        routing: TrainingRouting | None,
     ) -> tuple[Tensor, RouterStatistics | None]:
         """hidden [B, S, H] -> [B, S, H] and, from a sparse layer, its router statistics."""
+        if routing is not None:
+            routing = routing._replace(keys=[f"{key}:{self.layer}" for key in routing.keys])
         mix = getattr(self, self.mixer)
         hidden = hidden + mix(self.input_layernorm(hidden), rotary, documents, cache)
         normed = self.post_attention_layernorm(hidden)
         update, statistics = _call(
-            self._feed_forward, normed, token_mask, selection_bias, recompute=self.recompute_experts
+            self._feed_forward, normed, token_mask, selection_bias, routing, recompute=self.recompute_experts
         )
         return hidden + update, statistics
 
-    def _feed_forward(
-        self, hidden: Tensor, token_mask: Tensor | None, selection_bias: Tensor | None
-    ) -> tuple[Tensor, RouterStatistics | None]:
+    def _feed_forward(self, hidden: Tensor, *how: Any) -> tuple[Tensor, RouterStatistics | None]:
         if isinstance(self.mlp, MoEBlock):
-            return self.mlp(hidden, token_mask, selection_bias)
+            return self.mlp(hidden, *how)
         return self.mlp(hidden), None
 
 
@@ -84,7 +88,6 @@ class Decoder(nn.Module):
 
     def __init__(self, config: ModelConfig, backend: str, recompute: str) -> None:
         super().__init__()
-        self.config = config
         self.recompute_layers = recompute == "full"
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
@@ -94,28 +97,67 @@ class Decoder(nn.Module):
 
     def forward(
         self,
-        input_ids: Tensor,
-        position_ids: Tensor,
-        cu_seqlens: Tensor,
+        hidden: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        documents: Documents,
         token_mask: Tensor | None,
         cache: Cache | None,
         selection_bias: Tensor | None,
-    ) -> tuple[Tensor, RouterStatistics | None]:
-        """[B, S] ids -> hidden states [B, S, H] after the final norm, and the statistics of all routers."""
-        hidden = self.embed_tokens(input_ids)  # [B, S, H]
-        documents = Documents(cu_seqlens)
-        rotary = rotary_tables(position_ids.flatten(), self.config, hidden.dtype)
+        routing: TrainingRouting | None,
+    ) -> tuple[Tensor, list[RouterStatistics]]:
+        """Embedded tokens [B, S, H] -> hidden states after the final norm [B, S, H], router statistics."""
         per_layer: list[RouterStatistics] = []
         for layer in self.layers:
             bias = None if selection_bias is None else selection_bias[len(per_layer)]  # a row each
-            hidden, statistics = _call(
-                layer, hidden, rotary, documents, token_mask, cache, bias, recompute=self.recompute_layers
-            )
+            inputs = (rotary, documents, token_mask, cache, bias, routing)
+            hidden, statistics = _call(layer, hidden, *inputs, recompute=self.recompute_layers)
             if statistics is not None:
                 per_layer.append(statistics)
         if cache is not None:
-            cache.length += input_ids.shape[1]
-        return self.norm(hidden), stack_statistics(per_layer) if per_layer else None
+            cache.length += hidden.shape[1]
+        return self.norm(hidden), per_layer
+
+
+class MultiTokenPrediction(nn.Module):
+    """One more decoder layer, of full attention, for the token after next (arXiv 2412.19437, section 2.2).
+
+    It sees a token's hidden state, after the model's final norm, beside the embedding of the next token; the
+    embedding and the head are the model's. Names and order as in the released Qwen3-Next folders.
+    """
+
+    def __init__(self, config: ModelConfig, backend: str, recompute: str) -> None:
+        super().__init__()
+        size = config.hidden_size
+        self.recompute_layers = recompute == "full"
+        self.pre_fc_norm_embedding = rms_norm(config, size)
+        self.pre_fc_norm_hidden = rms_norm(config, size)
+        self.fc = nn.Linear(2 * size, size, bias=False)
+        self.layers = nn.ModuleList([DecoderLayer(config, config.num_hidden_layers, backend, recompute)])
+        self.norm = rms_norm(config, size)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        embedding: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        documents: Documents,
+        token_mask: Tensor | None,
+        selection_bias: Tensor | None,
+        routing: TrainingRouting | None,
+    ) -> tuple[Tensor, list[RouterStatistics]]:
+        """hidden and the next tokens' embedding [B, S, H] -> what the head takes [B, S, H], statistics."""
+        both = torch.cat((self.pre_fc_norm_embedding(embedding), self.pre_fc_norm_hidden(hidden)), dim=-1)
+        inputs = (rotary, documents, token_mask, None, selection_bias, routing)
+        hidden, statistics = _call(self.layers[0], self.fc(both), *inputs, recompute=self.recompute_layers)
+        return self.norm(hidden), [] if statistics is None else [statistics]
+
+
+def _next(values: Tensor, documents: Documents, reach: int, otherwise: Tensor | int) -> Tensor:
+    """values [B, S] of the next token, if `reach` tokens on is the same document; else `otherwise` [B, S]."""
+    number = documents.number  # [T]
+    same = number[reach:] == number[:-reach]
+    same = F.pad(same, (0, len(number) - len(same))).view_as(values)
+    return torch.where(same, values.flatten().roll(-1).view_as(values), otherwise)
 
 
 class LanguageModelHead(nn.Linear):
@@ -147,6 +189,8 @@ class CausalLM(nn.Module):
         self.config = config
         self.model = Decoder(config, backend, recompute)
         self.lm_head = LanguageModelHead(config.hidden_size, config.vocab_size, bias=False)
+        ahead = config.num_nextn_predict_layers
+        self.mtp = MultiTokenPrediction(config, backend, recompute) if ahead else None
         self._tie()
 
     def forward(
@@ -159,8 +203,11 @@ class CausalLM(nn.Module):
         cache: Cache | None = None,
         selection_bias: Tensor | None = None,
         routing_only: bool = False,
+        routing: TrainingRouting | None = None,
     ) -> ModelOutput:
         """Logits, or with labels the summed cross entropy; and the router statistics.
+
+        In training mode multi-token prediction, where the model has it, comes besides, its router last.
 
         input_ids, position_ids [B, S] int64; cu_seqlens [D+1] int32, borders of the documents over T tokens.
         token_mask [B, S] bool: False keeps a token (padding) out of the router statistics.
@@ -168,14 +215,28 @@ class CausalLM(nn.Module):
         cache: the tokens go on where its rows ended; one sequence per row, and position_ids say so.
         selection_bias [L, E] fp32: added to the routers' scores for the choice of experts only.
         routing_only: the router statistics are all that is wanted; the head does not run.
+        routing: what routing does in training alone.
         Ids must lie in the vocabulary: nothing checks them here.
         """
-        hidden, router = self.model(input_ids, position_ids, cu_seqlens, token_mask, cache, selection_bias)
+        documents, hidden = Documents(cu_seqlens), self.model.embed_tokens(input_ids)
+        rotary = rotary_tables(position_ids.flatten(), self.config, hidden.dtype)
+        inputs = (rotary, documents, token_mask, cache, selection_bias, routing)
+        hidden, statistics = self.model(hidden, *inputs)
+        ahead = None
+        if self.mtp is not None and self.training and cache is None:
+            embedding = self.model.embed_tokens(_next(input_ids, documents, 1, input_ids))
+            bias = None if selection_bias is None else selection_bias[-1]
+            ahead, more = self.mtp(hidden, embedding, rotary, documents, token_mask, bias, routing)
+            statistics = statistics + more
+        router = stack_statistics(statistics) if statistics else None
         if routing_only:
             return ModelOutput(None, None, router)
         if labels is None:
             return ModelOutput(self.lm_head(hidden), None, router)
-        return ModelOutput(None, self.lm_head(hidden, labels), router)
+        loss_ahead = None
+        if ahead is not None:
+            loss_ahead = self.lm_head(ahead, _next(labels, documents, 2, IGNORED))
+        return ModelOutput(None, self.lm_head(hidden, labels), router, loss_ahead)
 
     def _tie(self) -> None:
         if self.config.tie_word_embeddings:
@@ -190,6 +251,6 @@ class CausalLM(nn.Module):
 
 def _call(function: Callable[..., Any], *arguments: Any, recompute: bool) -> Any:
     """function(*arguments); with `recompute` its activations are computed again in the backward."""
-    if recompute:  # no random numbers are drawn inside
+    if recompute:  # no numbers of the global random generators are drawn inside
         return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
     return function(*arguments)

@@ -1,5 +1,7 @@
 """The router: which experts a token goes to, with which weights, and the statistics for balance."""
 
+import hashlib
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +24,14 @@ class RouterStatistics(NamedTuple):
     z_sums: Tensor  # [] or [L] fp32, logsumexp(logits)^2 (ST-MoE, arXiv 2202.08906); gradient flows
     entropy_sums: Tensor  # [] or [L] fp32, entropy of the softmax in nats; no gradient
     logit_range: Tensor  # [] or [L] fp32, over tokens the largest of max - min of the logits; no gradient
+
+
+class TrainingRouting(NamedTuple):
+    """What routing does in training alone; evaluation and generation have None."""
+
+    jitter_noise: float  # the router's input times U(1 - noise, 1 + noise) (Switch, arXiv 2101.03961)
+    capacity_factor: float | None  # see `within_capacity`; None is dropless
+    keys: list[str]  # [B] what the noise of each row is a function of, beside the layer
 
 
 def stack_statistics(layers: list[RouterStatistics]) -> RouterStatistics:
@@ -62,6 +72,50 @@ class Router(nn.Module):
             routing_weights = routing_weights / routing_weights.sum(-1, keepdim=True)
         statistics = _statistics(logits, probabilities, expert_indices, token_mask)
         return routing_weights.to(hidden.dtype), expert_indices, statistics
+
+
+def seeded(key: str, device: torch.device) -> torch.Generator:
+    """A generator whose numbers are a function of `key` and the kind of device."""
+    digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest))
+
+
+def jittered(hidden: Tensor, noise: float, keys: list[str]) -> Tensor:
+    """hidden [B,S,H] times U(1 - noise, 1 + noise), drawn for each row from its key: [B,S,H].
+
+    So recompute, a forward that only counts, a resumed run and another layout of ranks draw the same.
+    """
+    factors = torch.empty_like(hidden, dtype=torch.float32)
+    for row, key in zip(factors.unbind(), keys, strict=True):
+        row.uniform_(1 - noise, 1 + noise, generator=seeded(key, hidden.device))
+    return (hidden * factors).to(hidden.dtype)
+
+
+def within_capacity(
+    routing_weights: Tensor,
+    expert_indices: Tensor,
+    num_experts: int,
+    capacity_factor: float,
+    token_mask: Tensor | None = None,
+) -> Tensor:
+    """expert_indices [T,K] with `num_experts` for the slots that an expert has no room for: [T,K].
+
+    An expert takes ceil(capacity_factor * T * K / E) of the slots of this micro-batch on this rank: those of
+    the largest routing weights [T,K], of equal ones the first; padding comes last (the policy "probs" of
+    Megatron-LM and DeepSpeed).
+    """
+    capacity = math.ceil(capacity_factor * expert_indices.numel() / num_experts)
+    priority = routing_weights.detach()
+    if token_mask is not None:
+        priority = priority.masked_fill(~token_mask.unsqueeze(1), -1.0)
+    slots = priority.flatten().argsort(descending=True, stable=True)  # [T*K]
+    slots = slots[expert_indices.flatten()[slots].argsort(stable=True)]  # by expert, the first ones stay
+    experts = expert_indices.flatten()[slots]
+    starts = torch.searchsorted(experts, torch.arange(num_experts, device=experts.device))  # [E]
+    place = torch.arange(len(slots), device=experts.device) - starts[experts]
+    kept = torch.empty_like(experts)
+    kept[slots] = torch.where(place < capacity, experts, num_experts)
+    return kept.view_as(expert_indices)
 
 
 def _statistics(

@@ -1,6 +1,7 @@
 """What a run is: typed, checked as a whole before anything starts. Torch-free, for login nodes."""
 
 from dataclasses import dataclass, fields
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,9 @@ class StageConfig:
 
 @dataclass
 class InitConfig:
-    """How the weights of stage.init_from become the model's (moe/upcycle.py)."""
+    """First weights, and how those of stage.init_from become the model's (moe/upcycle.py)."""
 
+    router_scale: float
     upcycle: str
     upcycle_noise: float
 
@@ -75,9 +77,11 @@ class BalanceConfig:
 
 @dataclass
 class ExpertsConfig:
-    """How a rank computes its experts."""
+    """How a rank computes its experts, and what routing does in training alone."""
 
     backend: str
+    capacity_factor: float | None
+    router_jitter_noise: float
 
 
 @dataclass
@@ -108,6 +112,7 @@ class RunConfig:
     dtype: str
     micro_batch_size: int
     recompute: str
+    mtp_loss_scaling_factor: float
     model: ModelConfig
     stage: StageConfig
     init: InitConfig
@@ -177,6 +182,8 @@ class RunConfig:
         for key, number, least in [
             ("stage.seq_len", self.stage.seq_len, 1),
             ("stage.train_tokens", self.stage.train_tokens, 1),
+            ("mtp_loss_scaling_factor", self.mtp_loss_scaling_factor, 0),
+            ("init.router_scale", self.init.router_scale, 0),
             ("init.upcycle_noise", self.init.upcycle_noise, 0),
             ("optimizer.eps", self.optimizer.eps, 0),
             ("optimizer.max_grad_norm", self.optimizer.max_grad_norm, 0),
@@ -201,6 +208,7 @@ class RunConfig:
         for key, share in [
             ("schedule.decay_fraction", self.schedule.decay_fraction),
             ("schedule.min_lr_ratio", self.schedule.min_lr_ratio),
+            ("experts.router_jitter_noise", self.experts.router_jitter_noise),
             *((f"optimizer.betas[{i}]", beta) for i, beta in enumerate(self.optimizer.betas)),
         ]:
             if not 0 <= share <= 1 or (share == 1 and "betas" in key):
@@ -220,11 +228,15 @@ class RunConfig:
                 f"{self.stage.total_steps} steps of the run, so that the peak rate is never reached; "
                 "shorten it or raise stage.train_tokens"
             )
-        router = ("micro_weight", "z_loss_coef", "bias_update_rate")
+        capacity = self.experts.capacity_factor
+        if capacity is not None and not capacity > 0:
+            found.append(f"experts.capacity_factor={capacity} must be above 0; null drops nothing")
+        keys = ["balance.micro_weight", "balance.z_loss_coef", "balance.bias_update_rate"]
+        keys += ["experts.router_jitter_noise", "experts.capacity_factor"]
         found += [
-            f"balance.{key}={getattr(self.balance, key)} needs experts, but model.num_experts=0; use 0"
-            for key in router
-            if self.model.num_experts == 0 and getattr(self.balance, key)
+            f"{key}={value} needs experts, but model.num_experts=0; use {'null' if value == capacity else 0}"
+            for key, value in ((key, attrgetter(key)(self)) for key in keys)
+            if self.model.num_experts == 0 and value
         ]
         if self.data.mode == "streaming" and self.evaluate.every_steps:
             found.append(
@@ -279,7 +291,7 @@ class RunConfig:
 
 # What a stage may change of the model whose weights it takes over.
 _FREE_AT_HAND_OVER = {"initializer_range", "max_position_embeddings", "rope_theta", "rope_scaling"}
-_FREE_AT_HAND_OVER |= {"router_aux_loss_coef"}
+_FREE_AT_HAND_OVER |= {"router_aux_loss_coef", "num_nextn_predict_layers"}
 # And what makes a mixture of a dense one.
 _FREE_TO_UPCYCLE = {"num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob"}
 _FREE_TO_UPCYCLE |= {"decoder_sparse_step", "mlp_only_layers"}

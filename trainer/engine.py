@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from data_pipeline.loader import Batch
 from moe.block import MoEBlock
 from moe.model import ModelOutput
+from moe.router import TrainingRouting
 from trainer.config import RunConfig
 from trainer.parallel import ParallelPlan
 from trainer.runtime import Ranks
@@ -149,6 +150,7 @@ class Engine:
         ranks: Ranks,
     ) -> None:
         self._world_size = plan.world_size
+        self._seed, self._experts = config.seed, config.experts
         self._zero_stage = config.zero_stage
         self._max_grad_norm = config.optimizer.max_grad_norm
         self._ep_rank = plan.ep_rank(ranks.rank)
@@ -189,7 +191,9 @@ class Engine:
     def forward(
         self, batch: Batch, selection_bias: Tensor | None = None, routing_only: bool = False
     ) -> ModelOutput:
-        """One micro-batch: the sum of cross entropy (unless `routing_only`) and the router statistics."""
+        """One micro-batch: the sums of cross entropy (unless `routing_only`) and the router statistics."""
+        keys = [f"{self._seed}:{row}" for row in batch.rows]
+        routing = TrainingRouting(self._experts.router_jitter_noise, self._experts.capacity_factor, keys)
         with self.clock.part("forward"):
             return self._engine(
                 batch.input_ids,
@@ -199,6 +203,7 @@ class Engine:
                 labels=batch.labels,
                 selection_bias=selection_bias,
                 routing_only=routing_only,
+                routing=routing if self.module.training else None,
             )
 
     def backward(self, loss_share: Tensor) -> None:

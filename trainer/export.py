@@ -13,6 +13,7 @@ import shlex
 import sys
 import time
 from contextlib import ExitStack
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from data_pipeline.config import DataError
 from data_pipeline.manifest import sync_folder, to_json, write_atomically
 from data_pipeline.tokenizer import END_OF_TEXT, load_tokenizer
 from moe.config import ConfigError, ModelConfig
+from moe.formats import MTP_FORMATS
 from moe.hf import INDEX, SINGLE, Place, SafetensorError, locate, safe_open, save_file, write_config
 from trainer.checkpoint_folder import reading
 from trainer.run_folder import hf_folder
@@ -133,6 +135,9 @@ def write_tokenizer(folder: Path, out: Path, config: ModelConfig) -> list[int]:
 def export(folder: Path, out: Path, max_shard_bytes: int, dtype: str | None) -> None:
     """Write OUT, telling how it goes. Raises ConfigError, DataError (what the user gave), OSError (disks)."""
     config = ModelConfig.of_folder(folder)
+    if config.num_nextn_predict_layers and config.to_hf()["model_type"] not in MTP_FORMATS:
+        print("multi-token prediction stays behind: the format has no place for it")
+        config = replace(config, num_nextn_predict_layers=0)
     load_tokenizer(folder)  # what is wrong with it shows before the weights are written
     places = {
         name: place._replace(dtype=dtype or place.dtype) for name, place in locate(config, folder).items()

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from data_pipeline.loader import Batch
 from moe.balance import balance_loss_share, expert_frequencies
-from moe.router import RouterStatistics
-from trainer.config import BalanceConfig
+from moe.model import ModelOutput
+from trainer.config import RunConfig
 
 
 @dataclass(frozen=True)
@@ -54,21 +54,24 @@ class LossShares:
     balance: Tensor  # [L], before its weight
     local_balance: Tensor  # [L], with the frequencies of this micro-batch alone, before its weight
     z: Tensor  # [L], before its weight
+    mtp: Tensor  # of multi-token prediction, before its weight; 0 without it
 
-    def total(self, balance_coef: float, config: BalanceConfig) -> Tensor:
+    def total(self, config: RunConfig) -> Tensor:
         """What `backward` takes."""
-        balance = self.balance.sum() + config.micro_weight * self.local_balance.sum()
-        return self.cross_entropy + balance_coef * balance + config.z_loss_coef * self.z.sum()
+        balance = self.balance.sum() + config.balance.micro_weight * self.local_balance.sum()
+        loss = self.cross_entropy + config.mtp_loss_scaling_factor * self.mtp
+        return loss + config.model.router_aux_loss_coef * balance + config.balance.z_loss_coef * self.z.sum()
 
 
-def loss_shares(
-    cross_entropy_sum: Tensor, router: RouterStatistics | None, frequencies: Tensor | None, totals: Totals
-) -> LossShares:
+def loss_shares(output: ModelOutput, frequencies: Tensor | None, totals: Totals) -> LossShares:
     """Shares of one micro-batch; a dense model has no balance and no z-loss."""
-    cross_entropy = cross_entropy_sum / max(totals.label_tokens, 1)
+    assert output.cross_entropy_sum is not None
+    ahead, router = output.mtp_cross_entropy_sum, output.router
+    cross_entropy = output.cross_entropy_sum / max(totals.label_tokens, 1)
+    nothing = cross_entropy.new_zeros(0)
+    mtp = nothing.sum() if ahead is None else ahead / max(totals.label_tokens, 1)
     if router is None or frequencies is None:
-        nothing = cross_entropy_sum.new_zeros(0)
-        return LossShares(cross_entropy, nothing, nothing, nothing)
+        return LossShares(cross_entropy, nothing, nothing, nothing, mtp)
     tokens = max(totals.tokens, 1)
     local = expert_frequencies(router.tokens_per_expert)
     return LossShares(
@@ -76,4 +79,5 @@ def loss_shares(
         balance_loss_share(frequencies, router.probability_sums, tokens),
         balance_loss_share(local, router.probability_sums, tokens),
         router.z_sums / tokens,
+        mtp,
     )

@@ -27,6 +27,7 @@ class StepSums(NamedTuple):
     """Sums over this rank's micro-batches of one step."""
 
     cross_entropy: Tensor  # scalar share
+    mtp: Tensor  # scalar share
     balance: Tensor  # [L] shares
     z: Tensor  # [L] shares
     entropy: Tensor  # [L]
@@ -37,12 +38,13 @@ class StepSums(NamedTuple):
     def zeros(cls, num_layers: int, num_experts: int, device: torch.device) -> "StepSums":
         """Nothing seen yet."""
         layers = (num_layers,)
-        shapes = [(), layers, layers, layers, (num_layers, num_experts), layers]
+        shapes = [(), (), layers, layers, layers, (num_layers, num_experts), layers]
         return cls(*(torch.zeros(shape, device=device) for shape in shapes))
 
     def add(self, shares: LossShares, router: RouterStatistics | None) -> None:
         """Count one micro-batch."""
         self.cross_entropy.add_(shares.cross_entropy.detach())
+        self.mtp.add_(shares.mtp.detach())
         if router is not None:
             self.balance.add_(shares.balance.detach())
             self.z.add_(shares.z.detach())
@@ -71,6 +73,8 @@ class StepSums(NamedTuple):
     def describe(self, totals: Totals) -> dict[str, Any]:
         """The metrics of a step from sums over all ranks; `layers` holds a list of L for each."""
         loss = {"loss": self.cross_entropy.item()}
+        if self.mtp:
+            loss["mtp_loss"] = self.mtp.item()
         load = self.tokens_per_expert
         if not load.numel():
             return loss

@@ -5,6 +5,7 @@ import math
 import torch
 from torch import nn
 
+from moe.norm import ZeroCenteredRMSNorm
 from trainer.config import OptimizerConfig, ScheduleConfig
 
 # Kinds of parameters, and a part of the names of each; the rest (norms, dense feed-forwards) is `other`.
@@ -23,7 +24,8 @@ def kind_of(name: str) -> str:
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """torch's AdamW; weight decay falls on matrices other than embeddings.
+    """torch's AdamW; weight decay falls on matrices other than embeddings, and on zero-centred norms of query
+    and key heads, which it pulls to the identity, as in Qwen3-Next (Megatron-LM's apply_wd_to_qk_layernorm).
 
     A group holds parameters of one `kind`, so that norms by kind follow from what the optimizer steps.
     Parameters that the engine marked with `group_name` (experts, reduced over their own group) form groups of
@@ -31,8 +33,11 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ad
     DeepSpeed steps once while it sets up, and that must move nothing.
     """
     groups: dict[str, dict] = {}
+    centred = [name for name, module in model.named_modules() if isinstance(module, ZeroCenteredRMSNorm)]
     for name, parameter in model.named_parameters():
         decayed = parameter.ndim > 1 and "embed_tokens" not in name
+        norm = name.removesuffix(".weight")
+        decayed |= norm in centred and norm.endswith(("q_norm", "k_norm"))
         expert_group = getattr(parameter, "group_name", None)
         key = f"{expert_group or kind_of(name)}/{'decay' if decayed else 'no_decay'}"
         decay = config.weight_decay if decayed else 0.0

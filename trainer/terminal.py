@@ -80,7 +80,7 @@ def closing(config: RunConfig, metrics: dict[str, Any], manifest: Manifest | Non
         "speed": f"{metrics['tokens_per_second']:,.0f} tokens/s, MFU {metrics['mfu']:.1%}",
     }
     if "balance_loss" in metrics:
-        experts = config.model.num_experts * len(config.model.moe_layers)
+        experts = config.model.num_experts * config.model.num_moe_layers
         rows["experts"] = (
             f"balance {metrics['balance_loss']:.3f} (1 = even), busiest {1 + metrics['max_violation']:.1f} x "
             f"the mean, {metrics['dead_experts']} of {experts} unused in the last step"

@@ -112,7 +112,9 @@ def train(
         every = config.evaluate.every_steps
         if every and (step % every == 0 or step == total_steps):
             with clock.wait("evaluation"):
+                engine.module.eval()
                 held_out = evaluate(lambda batch: engine.forward(batch, balance.bias), config, ranks)
+                engine.module.train()
             perplexity = {f"perplexity{key[4:]}": math.exp(min(loss, 700)) for key, loss in held_out.items()}
             tracker.log({"step": step, "tokens": step * step_tokens, **held_out, **perplexity})
             screen.say(f"step {step}: " + ", ".join(f"{key} {value:.3f}" for key, value in held_out.items()))
@@ -152,18 +154,17 @@ def train_step(
         routed = [output.router.tokens_per_expert for output in counted if output.router is not None]
         with engine.clock.part("communication"):
             balance.count_first(routed)
-    sums = StepSums.zeros(len(model.moe_layers), model.num_experts, batches[0].labels.device)
+    sums = StepSums.zeros(model.num_moe_layers, model.num_experts, batches[0].labels.device)
     losses = []
     for batch in batches:
         output = kept.pop(0) if kept else engine.forward(batch, bias)
-        assert output.cross_entropy_sum is not None
         frequencies = None
         if output.router is not None:
             slots = totals.tokens * model.num_experts_per_tok
             with engine.clock.part("communication"):
                 frequencies = balance.frequencies(output.router.tokens_per_expert, slots)
-        shares = loss_shares(output.cross_entropy_sum, output.router, frequencies, totals)
-        loss = shares.total(model.router_aux_loss_coef, config.balance)
+        shares = loss_shares(output, frequencies, totals)
+        loss = shares.total(config)
         engine.backward(loss)
         sums.add(shares, output.router)
         losses.append(loss.detach())
@@ -175,7 +176,7 @@ def build_balance(config: RunConfig, plan: ParallelPlan, device: torch.device) -
     """The expert frequencies and the selection bias of a run."""
     return Balance(
         config.balance.mode,
-        num_layers=len(config.model.moe_layers),
+        num_layers=config.model.num_moe_layers,
         num_experts=config.model.num_experts,
         micro_batches_per_step=plan.gradient_accumulation_steps,
         bias_update_rate=config.balance.bias_update_rate,
@@ -196,7 +197,7 @@ def build_model(config: RunConfig, plan: ParallelPlan, ranks: Ranks) -> CausalLM
         apply_expert_parallel(model, ep_rank=ep_rank, ep_size=plan.ep_size, dispatcher=dispatcher)
     model.to_empty(device=ranks.device)
     if config.stage.init_from is None:
-        init_weights(model, config.seed, ep_rank=ep_rank)
+        init_weights(model, config.seed, ep_rank=ep_rank, router_scale=config.init.router_scale)
     else:
         weights = hf_folder(Path(config.stage.init_from))
         check_tokenizer(weights, config.data)
@@ -204,8 +205,10 @@ def build_model(config: RunConfig, plan: ParallelPlan, ranks: Ranks) -> CausalLM
             if config.init.upcycle == "none":
                 load_hf(model, weights, ep_rank=ep_rank)
             else:
-                noise = config.init.upcycle_noise
-                upcycle_weights(model, weights, seed=config.seed, noise=noise, ep_rank=ep_rank)
+                noise, scale = config.init.upcycle_noise, config.init.router_scale
+                upcycle_weights(
+                    model, weights, seed=config.seed, noise=noise, ep_rank=ep_rank, router_scale=scale
+                )
     model.to(DTYPES[config.dtype])
     # Last: a parameter that is made anew loses its marks.
     mark_experts(model, config.model.num_experts, plan.ep_size, ep_rank)

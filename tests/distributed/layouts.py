@@ -37,6 +37,7 @@ SMALL = [
     "model.moe_intermediate_size=16",
     "model.router_aux_loss_coef=0.1",
     "balance.z_loss_coef=0.01",
+    "mtp_loss_scaling_factor=0.3",
     "optimizer.max_grad_norm=0.5",
     "optimizer.eps=1e-4",  # 1e-8 would magnify the rounding of gradients near zero, whatever the layout
     f"stage.seq_len={SEQ_LEN}",
@@ -44,6 +45,7 @@ SMALL = [
 ]
 
 # what makes a small model of each architecture of these settings
+MTP = "model.num_nextn_predict_layers=1"
 DENSE = ["model.num_experts=0", "model.router_aux_loss_coef=0", "balance.z_loss_coef=0"]
 _SHARED = "model.shared_expert_intermediate_size=24"
 FAMILY = {
@@ -118,7 +120,7 @@ class SmallRun:
 
     def train(self, steps: range, same_rows: bool = False) -> Outcome:
         """These steps, on new rows each or on the same."""
-        outcome: Outcome = {"losses": [], "balance_losses": [], "grad_norms": []}
+        outcome: Outcome = {"losses": [], "balance_losses": [], "grad_norms": [], "mtp_losses": []}
         for step in steps:
             batches = micro_batches(self.plan, self.ranks.rank, 0 if same_rows else step)
             totals = agree_on_totals(batches, False, self.ranks.device)
@@ -127,6 +129,7 @@ class SmallRun:
             outcome["losses"].append(metrics["loss"])
             outcome["balance_losses"].append(metrics.get("balance_loss", 1.0))
             outcome["grad_norms"].append(grad_norm)
+            outcome["mtp_losses"] += [metrics["mtp_loss"]] if "mtp_loss" in metrics else []
         return outcome | {"parameters": gather_parameters(self.engine, self.plan, self.ranks)}
 
 
@@ -151,8 +154,14 @@ def train_oracle(*overrides: str) -> Outcome:
     """The same three steps by obvious means: one process, fp64, all rows at once, autograd, torch's AdamW."""
     config = small_config(f"micro_batch_size={ROWS}", "experts.backend=reference", *overrides)
     model = oracle_model(config)
-    matrices = [p for name, p in model.named_parameters() if p.ndim > 1 and "embed" not in name]
-    others = [p for name, p in model.named_parameters() if p.ndim == 1 or "embed" in name]
+    centred = ("q_norm.weight", "k_norm.weight") if config.model.zero_centered_norm else ()
+    decayed = {
+        name
+        for name, p in model.named_parameters()
+        if name.endswith(centred) or (p.ndim > 1 and "embed" not in name)
+    }
+    matrices = [p for name, p in model.named_parameters() if name in decayed]
+    others = [p for name, p in model.named_parameters() if name not in decayed]
     optimizer = torch.optim.AdamW(
         [
             {"params": matrices, "weight_decay": config.optimizer.weight_decay},
@@ -162,8 +171,9 @@ def train_oracle(*overrides: str) -> Outcome:
         betas=(0.9, 0.95),
         eps=config.optimizer.eps,
     )
-    outcome: Outcome = {"losses": [], "balance_losses": [], "grad_norms": []}
+    outcome: Outcome = {"losses": [], "balance_losses": [], "grad_norms": [], "mtp_losses": []}
     for step in range(STEPS):
+        ahead = torch.zeros(())
         (batch,) = micro_batches(ParallelPlan.of(config, 1), 0, step)
         output = model(batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.token_mask)
         cross_entropy = F.cross_entropy(output.logits.flatten(0, 1), batch.labels.flatten())
@@ -176,8 +186,13 @@ def train_oracle(*overrides: str) -> Outcome:
             tokens, experts, top_k = batch.token_mask.sum(), 8, 2
             balance = experts * (counts / (top_k * tokens) * probabilities / tokens).sum(dim=1)  # [L]
             z = output.router.z_sums / tokens
+        if config.model.num_nextn_predict_layers:  # tests/unit/moe/test_mtp.py has the slow version of it
+            arguments = (batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.token_mask)
+            ahead = model(*arguments, labels=batch.labels).mtp_cross_entropy_sum
+            ahead = ahead / (batch.labels != -100).sum()
+            outcome["mtp_losses"].append(ahead.item())
         optimizer.zero_grad()
-        (cross_entropy + 0.1 * balance.sum() + 0.01 * z.sum()).backward()
+        (cross_entropy + 0.3 * ahead + 0.1 * balance.sum() + 0.01 * z.sum()).backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
         optimizer.step()
         outcome["losses"].append(cross_entropy.item())
@@ -190,8 +205,8 @@ def train_oracle(*overrides: str) -> Outcome:
 def deviation(outcome: Outcome, oracle: Outcome) -> dict[str, float]:
     """Largest relative difference of each kind."""
     found = {
-        key: max(abs(a - b) / abs(b) for a, b in zip(outcome[key], oracle[key], strict=True))
-        for key in ("losses", "balance_losses", "grad_norms")
+        key: max((abs(a - b) / abs(b) for a, b in zip(outcome[key], oracle[key], strict=True)), default=0.0)
+        for key in ("losses", "balance_losses", "grad_norms", "mtp_losses")
     }
     assert outcome["parameters"].keys() == oracle["parameters"].keys()
     for name, expected in oracle["parameters"].items():

@@ -65,6 +65,8 @@ def interrupt_and_compare(case: tuple, folder: str, data: str) -> None:
         *(f"deepspeed=zero{stage}", f"parallel.ep_size={ep_size}", f"dtype={dtype}", f"data.dir={data}"),
         *(f"micro_batch_size={ROWS // (2 * count)}", "balance.mode=prior_buffer"),
         *("balance.bias_update_rate=0.01", f"checkpoint.background={'true' if count == 1 else 'false'}"),
+        *(["model.num_nextn_predict_layers=1", "experts.capacity_factor=1.0"] if count == 4 else []),
+        *(["experts.router_jitter_noise=0.1"] if count == 4 else []),
     ]
     straight = SmallRun(*overrides)
     straight.train(range(2))
@@ -78,7 +80,7 @@ def interrupt_and_compare(case: tuple, folder: str, data: str) -> None:
     saver.finish()
     straight.engine.close()
 
-    resumed = SmallRun(*overrides, "seed=99")
+    resumed = SmallRun(*overrides, "model.initializer_range=0.5")
     assert checkpoints_of(resumed, Path(folder)).load_latest(resumed.engine, resumed.balance) == 2
     assert torch.equal(torch.rand(3), noise)
     actual = resumed.train(range(2, 4)), state_of(resumed.engine)

@@ -22,6 +22,7 @@ class Case(NamedTuple):
     tokens: list[int]  # of each of 4 ranks; on 2 ranks, the first two
     top_k: int
     experts: list[int]  # the only ones that are selected
+    dropped: float = 0.0  # share of the slots that go nowhere
 
 
 CASES = {
@@ -32,6 +33,8 @@ CASES = {
     "one hot expert": Case([7, 9, 6, 8], 1, [5]),
     "all to one rank": Case([7, 9, 6, 8], 2, [6, 7]),
     "ranks without tokens": Case([0, 9, 0, 8], 3, list(range(E))),
+    "dropped": Case([7, 9, 6, 8], 3, list(range(E)), 0.5),
+    "all dropped": Case([7, 9, 6, 8], 2, list(range(E)), 1.0),
     "no tokens": Case([0, 0, 0, 0], 3, list(range(E))),
 }
 
@@ -43,7 +46,9 @@ def inputs(case: Case, world_size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]
     order = torch.rand(tokens, len(case.experts), generator=generator).argsort(-1)[:, : case.top_k]
     x, grad_y = torch.randn(2, tokens, H, generator=generator)
     routing_weights = torch.rand(tokens, case.top_k, generator=generator)
-    return x, routing_weights, torch.tensor(case.experts)[order], grad_y
+    indices = torch.tensor(case.experts)[order]
+    indices[torch.rand(indices.shape, generator=generator) < case.dropped] = E
+    return x, routing_weights, indices, grad_y
 
 
 def build_experts(rank: int = 0, world_size: int = 1) -> Experts:
@@ -60,7 +65,7 @@ def run_case(
     dispatcher: Any, experts: Experts, x: Tensor, routing_weights: Tensor, indices: Tensor, grad_y: Tensor
 ) -> dict[str, Tensor]:
     x, routing_weights = x.clone().requires_grad_(), routing_weights.clone().requires_grad_()
-    y = dispatcher(x, routing_weights, indices, experts)
+    y = dispatcher(x, routing_weights, indices, experts, drops=True)
     leaves = {"x": x, "routing_weights": routing_weights, **dict(experts.named_parameters())}
     grads = torch.autograd.grad(y, list(leaves.values()), grad_y)
     return {"y": y.detach(), **dict(zip(leaves, grads, strict=True))}
@@ -129,7 +134,7 @@ def count_bytes(top_k: int, tokens: int) -> dict[str, tuple[int, int]]:
         slots = top_k if kind == "deduplicated" else 1
         by_hand = out * (2 * H + slots * (2 + 4)) + back * 2 * H  # bf16 tokens and weights, int32 ids
         instance = dispatcher(dist.group.WORLD)
-        y = instance(x, routing_weights, indices, experts)
+        y = instance(x, routing_weights, indices, experts, drops=False)
         assert y.dtype == torch.bfloat16
         assert y.isfinite().all()
         result[kind] = (instance.bytes_sent, by_hand, out)

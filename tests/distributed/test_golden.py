@@ -11,7 +11,14 @@ from harness import run_ranks
 from layouts import DENSE, FAMILY, train_small
 
 FOLDER = Path(__file__).parents[1] / "golden"
-MODELS = {"tiny_moe": ["model=tiny_moe"], **FAMILY}
+MODELS = {
+    "tiny_moe": ["model=tiny_moe"],
+    **FAMILY,
+    "64_experts_top_12": [
+        *("model=tiny_qwen2_moe", "model.shared_expert_intermediate_size=24"),
+        *("model.num_experts=64", "model.num_experts_per_tok=12"),
+    ],
+}
 KEYS = ("losses", "balance_losses", "grad_norms")
 TOLERANCE = 1e-5
 

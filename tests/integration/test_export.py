@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -191,6 +192,27 @@ def test_what_a_hub_folder_holds(small_folder, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(out, dtype="auto")
     assert model.dtype == torch.bfloat16
     assert model.generation_config.eos_token_id == stops
+
+
+def test_multi_token_prediction_stays_behind_where_it_has_no_place(tmp_path, capsys):
+    ahead = replace(SHAPE, num_hidden_layers=1, num_nextn_predict_layers=1)
+    plain = make_folder(tmp_path / "qwen3_moe", ahead)
+    assert run_export(plain, tmp_path / "out") == 0
+    assert "multi-token prediction stays behind" in capsys.readouterr().out
+    assert weights(tmp_path / "out").keys() == {name for name in weights(plain) if name[:4] != "mtp."}
+    assert "num_nextn_predict_layers" not in json.loads((tmp_path / "out/config.json").read_text())
+    hybrid = replace(
+        ahead,
+        zero_centered_norm=True,
+        attn_output_gate=True,
+        shared_expert_gate=True,
+        shared_expert_intermediate_size=64,
+    )
+    assert run_export(make_folder(tmp_path / "qwen3_next", hybrid), tmp_path / "next") == 0
+    assert "stays behind" not in capsys.readouterr().out
+    assert "mtp.fc.weight" in weights(tmp_path / "next")
+    _, report = AutoModelForCausalLM.from_pretrained(tmp_path / "next", output_loading_info=True)
+    assert not any(report.values()), report
 
 
 def test_fused_experts_are_exported_one_by_one(small_folder, tmp_path):

@@ -259,6 +259,61 @@ def test_what_we_do_not_compute_is_refused(change: dict[str, Any], fragment: str
     assert fragment in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"num_experts": "128"}, 'num_experts="128" must be an integer; correct it'),
+        ({"num_experts": [128]}, "num_experts=[128] must be an integer; correct it"),
+        ({"num_experts": 128.0}, "num_experts=128.0 must be an integer; correct it"),
+        ({"num_local_experts": "8"}, 'num_local_experts="8" must be an integer; correct it'),
+        ({"num_hidden_layers": True}, "num_hidden_layers=true must be an integer; correct it"),
+        ({"rope_theta": "1e6"}, 'rope_theta="1e6" must be a finite number; correct it'),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps=NaN must be a finite number; correct it"),
+        ({"norm_topk_prob": 1}, "norm_topk_prob=1 must be true or false; correct it"),
+        ({"use_sliding_window": "no"}, 'use_sliding_window="no" must be true or false; correct it'),
+        ({"hidden_act": 3}, "hidden_act=3 must be a string; correct it"),
+        (
+            {"layer_types": "full_attention"},
+            'layer_types="full_attention" must be a list of strings; correct it',
+        ),
+        ({"mlp_only_layers": 3}, "mlp_only_layers=3 must be a list of integers; correct it"),
+        ({"mlp_only_layers": ["1"]}, 'mlp_only_layers=["1"] must be a list of integers; correct it'),
+        ({"rope_scaling": ["yarn"]}, 'rope_scaling=["yarn"] must be a group of keys; correct it'),
+        ({"rope_parameters": 5}, "rope_parameters=5 must be a group of keys; correct it"),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": "4"}},
+            'rope_scaling.factor="4" must be a finite number; correct it',
+        ),
+        ({"num_experts": None}, "key num_experts is missing; write it out"),
+    ],
+)
+def test_mistyped_keys(change: dict[str, Any], line: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        ModelConfig.from_hf({**MOE.to_hf(), **change})
+    assert error.value.problems == [f"config.json: {line}"]
+
+
+def test_all_mistyped_keys_at_once() -> None:
+    broken = {key: {"a": 1} if key != "rope_scaling" else 1 for key in MOE.to_hf() if key in vars(MOE)}
+    with pytest.raises(ConfigError) as error:
+        ModelConfig.from_hf({**MOE.to_hf(), **broken, "rope_scaling": 1})
+    assert len(error.value.problems) == len(broken)
+
+
+def test_multi_token_prediction_counts() -> None:
+    ahead = replace(NEXT, num_nextn_predict_layers=1)
+    assert (NEXT.num_moe_layers, ahead.num_moe_layers) == (8, 9)
+    assert (ahead.layer_type(8), ahead.is_moe_layer(8)) == ("full_attention", True)
+    assert ModelConfig.from_hf(ahead.to_hf()) == ahead
+    assert replace(MOE, num_nextn_predict_layers=2).problems() == [
+        "model.num_nextn_predict_layers=2 must be 0 or 1"
+    ]
+    attention = 6 * 8 * 16 * 100
+    layer = ahead.num_active_parameters() - NEXT.num_active_parameters()
+    more = ahead.flops_per_token(100) - NEXT.flops_per_token(100)
+    assert more == 6 * (layer + 1000 * 64) + attention
+
+
 def test_config_needs_no_torch() -> None:
     code = "import sys, moe.config; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,5 +1,7 @@
 """First values: the same for every layout, drawn from the right distribution."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -51,6 +53,19 @@ def test_distribution(config: ModelConfig) -> None:
             spread = 6 / parameter.numel() ** 0.5  # six standard errors and more
             assert parameter.std().item() == pytest.approx(0.02, rel=spread), name
             assert abs(parameter.mean().item()) < 0.02 * spread, name
+
+
+def test_routers_have_their_own_scale(next_config: ModelConfig) -> None:
+    """And nothing else; the norms of multi-token prediction are the identity as all others."""
+    config = replace(next_config, num_nextn_predict_layers=1)
+    plain, scaled = CausalLM(config), CausalLM(config)
+    init_weights(plain, seed=0)
+    init_weights(scaled, seed=0, router_scale=0.1)
+    for (name, mine), other in zip(scaled.named_parameters(), plain.parameters(), strict=True):
+        router = name.endswith("mlp.gate.weight")
+        torch.testing.assert_close(mine, 0.1 * other if router else other, rtol=1e-6, atol=0)
+        if name.startswith("mtp.") and "norm" in name:
+            assert not mine.any(), name
 
 
 def test_every_tensor_has_its_own_values(moe_config: ModelConfig) -> None:

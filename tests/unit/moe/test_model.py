@@ -94,10 +94,24 @@ def test_loss_is_the_cross_entropy_of_the_logits(config: ModelConfig, build: Bui
     assert all(_error(ours[name], oracle[name]) < 1e-5 for name in ours)
 
 
+@pytest.fixture(params=["dense", "moe", "next", "qwen2", "qwen2_moe"])
+def generating(request: pytest.FixtureRequest) -> ModelConfig:
+    """A model of each architecture; Qwen2's have biases on query, key and value, and no norms of heads."""
+    kind = request.param.replace("qwen2_", "").replace("qwen2", "dense")
+    config = request.getfixturevalue(f"{kind}_config")
+    if "qwen2" not in request.param:
+        return config
+    shared = {"shared_expert_intermediate_size": 20, "shared_expert_gate": True, "norm_topk_prob": False}
+    config = replace(config, attention_bias=False, qkv_bias=True, use_qk_norm=False)
+    config = replace(config, **(shared if config.num_experts else {}))
+    assert config.to_hf()["model_type"] == request.param
+    return config
+
+
 @pytest.mark.parametrize("steps", [[6, 1, 1, 1, 1], [1] * 10, [3, 4, 3]], ids=str)
-def test_cached_decoding(config: ModelConfig, build: Build, pack: Pack, steps: list[int]) -> None:
+def test_cached_decoding(generating: ModelConfig, build: Build, pack: Pack, steps: list[int]) -> None:
     batch = pack([[10], [10]])
-    model = build(config)
+    model = build(generating)
     cache = Cache()
     pieces = []
     with torch.no_grad():

@@ -82,6 +82,10 @@ def test_laws_come_together(run_config):
             "+deepspeed.zero_optimization.offload_optimizer.device=nvme",
             "offload_optimizer: checkpoints need optimizer states in memory",
         ),
+        ("experts.capacity_factor=0", "experts.capacity_factor=0.0 must be above 0; null drops nothing"),
+        ("experts.router_jitter_noise=-0.1", "experts.router_jitter_noise=-0.1 is outside 0 to 1"),
+        ("init.router_scale=-1", "init.router_scale=-1.0 is below 0"),
+        ("mtp_loss_scaling_factor=-1", "mtp_loss_scaling_factor=-1.0 is below 0"),
         ("parallel.dispatcher=magic", "parallel.dispatcher=magic is unknown"),
     ],
 )
@@ -90,6 +94,21 @@ def test_each_law(run_config, override, message):
     found = broken(run_config("stage.global_batch_size=8", *overrides), world_size=4)
     assert any(message in line for line in found), found
     assert len(found) == 1, "one mistake, one line"
+
+
+def test_a_dense_model_routes_nothing(run_config):
+    found = broken(
+        run_config(
+            *("model=tiny_dense", "parallel.ep_size=1", "balance.z_loss_coef=0.1"),
+            *("experts.capacity_factor=1.5", "experts.router_jitter_noise=0.1"),
+        )
+    )
+    needs = "needs experts, but model.num_experts=0; use"
+    assert found == [
+        f"balance.z_loss_coef=0.1 {needs} 0",
+        f"experts.router_jitter_noise=0.1 {needs} 0",
+        f"experts.capacity_factor=1.5 {needs} null",
+    ]
 
 
 def test_steps_cover_the_token_budget(run_config):
