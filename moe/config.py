@@ -12,9 +12,9 @@ from moe.formats import FORMATS, FULL, LINEAR, RELEASED, RopeScaling, format_of,
 class ConfigError(ValueError):
     """The user's configuration is wrong. `problems` holds one line per broken law; so does `str()`."""
 
-    def __init__(self, problems: list[str]) -> None:
-        super().__init__("\n".join(problems))
-        self.problems = problems
+    def __init__(self, problems: list[str] | str) -> None:
+        self.problems = [problems] if isinstance(problems, str) else problems
+        super().__init__("\n".join(self.problems))
 
 
 @dataclass

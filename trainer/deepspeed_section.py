@@ -10,30 +10,18 @@ _OURS = {
     "train_micro_batch_size_per_gpu": "micro_batch_size",
     "gradient_accumulation_steps": "micro_batch_size (accumulation follows)",
     "gradient_clipping": "optimizer.max_grad_norm",
-    "bf16": "dtype",
-    "fp16": "dtype",
-    "data_types": "dtype",
-    "optimizer": "optimizer",
     "scheduler": "schedule",
     "wandb": "tracker",
-    "sequence_parallel_size": "parallel",
-    "data_parallel_size": "parallel",
     "expert_parallel": "parallel.ep_size",
-    "checkpoint": "checkpoint",
+    **dict.fromkeys(("bf16", "fp16", "data_types"), "dtype"),
+    **dict.fromkeys(("sequence_parallel_size", "data_parallel_size"), "parallel"),
+    **{key: key for key in ("optimizer", "checkpoint")},
 }
 # DeepSpeed ignores an unknown top-level key in silence: a typo would do nothing.
 _DEEPSPEED = {
-    "zero_optimization",
-    "zero_force_ds_cpu_optimizer",
-    "communication_data_type",
-    "prescale_gradients",
-    "gradient_predivide_factor",
-    "sparse_gradients",
-    "wall_clock_breakdown",
-    "memory_breakdown",
-    "comms_logger",
-    "flops_profiler",
-    "activation_checkpointing",
+    *("zero_optimization", "zero_force_ds_cpu_optimizer", "communication_data_type", "prescale_gradients"),
+    *("gradient_predivide_factor", "sparse_gradients", "wall_clock_breakdown", "memory_breakdown"),
+    *("comms_logger", "flops_profiler", "activation_checkpointing"),
 }
 
 
@@ -44,14 +32,13 @@ def deepspeed_problems(section: dict[str, Any]) -> list[str]:
         if key in _OURS:
             found.append(f"deepspeed.{key} is set by {_OURS[key]}; remove it")
         elif key not in _DEEPSPEED:
-            found.append(
-                f"deepspeed.{key} is unknown{similar(key, _DEEPSPEED)}; use one of {sorted(_DEEPSPEED)}"
-            )
+            near = similar(key, _DEEPSPEED)
+            found.append(f"deepspeed.{key} is unknown{near}; use one of {sorted(_DEEPSPEED)}")
     zero = section.get("zero_optimization", {})
-    stage = zero.get("stage", 0) if isinstance(zero, dict) else None
+    zero = zero if isinstance(zero, dict) else {"stage": None}
+    stage, offload = zero.get("stage", 0), zero.get("offload_optimizer")
     if stage not in (0, 1, 2, 3):
         found.append(f"deepspeed.zero_optimization.stage={stage} is unknown; use 0, 1, 2 or 3")
-    offload = zero.get("offload_optimizer") if isinstance(zero, dict) else None
     if isinstance(offload, dict) and (offload.get("device") == "nvme" or offload.get("ratio", 1) != 1):
         found.append(
             "deepspeed.zero_optimization.offload_optimizer: checkpoints need optimizer states in memory; "
