@@ -40,19 +40,14 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 all_to_all = deepspeed.comm.all_to_all_single  # for dispatchers: DeepSpeed's communication log sees it
 # DeepSpeed's collectives, as its backend names them
 _COLLECTIVES = (
-    "all_reduce",
-    "all_gather_into_tensor",
-    "reduce_scatter_tensor",
-    "reduce",
-    "all_to_all_single",
+    *("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "reduce", "all_to_all_single"),
 )
 
 
 def init_deepspeed(device: torch.device) -> None:
     """Hand the existing process group to DeepSpeed."""
-    warnings.filterwarnings(
-        "ignore", r"`torch\.distributed\..*` is deprecated", FutureWarning
-    )  # at every collective
+    every_collective = r"`torch\.distributed\..*` is deprecated"
+    warnings.filterwarnings("ignore", every_collective, FutureWarning)
     # It would compile a shared-memory operator for inference, for a minute, on every rank.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
@@ -107,24 +102,13 @@ def mark_experts(model: nn.Module, num_experts: int, ep_size: int, ep_rank: int)
         if not isinstance(block, MoEBlock):
             continue
         block.__class__ = _as_autoep(type(block))  # type: ignore[arg-type]
-        for key, value in {
-            "num_experts": num_experts,
-            "num_local_experts": num_experts // ep_size,
-            "ep_size": ep_size,
-            "ep_rank": ep_rank,
-            "ep_group_name": group_name,
-            "ep_group": expert_parallel_group(ep_size),
-        }.items():
-            setattr(block, key, value)
+        vars(block).update(num_experts=num_experts, num_local_experts=num_experts // ep_size)
+        vars(block).update(ep_size=ep_size, ep_rank=ep_rank)
+        vars(block).update(ep_group_name=group_name, ep_group=expert_parallel_group(ep_size))
         for parameter in block.experts.parameters():
-            for key, value in {
-                "allreduce": False,
-                "group_name": group_name,
-                "is_expert_group": True,
-                "ds_zero_placement_family": "autoep_expert",
-                "ds_zero_partition_group_name": group_name,
-            }.items():
-                setattr(parameter, key, value)
+            vars(parameter).update(allreduce=False, is_expert_group=True, group_name=group_name)
+            vars(parameter).update(ds_zero_partition_group_name=group_name)
+            vars(parameter).update(ds_zero_placement_family="autoep_expert")
 
 
 @dataclass(frozen=True)
@@ -229,7 +213,7 @@ class Engine:
         experts: list[Tensor] = []
         for parameter in self.module.parameters():
             if parameter.grad is not None:
-                (shared if getattr(parameter, "allreduce", True) else experts).append(parameter.grad)
+                (experts if _is_expert(parameter) else shared).append(parameter.grad)
         squares = torch.stack([_square_sum(shared), _square_sum(experts)])
         dist.all_reduce(squares[1], group=self._ep_group)
         norm = float(squares.sum().sqrt())
@@ -256,7 +240,7 @@ class Engine:
     def _parameters(self) -> Iterator[tuple[str, nn.Parameter, bool]]:
         """Name, parameter, and whether this rank owns it."""
         for position, (name, parameter) in enumerate(self.module.named_parameters()):
-            group = None if getattr(parameter, "allreduce", True) else self._edp_group
+            group = self._edp_group if _is_expert(parameter) else None
             turn = position % dist.get_world_size(group)
             yield name, parameter, turn == dist.get_rank(group)
 
@@ -266,13 +250,12 @@ class Engine:
         Filling the views restores a state, on whatever layout it was read: `end_restore` ends it.
         """
         for name, parameter, owned in self._parameters():
-            place = self._locate(parameter)
-            if place is None:
+            if (place := self._locate(parameter)) is None:
                 continue
             flat, offset, start, numel = place
             state = self._adam_state(flat)
             views = {"master": flat.detach(), "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
-            if not getattr(parameter, "allreduce", True):  # experts: this rank holds its slice of them
+            if _is_expert(parameter):  # this rank holds its slice of them
                 start += self._ep_rank * getattr(parameter, "ds_numel", parameter.numel())
             cut = {key: view.view(-1)[offset : offset + numel] for key, view in views.items()}
             yield Fragment(name, start, cut, owned or self._zero_stage > 0)
@@ -287,12 +270,10 @@ class Engine:
             group, offset, padded = optimizer.grad_position[optimizer.get_param_id(parameter)]
             start = padded * dist.get_rank(parameter.ds_process_group)
             numel = min(padded, parameter.ds_numel - start)
-            return (
-                (optimizer.fp32_partitioned_groups_flat[group], offset, start, numel) if numel > 0 else None
-            )
+            flat = optimizer.fp32_partitioned_groups_flat[group]
+            return (flat, offset, start, numel) if numel > 0 else None
         if self._zero_stage > 0:
-            mapping = parameter._hp_mapping
-            if mapping is None:
+            if (mapping := parameter._hp_mapping) is None:
                 return None
             flat = self._engine.basic_optimizer.param_groups[mapping.param_group_index]["params"][0]
             here, there = mapping.hp_fragment_address, mapping.lp_fragment_address
@@ -309,10 +290,7 @@ class Engine:
 
     @torch.no_grad()
     def end_restore(self, step: int) -> None:
-        """After all fragments are filled: the step of the optimizer, and the weights from their masters.
-
-        All ranks must call it.
-        """
+        """After all fragments are filled, on all ranks: set the step, and the weights from their masters."""
         for state in self._engine.basic_optimizer.state.values():
             state["step"].fill_(step)
         optimizer = self._engine.optimizer
@@ -330,6 +308,10 @@ class Engine:
     def close(self) -> None:
         """Release what DeepSpeed holds; all ranks must call it."""
         self._engine.destroy()
+
+
+def _is_expert(parameter: nn.Parameter) -> bool:
+    return not getattr(parameter, "allreduce", True)
 
 
 def _square_sum(tensors: list[Tensor]) -> Tensor:
