@@ -9,7 +9,6 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -138,20 +137,18 @@ class Engine:
         self._ep_rank = plan.ep_rank(ranks.rank)
         self._ep_group = expert_parallel_group(plan.ep_size)
         self._edp_group = groups._get_expert_data_parallel_group(f"ep_size_{plan.ep_size}")
-        # DeepSpeed's own norm is wrong for experts without ZeRO, so stage 0 clips here.
-        self._clips_here = self._zero_stage == 0
         settings: dict[str, Any] = {
             **config.deepspeed,
             "train_batch_size": plan.global_batch_size,
             "train_micro_batch_size_per_gpu": plan.micro_batch_size,
             "gradient_accumulation_steps": plan.gradient_accumulation_steps,
-            "gradient_clipping": 0.0 if self._clips_here else self._max_grad_norm,
+            # its own norm is wrong for experts without ZeRO, so stage 0 clips here
+            "gradient_clipping": self._max_grad_norm if self._zero_stage > 0 else 0.0,
             "steps_per_print": None,
+            "bf16": {"enabled": config.dtype == "bf16"},
         }
-        if config.dtype == "bf16":
-            settings["bf16"] = {"enabled": True}
-            if self._zero_stage > 0:
-                settings["data_types"] = {"grad_accum_dtype": "fp32"}
+        if config.dtype == "bf16" and self._zero_stage > 0:
+            settings["data_types"] = {"grad_accum_dtype": "fp32"}
         self._engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=settings, dist_init_required=False
         )
@@ -202,7 +199,7 @@ class Engine:
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
         with self.clock.part("optimizer"):
-            norm = self._clip_without_zero() if self._clips_here else None
+            norm = self._clip_without_zero() if self._zero_stage == 0 else None
             if norm is None or math.isfinite(norm):
                 self._engine.step()
             return float(self._engine.get_global_grad_norm()) if norm is None else norm
@@ -221,19 +218,14 @@ class Engine:
             torch._foreach_mul_(shared + experts, self._max_grad_norm / (norm + 1e-6))
         return norm
 
-    def gathered(self, parameters: list[nn.Parameter]) -> AbstractContextManager:
-        """A context in which ZeRO-3's partitioned parameters are whole (experts: this rank's slice is)."""
-        if self._zero_stage < 3:
-            return nullcontext()
-        return deepspeed.zero.GatheredParameters(parameters)
-
     def owned_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """(name, whole tensor) of what this rank writes to disk, one at a time; all ranks must iterate.
 
         The ranks that hold a parameter (experts: that hold the same slice) take turns in owning one.
         """
         for name, parameter, owned in self._parameters():
-            with self.gathered([parameter]):
+            # ZeRO-3 cuts parameters up, of experts this rank's slice
+            with deepspeed.zero.GatheredParameters([parameter], enabled=self._zero_stage == 3):
                 if owned:
                     yield name, parameter.detach()
 
