@@ -10,7 +10,6 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -80,27 +79,21 @@ def expert_parallel_group(ep_size: int) -> dist.ProcessGroup:
     return groups._get_expert_parallel_group(name)
 
 
-@cache
-def _as_autoep(block_class: type[MoEBlock]) -> type:
-    """`block_class` with DeepSpeed's marker class as a second parent; the arithmetic stays the block's."""
+class _AutoEPBlock(MoEBlock, AutoEPMoELayer):
+    """A block with DeepSpeed's marker class as a second parent; the arithmetic stays the block's."""
 
-    def set_deepspeed_parallelism(self: Any, *args: Any, **kwargs: Any) -> None:
+    def set_deepspeed_parallelism(self, *args: Any, **kwargs: Any) -> None:
         """DeepSpeed asks every layer for its group; ours exists already."""
         self.ep_group = expert_parallel_group(self.ep_size)
-
-    members = {"forward": block_class.forward, "set_deepspeed_parallelism": set_deepspeed_parallelism}
-    return type(f"AutoEP{block_class.__name__}", (block_class, AutoEPMoELayer), members)
 
 
 def mark_experts(model: nn.Module, num_experts: int, ep_size: int, ep_rank: int) -> None:
     """Make every MoE block of `model`, which holds this rank's experts, an AutoEP layer for DeepSpeed."""
-    if not num_experts:
-        return
     group_name = f"ep_size_{ep_size}"
     for block in model.modules():
         if not isinstance(block, MoEBlock):
             continue
-        block.__class__ = _as_autoep(type(block))  # type: ignore[arg-type]
+        block.__class__ = _AutoEPBlock
         vars(block).update(num_experts=num_experts, num_local_experts=num_experts // ep_size)
         vars(block).update(ep_size=ep_size, ep_rank=ep_rank)
         vars(block).update(ep_group_name=group_name, ep_group=expert_parallel_group(ep_size))
@@ -149,9 +142,8 @@ class Engine:
         }
         if config.dtype == "bf16" and self._zero_stage > 0:
             settings["data_types"] = {"grad_accum_dtype": "fp32"}
-        self._engine, *_ = deepspeed.initialize(
-            model=model, optimizer=optimizer, config=settings, dist_init_required=False
-        )
+        given = {"model": model, "optimizer": optimizer, "config": settings}
+        self._engine, *_ = deepspeed.initialize(**given, dist_init_required=False)
         self.module: nn.Module = self._engine.module
         self._masters: dict[nn.Parameter, Tensor] = {}  # bf16 without ZeRO: fp32 masters by parameter
         self.clock = StepClock(ranks.device)
