@@ -110,15 +110,12 @@ class ModelConfig:
             found.append(_must(self, "partial_rotary_factor", law))
         if (scaling := self.rope_scaling) is not None:
             original, limit = scaling.original_max_position_embeddings, self.max_position_embeddings
+            falling = scaling.beta_fast > scaling.beta_slow > 0
             within = f"be above 0 and at most model.max_position_embeddings={limit}"
             for key, sound, law in [
                 ("rope_type", scaling.rope_type == "yarn", "be yarn; or set model.rope_scaling=null"),
                 ("factor", scaling.factor >= 1, "be at least 1: a context grows"),
-                (
-                    "beta_fast",
-                    scaling.beta_fast > scaling.beta_slow > 0,
-                    "exceed beta_slow, which is above 0",
-                ),
+                ("beta_fast", falling, "exceed beta_slow, which is above 0"),
                 ("original_max_position_embeddings", 0 < original <= limit, within),
             ]:
                 if not sound:

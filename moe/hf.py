@@ -120,12 +120,11 @@ def write_config(config: ModelConfig, dtype: torch.dtype, folder: Path, stops: S
         _write_json(folder / "generation_config.json", {**special, "eos_token_id": ends})
 
 
-def save_hf(model: CausalLM, folder: str | Path, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+def save_hf(model: CausalLM, folder: Path, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
     """Write a model that this process holds whole as a folder that transformers loads.
 
     Raises ConfigError if the folder holds weights already: leftover shards would be taken for this model's.
     """
-    folder = Path(folder)
     if any(folder.glob("*.safetensors")):
         raise ConfigError(f"{folder} already holds weights; choose an empty folder")
     folder.mkdir(parents=True, exist_ok=True)
@@ -155,14 +154,14 @@ class Place(NamedTuple):
 
 
 @torch.no_grad()
-def load_hf(model: CausalLM, folder: str | Path, *, ep_rank: int = 0, dense_slices: int = 0) -> None:
+def load_hf(model: CausalLM, folder: Path, *, ep_rank: int = 0, dense_slices: int = 0) -> None:
     """Fill the model from a folder, cast to the dtypes of its parameters, in place.
 
     One file or shards, per-expert or fused expert tensors (transformers 5 in memory). Of an expert-parallel
     model only the slices of `ep_rank`'s experts are read. `dense_slices`: see `locate`.
     Raises ConfigError as `locate` does; the model is untouched then.
     """
-    places = locate(model.config, Path(folder), dense_slices)
+    places = locate(model.config, folder, dense_slices)
     reads: dict[Path, list[tuple[Place, Tensor]]] = defaultdict(list)
     for name, tensor in hub_tensors(model, ep_rank):
         if name in places:
@@ -248,14 +247,11 @@ def _dense_part(name: str, shape: tuple[int, ...], slices: int) -> _Part:
     prefix, expert, projection, _ = name.rsplit(".", 3)
     stored = f"{prefix.removesuffix('.experts')}.{projection}.weight"
     rows, columns = shape
-    number = int(expert) % slices
+    width = columns if projection == "down_proj" else rows
+    cut = slice(int(expert) % slices * width, (int(expert) % slices + 1) * width)
     if projection == "down_proj":
-        return (
-            stored,
-            (slice(None), slice(number * columns, (number + 1) * columns)),
-            (rows, slices * columns),
-        )
-    return stored, (slice(number * rows, (number + 1) * rows),), (slices * rows, columns)
+        return stored, (slice(None), cut), (rows, slices * columns)
+    return stored, (cut,), (slices * rows, columns)
 
 
 def _listed(kind: str, names: Sequence[str]) -> str:

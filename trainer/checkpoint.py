@@ -110,7 +110,7 @@ class Checkpoints:
         extras = {"balance.pt": state, "random.pt": generators} if self._ranks.is_main else {}
         weights = engine.owned_parameters()
         fragments = (fragment for fragment in engine.fragments() if fragment.owned)
-        if self._config.checkpoint.background and self._fits(engine):
+        if self._config.checkpoint.background and self._fits():
             copies = [(name, _on_host(tensor)) for name, tensor in weights]
             states = [
                 replace(fragment, state={field: _on_host(view) for field, view in fragment.state.items()})
@@ -204,11 +204,11 @@ class Checkpoints:
         if attempt > self._attempt:
             raise TrainingError(f"attempt {attempt} has taken over the run from attempt {self._attempt}")
 
-    def _fits(self, engine: Engine) -> bool:
-        """Whether the host has room for a copy of what each of its ranks writes."""
-        elements = sum(len(part.state["master"]) for part in engine.fragments() if part.owned)
-        nbytes = elements * (4 * FIELDS + DTYPES[self._config.dtype].itemsize)
-        needed, available = nbytes * self._config.parallel.nproc_per_node, available_memory()
+    def _fits(self) -> bool:
+        """Whether the host has room for a copy of what its ranks write, their share of the whole."""
+        nbytes = self._config.model.num_parameters() * (4 * FIELDS + DTYPES[self._config.dtype].itemsize)
+        needed = nbytes * self._config.parallel.nproc_per_node / self._ranks.world_size
+        available = available_memory()
         fits = 2 * needed <= available
         if not fits and not self._told:
             self._told = True

@@ -171,14 +171,12 @@ class RunConfig:
     def _own_problems(self) -> list[str]:
         """Laws that the types of single values do not show."""
         stage, model, schedule, betas = self.stage, self.model, self.schedule, self.optimizer.betas
-        found = [
-            f"schedule.{key}={getattr(schedule, key)} is outside 0 to 1; use a fraction"
-            for key in ("decay_fraction", "min_lr_ratio")
-            if not 0 <= getattr(schedule, key) <= 1
-        ]
-        for i, beta in enumerate(betas):
-            if not 0 <= beta < 1:
-                found.append(f"optimizer.betas[{i}]={beta} is outside 0 to 1; use a fraction")
+        shares = {f"schedule.{key}": getattr(schedule, key) for key in ("decay_fraction", "min_lr_ratio")}
+        shares |= {f"optimizer.betas[{i}]": beta for i, beta in enumerate(betas)}
+        found = []
+        for key, share in shares.items():
+            if not 0 <= share <= 1 or (share == 1 and "betas" in key):
+                found.append(f"{key}={share} is outside 0 to 1; use a fraction")
         if len(betas) != 2:
             found.append(f"optimizer.betas={betas} must hold two numbers, as [0.9, 0.95]")
         if not 0 <= self.seed < 2**31:
@@ -231,12 +229,11 @@ class RunConfig:
         if len(self.model.moe_layers) == self.model.num_hidden_layers:
             free |= {"intermediate_size"}  # no layer has it
         found = upcycle_problems(theirs, self.model, how) if upcycles else []
-        for key, value in vars(self.model).items():
-            if key not in free and getattr(theirs, key) != value:
+        for key, value in vars(theirs).items():
+            if key not in free and getattr(self.model, key) != value:
                 hint = " (a dense model becomes a mixture by init.upcycle)" if key == "num_experts" else ""
-                found.append(
-                    f"{named} has {key}={getattr(theirs, key)}, but model.{key}={value}; set the same{hint}"
-                )
+                ours = f"model.{key}={getattr(self.model, key)}"
+                found.append(f"{named} has {key}={value}, but {ours}; set the same{hint}")
         return found
 
 

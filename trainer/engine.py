@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from data_pipeline.loader import Batch
 from moe.block import MoEBlock
@@ -37,15 +38,14 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 all_to_all = deepspeed.comm.all_to_all_single  # for dispatchers: DeepSpeed's communication log sees it
 # DeepSpeed's collectives, as its backend names them
-_COLLECTIVES = (
-    *("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "reduce", "all_to_all_single"),
-)
+_COLLECTIVES = ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "reduce")
+_COLLECTIVES += ("all_to_all_single",)
 
 
 def init_deepspeed(device: torch.device) -> None:
     """Hand the existing process group to DeepSpeed."""
-    every_collective = r"`torch\.distributed\..*` is deprecated"
-    warnings.filterwarnings("ignore", every_collective, FutureWarning)
+    # at every collective
+    warnings.filterwarnings("ignore", r"`torch\.distributed\..*` is deprecated", FutureWarning)
     # It would compile a shared-memory operator for inference, for a minute, on every rank.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
@@ -117,12 +117,7 @@ class Engine:
     """A model under DeepSpeed: forward, backward of shares, step, and the states that a checkpoint keeps."""
 
     def __init__(
-        self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        config: RunConfig,
-        plan: ParallelPlan,
-        ranks: Ranks,
+        self, model: nn.Module, optimizer: Optimizer, config: RunConfig, plan: ParallelPlan, ranks: Ranks
     ) -> None:
         self._world_size = plan.world_size
         self._zero_stage = config.zero_stage

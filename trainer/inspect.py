@@ -32,12 +32,13 @@ def describe(checkpoint: Path) -> list[str]:
         with safe_open(path, framework="numpy") as reader:
             for name in reader.keys():  # noqa: SIM118, the reader is no mapping
                 stored = reader.get_slice(name)
+                count = math.prod(stored.get_shape())
                 for kind in (
-                    next((kind for part, kind in _KINDS.items() if part in name), "other"),
                     "in all",
+                    next((kind for part, kind in _KINDS.items() if part in name), "other"),
                 ):
-                    elements[kind] += math.prod(stored.get_shape())
-                    nbytes[kind] += math.prod(stored.get_shape()) * _BYTES[stored.get_dtype()]
+                    elements[kind] += count
+                    nbytes[kind] += count * _BYTES[stored.get_dtype()]
     total = sum(size for size, _ in manifest["files"].values())
     layout = ", ".join(f"{key} {value}" for key, value in manifest["layout"].items())
     return [

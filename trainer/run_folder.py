@@ -48,7 +48,7 @@ def freeze(run_dir: Path, cfg: DictConfig, overrides: list[str]) -> None:
     try:
         (run_dir / "overrides.txt").write_text("".join(f"{line}\n" for line in overrides))
         (run_dir / "environment.json").write_text(json.dumps(_environment(), indent=1))
-        (run_dir / "git.txt").write_text(f"{_git('rev-parse', 'HEAD')}\n{_git('diff', 'HEAD')}")
+        (run_dir / "git.txt").write_text(f"{_git('rev-parse', '--verify', 'HEAD')}\n{_git('diff', 'HEAD')}")
         write_atomically(frozen, OmegaConf.to_yaml(cfg, resolve=True).encode())
     except OSError as error:
         raise ConfigError(f"output_dir: cannot write the run folder {run_dir} ({error.strerror})") from error
