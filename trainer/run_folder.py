@@ -179,17 +179,21 @@ def write_state(run_dir: Path, state: str, attempt: int) -> None:
 
 
 def flat(cfg: Any) -> dict[str, Any]:
-    """A configuration as {"optimizer.lr": 0.1, ...}."""
-    return dict(flat_metrics(OmegaConf.to_container(cfg, resolve=True), separator="."))
+    """A configuration as {"optimizer.lr": 0.1, ...}; lists stay whole."""
+    return dict(_leaves(OmegaConf.to_container(cfg, resolve=True), dict, "."))
 
 
-def flat_metrics(values: Any, path: str = "", separator: str = "/") -> Iterator[tuple[str, Any]]:
-    """{"layers": {"z_loss": [0.1]}} -> ("layers/z_loss/0", 0.1); what is empty vanishes."""
-    if not isinstance(values, dict | list):
+def flat_metrics(values: Any) -> Iterator[tuple[str, Any]]:
+    """{"layers": {"z_loss": [0.1]}} -> ("layers/z_loss/0", 0.1)"""
+    return _leaves(values, (dict, list), "/")
+
+
+def _leaves(values: Any, containers: Any, separator: str, path: str = "") -> Iterator[tuple[str, Any]]:
+    if not isinstance(values, containers) or not values:
         yield path, values
         return
     for key, value in values.items() if isinstance(values, dict) else enumerate(values):
-        yield from flat_metrics(value, f"{path}{separator}{key}" if path else str(key), separator)
+        yield from _leaves(value, containers, separator, f"{path}{separator}{key}" if path else str(key))
 
 
 def _environment() -> dict[str, Any]:
