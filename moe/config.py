@@ -62,8 +62,11 @@ class ModelConfig:
 
     def is_moe_layer(self, layer: int) -> bool:
         """Whether decoder layer `layer` (from 0) is a mixture of experts."""
-        sparse = self.num_experts > 0 and layer not in self.mlp_only_layers
-        return sparse and (layer + 1) % self.decoder_sparse_step == 0
+        return (
+            self.num_experts > 0
+            and layer not in self.mlp_only_layers
+            and (layer + 1) % self.decoder_sparse_step == 0
+        )
 
     def layer_type(self, layer: int) -> str:
         """The sequence mixer of decoder layer `layer` (from 0)."""
