@@ -51,7 +51,7 @@ class GatedDeltaNet(nn.Module):
     def forward(
         self, hidden: Tensor, rotary: tuple[Tensor, Tensor], documents: Documents, cache: Cache | None = None
     ) -> Tensor:
-        """hidden [B, S, H] -> [B, S, H], without `rotary`. With a cache, each row goes on."""
+        """hidden [B, S, H] -> [B, S, H]; `rotary` is not used. With a cache each row goes on where it was."""
         x = hidden.flatten(0, 1)
         query, key, value, gate = _of_heads(self.in_proj_qkvz(x), self.key_heads, self.qkvz_sizes)
         beta, decay = _of_heads(self.in_proj_ba(x), self.key_heads, self.ba_sizes)  # [T, N]
