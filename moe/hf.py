@@ -187,11 +187,12 @@ def locate(config: ModelConfig, folder: Path, dense_slices: int = 0) -> dict[str
         shape, (parameter, expert) = tuple(tensor.shape), from_hub(name)
         if dense_slices and name.endswith(ROUTER):
             continue
-        stored, part, stored_shape = name, (slice(None),), shape
         if expert is not None and dense_slices:
             stored, part, stored_shape = _dense_part(name, shape, dense_slices)
         elif expert is not None and name not in found:
             stored, part, stored_shape = _fused_part(parameter, expert, shape, config.num_experts)
+        else:
+            stored, part, stored_shape = name, (slice(None),), shape
         known.add(stored)
         if stored not in found:
             missing.append(stored if dense_slices else name)

@@ -75,7 +75,7 @@ class Checkpoints:
         self._run_dir, self._folder = run_dir, run_dir / "checkpoints"
         self._attempt, self._config, self._ranks, self._say = attempt, config, ranks, say
         self._ep_rank = plan.ep_rank(ranks.rank)
-        self._layout = {"world_size": plan.world_size, "ep_size": plan.ep_size}
+        self._layout: dict[str, Any] = {"world_size": plan.world_size, "ep_size": plan.ep_size}
         self._layout |= {"zero_stage": config.zero_stage, "dtype": config.dtype}
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Writing | None = None

@@ -38,8 +38,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 all_to_all = deepspeed.comm.all_to_all_single  # for dispatchers: DeepSpeed's communication log sees it
 # DeepSpeed's collectives, as its backend names them
-_COLLECTIVES = ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "reduce")
-_COLLECTIVES += ("all_to_all_single",)
+_COLLECTIVES = ["all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "reduce"]
+_COLLECTIVES += ["all_to_all_single"]
 
 
 def init_deepspeed(device: torch.device) -> None:
@@ -81,6 +81,8 @@ def expert_parallel_group(ep_size: int) -> dist.ProcessGroup:
 
 class _AutoEPBlock(MoEBlock, AutoEPMoELayer):
     """A block with DeepSpeed's marker class as a second parent; the arithmetic stays the block's."""
+
+    ep_size: int
 
     def set_deepspeed_parallelism(self, *args: Any, **kwargs: Any) -> None:
         """DeepSpeed asks every layer for its group; ours exists already."""
