@@ -12,9 +12,9 @@ from moe.formats import FORMATS, FULL, LINEAR, RELEASED, RopeScaling, format_of,
 class ConfigError(ValueError):
     """The user's configuration is wrong. `problems` holds one line per broken law; so does `str()`."""
 
-    def __init__(self, problems: list[str]) -> None:
-        super().__init__("\n".join(problems))
-        self.problems = problems
+    def __init__(self, problems: list[str] | str) -> None:
+        self.problems = [problems] if isinstance(problems, str) else problems
+        super().__init__("\n".join(self.problems))
 
 
 @dataclass
@@ -117,19 +117,14 @@ class ModelConfig:
             law = f"leave an even part of model.head_dim={self.head_dim}: rotary embeddings turn pairs"
             found.append(_must(self, "partial_rotary_factor", law))
         if (scaling := self.rope_scaling) is not None:
+            original, limit = scaling.original_max_position_embeddings, self.max_position_embeddings
+            falling = scaling.beta_fast > scaling.beta_slow > 0
+            within = f"be above 0 and at most model.max_position_embeddings={limit}"
             for key, sound, law in [
                 ("rope_type", scaling.rope_type == "yarn", "be yarn; or set model.rope_scaling=null"),
                 ("factor", scaling.factor >= 1, "be at least 1: a context grows"),
-                (
-                    "beta_fast",
-                    scaling.beta_fast > scaling.beta_slow > 0,
-                    "exceed beta_slow, which is above 0",
-                ),
-                (
-                    "original_max_position_embeddings",
-                    0 < scaling.original_max_position_embeddings <= self.max_position_embeddings,
-                    f"be above 0 and at most model.max_position_embeddings={self.max_position_embeddings}",
-                ),
+                ("beta_fast", falling, "exceed beta_slow, which is above 0"),
+                ("original_max_position_embeddings", 0 < original <= limit, within),
             ]:
                 if not sound:
                     found.append(f"model.rope_scaling.{key}={getattr(scaling, key)} must {law}")
@@ -146,9 +141,8 @@ class ModelConfig:
                 f"model.num_hidden_layers={self.num_hidden_layers}; write one per layer or a pattern"
             )
         if self.num_experts_per_tok > self.num_experts > 0:
-            found.append(
-                _must(self, "num_experts_per_tok", f"not exceed model.num_experts={self.num_experts}")
-            )
+            law = f"not exceed model.num_experts={self.num_experts}"
+            found.append(_must(self, "num_experts_per_tok", law))
         outside = [layer for layer in self.mlp_only_layers if not 0 <= layer < self.num_hidden_layers]
         if outside:
             found.append(
@@ -163,17 +157,11 @@ class ModelConfig:
         if len(self.moe_layers) < self.num_hidden_layers and self.intermediate_size <= 0:
             found.append(_must(self, "intermediate_size", "be above 0: the model has dense layers"))
         if self.shared_expert_intermediate_size and not self.num_experts:
-            found.append(
-                _must(
-                    self,
-                    "shared_expert_intermediate_size",
-                    "be 0 in a dense model: it adds to routed experts",
-                )
-            )
+            law = "be 0 in a dense model: it adds to routed experts"
+            found.append(_must(self, "shared_expert_intermediate_size", law))
         if self.shared_expert_gate and not self.shared_expert_intermediate_size:
-            found.append(
-                _must(self, "shared_expert_gate", "be false where model.shared_expert_intermediate_size=0")
-            )
+            law = "be false where model.shared_expert_intermediate_size=0"
+            found.append(_must(self, "shared_expert_gate", law))
         return found
 
     def num_parameters(self) -> int:
@@ -239,9 +227,8 @@ class ModelConfig:
         try:
             values = dict(json.loads((folder / "config.json").read_text()))
         except (OSError, ValueError, TypeError) as error:
-            raise ConfigError(
-                [f"{folder} is no Hugging Face folder: config.json cannot be read ({error})"]
-            ) from error
+            what = f"{folder} is no Hugging Face folder"
+            raise ConfigError(f"{what}: config.json cannot be read ({error})") from error
         return cls.from_hf(values)
 
     @classmethod
@@ -261,8 +248,7 @@ class ModelConfig:
         if found:
             raise ConfigError(found)
         config = cls(**{name: values[name] for name in names})
-        found = config.problems()
-        if found:
+        if found := config.problems():
             raise ConfigError(found)
         return config
 

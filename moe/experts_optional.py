@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable
 from importlib.util import find_spec
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -52,23 +52,17 @@ def _present_slots(compute: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """
 
     def backend(
-        x: Tensor,
-        routing_weights: Tensor,
-        expert_indices: Tensor,
-        num_rows: int | None,
-        w1: Tensor,
-        w3: Tensor,
-        w2: Tensor,
+        x: Tensor, routing_weights: Tensor, expert_indices: Tensor, num_rows: int | None, *weights: Tensor
     ) -> Tensor:
-        absent = expert_indices == len(w1)  # [T,K]
+        absent = expert_indices == len(weights[0])  # [T,K]
         if num_rows is None:
             num_rows = absent.numel() - int(absent.sum())
         if num_rows == absent.numel():
-            return compute(x, routing_weights, expert_indices, w1, w3, w2)
+            return compute(x, routing_weights, expert_indices, *weights)
         here = Grouping.by(absent.long(), 1, num_rows)
-        weights = routing_weights.flatten()[here.slot].unsqueeze(1)  # [M,1]
+        mixing = routing_weights.flatten()[here.slot].unsqueeze(1)  # [M,1]
         ids = expert_indices.flatten()[here.slot].unsqueeze(1)  # [M,1]
-        return here.combine(compute(here.gather(x), weights, ids, w1, w3, w2))
+        return here.combine(compute(here.gather(x), mixing, ids, *weights))
 
     return backend
 
@@ -104,12 +98,14 @@ def liger(
 @functools.cache
 def _load_megablocks() -> tuple[ModuleType, Any]:
     """megablocks.ops and grouped_gemm.ops, on torch where their CUDA extensions are not installed."""
-    stand_ins = [
-        _module("megablocks_ops", sort=_sort, histogram=_histogram, inclusive_cumsum=_inclusive_cumsum),
-        _module("grouped_gemm", ops=_module("ops", gmm=_gmm), backend=None),
-    ]
-    missing = {module.__name__: module for module in stand_ins if find_spec(module.__name__) is None}
-    sys.modules.update(missing)
+    stand_ins: dict[str, Any] = {
+        "megablocks_ops": {"sort": _sort, "histogram": _histogram, "inclusive_cumsum": _inclusive_cumsum},
+        "grouped_gemm": {"ops": SimpleNamespace(gmm=_gmm), "backend": None},
+    }
+    missing = {name: members for name, members in stand_ins.items() if find_spec(name) is None}
+    for name, members in missing.items():
+        sys.modules[name] = ModuleType(name)
+        vars(sys.modules[name]).update(members)
     try:
         from megablocks import grouped_gemm_util, ops
         from megablocks.backend import kernels
@@ -137,12 +133,6 @@ def _fix_configurations(kernels: ModuleType) -> None:
     for kernel in vars(kernels).values():
         if _interpreted():
             del getattr(kernel, "configs", [])[1:]
-
-
-def _module(name: str, **members: Any) -> ModuleType:
-    module = ModuleType(name)
-    vars(module).update(members)
-    return module
 
 
 def _sort(keys: Tensor, end_bit: int, sorted_keys: Tensor, order: Tensor) -> None:

@@ -49,16 +49,9 @@ class GatedDeltaNet(nn.Module):
         self.out_proj = nn.Linear(self.value_heads * value_dim, hidden, bias=False)
 
     def forward(
-        self,
-        hidden: Tensor,
-        rotary: tuple[Tensor, Tensor],
-        documents: Documents,
-        cache: Cache | None = None,
+        self, hidden: Tensor, rotary: tuple[Tensor, Tensor], documents: Documents, cache: Cache | None = None
     ) -> Tensor:
-        """hidden [B, S, H] -> [B, S, H]; positions are in the order, `rotary` is not used.
-
-        With a cache every row goes on with its one sequence.
-        """
+        """hidden [B, S, H] -> [B, S, H]; `rotary` is not used. With a cache each row goes on where it was."""
         x = hidden.flatten(0, 1)
         query, key, value, gate = _of_heads(self.in_proj_qkvz(x), self.key_heads, self.qkvz_sizes)
         beta, decay = _of_heads(self.in_proj_ba(x), self.key_heads, self.ba_sizes)  # [T, N]
@@ -153,9 +146,8 @@ def chunked_delta_rule(x: DeltaInputs, documents: Documents, state: Tensor) -> t
     g = g.double().cumsum(-1)  # up to hundreds: differences of fp32 sums would lose the digits
     # decay from token j to token i of the chunk, 0 above the diagonal, where exp could overflow
     upper = torch.ones(CHUNK, CHUNK, dtype=torch.bool, device=q.device).triu(1)
-    decay = (
-        (g.unsqueeze(-1) - g.unsqueeze(-2)).masked_fill(upper, -torch.inf).to(q.dtype).exp()
-    )  # [M, N, C, C]
+    decay = (g.unsqueeze(-1) - g.unsqueeze(-2)).masked_fill(upper, -torch.inf)  # [M, N, C, C]
+    decay = decay.to(q.dtype).exp()
     from_start, to_end = (log.exp().to(q.dtype).unsqueeze(-1) for log in (g, g[..., -1:] - g))  # [M, N, C, 1]
     # The corrections of a chunk depend on each other: (1 + A) x = right side, A strictly below the diagonal.
     k_beta = k * b.unsqueeze(-1)
@@ -182,11 +174,9 @@ def fused_delta_rule(x: DeltaInputs, documents: Documents, state: Tensor) -> tup
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule
 
     x = x._replace(query=x.query.to(x.value.dtype), key=x.key.to(x.value.dtype))
-    batch = (part.unsqueeze(0) for part in x)
-    borders = documents.cu_seqlens.long()
-    mixed, last = chunk_gated_delta_rule(
-        *batch, initial_state=state, output_final_state=True, cu_seqlens=borders
-    )
+    batch, borders = (part.unsqueeze(0) for part in x), documents.cu_seqlens.long()
+    states = {"initial_state": state, "output_final_state": True}
+    mixed, last = chunk_gated_delta_rule(*batch, **states, cu_seqlens=borders)
     return mixed[0], last
 
 

@@ -16,7 +16,6 @@ from torch import Tensor
 from moe.config import ConfigError, ModelConfig
 from moe.model import CausalLM
 
-CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 ROUTER = ".mlp.gate.weight"  # how the hub's name of a router ends
@@ -27,30 +26,21 @@ _PROJECTIONS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 _PARAMETERS = {projection: weight for weight, projection in _PROJECTIONS.items()}
 _PARAMETER = re.compile(r"(.+\.mlp\.experts)\.(w1|w2|w3)")
 _HUB = re.compile(r"(.+\.mlp\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj)\.weight")
-# our stacked tensor -> transformers' tensor over all experts, and the half of its dimension 1 if it has two
-# (gate_up_proj [E, 2I, H], down_proj [E, H, I])
-_FUSED = {"w1": ("gate_up_proj", 0), "w3": ("gate_up_proj", 1), "w2": ("down_proj", None)}
-
-
-def is_expert(parameter: str) -> bool:
-    """Whether a parameter of our model stacks experts in its first dimension."""
-    return _PARAMETER.fullmatch(parameter) is not None
+# our stacked tensor -> transformers' tensor over all experts, gate_up_proj [E, 2I, H] or down_proj [E, H, I],
+# which part of its dimension 1 it is, of how many
+_FUSED = {"w1": ("gate_up_proj", 0, 2), "w3": ("gate_up_proj", 1, 2), "w2": ("down_proj", 0, 1)}
 
 
 def to_hub(parameter: str, expert: int | None = None) -> str:
     """The hub's name of our parameter; of one expert of it (its global number) where it stacks experts."""
     match = _PARAMETER.fullmatch(parameter)
-    if match is None:
-        return parameter
-    return f"{match[1]}.{expert}.{_PROJECTIONS[match[2]]}.weight"
+    return f"{match[1]}.{expert}.{_PROJECTIONS[match[2]]}.weight" if match else parameter
 
 
 def from_hub(name: str) -> tuple[str, int | None]:
     """The inverse of `to_hub`: our parameter, and the expert's global number where there is one."""
     match = _HUB.fullmatch(name)
-    if match is None:
-        return name, None
-    return f"{match[1]}.{_PARAMETERS[match[3]]}", int(match[2])
+    return (f"{match[1]}.{_PARAMETERS[match[3]]}", int(match[2])) if match else (name, None)
 
 
 def hub_tensors(model: CausalLM, ep_rank: int = 0) -> Iterator[tuple[str, Tensor]]:
@@ -60,7 +50,7 @@ def hub_tensors(model: CausalLM, ep_rank: int = 0) -> Iterator[tuple[str, Tensor
 
 def _per_expert(parameters: Iterable[tuple[str, Tensor]], ep_rank: int) -> Iterator[tuple[str, Tensor]]:
     for parameter, tensor in parameters:
-        if is_expert(parameter):
+        if _PARAMETER.fullmatch(parameter):  # stacks experts in its first dimension
             first = ep_rank * tensor.shape[0]
             for expert, view in enumerate(tensor.detach().unbind(0), start=first):
                 yield to_hub(parameter, expert), view
@@ -91,73 +81,62 @@ def write_shards(
     written: dict[str, Written] = {}
     shard: dict[str, Tensor] = {}
     number = room = 0
+    file = ""
 
     def flush() -> None:
         if shard:
-            save_file(shard, folder / _shard_name(rank, number), metadata={"format": "pt"})
+            save_file(shard, folder / file, metadata={"format": "pt"})
             shard.clear()
 
     for name, tensor in _per_expert(parameters, ep_rank):
         if tensor.nbytes > room:
             flush()
             number, room = number + 1, max_shard_bytes
-        shard[name] = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+            file = f"model-{rank:05d}-{number:05d}.safetensors"
+        shard[name] = tensor.to("cpu", copy=True, memory_format=torch.contiguous_format)
         room -= tensor.nbytes
-        written[name] = Written(_shard_name(rank, number), tensor.nbytes)
+        written[name] = Written(file, tensor.nbytes)
     flush()
     return written
 
 
-def finish_folder(
-    config: ModelConfig,
-    dtype: torch.dtype,
-    written: Mapping[str, Written],
-    folder: Path,
-    end_of_text: int | None = None,
-) -> None:
-    """Write config.json and the index over all that `write_shards` wrote into `folder`, on every rank.
-
-    `end_of_text` is the token id at which generation stops.
-    """
+def write_index(written: Mapping[str, Written], folder: Path) -> None:
+    """Write the index over all that `write_shards` wrote into `folder`, on every rank."""
+    sizes = {"total_size": sum(place.nbytes for place in written.values())}
     files = {name: place.file for name, place in written.items()}
-    if len(set(files.values())) == 1:
-        (folder / next(iter(files.values()))).rename(folder / SINGLE)
-    else:
-        total = sum(place.nbytes for place in written.values())
-        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": files})
-    stops = [] if end_of_text is None else [end_of_text]
-    write_config(config, str(dtype).removeprefix("torch."), folder, stops)
+    _write_json(folder / INDEX, {"metadata": sizes, "weight_map": files})
 
 
-def write_config(config: ModelConfig, dtype: str, folder: Path, stops: Sequence[int]) -> None:
+def write_config(config: ModelConfig, dtype: torch.dtype, folder: Path, stops: Sequence[int] = ()) -> None:
     """Write config.json and generation_config.json, with the keys of the released models.
 
     `stops` are the ids at which generation stops, the end of a document last: it is what pads, too.
     """
     special = {key: stops[-1] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if stops}
-    _write_json(folder / CONFIG, {**config.to_hf(), "torch_dtype": dtype, **special})
+    kind = {"torch_dtype": str(dtype).removeprefix("torch.")}
+    _write_json(folder / "config.json", {**config.to_hf(), **kind, **special})
     if stops:
         ends = stops[0] if len(stops) == 1 else list(stops)
         _write_json(folder / "generation_config.json", {**special, "eos_token_id": ends})
 
 
-def save_hf(model: CausalLM, folder: str | Path, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+def save_hf(model: CausalLM, folder: Path, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
     """Write a model that this process holds whole as a folder that transformers loads.
 
     Raises ConfigError if the folder holds weights already: leftover shards would be taken for this model's.
     """
-    folder = Path(folder)
     if any(folder.glob("*.safetensors")):
-        raise ConfigError([f"{folder} already holds weights; choose an empty folder"])
+        raise ConfigError(f"{folder} already holds weights; choose an empty folder")
     folder.mkdir(parents=True, exist_ok=True)
     written = write_shards(model.named_parameters(), folder, max_shard_bytes=max_shard_bytes)
     held = sum(from_hub(name)[1] is not None for name in written)
     assert held == 3 * model.config.num_moe_layers * model.config.num_experts, "the model is expert-parallel"
-    finish_folder(model.config, model.lm_head.weight.dtype, written, folder)
-
-
-def _shard_name(rank: int, number: int) -> str:
-    return f"model-{rank:05d}-{number:05d}.safetensors"
+    files = list(folder.glob("*.safetensors"))
+    if len(files) == 1:
+        files[0].rename(folder / SINGLE)
+    else:
+        write_index(written, folder)
+    write_config(model.config, model.lm_head.weight.dtype, folder)
 
 
 def _write_json(path: Path, value: object) -> None:
@@ -175,14 +154,14 @@ class Place(NamedTuple):
 
 
 @torch.no_grad()
-def load_hf(model: CausalLM, folder: str | Path, *, ep_rank: int = 0, dense_slices: int = 0) -> None:
+def load_hf(model: CausalLM, folder: Path, *, ep_rank: int = 0, dense_slices: int = 0) -> None:
     """Fill the model from a folder, cast to the dtypes of its parameters, in place.
 
     One file or shards, per-expert or fused expert tensors (transformers 5 in memory). Of an expert-parallel
     model only the slices of `ep_rank`'s experts are read. `dense_slices`: see `locate`.
     Raises ConfigError as `locate` does; the model is untouched then.
     """
-    places = locate(model.config, Path(folder), dense_slices)
+    places = locate(model.config, folder, dense_slices)
     reads: dict[Path, list[tuple[Place, Tensor]]] = defaultdict(list)
     for name, tensor in hub_tensors(model, ep_rank):
         if name in places:
@@ -205,13 +184,13 @@ def locate(config: ModelConfig, folder: Path, dense_slices: int = 0) -> dict[str
     with torch.device("meta"):
         whole = CausalLM(config)
     for name, tensor in hub_tensors(whole):
-        shape = tuple(tensor.shape)
+        shape, (parameter, expert) = tuple(tensor.shape), from_hub(name)
         if dense_slices and name.endswith(ROUTER):
             continue
-        if from_hub(name)[1] is not None and dense_slices:
+        if expert is not None and dense_slices:
             stored, part, stored_shape = _dense_part(name, shape, dense_slices)
-        elif from_hub(name)[1] is not None and name not in found:
-            stored, part, stored_shape = _fused_part(name, shape, config.num_experts)
+        elif expert is not None and name not in found:
+            stored, part, stored_shape = _fused_part(parameter, expert, shape, config.num_experts)
         else:
             stored, part, stored_shape = name, (slice(None),), shape
         known.add(stored)
@@ -224,8 +203,7 @@ def locate(config: ModelConfig, folder: Path, dense_slices: int = 0) -> dict[str
     # a folder may hold a layer of multi-token prediction that is not wanted
     extra = sorted(name for name in found.keys() - known if not name.startswith("mtp."))
     kinds = {"missing": missing, "extra": extra, "misshapen": misshapen}
-    problems = [f"{folder}: {_listed(kind, names)}" for kind, names in kinds.items() if names]
-    if problems:
+    if problems := [f"{folder}: {_listed(kind, names)}" for kind, names in kinds.items() if names]:
         raise ConfigError(problems)
     return places
 
@@ -237,10 +215,9 @@ def _headers(folder: Path) -> dict[str, Place]:
         try:
             files = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
         except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise ConfigError([f"{folder / INDEX} cannot be read ({error!r}); fetch it again"]) from error
-    absent = [file for file in files if not (folder / file).exists()]
-    if absent:
-        raise ConfigError([f"{folder}: {_listed('missing', absent)}"])
+            raise ConfigError(f"{folder / INDEX} cannot be read ({error!r}); fetch it again") from error
+    if absent := [file for file in files if not (folder / file).exists()]:
+        raise ConfigError(f"{folder}: {_listed('missing', absent)}")
     stored = {}
     for file in files:
         try:
@@ -250,33 +227,32 @@ def _headers(folder: Path) -> dict[str, Place]:
                     shape = tuple(view.get_shape())
                     stored[name] = Place(folder / file, name, view.get_dtype(), (slice(None),), shape)
         except SafetensorError as error:
-            raise ConfigError([f"{folder / file} cannot be read: {error}; fetch it again"]) from error
+            raise ConfigError(f"{folder / file} cannot be read: {error}; fetch it again") from error
     return stored
 
 
 _Part = tuple[str, tuple[int | slice, ...], tuple[int, ...]]  # stored name, part of it, shape of all of it
 
 
-def _fused_part(name: str, shape: tuple[int, ...], experts: int) -> _Part:
+def _fused_part(parameter: str, expert: int, shape: tuple[int, ...], experts: int) -> _Part:
     """Where a fused folder has one expert's tensor of this shape."""
-    parameter, expert = from_hub(name)
-    assert expert is not None
-    fused, half = _FUSED[parameter.rpartition(".")[2]]
+    prefix, _, weight = parameter.rpartition(".")
+    fused, half, halves = _FUSED[weight]
     rows, columns = shape
-    first, parts = (0, 1) if half is None else (half * rows, 2)
-    stored = f"{parameter.rpartition('.')[0]}.{fused}"
-    return stored, (expert, slice(first, first + rows)), (experts, parts * rows, columns)
+    cut = slice(half * rows, (half + 1) * rows)
+    return f"{prefix}.{fused}", (expert, cut), (experts, halves * rows, columns)
 
 
 def _dense_part(name: str, shape: tuple[int, ...], slices: int) -> _Part:
     """Where a dense folder has what becomes one expert's tensor of this shape."""
     prefix, expert, projection, _ = name.rsplit(".", 3)
     stored = f"{prefix.removesuffix('.experts')}.{projection}.weight"
-    down = projection == "down_proj"
-    length = shape[1 if down else 0]
-    cut = slice(int(expert) % slices * length, (int(expert) % slices + 1) * length)
-    whole = (shape[0], slices * length) if down else (slices * length, shape[1])
-    return stored, (slice(None), cut) if down else (cut,), whole
+    rows, columns = shape
+    width = columns if projection == "down_proj" else rows
+    cut = slice(int(expert) % slices * width, (int(expert) % slices + 1) * width)
+    if projection == "down_proj":
+        return stored, (slice(None), cut), (rows, slices * columns)
+    return stored, (cut,), (slices * rows, columns)
 
 
 def _listed(kind: str, names: Sequence[str]) -> str:

@@ -14,15 +14,12 @@ def upcycle_problems(dense: ModelConfig, model: ModelConfig, how: str) -> list[s
     width, size = dense.intermediate_size, model.moe_intermediate_size
     slices = max(width // max(size, 1), 1)
     fits = size == width if how == "copy" else 0 < size < width and width % size == 0
+    to_be = f"to be {'' if how == 'copy' else 'a proper divisor of '}intermediate_size={width}"
     laws = [
         (dense.num_experts == 0, f"a dense stage.init_from, but it has num_experts={dense.num_experts}"),
         (model.num_experts > 0, f"model.num_experts={model.num_experts} to be above 0"),
         (model.norm_topk_prob, "model.norm_topk_prob=true; only weights that sum to 1 keep the output"),
-        (
-            fits,
-            f"model.moe_intermediate_size={size} to be {'' if how == 'copy' else 'a proper divisor of '}"
-            f"intermediate_size={width} of stage.init_from",
-        ),
+        (fits, f"model.moe_intermediate_size={size} {to_be} of stage.init_from"),
     ]
     for key in ("num_experts", "num_experts_per_tok"):
         law = f"model.{key}={getattr(model, key)} to be a multiple of {slices}, the slices of the dense MLP"

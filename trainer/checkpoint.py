@@ -22,7 +22,7 @@ from data_pipeline.manifest import sync_folder, write_atomically
 from data_pipeline.tokenizer import load_tokenizer, tokenizer_of
 from moe.balance import Balance
 from moe.config import ConfigError
-from moe.hf import Written, finish_folder, write_shards
+from moe.hf import Written, write_config, write_index, write_shards
 from trainer.checkpoint_folder import (
     checkpoints,
     damage,
@@ -75,17 +75,13 @@ class Checkpoints:
         self._run_dir, self._folder = run_dir, run_dir / "checkpoints"
         self._attempt, self._config, self._ranks, self._say = attempt, config, ranks, say
         self._ep_rank = plan.ep_rank(ranks.rank)
-        self._layout = {
-            "world_size": plan.world_size,
-            "ep_size": plan.ep_size,
-            "zero_stage": config.zero_stage,
-            "dtype": config.dtype,
-        }
+        self._layout: dict[str, Any] = {"world_size": plan.world_size, "ep_size": plan.ep_size}
+        self._layout |= {"zero_stage": config.zero_stage, "dtype": config.dtype}
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Writing | None = None
         self._saved = 0  # the step whose state is on the disk, or on its way
         self._stall = 0.0
-        self._told = False
+        self._told = False  # that it writes in place
 
     @property
     def written(self) -> bool:
@@ -114,7 +110,7 @@ class Checkpoints:
         extras = {"balance.pt": state, "random.pt": generators} if self._ranks.is_main else {}
         weights = engine.owned_parameters()
         fragments = (fragment for fragment in engine.fragments() if fragment.owned)
-        if self._config.checkpoint.background and self._fits(engine):
+        if self._config.checkpoint.background and self._fits():
             copies = [(name, _on_host(tensor)) for name, tensor in weights]
             states = [
                 replace(fragment, state={field: _on_host(view) for field, view in fragment.state.items()})
@@ -134,13 +130,10 @@ class Checkpoints:
         if not self._config.checkpoint.background:
             self.finish()
 
-    def finish(self) -> float:
-        """Wait for the checkpoint that is being written, if any, and commit it; returns seconds.
-
-        Raises TrainingError as `save` does.
-        """
+    def finish(self) -> None:
+        """Wait for the checkpoint that is being written, if any, and commit it. Raises as `save` does."""
         if self._writing is None:
-            return 0.0
+            return
         started, writing = time.perf_counter(), self._writing
         self._writing = None
         what = f"write the checkpoint of step {writing.step}"
@@ -151,9 +144,7 @@ class Checkpoints:
             if self._ranks.is_main:
                 shutil.rmtree(writing.folder, ignore_errors=True)
             raise
-        seconds = time.perf_counter() - started
-        self._stall += seconds
-        return seconds
+        self._stall += time.perf_counter() - started
 
     def close(self) -> None:
         """Wait until what this rank still writes or removes is done; nothing is committed any more."""
@@ -164,10 +155,8 @@ class Checkpoints:
 
         Raises ConfigError if there are checkpoints, but no whole one: training never restarts unasked.
         """
-        shared = [checkpoints(self._run_dir)]
-        dist.broadcast_object_list(shared)
         problems: list[str] = []
-        for checkpoint in shared[0]:
+        for checkpoint in self._agree(f"list {self._folder}", checkpoints, self._run_dir)[0]:
             with reading(checkpoint):
                 share = self._ranks.rank, self._ranks.world_size
                 shares = self._agree(f"read {checkpoint}", damage, checkpoint, *share)
@@ -215,11 +204,11 @@ class Checkpoints:
         if attempt > self._attempt:
             raise TrainingError(f"attempt {attempt} has taken over the run from attempt {self._attempt}")
 
-    def _fits(self, engine: Engine) -> bool:
-        """Whether the host has room for a copy of what each of its ranks writes."""
-        elements = sum(len(part.state["master"]) for part in engine.fragments() if part.owned)
-        nbytes = elements * (4 * FIELDS + DTYPES[self._config.dtype].itemsize)
-        needed, available = nbytes * self._config.parallel.nproc_per_node, available_memory()
+    def _fits(self) -> bool:
+        """Whether the host has room for a copy of what its ranks write, their share of the whole."""
+        nbytes = self._config.model.num_parameters() * (4 * FIELDS + DTYPES[self._config.dtype].itemsize)
+        needed = nbytes * self._config.parallel.nproc_per_node / self._ranks.world_size
+        available = available_memory()
         fits = 2 * needed <= available
         if not fits and not self._told:
             self._told = True
@@ -251,20 +240,16 @@ class Checkpoints:
         if not self._ranks.is_main:
             return
         model, stage, dtype = self._config.model, self._config.stage, DTYPES[self._config.dtype]
-        tokenizer = tokenizer_of(self._config.data)
+        tokenizer, hf = tokenizer_of(self._config.data), folder / "hf"
         weights = {name: place for part in parts for name, place in part.weights.items()}
         stored = sum(place.nbytes for place in weights.values()), sum(part.elements for part in parts)
         expected = model.num_parameters() * dtype.itemsize, model.num_parameters() * FIELDS
         assert stored == expected, f"(bytes of weights, elements of state) {stored} instead of {expected}"
-        finish_folder(model, dtype, weights, folder / "hf", tokenizer.end_of_text)
-        (folder / "hf" / "tokenizer.json").write_bytes(tokenizer.serialized.encode())
-        known = {name: entry for part in parts for name, entry in part.files.items()}
-        names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-        files = {
-            name: known.get(name) or measure(folder / name)
-            for name in names | set(known)
-            if (folder / name).exists()  # `finish_folder` renames a single one
-        }
+        write_index(weights, hf)
+        write_config(model, dtype, hf, [tokenizer.end_of_text])
+        (hf / "tokenizer.json").write_bytes(tokenizer.serialized.encode())
+        files = {name: entry for part in parts for name, entry in part.files.items()}
+        files |= {f"hf/{path.name}": measure(path) for path in hf.glob("*.json")}
         fields = {
             "step": step,
             "tokens": step * stage.step_tokens,
@@ -273,8 +258,8 @@ class Checkpoints:
             "layout": self._layout,
             "files": files,
         }
-        for name in ("hf", "optimizer"):
-            sync_folder(folder / name)
+        sync_folder(hf)
+        sync_folder(folder / "optimizer")
         write_manifest(folder, fields)
         final = self._folder / f"step-{step:08d}"
         self._check_fence()
@@ -332,12 +317,9 @@ def _on_host(tensor: Tensor) -> Tensor:
 
 def check_tokenizer(weights: Path, data: DataConfig) -> None:
     """Raises ConfigError if the tokenizer that lies beside the weights is not that of the data."""
-    if not (weights / "tokenizer.json").is_file():
-        return
-    if load_tokenizer(weights).vocabulary() != tokenizer_of(data).vocabulary():
+    known = (weights / "tokenizer.json").is_file()
+    if known and load_tokenizer(weights).vocabulary() != tokenizer_of(data).vocabulary():
         raise ConfigError(
-            [
-                f"stage.init_from: {weights} was trained with another tokenizer than data.dir={data.dir};"
-                f" prepare the data with data.tokenizer={weights}"
-            ]
+            f"stage.init_from: {weights} was trained with another tokenizer than data.dir={data.dir}; "
+            f"prepare the data with data.tokenizer={weights}"
         )

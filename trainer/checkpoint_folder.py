@@ -17,7 +17,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from data_pipeline.manifest import to_json, write_atomically
 
@@ -65,26 +65,23 @@ def damage(checkpoint: Path, part: int = 0, parts: int = 1) -> list[str]:
     except ValueError as error:
         return [str(error)]
     found = []
-    for name in sorted(files)[part::parts]:
+    for name, (size, checksum) in sorted(files.items())[part::parts]:
         try:
             actual = measure(checkpoint / name)
+            if actual[0] != size:
+                found.append(f"{name} has {actual[0]} bytes instead of {size}")
+            elif actual[1] != checksum:
+                found.append(f"{name} is not what was written: its checksum differs")
         except OSError as error:
             found.append(f"{name} cannot be read ({error.strerror})")
-            continue
-        if actual[0] != files[name][0]:
-            found.append(f"{name} has {actual[0]} bytes instead of {files[name][0]}")
-        elif actual != files[name]:
-            found.append(f"{name} is not what was written: its checksum differs")
     return found
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
     """The checkpoints of a run, the one to go on from first: that which `latest` names, then newest first."""
-    found = sorted((run_dir / "checkpoints").glob("step-*"), reverse=True)
-    try:
+    found, latest = sorted((run_dir / "checkpoints").glob("step-*"), reverse=True), ""
+    with suppress(OSError):
         latest = (run_dir / "latest").read_text().strip()
-    except OSError:
-        latest = ""
     return sorted(found, key=lambda path: path.name != latest)
 
 
@@ -103,38 +100,12 @@ def reading(folder: Path) -> Iterator[None]:
 
 
 def is_read(checkpoint: Path) -> bool:
-    """Whether anybody is `reading` it."""
+    """Whether anybody is `reading` it; no where the file system has no such locks."""
     descriptor = os.open(checkpoint, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:  # a file system without such locks
-        return False
+    except OSError as error:
+        return isinstance(error, BlockingIOError)
     finally:
         os.close(descriptor)
     return False
-
-
-class Stored(NamedTuple):
-    """A tensor in a safetensors file."""
-
-    dtype: str
-    shape: list[int]
-    offset: int  # of its first byte in the file
-    nbytes: int
-
-
-def read_header(path: Path) -> dict[str, Stored]:
-    """The tensors of a safetensors file by name. Raises OSError or ValueError."""
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if length > path.stat().st_size:
-            raise ValueError(f"{path} is no safetensors file")
-        header = json.loads(file.read(length))
-    header.pop("__metadata__", None)
-    return {
-        name: Stored(entry["dtype"], entry["shape"], 8 + length + begin, end - begin)
-        for name, entry in header.items()
-        for begin, end in [entry["data_offsets"]]
-    }

@@ -1,27 +1,26 @@
 """What a run is: typed, checked as a whole before anything starts. Torch-free, for login nodes."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from data_pipeline.config import DataConfig
 from moe.config import ConfigError, ModelConfig
 from moe.upcycle import upcycle_problems
-from trainer.deepspeed_section import deepspeed_problems
 from trainer.parallel import ParallelConfig, ParallelPlan
 from trainer.run_folder import hf_folder, read_run
 from trainer.tracker_config import TrackerConfig
-from trainer.typed import typed
+from trainer.typed import AtLeast0, AtLeast1, NotNegative, similar, too_small, typed, value_problems
 
 
 @dataclass
 class StageConfig:
     """One stage of training: how long a row is, how many make a step, how many tokens in all."""
 
-    seq_len: int
+    seq_len: AtLeast1
     global_batch_size: int  # rows per optimizer step
-    train_tokens: int
+    train_tokens: AtLeast1
     init_from: str | None  # run folder, checkpoint or Hugging Face folder whose weights it starts from
 
     @property
@@ -39,9 +38,9 @@ class StageConfig:
 class InitConfig:
     """First weights, and how those of stage.init_from become the model's (moe/upcycle.py)."""
 
-    router_scale: float
-    upcycle: str
-    upcycle_noise: float
+    router_scale: NotNegative
+    upcycle: Literal["none", "copy", "split"]
+    upcycle_noise: NotNegative
 
 
 @dataclass
@@ -50,17 +49,17 @@ class OptimizerConfig:
 
     lr: float
     betas: list[float]
-    eps: float
-    weight_decay: float
-    max_grad_norm: float
+    eps: NotNegative
+    weight_decay: NotNegative
+    max_grad_norm: NotNegative
 
 
 @dataclass
 class ScheduleConfig:
     """The learning rate as a function of the step."""
 
-    kind: str
-    warmup_steps: int
+    kind: Literal["cosine", "wsd", "constant"]
+    warmup_steps: AtLeast0
     decay_fraction: float
     min_lr_ratio: float
 
@@ -69,17 +68,17 @@ class ScheduleConfig:
 class BalanceConfig:
     """The load-balancing loss and the router z-loss."""
 
-    mode: str
-    micro_weight: float
-    z_loss_coef: float
-    bias_update_rate: float
+    mode: Literal["exact", "prior_buffer", "buffer", "micro_batch"]
+    micro_weight: NotNegative
+    z_loss_coef: NotNegative
+    bias_update_rate: NotNegative
 
 
 @dataclass
 class ExpertsConfig:
     """How a rank computes its experts, and what routing does in training alone."""
 
-    backend: str
+    backend: Literal["reference", "loop", "grouped", "megablocks", "liger"]
     capacity_factor: float | None
     router_jitter_noise: float
 
@@ -88,9 +87,9 @@ class ExpertsConfig:
 class CheckpointConfig:
     """When checkpoints are written and how many stay."""
 
-    every_steps: int
-    keep: int
-    keep_every_steps: int
+    every_steps: AtLeast1
+    keep: AtLeast1
+    keep_every_steps: AtLeast0
     background: bool
 
 
@@ -98,8 +97,8 @@ class CheckpointConfig:
 class EvaluateConfig:
     """Held-out loss during training."""
 
-    every_steps: int
-    rows: int
+    every_steps: AtLeast0
+    rows: AtLeast1
 
 
 @dataclass
@@ -109,10 +108,10 @@ class RunConfig:
     name: str
     output_dir: str
     seed: int
-    dtype: str
+    dtype: Literal["fp32", "bf16"]
     micro_batch_size: int
-    recompute: str
-    mtp_loss_scaling_factor: float
+    recompute: Literal["none", "experts", "full"]
+    mtp_loss_scaling_factor: NotNegative
     model: ModelConfig
     stage: StageConfig
     init: InitConfig
@@ -153,80 +152,45 @@ class RunConfig:
             *self.model.problems(),
             *self.data.problems(),
             *plan.problems(self.model.num_experts),
-            *self._value_problems(),
+            *value_problems(self),
+            *self._tracker_problems(),
             *self._own_problems(),
             *self._init_problems(),
-            *deepspeed_problems(self.deepspeed),
+            *_deepspeed_problems(self.deepspeed),
         ]
         if problems:
             raise ConfigError(problems)
 
-    def _value_problems(self) -> list[str]:
-        """Laws of single values: a choice, a least value, a fraction."""
-        found = []
-        for key, value, choices in [
-            ("dtype", self.dtype, ("fp32", "bf16")),
-            ("init.upcycle", self.init.upcycle, ("none", "copy", "split")),
-            ("recompute", self.recompute, ("none", "experts", "full")),
-            (
-                "experts.backend",
-                self.experts.backend,
-                ("reference", "loop", "grouped", "megablocks", "liger"),
-            ),
-            ("balance.mode", self.balance.mode, ("exact", "prior_buffer", "buffer", "micro_batch")),
-            ("schedule.kind", self.schedule.kind, ("cosine", "wsd", "constant")),
-            ("tracker.wandb", self.tracker.wandb, ("auto", "online", "offline", "disabled")),
-        ]:
-            if value not in choices:
-                found.append(f"{key}={value} is unknown; use {', '.join(choices)}")
-        for key, number, least in [
-            ("stage.seq_len", self.stage.seq_len, 1),
-            ("stage.train_tokens", self.stage.train_tokens, 1),
-            ("mtp_loss_scaling_factor", self.mtp_loss_scaling_factor, 0),
-            ("init.router_scale", self.init.router_scale, 0),
-            ("init.upcycle_noise", self.init.upcycle_noise, 0),
-            ("optimizer.eps", self.optimizer.eps, 0),
-            ("optimizer.max_grad_norm", self.optimizer.max_grad_norm, 0),
-            ("optimizer.weight_decay", self.optimizer.weight_decay, 0),
-            ("schedule.warmup_steps", self.schedule.warmup_steps, 0),
-            ("balance.micro_weight", self.balance.micro_weight, 0),
-            ("balance.z_loss_coef", self.balance.z_loss_coef, 0),
-            ("balance.bias_update_rate", self.balance.bias_update_rate, 0),
-            ("checkpoint.every_steps", self.checkpoint.every_steps, 1),
-            ("checkpoint.keep", self.checkpoint.keep, 1),
-            ("checkpoint.keep_every_steps", self.checkpoint.keep_every_steps, 0),
-            ("evaluate.every_steps", self.evaluate.every_steps, 0),
-            ("evaluate.rows", self.evaluate.rows, 1),
-            ("tracker.timeout_seconds", self.tracker.timeout_seconds, 1),
-            ("tracker.log_every_steps", self.tracker.log_every_steps, 1),
-            ("tracker.expert_load_every_steps", self.tracker.expert_load_every_steps, 0),
-            ("tracker.watch", self.tracker.watch, 0),
-            *((f"tracker.alarms.{key}", value, 0) for key, value in vars(self.tracker.alarms).items()),
-        ]:
-            if not number >= least:
-                found.append(f"{key}={number} is below {least}; use {least} or more")
-        for key, share in [
-            ("schedule.decay_fraction", self.schedule.decay_fraction),
-            ("schedule.min_lr_ratio", self.schedule.min_lr_ratio),
-            ("experts.router_jitter_noise", self.experts.router_jitter_noise),
-            *((f"optimizer.betas[{i}]", beta) for i, beta in enumerate(self.optimizer.betas)),
-        ]:
-            if not 0 <= share <= 1 or (share == 1 and "betas" in key):
-                found.append(f"{key}={share} is outside 0 to 1; use a fraction")
+    def _tracker_problems(self) -> list[str]:
+        tracker, choices = self.tracker, ("auto", "online", "offline", "disabled")
+        found = too_small("tracker.timeout_seconds", tracker.timeout_seconds, 1)
+        found += too_small("tracker.log_every_steps", tracker.log_every_steps, 1)
+        found += too_small("tracker.expert_load_every_steps", tracker.expert_load_every_steps, 0)
+        found += too_small("tracker.watch", tracker.watch, 0)
+        for key, value in vars(tracker.alarms).items():
+            found += too_small(f"tracker.alarms.{key}", value, 0)
+        if tracker.wandb not in choices:
+            found.append(f"tracker.wandb={tracker.wandb} is unknown; use {', '.join(choices)}")
         return found
 
     def _own_problems(self) -> list[str]:
-        """Laws that single values do not show."""
+        """Laws that the types of single values do not show."""
+        stage, model, schedule, betas = self.stage, self.model, self.schedule, self.optimizer.betas
+        shares = {f"schedule.{key}": getattr(schedule, key) for key in ("decay_fraction", "min_lr_ratio")}
+        shares["experts.router_jitter_noise"] = self.experts.router_jitter_noise
+        shares |= {f"optimizer.betas[{i}]": beta for i, beta in enumerate(betas)}
         found = []
-        if len(self.optimizer.betas) != 2:
-            found.append(f"optimizer.betas={self.optimizer.betas} must hold two numbers, as [0.9, 0.95]")
+        for key, share in shares.items():
+            if not 0 <= share <= 1 or (share == 1 and "betas" in key):
+                found.append(f"{key}={share} is outside 0 to 1; use a fraction")
+        if len(betas) != 2:
+            found.append(f"optimizer.betas={betas} must hold two numbers, as [0.9, 0.95]")
         if not 0 <= self.seed < 2**31:
             found.append(f"seed={self.seed} is outside 0 to 2^31 - 1")
-        if self.schedule.warmup_steps > self.stage.total_steps and self.schedule.kind != "constant":
+        if schedule.warmup_steps > stage.total_steps and schedule.kind != "constant":
             found.append(
-                f"schedule.warmup_steps={self.schedule.warmup_steps} exceeds the "
-                f"{self.stage.total_steps} steps of the run, so that the peak rate is never reached; "
-                "shorten it or raise stage.train_tokens"
+                f"schedule.warmup_steps={schedule.warmup_steps} exceeds the {stage.total_steps} steps of the "
+                "run, so that the peak rate is never reached; shorten it or raise stage.train_tokens"
             )
         capacity = self.experts.capacity_factor
         if capacity is not None and not capacity > 0:
@@ -236,7 +200,7 @@ class RunConfig:
         found += [
             f"{key}={value} needs experts, but model.num_experts=0; use {'null' if value == capacity else 0}"
             for key, value in ((key, attrgetter(key)(self)) for key in keys)
-            if self.model.num_experts == 0 and value
+            if model.num_experts == 0 and value
         ]
         if self.data.mode == "streaming" and self.evaluate.every_steps:
             found.append(
@@ -245,18 +209,17 @@ class RunConfig:
             )
         if not self.optimizer.lr > 0:
             found.append(f"optimizer.lr={self.optimizer.lr} must be above 0")
-        if self.experts.backend == "grouped":
-            values = 8 if self.dtype == "bf16" else 4  # rows of 16 bytes
-            for key in ("hidden_size", "moe_intermediate_size"):
-                if (size := getattr(self.model, key)) % values:
-                    found.append(
-                        f"model.{key}={size} is not a multiple of {values}, which experts.backend=grouped "
-                        f"needs in {self.dtype}; round it up or use experts.backend=loop"
-                    )
-        if self.stage.seq_len > self.model.max_position_embeddings:
+        values = 8 if self.dtype == "bf16" else 4  # rows of 16 bytes
+        for key in ("hidden_size", "moe_intermediate_size"):
+            if self.experts.backend == "grouped" and (size := getattr(model, key)) % values:
+                found.append(
+                    f"model.{key}={size} is not a multiple of {values}, which experts.backend=grouped "
+                    f"needs in {self.dtype}; round it up or use experts.backend=loop"
+                )
+        if stage.seq_len > model.max_position_embeddings:
             found.append(
-                f"stage.seq_len={self.stage.seq_len} exceeds model.max_position_embeddings="
-                f"{self.model.max_position_embeddings}; shorten the rows or raise the model's limit"
+                f"stage.seq_len={stage.seq_len} exceeds model.max_position_embeddings="
+                f"{model.max_position_embeddings}; shorten the rows or raise the model's limit"
             )
         if Path(self.name) == Path() or Path(self.name).is_absolute() or ".." in Path(self.name).parts:
             found.append(f"name={self.name!r} must be a relative path inside output_dir")
@@ -264,29 +227,27 @@ class RunConfig:
 
     def _init_problems(self) -> list[str]:
         """Whether the weights of stage.init_from are of this model, or can be upcycled into it."""
-        how = self.init.upcycle
+        how, upcycles = self.init.upcycle, self.init.upcycle in ("copy", "split")
         if self.stage.init_from is None:
             return [f"init.upcycle={how} needs stage.init_from, a dense folder"] if how != "none" else []
         origin = Path(self.stage.init_from)
+        named = f"stage.init_from={origin}"
         if not origin.is_dir():
-            return [
-                f"stage.init_from={origin} is not a folder; "
-                "name a run folder, a checkpoint or a Hugging Face folder"
-            ]
+            return [f"{named} is not a folder; name a run folder, a checkpoint or a Hugging Face folder"]
         try:
             theirs = ModelConfig.of_folder(hf_folder(origin))
         except ConfigError as error:
-            return [f"stage.init_from={origin}: {problem}" for problem in error.problems]
-        free = _FREE_AT_HAND_OVER | (_FREE_TO_UPCYCLE if how in ("copy", "split") else set())
+            return [f"{named}: {problem}" for problem in error.problems]
+        free = _FREE_AT_HAND_OVER | (_FREE_TO_UPCYCLE if upcycles else set())
         if len(self.model.moe_layers) == self.model.num_hidden_layers:
-            free = free | {"intermediate_size"}  # no layer has it
-        return [
-            f"stage.init_from={origin} has {field.name}={getattr(theirs, field.name)}, "
-            f"but model.{field.name}={getattr(self.model, field.name)}; set the same"
-            + (" (a dense model becomes a mixture by init.upcycle)" if field.name == "num_experts" else "")
-            for field in fields(ModelConfig)
-            if field.name not in free and getattr(theirs, field.name) != getattr(self.model, field.name)
-        ] + (upcycle_problems(theirs, self.model, how) if how in ("copy", "split") else [])
+            free |= {"intermediate_size"}  # no layer has it
+        found = upcycle_problems(theirs, self.model, how) if upcycles else []
+        for key, value in vars(theirs).items():
+            if key not in free and getattr(self.model, key) != value:
+                hint = " (a dense model becomes a mixture by init.upcycle)" if key == "num_experts" else ""
+                ours = f"model.{key}={getattr(self.model, key)}"
+                found.append(f"{named} has {key}={value}, but {ours}; set the same{hint}")
+        return found
 
 
 # What a stage may change of the model whose weights it takes over.
@@ -295,3 +256,44 @@ _FREE_AT_HAND_OVER |= {"router_aux_loss_coef", "num_nextn_predict_layers"}
 # And what makes a mixture of a dense one.
 _FREE_TO_UPCYCLE = {"num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob"}
 _FREE_TO_UPCYCLE |= {"decoder_sparse_step", "mlp_only_layers"}
+# Keys of DeepSpeed that other keys of ours set; a second place for the same number would be a contradiction.
+_OURS = {
+    "train_batch_size": "stage.global_batch_size",
+    "train_micro_batch_size_per_gpu": "micro_batch_size",
+    "gradient_accumulation_steps": "micro_batch_size (accumulation follows)",
+    "gradient_clipping": "optimizer.max_grad_norm",
+    "scheduler": "schedule",
+    "wandb": "tracker",
+    "expert_parallel": "parallel.ep_size",
+    **dict.fromkeys(("bf16", "fp16", "data_types"), "dtype"),
+    **dict.fromkeys(("sequence_parallel_size", "data_parallel_size"), "parallel"),
+    **{key: key for key in ("optimizer", "checkpoint")},
+}
+# DeepSpeed ignores an unknown top-level key in silence: a typo would do nothing.
+_DEEPSPEED = {
+    *("zero_optimization", "zero_force_ds_cpu_optimizer", "communication_data_type", "prescale_gradients"),
+    *("gradient_predivide_factor", "sparse_gradients", "wall_clock_breakdown", "memory_breakdown"),
+    *("comms_logger", "flops_profiler", "activation_checkpointing"),
+}
+
+
+def _deepspeed_problems(section: dict[str, Any]) -> list[str]:
+    """What the section says besides DeepSpeed's own keys, or with keys that others of ours set."""
+    found = []
+    for key in section:
+        if key in _OURS:
+            found.append(f"deepspeed.{key} is set by {_OURS[key]}; remove it")
+        elif key not in _DEEPSPEED:
+            near = similar(key, _DEEPSPEED)
+            found.append(f"deepspeed.{key} is unknown{near}; use one of {sorted(_DEEPSPEED)}")
+    zero = section.get("zero_optimization", {})
+    zero = zero if isinstance(zero, dict) else {"stage": None}
+    stage, offload = zero.get("stage", 0), zero.get("offload_optimizer")
+    if stage not in (0, 1, 2, 3):
+        found.append(f"deepspeed.zero_optimization.stage={stage} is unknown; use 0, 1, 2 or 3")
+    if isinstance(offload, dict) and (offload.get("device") == "nvme" or offload.get("ratio", 1) != 1):
+        found.append(
+            "deepspeed.zero_optimization.offload_optimizer: checkpoints need optimizer states in memory; "
+            "use device=cpu with ratio=1, or none"
+        )
+    return found

@@ -9,14 +9,13 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from data_pipeline.loader import Batch
 from moe.block import MoEBlock
@@ -40,20 +39,14 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 all_to_all = deepspeed.comm.all_to_all_single  # for dispatchers: DeepSpeed's communication log sees it
 # DeepSpeed's collectives, as its backend names them
-_COLLECTIVES = (
-    "all_reduce",
-    "all_gather_into_tensor",
-    "reduce_scatter_tensor",
-    "reduce",
-    "all_to_all_single",
-)
+_COLLECTIVES = ["all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "reduce"]
+_COLLECTIVES += ["all_to_all_single"]
 
 
 def init_deepspeed(device: torch.device) -> None:
     """Hand the existing process group to DeepSpeed."""
-    warnings.filterwarnings(
-        "ignore", r"`torch\.distributed\..*` is deprecated", FutureWarning
-    )  # at every collective
+    # at every collective
+    warnings.filterwarnings("ignore", r"`torch\.distributed\..*` is deprecated", FutureWarning)
     # It would compile a shared-memory operator for inference, for a minute, on every rank.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
@@ -87,45 +80,30 @@ def expert_parallel_group(ep_size: int) -> dist.ProcessGroup:
     return groups._get_expert_parallel_group(name)
 
 
-@cache
-def _as_autoep(block_class: type[MoEBlock]) -> type:
-    """`block_class` with DeepSpeed's marker class as a second parent; the arithmetic stays the block's."""
+class _AutoEPBlock(MoEBlock, AutoEPMoELayer):
+    """A block with DeepSpeed's marker class as a second parent; the arithmetic stays the block's."""
 
-    def set_deepspeed_parallelism(self: Any, *args: Any, **kwargs: Any) -> None:
+    ep_size: int
+
+    def set_deepspeed_parallelism(self, *args: Any, **kwargs: Any) -> None:
         """DeepSpeed asks every layer for its group; ours exists already."""
         self.ep_group = expert_parallel_group(self.ep_size)
-
-    members = {"forward": block_class.forward, "set_deepspeed_parallelism": set_deepspeed_parallelism}
-    return type(f"AutoEP{block_class.__name__}", (block_class, AutoEPMoELayer), members)
 
 
 def mark_experts(model: nn.Module, num_experts: int, ep_size: int, ep_rank: int) -> None:
     """Make every MoE block of `model`, which holds this rank's experts, an AutoEP layer for DeepSpeed."""
-    if not num_experts:
-        return
     group_name = f"ep_size_{ep_size}"
     for block in model.modules():
         if not isinstance(block, MoEBlock):
             continue
-        block.__class__ = _as_autoep(type(block))  # type: ignore[arg-type]
-        for key, value in {
-            "num_experts": num_experts,
-            "num_local_experts": num_experts // ep_size,
-            "ep_size": ep_size,
-            "ep_rank": ep_rank,
-            "ep_group_name": group_name,
-            "ep_group": expert_parallel_group(ep_size),
-        }.items():
-            setattr(block, key, value)
+        block.__class__ = _AutoEPBlock
+        vars(block).update(num_experts=num_experts, num_local_experts=num_experts // ep_size)
+        vars(block).update(ep_size=ep_size, ep_rank=ep_rank)
+        vars(block).update(ep_group_name=group_name, ep_group=expert_parallel_group(ep_size))
         for parameter in block.experts.parameters():
-            for key, value in {
-                "allreduce": False,
-                "group_name": group_name,
-                "is_expert_group": True,
-                "ds_zero_placement_family": "autoep_expert",
-                "ds_zero_partition_group_name": group_name,
-            }.items():
-                setattr(parameter, key, value)
+            vars(parameter).update(allreduce=False, is_expert_group=True, group_name=group_name)
+            vars(parameter).update(ds_zero_partition_group_name=group_name)
+            vars(parameter).update(ds_zero_placement_family="autoep_expert")
 
 
 @dataclass(frozen=True)
@@ -142,12 +120,7 @@ class Engine:
     """A model under DeepSpeed: forward, backward of shares, step, and the states that a checkpoint keeps."""
 
     def __init__(
-        self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        config: RunConfig,
-        plan: ParallelPlan,
-        ranks: Ranks,
+        self, model: nn.Module, optimizer: Optimizer, config: RunConfig, plan: ParallelPlan, ranks: Ranks
     ) -> None:
         self._world_size = plan.world_size
         self._seed, self._experts = config.seed, config.experts
@@ -156,23 +129,20 @@ class Engine:
         self._ep_rank = plan.ep_rank(ranks.rank)
         self._ep_group = expert_parallel_group(plan.ep_size)
         self._edp_group = groups._get_expert_data_parallel_group(f"ep_size_{plan.ep_size}")
-        # DeepSpeed's own norm is wrong for experts without ZeRO, so stage 0 clips here.
-        self._clips_here = self._zero_stage == 0
         settings: dict[str, Any] = {
             **config.deepspeed,
             "train_batch_size": plan.global_batch_size,
             "train_micro_batch_size_per_gpu": plan.micro_batch_size,
             "gradient_accumulation_steps": plan.gradient_accumulation_steps,
-            "gradient_clipping": 0.0 if self._clips_here else self._max_grad_norm,
+            # its own norm is wrong for experts without ZeRO, so stage 0 clips here
+            "gradient_clipping": self._max_grad_norm if self._zero_stage > 0 else 0.0,
             "steps_per_print": None,
+            "bf16": {"enabled": config.dtype == "bf16"},
         }
-        if config.dtype == "bf16":
-            settings["bf16"] = {"enabled": True}
-            if self._zero_stage > 0:
-                settings["data_types"] = {"grad_accum_dtype": "fp32"}
-        self._engine, *_ = deepspeed.initialize(
-            model=model, optimizer=optimizer, config=settings, dist_init_required=False
-        )
+        if config.dtype == "bf16" and self._zero_stage > 0:
+            settings["data_types"] = {"grad_accum_dtype": "fp32"}
+        given = {"model": model, "optimizer": optimizer, "config": settings}
+        self._engine, *_ = deepspeed.initialize(**given, dist_init_required=False)
         self.module: nn.Module = self._engine.module
         self._masters: dict[nn.Parameter, Tensor] = {}  # bf16 without ZeRO: fp32 masters by parameter
         self.clock = StepClock(ranks.device)
@@ -225,7 +195,7 @@ class Engine:
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
         with self.clock.part("optimizer"):
-            norm = self._clip_without_zero() if self._clips_here else None
+            norm = self._clip_without_zero() if self._zero_stage == 0 else None
             if norm is None or math.isfinite(norm):
                 self._engine.step()
             return float(self._engine.get_global_grad_norm()) if norm is None else norm
@@ -236,7 +206,7 @@ class Engine:
         experts: list[Tensor] = []
         for parameter in self.module.parameters():
             if parameter.grad is not None:
-                (shared if getattr(parameter, "allreduce", True) else experts).append(parameter.grad)
+                (experts if _is_expert(parameter) else shared).append(parameter.grad)
         squares = torch.stack([_square_sum(shared), _square_sum(experts)])
         dist.all_reduce(squares[1], group=self._ep_group)
         norm = float(squares.sum().sqrt())
@@ -244,26 +214,21 @@ class Engine:
             torch._foreach_mul_(shared + experts, self._max_grad_norm / (norm + 1e-6))
         return norm
 
-    def gathered(self, parameters: list[nn.Parameter]) -> AbstractContextManager:
-        """A context in which ZeRO-3's partitioned parameters are whole (experts: this rank's slice is)."""
-        if self._zero_stage < 3:
-            return nullcontext()
-        return deepspeed.zero.GatheredParameters(parameters)
-
     def owned_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """(name, whole tensor) of what this rank writes to disk, one at a time; all ranks must iterate.
 
         The ranks that hold a parameter (experts: that hold the same slice) take turns in owning one.
         """
         for name, parameter, owned in self._parameters():
-            with self.gathered([parameter]):
+            # ZeRO-3 cuts parameters up, of experts this rank's slice
+            with deepspeed.zero.GatheredParameters([parameter], enabled=self._zero_stage == 3):
                 if owned:
                     yield name, parameter.detach()
 
     def _parameters(self) -> Iterator[tuple[str, nn.Parameter, bool]]:
         """Name, parameter, and whether this rank owns it."""
         for position, (name, parameter) in enumerate(self.module.named_parameters()):
-            group = None if getattr(parameter, "allreduce", True) else self._edp_group
+            group = self._edp_group if _is_expert(parameter) else None
             turn = position % dist.get_world_size(group)
             yield name, parameter, turn == dist.get_rank(group)
 
@@ -273,13 +238,12 @@ class Engine:
         Filling the views restores a state, on whatever layout it was read: `end_restore` ends it.
         """
         for name, parameter, owned in self._parameters():
-            place = self._locate(parameter)
-            if place is None:
+            if (place := self._locate(parameter)) is None:
                 continue
             flat, offset, start, numel = place
             state = self._adam_state(flat)
             views = {"master": flat.detach(), "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
-            if not getattr(parameter, "allreduce", True):  # experts: this rank holds its slice of them
+            if _is_expert(parameter):  # this rank holds its slice of them
                 start += self._ep_rank * getattr(parameter, "ds_numel", parameter.numel())
             cut = {key: view.view(-1)[offset : offset + numel] for key, view in views.items()}
             yield Fragment(name, start, cut, owned or self._zero_stage > 0)
@@ -294,12 +258,10 @@ class Engine:
             group, offset, padded = optimizer.grad_position[optimizer.get_param_id(parameter)]
             start = padded * dist.get_rank(parameter.ds_process_group)
             numel = min(padded, parameter.ds_numel - start)
-            return (
-                (optimizer.fp32_partitioned_groups_flat[group], offset, start, numel) if numel > 0 else None
-            )
+            flat = optimizer.fp32_partitioned_groups_flat[group]
+            return (flat, offset, start, numel) if numel > 0 else None
         if self._zero_stage > 0:
-            mapping = parameter._hp_mapping
-            if mapping is None:
+            if (mapping := parameter._hp_mapping) is None:
                 return None
             flat = self._engine.basic_optimizer.param_groups[mapping.param_group_index]["params"][0]
             here, there = mapping.hp_fragment_address, mapping.lp_fragment_address
@@ -316,10 +278,7 @@ class Engine:
 
     @torch.no_grad()
     def end_restore(self, step: int) -> None:
-        """After all fragments are filled: the step of the optimizer, and the weights from their masters.
-
-        All ranks must call it.
-        """
+        """After all fragments are filled, on all ranks: set the step, and the weights from their masters."""
         for state in self._engine.basic_optimizer.state.values():
             state["step"].fill_(step)
         optimizer = self._engine.optimizer
@@ -337,6 +296,10 @@ class Engine:
     def close(self) -> None:
         """Release what DeepSpeed holds; all ranks must call it."""
         self._engine.destroy()
+
+
+def _is_expert(parameter: nn.Parameter) -> bool:
+    return not getattr(parameter, "allreduce", True)
 
 
 def _square_sum(tensors: list[Tensor]) -> Tensor:

@@ -57,7 +57,7 @@ def nbytes(shard: Shard) -> int:
     return sum(prod(place.shape) * TORCH[place.dtype].itemsize for place in shard.values())
 
 
-def check_out(out: Path, metadata: dict[str, str]) -> None:
+def check_out(out: Path, ours: str) -> None:
     """Raises ConfigError for an OUT that is neither new nor this export begun; makes a new one."""
     present = sorted(path.name for path in out.glob("[!.]*") if path.name != "README.md")
     files = [name for name in present if name.endswith(".safetensors")]
@@ -67,19 +67,17 @@ def check_out(out: Path, metadata: dict[str, str]) -> None:
                 theirs = (reader.metadata() or {}).get("export", "another program")
         except SafetensorError:
             theirs = "a damaged file"
-        if theirs != metadata["export"]:
-            raise ConfigError(
-                [f"{out / name} is of {theirs}, not of {metadata['export']}; choose another folder"]
-            )
+        if theirs != ours:
+            raise ConfigError(f"{out / name} is of {theirs}, not of {ours}; choose another folder")
     if present and not files:
-        raise ConfigError([f"{out} holds {', '.join(present[:8])}; choose a new folder"])
+        raise ConfigError(f"{out} holds {', '.join(present[:8])}; choose a new folder")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError([f"{out} cannot be made ({error.strerror}); choose another folder"]) from error
+        raise ConfigError(f"{out} cannot be made ({error.strerror}); choose another folder") from error
 
 
-def write_shard(path: Path, shard: Shard, metadata: dict[str, str]) -> None:
+def write_shard(path: Path, shard: Shard, mark: str) -> None:
     """Make the file, or leave what there was; then compare what the disk holds with the sources.
 
     A file that is there is whole: it is only compared. Raises OSError where a byte differs.
@@ -95,6 +93,7 @@ def write_shard(path: Path, shard: Shard, metadata: dict[str, str]) -> None:
 
         if not path.exists():
             partial = path.with_name(f".{path.name}.partial")
+            metadata = {"format": "pt", "export": mark}
             save_file({name: read(place) for name, place in shard.items()}, partial, metadata)
             with partial.open("rb") as file:
                 os.fsync(file.fileno())
@@ -125,8 +124,9 @@ def write_tokenizer(folder: Path, out: Path, config: ModelConfig) -> list[int]:
         "unk_token": None,
         "clean_up_tokenization_spaces": False,
         "added_tokens_decoder": {str(token.pop("id")): token for token in added},
-        **({"chat_template": Path(__file__).with_name("chat_template.jinja").read_text()} if chat else {}),
     }
+    if chat:
+        fields["chat_template"] = Path(__file__).with_name("chat_template.jinja").read_text()
     write_atomically(out / "tokenizer.json", serialized)
     write_atomically(out / "tokenizer_config.json", to_json(fields))
     return [vocabulary[IM_END], tokenizer.end_of_text] if chat else [tokenizer.end_of_text]
@@ -139,39 +139,32 @@ def export(folder: Path, out: Path, max_shard_bytes: int, dtype: str | None) -> 
         print("multi-token prediction stays behind: the format has no place for it")
         config = replace(config, num_nextn_predict_layers=0)
     load_tokenizer(folder)  # what is wrong with it shows before the weights are written
-    places = {
-        name: place._replace(dtype=dtype or place.dtype) for name, place in locate(config, folder).items()
-    }
+    places = locate(config, folder)
+    if dtype:
+        places = {name: place._replace(dtype=dtype) for name, place in places.items()}
     shards, total = plan_shards(places, max_shard_bytes), nbytes(places)
-    kind = str(TORCH[next(iter(places.values())).dtype]).removeprefix("torch.")
+    written_as = TORCH[next(iter(places.values())).dtype]
+    kind = str(written_as).removeprefix("torch.")
     origin = "/".join(folder.resolve().parts[-4:])  # RUN/checkpoints/step-.../hf
-    metadata = {
-        "format": "pt",
-        "export": f"{origin} ({kind}, {len(shards)} of at most {max_shard_bytes:,} B)",
-    }
-    check_out(out, metadata)
+    mark = f"{origin} ({kind}, {len(shards)} of at most {max_shard_bytes:,} B)"
+    check_out(out, mark)
     done, started = 0, time.monotonic()
     for name, shard in shards.items():
-        kept = (out / name).exists()
-        write_shard(out / name, shard, metadata)
+        how = "kept" if (out / name).exists() else "written"
+        write_shard(out / name, shard, mark)
         done += nbytes(shard)
         speed = done / (time.monotonic() - started)
-        print(
-            f"{name} {'kept' if kept else 'written'} and read back, {done / 1e9:.2f} of {total / 1e9:.2f} GB,"
-            f" {speed / 1e6:,.0f} MB/s, ETA {duration((total - done) / speed)}",
-            flush=True,
-        )
+        progress = f"{done / 1e9:.2f} of {total / 1e9:.2f} GB, {speed / 1e6:,.0f} MB/s"
+        left = duration((total - done) / speed)
+        print(f"{name} {how} and read back, {progress}, ETA {left}", flush=True)
     if len(shards) > 1:
         weight_map = {name: file for file, shard in shards.items() for name in shard}
         write_atomically(out / INDEX, to_json({"metadata": {"total_size": total}, "weight_map": weight_map}))
-    stops = write_tokenizer(folder, out, config)
-    write_config(config, kind, out, stops)
+    write_config(config, written_as, out, write_tokenizer(folder, out, config))
     balance = folder.parent / "balance.pt"
     if balance.is_file() and "bias" in torch.load(balance, weights_only=True, map_location="cpu"):
-        print(
-            "warning: the run chose experts with a selection bias (balance.bias_update_rate); "
-            "the format has no place for it, so the exported model routes without"
-        )
+        what = "the run chose experts with a selection bias (balance.bias_update_rate)"
+        print(f"warning: {what}; the format has no place for it, so the exported model routes without")
     print(
         f"{out}: {config.num_parameters() / 1e6:,.1f}M parameters, {kind}, from {origin}\n"
         f'  load    AutoModelForCausalLM.from_pretrained("{out}", dtype="auto")\n'
@@ -183,20 +176,16 @@ def _size(text: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)(KB|MB|GB)", text)
     if match is None or not float(match[1]):
         raise argparse.ArgumentTypeError(f"{text} is no size; write 5GB or 300MB")
-    return int(float(match[1]) * 10 ** {"KB": 3, "MB": 6, "GB": 9}[match[2]])
+    return int(float(match[1]) * {"KB": 10**3, "MB": 10**6, "GB": 10**9}[match[2]])
 
 
 def main(arguments: list[str]) -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m trainer.export", description=__doc__)
-    parser.add_argument(
-        "source", type=Path, help="run folder (its newest checkpoint), checkpoint, or HF folder"
-    )
+    parser.add_argument("source", type=Path, help="run folder (the newest checkpoint), checkpoint, HF folder")
     parser.add_argument("out", type=Path, metavar="OUT", help="new folder, or one that this export has begun")
     parser.add_argument("--max-shard-size", type=_size, default="5GB", metavar="SIZE", help="KB, MB or GB")
-    parser.add_argument(
-        "--dtype", choices=DTYPES, help="of the weights; as they are in the checkpoint if not given"
-    )
+    parser.add_argument("--dtype", choices=DTYPES, help="of the weights; else as they are in the checkpoint")
     options = parser.parse_args(arguments)
     try:
         folder = hf_folder(options.source)

@@ -18,10 +18,7 @@ from trainer.run_folder import hf_folder
 
 
 def load_model(folder: Path, device: torch.device) -> CausalLM:
-    """The model of a Hugging Face folder in fp32, whole on one device.
-
-    Raises ConfigError for a folder that does not hold one.
-    """
+    """The model of a Hugging Face folder in fp32, whole on one device. Raises ConfigError if it has none."""
     with torch.device("meta"):
         model = CausalLM(ModelConfig.of_folder(folder))
     model.to_empty(device=device)
@@ -46,10 +43,9 @@ def generate(
         positions = torch.arange(seen, seen + new, device=device).unsqueeze(0)
         borders = torch.tensor([0, new], dtype=torch.int32, device=device)
         logits = model(tokens, positions, borders, cache=cache).logits[0, -1]  # [V]
+        chosen = logits.argmax(-1, keepdim=True)
         if temperature > 0:
             chosen = torch.multinomial((logits / temperature).softmax(-1), 1)
-        else:
-            chosen = logits.argmax(-1, keepdim=True)
         if chosen.item() == stop_id:
             return
         yield int(chosen)
@@ -72,19 +68,13 @@ def main(arguments: list[str]) -> int:
         folder = hf_folder(options.source)
         model = load_model(folder, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         tokenizer = load_tokenizer(folder)
+        if not (prompt := tokenizer.encode(options.prompt)):
+            raise ConfigError("the prompt is empty; give at least one character")
+        if options.tokens > (room := model.config.max_position_embeddings - len(prompt)):
+            what = f"--tokens {options.tokens} does not fit"
+            raise ConfigError(f"{what}; the model has room for {room} after this prompt")
     except (ConfigError, DataError) as error:
         print(error, file=sys.stderr)
-        return 2
-    prompt = tokenizer.encode(options.prompt)
-    if not prompt:
-        print("the prompt is empty; give at least one character", file=sys.stderr)
-        return 2
-    room = model.config.max_position_embeddings - len(prompt)
-    if options.tokens > room:
-        print(
-            f"--tokens {options.tokens} does not fit; the model has room for {room} after this prompt",
-            file=sys.stderr,
-        )
         return 2
     shown = options.prompt
     print(shown, end="", flush=True)

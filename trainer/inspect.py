@@ -2,45 +2,50 @@
 
 import math
 import sys
+from collections import Counter
 from pathlib import Path
 
+from safetensors import safe_open
+
 from moe.config import ConfigError
-from trainer.checkpoint_folder import MANIFEST, checkpoints, damage, read_header, read_manifest
+from trainer.checkpoint_folder import MANIFEST, checkpoints, damage, read_manifest
 from trainer.run_folder import read_state
 
 # What a tensor is, by a part of its hub name; the first that matches.
-_KINDS = (
-    ("mlp.experts.", "experts"),
-    ("mlp.gate.", "router"),
-    ("norm", "norms"),
-    ("self_attn", "attention"),
-    ("linear_attn", "attention"),
-    ("mlp.", "feed-forward"),
-    ("embed_tokens", "embedding"),
-    ("lm_head", "embedding"),
-)
+_KINDS = {
+    "mlp.experts.": "experts",
+    "mlp.gate.": "router",
+    "norm": "norms",
+    "_attn.": "attention",
+    "mlp.": "feed-forward",
+    "embed_tokens": "embedding",
+    "lm_head": "embedding",
+}
+_BYTES = {"F32": 4, "BF16": 2}
 
 
 def describe(checkpoint: Path) -> list[str]:
     """Lines on a checkpoint that is whole, from its manifest and the headers of its weights."""
     manifest = read_manifest(checkpoint)
-    numbers: dict[str, tuple[int, int]] = {}  # elements and bytes by kind
+    elements, nbytes = Counter[str](), Counter[str]()  # by kind
     for path in (checkpoint / "hf").glob("*.safetensors"):
-        for name, stored in read_header(path).items():
-            kind = next((kind for part, kind in _KINDS if part in name), "other")
-            for key in (kind, "in all"):
-                elements, nbytes = numbers.get(key, (0, 0))
-                numbers[key] = (elements + math.prod(stored.shape), nbytes + stored.nbytes)
+        with safe_open(path, framework="numpy") as reader:
+            for name in reader.keys():  # noqa: SIM118, the reader is no mapping
+                stored = reader.get_slice(name)
+                count = math.prod(stored.get_shape())
+                for kind in (
+                    "in all",
+                    next((kind for part, kind in _KINDS.items() if part in name), "other"),
+                ):
+                    elements[kind] += count
+                    nbytes[kind] += count * _BYTES[stored.get_dtype()]
     total = sum(size for size, _ in manifest["files"].values())
     layout = ", ".join(f"{key} {value}" for key, value in manifest["layout"].items())
     return [
         f"step {manifest['step']}, {manifest['tokens']:,} tokens, next row {manifest['next_row']:,}",
         f"written by attempt {manifest['attempt']} on {layout}",
         f"{len(manifest['files']) + 1} files, {total / 1e9:,.3f} GB with optimizer state; weights:",
-        *(
-            f"  {key:12}{count:>18,}{nbytes / 1e9:>12,.3f} GB"
-            for key, (count, nbytes) in sorted(numbers.items())
-        ),
+        *(f"  {kind:12}{elements[kind]:>18,}{nbytes[kind] / 1e9:>12,.3f} GB" for kind in sorted(elements)),
     ]
 
 
@@ -57,9 +62,9 @@ def main(arguments: list[str]) -> int:
             print(f"{folder}: {state['state']}, attempt {state['attempt']}, {len(found)} checkpoints")
         except ConfigError as error:
             print(error)
-    elif folder.name.startswith("step-") or (folder / MANIFEST).is_file():
+    elif folder.is_dir() and (folder.name.startswith("step-") or (folder / MANIFEST).is_file()):
         found = [folder]
-    if not found or not folder.is_dir():
+    if not found:
         print(f"{folder} is no checkpoint, and no run folder that has one", file=sys.stderr)
         return 2
     problems = {checkpoint: damage(checkpoint) for checkpoint in found}

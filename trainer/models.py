@@ -19,9 +19,7 @@ def shipped_models() -> dict[str, ModelConfig]:
     return dict(sorted(models.items(), key=lambda item: item[1].num_parameters()))
 
 
-def bytes_per_rank(
-    model: ModelConfig, *, zero_stage: int, ep_size: int, world_size: int
-) -> tuple[float, float, float]:
+def bytes_per_rank(model: ModelConfig, *, zero_stage: int, ep_size: int, world_size: int) -> list[float]:
     """Bytes of weights (bf16), gradient sums (fp32) and optimizer (fp32 master and two moments) on one rank.
 
     ZeRO cuts the optimizer (from stage 1 on), gradients (2) and weights (3) over the ranks that hold the same
@@ -30,8 +28,7 @@ def bytes_per_rank(
     experts = model.num_expert_parameters()
     shared, local = model.num_parameters() - experts, experts / ep_size
     whole, cut = shared + local, shared / world_size + local * ep_size / world_size
-    weights, gradients, optimizer = (cut if zero_stage >= stage else whole for stage in (3, 2, 1))
-    return 2 * weights, 4 * gradients, 12 * optimizer
+    return [size * (cut if zero_stage >= stage else whole) for size, stage in ((2, 3), (4, 2), (12, 1))]
 
 
 def table(options: argparse.Namespace) -> list[str]:

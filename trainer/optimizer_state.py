@@ -5,10 +5,9 @@ from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
-import numpy as np
-import torch
+from safetensors import safe_open
+from torch import Tensor
 
-from trainer.checkpoint_folder import read_header
 from trainer.engine import Fragment
 
 
@@ -37,7 +36,7 @@ def fill_fragments(fragments: Iterable[Fragment], files: Iterable[Path]) -> None
 
     Files are opened in order until nothing is missing. Raises ValueError that names what is.
     """
-    wanted: dict[tuple[str, str], list[tuple[int, torch.Tensor]]] = defaultdict(list)
+    wanted: dict[tuple[str, str], list[tuple[int, Tensor]]] = defaultdict(list)
     missing: dict[tuple[str, str], int] = defaultdict(int)
     for fragment in fragments:
         for field, view in fragment.state.items():
@@ -46,17 +45,15 @@ def fill_fragments(fragments: Iterable[Fragment], files: Iterable[Path]) -> None
     for path in files:
         if not any(missing.values()):
             break
-        header = read_header(path)
-        with open(path, "rb") as file:
-            for name, stored in header.items():
+        with safe_open(path, framework="pt") as reader:
+            for name in reader.keys():  # noqa: SIM118, the reader is no mapping
                 parameter, start, field = name.rsplit(":", 2)
-                first, last = int(start), int(start) + stored.shape[0]
+                stored, first = reader.get_slice(name), int(start)
+                last = first + stored.get_shape()[0]
                 for begin, view in wanted.get((parameter, field), ()):
                     low, high = max(begin, first), min(begin + len(view), last)
                     if low < high:
-                        file.seek(stored.offset + 4 * (low - first))
-                        values = np.fromfile(file, np.float32, high - low)
-                        view[low - begin : high - begin].copy_(torch.from_numpy(values))
+                        view[low - begin : high - begin].copy_(stored[low - first : high - first])
                         missing[parameter, field] -= high - low
     absent = [f"{parameter} ({field})" for (parameter, field), left in missing.items() if left]
     if absent:

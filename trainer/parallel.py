@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from trainer.config import RunConfig
@@ -16,7 +16,7 @@ class ParallelConfig:
     nproc_per_node: int
     ep_size: int
     ep_within_node: bool
-    dispatcher: str
+    dispatcher: Literal["all_to_all", "deduplicated"]
 
 
 @dataclass(frozen=True)
@@ -36,13 +36,8 @@ class ParallelPlan:
     @classmethod
     def of(cls, config: RunConfig, world_size: int) -> ParallelPlan:
         """The plan of a run configuration for a number of ranks."""
-        return cls(
-            world_size=world_size,
-            ep_size=config.parallel.ep_size,
-            dispatcher=config.parallel.dispatcher,
-            micro_batch_size=config.micro_batch_size,
-            global_batch_size=config.stage.global_batch_size,
-        )
+        layout, rows = config.parallel, config.stage.global_batch_size
+        return cls(world_size, layout.ep_size, layout.dispatcher, config.micro_batch_size, rows)
 
     @property
     def gradient_accumulation_steps(self) -> int:
@@ -57,45 +52,33 @@ class ParallelPlan:
         """Expert-parallel groups whose ranks do not share a host, as text; `hosts` is indexed by rank."""
         found = []
         for first in range(0, self.world_size, self.ep_size):
-            group = range(first, first + self.ep_size)
-            names = sorted({hosts[rank] for rank in group})
+            names = sorted(set(hosts[first : first + self.ep_size]))
             if len(names) > 1:
-                found.append(f"ranks {group[0]}-{group[-1]} on {', '.join(names)}")
+                found.append(f"ranks {first}-{first + self.ep_size - 1} on {', '.join(names)}")
         return found
 
     def problems(self, num_experts: int) -> list[str]:
         """Every broken law of the layout, one line each."""
-        found = [
-            f"{key}={value} must be above 0"
-            for key, value in [
-                ("number of ranks (parallel.nproc_per_node x nodes)", self.world_size),
-                ("parallel.ep_size", self.ep_size),
-                ("micro_batch_size", self.micro_batch_size),
-                ("stage.global_batch_size", self.global_batch_size),
-            ]
-            if value < 1
-        ]
-        if found:
+        ranks, experts = self.world_size, f"parallel.ep_size={self.ep_size}"
+        sizes = {
+            "number of ranks (parallel.nproc_per_node x nodes)": ranks,
+            "parallel.ep_size": self.ep_size,
+            "micro_batch_size": self.micro_batch_size,
+            "stage.global_batch_size": self.global_batch_size,
+        }
+        if found := [f"{key}={value} must be above 0" for key, value in sizes.items() if value < 1]:
             return found
-        if self.dispatcher not in ("all_to_all", "deduplicated"):
-            found.append(f"parallel.dispatcher={self.dispatcher} is unknown; use all_to_all, deduplicated")
-        if self.world_size % self.ep_size:
-            found.append(
-                f"parallel.ep_size={self.ep_size} does not divide the {self.world_size} ranks; "
-                f"use {_listed(self.world_size)}"
-            )
+        if ranks % self.ep_size:
+            found.append(f"{experts} does not divide the {ranks} ranks; use {_listed(ranks)}")
         if num_experts == 0 and self.ep_size > 1:
-            found.append(f"parallel.ep_size={self.ep_size} needs experts, but model.num_experts=0; use 1")
+            found.append(f"{experts} needs experts, but model.num_experts=0; use 1")
         elif num_experts % self.ep_size:
+            divisors = _listed(num_experts)
+            found.append(f"{experts} does not divide model.num_experts={num_experts}; use {divisors}")
+        if self.global_batch_size % (ranks * self.micro_batch_size):
             found.append(
-                f"parallel.ep_size={self.ep_size} does not divide model.num_experts={num_experts}; "
-                f"use {_listed(num_experts)}"
-            )
-        if self.global_batch_size % (self.world_size * self.micro_batch_size):
-            found.append(
-                f"stage.global_batch_size={self.global_batch_size} is not a multiple of "
-                f"{self.world_size} ranks x micro_batch_size={self.micro_batch_size}; "
-                f"use a multiple of {self.world_size * self.micro_batch_size}"
+                f"stage.global_batch_size={self.global_batch_size} is not a multiple of {ranks} ranks x "
+                f"micro_batch_size={self.micro_batch_size}; use a multiple of {ranks * self.micro_batch_size}"
             )
         return found
 

@@ -7,7 +7,7 @@ import platform
 import subprocess
 from collections.abc import Iterator
 from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,9 @@ from data_pipeline.manifest import to_json, write_atomically
 from moe.config import ConfigError
 from trainer.checkpoint_folder import checkpoints, read_manifest
 
-_PACKAGES = ("torch", "deepspeed", "datasets", "hydra-core", "numpy", "safetensors", "tokenizers", "wandb")
-
 _CONF = Path(__file__).parents[1] / "conf"
 # What a resume may change: how the ranks are laid out and what is kept, never what is computed.
-LAYOUT_KEYS = (
+_LAYOUT_KEYS = (
     *("parallel", "deepspeed", "micro_batch_size", "recompute", "experts.backend"),
     *("checkpoint", "evaluate", "tracker"),
 )
@@ -38,27 +36,22 @@ def freeze(run_dir: Path, cfg: DictConfig, overrides: list[str]) -> None:
     frozen = run_dir / "config.yaml"
     if frozen.exists():
         old, new = flat(read_frozen(frozen)), flat(cfg)
-        differing = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+        differing = [
+            f"  {key}: folder {old.get(key, 'absent')}, now {new.get(key, 'absent')}"
+            for key in {**old, **new}
+            if old.get(key) != new.get(key)
+        ]
         if differing:
-            raise ConfigError(
-                [
-                    f"{run_dir} holds another run; choose another name=... or delete it. Keys that differ:",
-                    *(
-                        f"  {key}: folder {old.get(key, 'absent')}, now {new.get(key, 'absent')}"
-                        for key in differing
-                    ),
-                ]
-            )
+            what = f"{run_dir} holds another run; choose another name=... or delete it. Keys that differ:"
+            raise ConfigError([what, *differing])
         return
     try:
         (run_dir / "overrides.txt").write_text("".join(f"{line}\n" for line in overrides))
         (run_dir / "environment.json").write_text(json.dumps(_environment(), indent=1))
-        (run_dir / "git.txt").write_text(_git())
+        (run_dir / "git.txt").write_text(f"{_git('rev-parse', '--verify', 'HEAD')}\n{_git('diff', 'HEAD')}")
         write_atomically(frozen, OmegaConf.to_yaml(cfg, resolve=True).encode())
     except OSError as error:
-        raise ConfigError(
-            [f"output_dir: cannot write the run folder {run_dir} ({error.strerror})"]
-        ) from error
+        raise ConfigError(f"output_dir: cannot write the run folder {run_dir} ({error.strerror})") from error
 
 
 def read_frozen(path: Path) -> Any:
@@ -66,9 +59,8 @@ def read_frozen(path: Path) -> Any:
     try:
         return OmegaConf.load(path)
     except (OSError, UnicodeDecodeError, YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError(
-            [f"{path} cannot be read ({error}); restore it, or start a run of another name"]
-        ) from error
+        remedy = "restore it, or start a run of another name"
+        raise ConfigError(f"{path} cannot be read ({error}); {remedy}") from error
 
 
 def read_run(run_dir: Path) -> Any:
@@ -78,11 +70,10 @@ def read_run(run_dir: Path) -> Any:
     """
     frozen = run_dir / "config.yaml"
     if not frozen.is_file():
-        raise ConfigError([f"{run_dir} is not a run folder: it holds no config.yaml"])
+        raise ConfigError(f"{run_dir} is not a run folder: it holds no config.yaml")
     cfg = read_frozen(frozen)
-    changes = {int(path.stem.partition("-")[2]): path for path in run_dir.glob("resume-*.yaml")}
-    for attempt in sorted(changes):
-        for section, value in read_frozen(changes[attempt]).items():
+    for path in sorted(run_dir.glob("resume-*.yaml"), key=lambda path: int(path.stem.partition("-")[2])):
+        for section, value in read_frozen(path).items():
             cfg[section] = value
     forget_origin(cfg, run_dir)
     return cfg
@@ -104,8 +95,8 @@ def change_layout(cfg: Any, overrides: list[str]) -> dict[str, Any]:
     for override in sorted(overrides, key=lambda text: text.partition("=")[0]):
         key, given, value = override.partition("=")
         touched.append(key.partition(".")[0])
-        if not given or not any(key == free or key.startswith(f"{free}.") for free in LAYOUT_KEYS):
-            allowed = ", ".join(LAYOUT_KEYS)
+        if not given or not any(f"{key}.".startswith(f"{free}.") for free in _LAYOUT_KEYS):
+            allowed = ", ".join(_LAYOUT_KEYS)
             problems.append(f"{override}: only KEY=VALUE with these keys can change at a resume: {allowed}")
         elif key == "deepspeed":
             groups = {path.stem: path for path in (_CONF / "deepspeed").glob("*.yaml")}
@@ -139,14 +130,13 @@ def lock(run_dir: Path) -> int:
         run_dir.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(run_dir / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
-        raise ConfigError(
-            [f"output_dir: cannot write the run folder {run_dir} ({error.strerror}); choose another"]
-        ) from error
+        what = f"output_dir: cannot write the run folder {run_dir} ({error.strerror})"
+        raise ConfigError(f"{what}; choose another") from error
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         os.close(descriptor)
-        raise ConfigError([f"{run_dir} is running already; stop it first, or choose another name"]) from error
+        raise ConfigError(f"{run_dir} is running already; stop it first, or choose another name") from error
     return descriptor
 
 
@@ -167,7 +157,7 @@ def hf_folder(source: Path) -> Path:
     if (source / "config.yaml").is_file():
         newest = latest_checkpoint(source)
         if newest is None:
-            raise ConfigError([f"{source} has no checkpoint yet; train it first"])
+            raise ConfigError(f"{source} has no checkpoint yet; train it first")
         source = newest
     return source / "hf" if (source / "hf").is_dir() else source
 
@@ -178,57 +168,40 @@ def read_state(run_dir: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text()) if path.exists() else {"state": "new", "attempt": 0}
     except (OSError, ValueError) as error:
-        raise ConfigError(
-            [f"{path} cannot be read ({error}); delete it, attempts count from 1 again"]
-        ) from error
+        remedy = "delete it, attempts count from 1 again"
+        raise ConfigError(f"{path} cannot be read ({error}); {remedy}") from error
 
 
 def write_state(run_dir: Path, state: str, attempt: int) -> None:
     """Replace the state of a run, unless a later attempt has taken over."""
-    if read_state(run_dir)["attempt"] > attempt:
-        return
-    write_atomically(run_dir / "state", to_json({"state": state, "attempt": attempt}))
+    if read_state(run_dir)["attempt"] <= attempt:
+        write_atomically(run_dir / "state", to_json({"state": state, "attempt": attempt}))
 
 
 def flat(cfg: Any) -> dict[str, Any]:
-    """A configuration as {"optimizer.lr": 0.1, ...}."""
-    values: dict[str, Any] = {}
-
-    def walk(node: Any, path: str) -> None:
-        if isinstance(node, dict) and node:
-            for key, value in node.items():
-                walk(value, f"{path}.{key}" if path else str(key))
-        else:
-            values[path] = node
-
-    walk(OmegaConf.to_container(cfg, resolve=True), "")
-    return values
+    """A configuration as {"optimizer.lr": 0.1, ...}; lists stay whole."""
+    return dict(_leaves(OmegaConf.to_container(cfg, resolve=True), dict, "."))
 
 
-def flat_metrics(values: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+def flat_metrics(values: Any) -> Iterator[tuple[str, Any]]:
     """{"layers": {"z_loss": [0.1]}} -> ("layers/z_loss/0", 0.1)"""
-    if not isinstance(values, dict | list):
+    return _leaves(values, (dict, list), "/")
+
+
+def _leaves(values: Any, containers: Any, separator: str, path: str = "") -> Iterator[tuple[str, Any]]:
+    if not isinstance(values, containers) or not values:
         yield path, values
         return
     for key, value in values.items() if isinstance(values, dict) else enumerate(values):
-        yield from flat_metrics(value, f"{path}/{key}" if path else str(key))
+        yield from _leaves(value, containers, separator, f"{path}{separator}{key}" if path else str(key))
 
 
 def _environment() -> dict[str, Any]:
-    packages: dict[str, str | None] = {}
-    for name in _PACKAGES:
-        try:
-            packages[name] = version(name)
-        except PackageNotFoundError:
-            packages[name] = None
+    packages = dict(sorted((package.name, package.version) for package in distributions()))
     return {"python": platform.python_version(), "platform": platform.platform(), "packages": packages}
 
 
-def _git() -> str:
-    """Commit and uncommitted changes of the code that runs, empty outside a git checkout."""
+def _git(*command: str) -> str:
+    """What git says of the code that runs, nothing outside a git checkout."""
     here = Path(__file__).parent
-    parts = []
-    for command in (["git", "rev-parse", "HEAD"], ["git", "diff", "HEAD"]):
-        done = subprocess.run(command, cwd=here, capture_output=True, text=True, check=False)
-        parts.append(done.stdout if done.returncode == 0 else "")
-    return "\n".join(parts)
+    return subprocess.run(["git", *command], cwd=here, capture_output=True, text=True, check=False).stdout

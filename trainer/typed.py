@@ -1,9 +1,9 @@
-"""A composed configuration as nested dataclasses, with every mismatch named. Torch-free."""
+"""A composed configuration as nested dataclasses: every mismatch and every broken law named. Torch-free."""
 
 import difflib
 from collections.abc import Iterable
 from dataclasses import MISSING, fields, is_dataclass, make_dataclass
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -11,19 +11,41 @@ from omegaconf.errors import OmegaConfBaseException
 from moe.config import ConfigError
 
 T = TypeVar("T")
+# The law of a field is in its type: Literal[...] names the choices, the second part of these the least value.
+AtLeast0 = Annotated[int, 0]
+AtLeast1 = Annotated[int, 1]
+NotNegative = Annotated[float, 0]
 
 
 def typed(cls: type[T], cfg: Any) -> T:
-    """`cfg` as an instance of the dataclass `cls`.
+    """`cfg` as an instance of the dataclass `cls`, values converted by OmegaConf.
 
-    OmegaConf converts and checks each value; unlike its own merge, every unknown, missing and mistyped key is
-    reported, in one ConfigError.
+    Unlike with its own merge, every unknown, missing and mistyped key is reported, in one ConfigError.
     """
     problems: list[str] = []
     instance = _typed(cls, cfg, "", problems)
     if problems:
         raise ConfigError(problems)
     return instance
+
+
+def value_problems(config: Any, path: str = "") -> list[str]:
+    """Every field of a dataclass, and of those inside, that breaks the law of its type, one line each."""
+    found = []
+    for key, hint in get_type_hints(type(config), include_extras=True).items():
+        name, value = f"{path}{key}", getattr(config, key)
+        if is_dataclass(value):
+            found += value_problems(value, f"{name}.")
+        elif get_origin(hint) is Literal and value not in get_args(hint):
+            found.append(f"{name}={value} is unknown; use {', '.join(get_args(hint))}")
+        elif get_origin(hint) is Annotated:
+            found += too_small(name, value, get_args(hint)[1])
+    return found
+
+
+def too_small(name: str, value: float, least: float) -> list[str]:
+    """One line if the value is below the least, or no number."""
+    return [] if value >= least else [f"{name}={value} is below {least}; use {least} or more"]
 
 
 def similar(key: str, known: Iterable[str]) -> str:
@@ -63,6 +85,7 @@ def _typed(cls: Any, cfg: Any, path: str, problems: list[str]) -> Any:
 
 def _leaf(hint: Any, value: Any, path: str, problems: list[str]) -> Any:
     """One value, converted by OmegaConf to its declared type."""
+    hint = str if get_origin(hint) is Literal else hint
     try:
         node: Any = OmegaConf.structured(make_dataclass("Leaf", [("value", hint)]))
         node.value = value

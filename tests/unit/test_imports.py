@@ -25,6 +25,8 @@ EXTRA = {
     "data_pipeline/chat.py": {"tokenizers"},
     "slurm/health.py": {"torch"},  # runs on the nodes
     "trainer/engine.py": {"deepspeed"},
+    "trainer/optimizer_state.py": {"safetensors"},
+    "trainer/inspect.py": {"safetensors"},
     "trainer/tracker.py": {"wandb"},
     "trainer/report.py": {"matplotlib"},
     "moe/gated_delta_net.py": {"fla"},
