@@ -59,18 +59,18 @@ def test_packed_equals_alone(config: ModelConfig, build: Build, pack: Pack) -> N
     lengths = [5, 1, 4, 5]
     batch = pack([lengths])
     labels = batch["input_ids"].roll(-1, dims=1)
-    model = build(config)
+    model = build(config).double()  # sums in another order are far below the bound; routers stay fp32
     logits = model(**batch).logits.split(lengths, dim=1)
     gradients = _gradients(model, model(**batch, labels=labels).cross_entropy_sum)
     alone = {name: torch.zeros_like(gradient) for name, gradient in gradients.items()}
     ids = batch["input_ids"].split(lengths, dim=1)
     for document, packed, targets in zip(ids, logits, labels.split(lengths, dim=1), strict=True):
         single = dict(pack([[document.shape[1]]]), input_ids=document)
-        assert _error(packed, model(**single).logits) < 1e-5
+        assert _error(packed, model(**single).logits) < 1e-6
         for name, gradient in _gradients(model, model(**single, labels=targets).cross_entropy_sum).items():
             alone[name] += gradient
     for name, gradient in gradients.items():
-        assert _error(gradient, alone[name]) < 1e-5, name
+        assert _error(gradient, alone[name]) < 1e-6, name
 
 
 def test_rows_are_independent_of_their_place(config: ModelConfig, build: Build, pack: Pack) -> None:
