@@ -11,8 +11,8 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from data_pipeline.config import DataError
+from data_pipeline.packing import make_plans
 from data_pipeline.prepare import prepare
-from data_pipeline.rows import make_plans
 from data_pipeline.shards import verify
 from trainer.cli import compose_and
 from trainer.config import ConfigError, RunConfig
@@ -21,8 +21,7 @@ from trainer.config import ConfigError, RunConfig
 def prepare_here(cfg: DictConfig) -> int:
     """Read the sources and write token shards; what is done already is left alone."""
     config = RunConfig.load(cfg)
-    problems = [*config.model.problems(), *config.data.problems()]
-    if problems:
+    if problems := [*config.model.problems(), *config.data.problems()]:
         raise ConfigError(problems)
     prepare(config.data, config.model.vocab_size, config.seed)
     make_plans(config.data, config.stage.seq_len)
@@ -33,12 +32,11 @@ def prepare_here(cfg: DictConfig) -> int:
 def verify_here(folder: str) -> int:
     """Read every byte of a prepared folder; say what it holds, or what is damaged."""
     try:
-        manifest = verify(Path(folder))
+        shards = verify(Path(folder)).shards()
     except DataError as error:
         print(error, file=sys.stderr)
         return 2
-    tokens = sum(shard.tokens for shard in manifest.shards())
-    print(f"{folder} is whole: {tokens:,} tokens in {len(manifest.shards())} shards")
+    print(f"{folder} is whole: {sum(shard.tokens for shard in shards):,} tokens in {len(shards)} shards")
     return 0
 
 
@@ -47,16 +45,14 @@ def main(arguments: list[str]) -> None:
     if arguments[:1] == ["verify"] and len(arguments) == 2:
         sys.exit(verify_here(arguments[1]))
     if arguments[:1] == ["inspect"] and len(arguments) >= 2:
-        which = arguments[1]
-        sys.argv[1:] = arguments[2:]  # the rest is Hydra's
+        from data_pipeline.inspect import show  # imports torch, which workers have no use for
 
         def inspect_here(cfg: DictConfig) -> int:
-            from data_pipeline.inspect import show  # imports torch, which workers have no use for
-
             config = RunConfig.load(cfg)
-            print(show(config.data, which, seq_len=config.stage.seq_len, seed=config.seed))
+            print(show(config.data, arguments[1], seq_len=config.stage.seq_len, seed=config.seed))
             return 0
 
+        sys.argv[1:] = arguments[2:]  # the rest is Hydra's
         compose_and("prepare", inspect_here)
     compose_and("prepare", prepare_here)
 

@@ -4,11 +4,24 @@ import math
 import re
 from dataclasses import dataclass
 
-MODES = ("prepared", "streaming")
+CHOICES = {
+    "mode": ("prepared", "streaming"),
+    "on_bad_row": ("skip", "quarantine", "error"),
+    "packing": ("concat", "best_fit"),
+}
+LEAST = {
+    "min_characters": (1, "1 leaves out nothing"),
+    "max_chat_tokens": (1, "null = no limit"),
+    "slice_bytes": (1, "use 134_217_728"),
+    "shard_bytes": (4, "a token takes 4 bytes"),
+    "num_workers": (1, "1 works in this process"),
+}
 SOURCE_KINDS = ("embedded", "jsonl", "parquet", "arrow", "hub", "text", "tree", "sft")
 KINDS_WITH_TEXT_COLUMN = ("jsonl", "parquet", "arrow", "hub")
-ON_BAD_ROW = ("skip", "quarantine", "error")
-PACKINGS = ("concat", "best_fit")
+CONTENT_KEYS = (
+    *("tokenizer_vocab_size", "validation_fraction", "deduplicate", "min_characters"),
+    *("max_chat_tokens", "think_flag_share"),
+)
 BLOCK_ROWS = 16384  # the mixture holds its weights exactly, to one row, over each block of this many rows
 
 
@@ -25,14 +38,12 @@ class SourceConfig:
     below is a document) | sft (conversations: rows with `messages`, in files of any of these formats).
     paths: files or globs; for `tree` folders; for `hub` NAME[@REVISION][:CONFIG]:SPLIT; for `embedded` the
     names of collections of data_pipeline.samples.
-    weight: this source's share of the training tokens, relative to the other sources; 0 = prepared, not
-    trained on.
     """
 
     kind: str
     paths: list[str]
     text_key: str | None  # the column or JSON key that holds the text; null for the kinds that have none
-    weight: float
+    weight: float  # share of the training tokens, relative to the other sources; 0 = prepared, not trained on
     max_epochs: float | None  # how often a training row may be seen; null = no limit
 
 
@@ -57,9 +68,7 @@ class DataConfig:
     deduplicate: bool  # keep the first of equal documents of a source
     min_characters: int  # shorter documents are bad rows (too_short); conversations are not concerned
     max_chat_tokens: int | None  # longer conversations are bad rows (too_long); null = no limit
-    think_flag_share: (
-        float | None
-    )  # /no_think where no reasoning, /think in this share of the others; null: none
+    think_flag_share: float | None  # /no_think where no reasoning, /think in this share of others; null: none
     on_bad_row: str  # skip (list it in rejects.jsonl) | quarantine (keep the whole row there) | error (stop)
     max_bad_fraction: float  # share of bad rows beyond which a source is broken and nothing is prepared
     slice_bytes: int  # bytes of input in one unit of work, of restart and of parallelism
@@ -75,14 +84,7 @@ class DataConfig:
 
     def content_settings(self) -> dict[str, object]:
         """The keys that decide which tokens a prepared folder holds, apart from the bytes of its inputs."""
-        settings: dict[str, object] = {
-            "data.tokenizer_vocab_size": self.tokenizer_vocab_size,
-            "data.validation_fraction": self.validation_fraction,
-            "data.deduplicate": self.deduplicate,
-            "data.min_characters": self.min_characters,
-            "data.max_chat_tokens": self.max_chat_tokens,
-            "data.think_flag_share": self.think_flag_share,
-        }
+        settings = {f"data.{key}": getattr(self, key) for key in CONTENT_KEYS}
         for name, source in sorted(self.sources.items()):
             settings[f"data.sources.{name}.kind"] = source.kind
             settings[f"data.sources.{name}.text_key"] = source.text_key
@@ -97,21 +99,11 @@ class DataConfig:
     def problems(self) -> list[str]:
         """Every broken law, one line each: key, value, law, remedy."""
         found = []
-        for key, value, choices in (
-            ("mode", self.mode, MODES),
-            ("on_bad_row", self.on_bad_row, ON_BAD_ROW),
-            ("packing", self.packing, PACKINGS),
-        ):
-            if value not in choices:
+        for key, choices in CHOICES.items():
+            if (value := getattr(self, key)) not in choices:
                 found.append(f"data.{key}={value} is unknown; use {', '.join(choices)}")
-        for key, number, least, why in (
-            ("min_characters", self.min_characters, 1, "1 leaves out nothing"),
-            ("max_chat_tokens", self.max_chat_tokens, 1, "null = no limit"),
-            ("slice_bytes", self.slice_bytes, 1, "use 134_217_728"),
-            ("shard_bytes", self.shard_bytes, 4, "a token takes 4 bytes"),
-            ("num_workers", self.num_workers, 1, "1 works in this process"),
-        ):
-            if number is not None and number < least:
+        for key, (least, why) in LEAST.items():
+            if (number := getattr(self, key)) is not None and number < least:
                 found.append(f"data.{key}={number} is less than {least}; {why}")
         for key, share in (
             ("max_bad_fraction", self.max_bad_fraction),
@@ -136,9 +128,8 @@ class DataConfig:
         for name, source in self.sources.items():
             found += _source_problems(name, source, total_weight)
         if self.sources and not total_weight > 0:
-            found.append(
-                f"data.sources: the weights sum to {total_weight}; give one source a positive weight"
-            )
+            law = f"the weights sum to {total_weight}; give one source a positive weight"
+            found.append(f"data.sources: {law}")
         if self.mode == "streaming":
             found += _streaming_problems(self)
         return found + _order_problems(self)
@@ -151,13 +142,10 @@ def _streaming_problems(config: DataConfig) -> list[str]:
         "data.tokenizer=null would need one to be trained": config.tokenizer is None,
         f"data.packing={config.packing} needs all lengths": config.packing != "concat",
         "data.on_bad_row=quarantine has no folder to keep rows in": config.on_bad_row == "quarantine",
-        **{
-            f"data.sources.{name}.max_epochs={source.max_epochs} is no whole number": source.max_epochs % 1
-            > 0
-            for name, source in config.sources.items()
-            if source.max_epochs is not None
-        },
     }
+    for name, source in config.sources.items():
+        law = f"data.sources.{name}.max_epochs={source.max_epochs} is no whole number"
+        broken[law] = source.max_epochs is not None and source.max_epochs % 1 > 0
     return [f"data.mode=streaming: {law}{remedy}" for law, is_broken in broken.items() if is_broken]
 
 
@@ -211,10 +199,8 @@ def _source_problems(name: str, source: SourceConfig, total_weight: float) -> li
     if not 0 <= source.weight < math.inf:
         found.append(f"{key}.weight={source.weight} is not a finite number >= 0")
     elif 0 < source.weight * BLOCK_ROWS < total_weight:
-        found.append(
-            f"{key}.weight={source.weight} of {total_weight} is less than one row in {BLOCK_ROWS};"
-            " raise it or use 0"
-        )
+        law = f"is less than one row in {BLOCK_ROWS}; raise it or use 0"
+        found.append(f"{key}.weight={source.weight} of {total_weight} {law}")
     if source.max_epochs is not None and not source.max_epochs > 0:
         found.append(f"{key}.max_epochs={source.max_epochs} is not positive; null = no limit")
     return found

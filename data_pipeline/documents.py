@@ -1,20 +1,24 @@
 """Documents from rows, and their ids: every row becomes documents or a reject that says why it is none."""
 
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from data_pipeline import chat
-from data_pipeline.config import DataConfig, DataError
+from data_pipeline.config import DataConfig, DataError, SourceConfig
 from data_pipeline.readers import Part, Row, column_of, read_rows
 from data_pipeline.tokenizer import Tokenizer
 
 _HEAD_BYTES = 200
 _BATCH_BYTES = 1 << 20
+_PROBED_ROWS = 64
+_HASHES_AT_ONCE = 1 << 26  # sorted in about 3 GB
 
 
 class Document(NamedTuple):
@@ -53,10 +57,8 @@ class Reject(NamedTuple):
 
     def error(self) -> DataError:
         """What on_bad_row=error raises."""
-        return DataError(
-            f"{self.part.path}: the row at {self.row.offset} is bad ({self.reason}): {self.head()!r};"
-            " mend it, or set data.on_bad_row to skip or quarantine"
-        )
+        what = f"{self.part.path}: the row at {self.row.offset} is bad ({self.reason}): {self.head()!r}"
+        return DataError(f"{what}; mend it, or set data.on_bad_row to skip or quarantine")
 
 
 def read_documents(
@@ -89,12 +91,12 @@ def judge(
         for pieces in samples:
             data, most = json.dumps(pieces).encode(), config.max_chat_tokens
             # a token is at least a byte: most conversations need not be counted
-            if tokenizer and most is not None and len(data) > most:
-                length = len(chat.encode(pieces, tokenizer)[0]) + 1
-                if length > most:
-                    yield Reject(part, row, f"too_long: {length} tokens")
-                    continue
-            yield Document(part, row, "", pieces, data)
+            is_counted = tokenizer and most is not None and len(data) > most
+            length = len(chat.encode(pieces, tokenizer)[0]) + 1 if tokenizer and is_counted else 0
+            if most is not None and length > most:
+                yield Reject(part, row, f"too_long: {length} tokens")
+            else:
+                yield Document(part, row, "", pieces, data)
 
 
 def encoded(
@@ -148,3 +150,48 @@ def _fault(row: Row, column: str | None, content: object, is_chat: bool, min_cha
     except UnicodeEncodeError:
         return "utf8: a lone surrogate"
     return None
+
+
+def check_columns(name: str, source: SourceConfig, rows: Iterable[Row]) -> None:
+    """Raise DataError, with the columns that there are, if none of the first rows of a source has its text
+    column."""
+    column, wanted = column_of(source), list if source.kind == "sft" else str
+    columns: dict[str, str] = {}
+    sound = (row for row in rows if row.fault is None)
+    for row in itertools.islice(sound, _PROBED_ROWS) if column is not None else ():
+        if isinstance(row.value.get(column), wanted):
+            return
+        columns |= {key: type(value).__name__ for key, value in row.value.items()}
+    if columns:
+        listed = ", ".join(f"{key}: {kind}" for key, kind in columns.items())
+        law = f"its first rows have no {column!r} of type {wanted.__name__}"
+        raise DataError(f"data.sources.{name}: {law}; their columns are {listed}")
+
+
+def hash_document(data: bytes) -> bytes:
+    """16 bytes, as `find_duplicates` reads them."""
+    return hashlib.blake2b(data, digest_size=16).digest()
+
+
+def find_duplicates(files: list[Path], at_once: int = _HASHES_AT_ONCE) -> np.ndarray:
+    """Numbers (int64, ascending) of the documents equal to one before, by their hashes; they count over all
+    files.
+
+    The hashes are gone through in as many rounds, each over a range of hash values, as it takes to sort
+    about `at_once` of them at a time. The result does not depend on it.
+    """
+    rounds = -(-sum(path.stat().st_size for path in files) // (16 * at_once))
+    found = [np.empty(0, np.int64)]
+    for turn in range(rounds):
+        numbers, hashes, first = [], [], 0
+        for path in files:
+            of_file = np.fromfile(path, dtype="<u8").reshape(-1, 2)
+            chosen = np.flatnonzero(of_file[:, 0] % np.uint64(rounds) == turn)
+            numbers.append(chosen + first)
+            hashes.append(of_file[chosen])
+            first += len(of_file)
+        number, key = np.concatenate(numbers), np.concatenate(hashes)
+        order = np.lexsort((key[:, 1], key[:, 0]))  # stable: the first of equals stays first
+        is_repeat = (key[order[1:]] == key[order[:-1]]).all(axis=1)
+        found.append(number[order[1:][is_repeat]])
+    return np.sort(np.concatenate(found))

@@ -18,23 +18,13 @@ def show(config: DataConfig, which: str, *, seq_len: int, seed: int) -> str:
     """
     source, _, number = which.partition(":") if not which.isdecimal() else ("", "", which)
     if (source and source not in config.sources) or not (number or "0").isdecimal():
-        raise DataError(
-            f"{which} is no row: give ROW, SOURCE or SOURCE:ROW; sources: {', '.join(config.sources)}"
-        )
+        known = ", ".join(config.sources)
+        raise DataError(f"{which} is no row: give ROW, SOURCE or SOURCE:ROW; sources: {known}")
     if config.mode == "streaming":
         raise DataError("data.mode=streaming: only rows of a prepared folder have a place; prepare the data")
-    row = int(number or 0)
-    with Loader(
-        config,
-        seq_len=seq_len,
-        global_batch_size=1,
-        micro_batch_size=1,
-        rank=0,
-        world_size=1,
-        seed=seed,
-        next_row=row,
-        source=source or None,
-    ) as loader:
+    one = {"global_batch_size": 1, "micro_batch_size": 1, "rank": 0, "world_size": 1}
+    place = {"next_row": int(number or 0), "source": source or None}
+    with Loader(config, seq_len=seq_len, seed=seed, **one, **place) as loader:
         for [batch] in loader:
             return _describe(batch, loader.origins(batch.rows[0]), load_tokenizer(config.dir))
     raise DataError(f"{which}: there are not so many rows")
@@ -45,9 +35,8 @@ def _describe(batch: Batch, origins: list[str], tokenizer: Tokenizer) -> str:
     valid = int(batch.token_mask.sum())
     # the target of position t is token t+1; the first token is a target of another row, if of any
     learned = np.append(False, labels[:-1] != NO_LOSS)
-    lines = [
-        f"row {batch.rows[0]}: {valid} tokens, {int((labels != NO_LOSS).sum())} targets; [- not learned -]"
-    ]
+    targets = int((labels != NO_LOSS).sum())
+    lines = [f"row {batch.rows[0]}: {valid} tokens, {targets} targets; [- not learned -]"]
     borders = [border for border in batch.cu_seqlens.tolist() if border <= valid]
     for (start, stop), origin in zip(itertools.pairwise(borders), origins, strict=True):
         lines.append(f"--- tokens {start} to {stop}: {origin}")

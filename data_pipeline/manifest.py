@@ -46,13 +46,12 @@ class SourceRecord:
     """skipped: rows that were left out, by the code of the reason.
 
     validation_unigram_cross_entropy: nats per validation token under the (add-one) frequencies of the
-    training tokens; a model that scores below it has learned more than which tokens are common. None without
-    validation tokens.
+    training tokens; a model that scores below it has learned more than which tokens are common.
     """
 
     shards: Shards
     skipped: dict[str, int]
-    validation_unigram_cross_entropy: float | None
+    validation_unigram_cross_entropy: float | None  # None without validation tokens
 
 
 @dataclass
@@ -85,13 +84,12 @@ class Manifest:
                 raise DataError(f"{path}: format {fields['format']!r} is not {FORMAT!r}; {REMEDY}")
             fields["tokenizer"] = TokenizerRecord(**fields["tokenizer"])
             for name, record in fields["sources"].items():
-                shards = shards_from_json(record["shards"])
-                fields["sources"][name] = SourceRecord(**{**record, "shards": shards})
+                record["shards"] = shards_from_json(record["shards"])
+                fields["sources"][name] = SourceRecord(**record)
             return Manifest(**fields)
         except FileNotFoundError as error:
-            raise DataError(
-                f"{path} is missing: the data is not prepared; run python -m data_pipeline"
-            ) from error
+            what = "is missing: the data is not prepared; run python -m data_pipeline"
+            raise DataError(f"{path} {what}") from error
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(f"{path} is damaged ({error}); {REMEDY}") from error
 
@@ -101,17 +99,12 @@ class Manifest:
 
     def shards(self) -> list[ShardRecord]:
         """Every shard of the folder."""
-        return [
-            shard for source in self.sources.values() for split in SPLITS for shard in source.shards[split]
-        ]
+        return [shard for of in self.sources.values() for split in SPLITS for shard in of.shards[split]]
 
     def check_settings(self, settings: dict[str, Any], folder: Path) -> None:
         """Raise DataError that lists the keys of `settings` which the folder was not prepared with."""
-        recorded = {
-            key: value
-            for key, value in self.settings.items()
-            if key in settings or key.endswith(".kind")  # of a source that is not named any more
-        }
+        # a kind that is not in `settings` is that of a source which is not named any more
+        recorded = {key: of for key, of in self.settings.items() if key in settings or key.endswith(".kind")}
         if lines := differing_settings(recorded, settings):
             what = f"data.dir={folder} was prepared with another configuration; prepare into another:"
             raise DataError("\n".join([what, *lines]))
@@ -136,25 +129,23 @@ def to_json(value: Any) -> bytes:
     return (json.dumps(value, indent=1, sort_keys=True) + "\n").encode()
 
 
-def write_synced(path: Path, data: bytes) -> None:
-    """Write a file and wait until it is on the disk."""
-    with open(path, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def write_atomically(path: Path, data: bytes) -> None:
     """Make `path` hold `data`: after a crash it holds all of it or is as before."""
     partial = path.with_name(f".{path.name}.partial")
-    write_synced(partial, data)
+    partial.write_bytes(data)
+    replace_synced(partial, path)
+
+
+def replace_synced(partial: Path, path: Path) -> None:
+    """Rename a finished file to `path`; it is on the disk before it has the name."""
+    sync(partial)
     os.replace(partial, path)
-    sync_folder(path.parent)
+    sync(path.parent)
 
 
-def sync_folder(folder: Path) -> None:
-    """Wait until the names in the folder are on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Wait until a file's bytes, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -1,5 +1,4 @@
-"""The order of the run: global row g -> (source, epoch, row of the source), a pure function of the
-configuration.
+"""The order of the run: global row g -> (source, epoch, row), a pure function of the configuration.
 
 Rows are dealt in blocks. Each block holds a fixed integer quota of every source, spread evenly over the
 block; the rows of a source are dealt one after the other, through a permutation of its own in every epoch.
@@ -8,7 +7,6 @@ Weights may change at given rows: a new stretch of blocks begins there, and ever
 
 import bisect
 import itertools
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -29,16 +27,13 @@ class Location(NamedTuple):
     row: int
 
 
-@dataclass
-class MixtureSource:
-    """weight: relative share of the tokens. rows: in one epoch. max_epochs: None = no limit. row_tokens: in a
-    row, on average.
-    """
+class MixtureSource(NamedTuple):
+    """What the order has to know of a source."""
 
-    weight: float
-    rows: int
-    max_epochs: float | None
-    row_tokens: float
+    weight: float  # relative share of the tokens
+    rows: int  # in one epoch
+    max_epochs: float | None  # None = no limit
+    row_tokens: float  # in a row, on average
 
 
 class _Stretch(NamedTuple):
@@ -84,13 +79,10 @@ class Mixture:
         self._names = sorted({name for stage in stages for name, weight in stage.items() if weight > 0})
         self._sources = [sources[name] for name in self._names]
         if empty := [name for name in self._names if sources[name].rows < 1]:
-            raise DataError(
-                f"data.sources {', '.join(empty)}: no whole row of training text;"
-                " add text, shorten stage.seq_len, or set the weight to 0"
-            )
-        self._limits = [
-            _NO_LIMIT if s.max_epochs is None else int(s.max_epochs * s.rows) for s in self._sources
-        ]
+            what = f"data.sources {', '.join(empty)}: no whole row of training text"
+            raise DataError(f"{what}; add text, shorten stage.seq_len, or set the weight to 0")
+        limits = [(of.max_epochs, of.rows) for of in self._sources]
+        self._limits = [_NO_LIMIT if epochs is None else int(epochs * rows) for epochs, rows in limits]
         self._block = lru_cache(maxsize=2)(self._deal_block)
         self._permutation = lru_cache(maxsize=2 * len(self._names))(self._permute_epoch)
         self._stretches: list[_Stretch] = []
@@ -127,15 +119,14 @@ class Mixture:
 
     def check_budget(self, total_rows: int) -> None:
         """Raise a DataError that lists every source which max_epochs keeps from serving `total_rows` rows."""
-        exhausted = [
-            f"data.sources.{name}.max_epochs={source.max_epochs} allows {limit} rows of its {source.rows},"
-            f" but {total_rows} rows of the run need {needed}; raise max_epochs, lower its weight,"
-            " or train on fewer tokens"
-            for (name, needed), source, limit in zip(
-                self.rows_needed(total_rows).items(), self._sources, self._limits, strict=True
-            )
-            if needed > limit
-        ]
+        exhausted = []
+        needs = self.rows_needed(total_rows).items()
+        for (name, needed), source, limit in zip(needs, self._sources, self._limits, strict=True):
+            if needed > limit:
+                law = f"max_epochs={source.max_epochs} allows {limit} rows of its {source.rows}"
+                need = f"but {total_rows} rows of the run need {needed}"
+                remedy = "raise max_epochs, lower its weight, or train on fewer tokens"
+                exhausted.append(f"data.sources.{name}.{law}, {need}; {remedy}")
         if exhausted:
             raise DataError("\n".join(exhausted))
 
@@ -149,8 +140,7 @@ class Mixture:
         return blocks * self._stretches[stretch].quotas + np.bincount(dealt, minlength=len(self._names))
 
     def _deal_block(self, stretch: int, block: int) -> tuple[np.ndarray, np.ndarray]:
-        """Source number of each slot of a block, and how many earlier slots of the block have the same
-        source.
+        """Source number of each slot of a block, and how many earlier slots of it have the same source.
 
         Card k of a source with quota q lies at a random time in [k, k+1) / q; slots are in the order of time.
         So every stretch of the block, not only the whole, holds every source close to its share.

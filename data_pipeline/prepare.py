@@ -12,32 +12,33 @@ import json
 import multiprocessing
 import os
 import shutil
+import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Executor, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import TextIO
+from typing import Any, NamedTuple
 
 import numpy as np
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from data_pipeline.config import DataConfig, DataError
-from data_pipeline.documents import Document, read_documents
-from data_pipeline.duplicates import find_duplicates
-from data_pipeline.inputs import InputFile, plan_slices
+from data_pipeline.documents import Document, check_columns, find_duplicates, read_documents
 from data_pipeline.manifest import (
     FORMAT,
     SPLITS,
     Manifest,
     SourceRecord,
     TokenizerRecord,
+    differing_settings,
+    replace_synced,
     shards_from_json,
-    sync_folder,
+    to_json,
     write_atomically,
 )
-from data_pipeline.plan import Plan, agree_on_plan, describe_inputs
-from data_pipeline.progress import PrepareProgress
-from data_pipeline.readers import BLANK, check_columns, read_rows
+from data_pipeline.readers import BLANK, InputFile, list_inputs, plan_slices, read_rows
 from data_pipeline.slices import SliceJob, start_worker, survey_slice, write_slice
 from data_pipeline.tokenizer import (
     Tokenizer,
@@ -49,8 +50,16 @@ from data_pipeline.tokenizer import (
 
 _TRAINING_CHARACTERS = 4_000_000  # of text that a tokenizer is trained on, shared evenly by the sources
 _TRAINING_PLACES = 16  # slices of a source, evenly spaced, that this text is taken from
+_SECONDS_BETWEEN_LINES = 10.0
 
 Jobs = dict[str, list[SliceJob]]  # by source
+
+
+class Plan(NamedTuple):
+    """What a folder is prepared from: plan.json while it is, part of manifest.json afterwards."""
+
+    settings: dict[str, Any]
+    inputs: dict[str, list[dict[str, Any]]]  # InputFile as JSON, by source
 
 
 def prepare(config: DataConfig, vocab_size: int, seed: int) -> Manifest:
@@ -68,22 +77,22 @@ def prepare(config: DataConfig, vocab_size: int, seed: int) -> Manifest:
     check_vocab_size(size, vocab_size)
     folder = Path(config.dir)
     folder.mkdir(parents=True, exist_ok=True)
-    with _only_one(folder), _Workers(config.num_workers) as workers:
-        plan = agree_on_plan(config, seed, given, folder)
+    with _only_one(folder), _workers(config.num_workers) as workers:
+        plan = _agree_on_plan(config, seed, given, folder)
         if (folder / "manifest.json").exists():
             manifest, outcome = Manifest.load(folder), "already prepared"
         else:
             _clean(folder)
-            jobs = {name: _jobs(name, config, plan.inputs[name], seed) for name in sorted(config.sources)}
+            jobs = {name: _jobs(name, config, plan, seed) for name in sorted(config.sources)}
             if not (folder / "tokenizer.json").exists():  # an earlier attempt may have come so far
                 given = given or train_tokenizer(_training_texts(jobs), size)
                 write_atomically(folder / "tokenizer.json", given.encode())
             every_job = [job for of_source in jobs.values() for job in of_source]
             to_do = [job for job in every_job if not job.survey.is_dir()]
-            workers.run(survey_slice, "survey", "documents", every_job, to_do)
+            _run(workers, survey_slice, "survey", "documents", every_job, to_do)
             skipped = _conclude_survey(jobs, config, folder)
             to_do = [job for job in every_job if not job.target.is_dir()]
-            workers.run(write_slice, "prepare", "tokens", every_job, to_do)
+            _run(workers, write_slice, "prepare", "tokens", every_job, to_do)
             _clean(folder)
             manifest, outcome = _commit(plan, jobs, skipped, folder), "prepared"
         shutil.rmtree(folder / "survey", ignore_errors=True)
@@ -97,18 +106,28 @@ def _only_one(folder: Path) -> Iterator[None]:
     """Keep a second preparation out of the folder; the lock ends with the process, however it ends."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(descriptor)
-        raise DataError(f"data.dir={folder} is being prepared by another process; wait for it") from error
-    except OSError:
-        pass  # a file system without locks: slices are renamed into place, so a second run only wastes work
-    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise DataError(f"data.dir={folder} is being prepared by another process; wait for it") from error
+        except OSError:
+            pass  # a file system without locks: slices are renamed into place, a second run only wastes work
         yield
     except OSError as error:  # a full disk, an input without permission
         raise DataError(f"data.dir={folder}: {error}; mend it and run again, which goes on") from error
+    except BrokenProcessPool as error:
+        what = "a worker was killed, perhaps for its memory; run again to go on, with a smaller"
+        raise DataError(f"{what} data.num_workers if it returns") from error
     finally:
         os.close(descriptor)
+
+
+def _workers(number: int) -> contextlib.AbstractContextManager[Executor | None]:
+    """The processes that act on slices; None for this one."""
+    if number == 1:
+        return contextlib.nullcontext()
+    # spawn: a fork would copy the threads of the tokenizer in an unknown state
+    return ProcessPoolExecutor(number, multiprocessing.get_context("spawn"), initializer=start_worker)
 
 
 def _clean(folder: Path) -> None:
@@ -119,13 +138,51 @@ def _clean(folder: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)  # a dying worker may still write there
 
 
-def _jobs(name: str, config: DataConfig, inputs: list[InputFile], seed: int) -> list[SliceJob]:
-    source = config.sources[name]
+def _agree_on_plan(config: DataConfig, seed: int, given: str | None, folder: Path) -> Plan:
+    """Our plan, written down first, so that nobody else's folder is touched. Raises DataError if the folder
+    has another's."""
+    recorded, known = None, dict[str, InputFile]()
+    for path in (folder / "plan.json", folder / "manifest.json"):
+        if path.exists():
+            try:
+                fields = json.loads(path.read_bytes())
+                recorded = fields["settings"]
+                known = {file["path"]: InputFile(**file) for of in fields["inputs"].values() for file in of}
+            except (ValueError, KeyError, TypeError) as error:
+                raise DataError(f"{path} is damaged ({error}); move the folder away") from error
+    if recorded is None and any(not entry.name.endswith(".partial") for entry in folder.iterdir()):
+        raise DataError(f"data.dir={folder} holds other files; name a new or an empty folder")
+    inputs = {name: list_inputs(name, source, known) for name, source in config.sources.items()}
+    settings = {
+        **config.content_settings(),
+        "data.tokenizer": None if given is None else f"sha256 {hashlib.sha256(given.encode()).hexdigest()}",
+        "data.on_bad_row": "quarantine" if config.on_bad_row == "quarantine" else "skip or error",
+        "data.slice_bytes": config.slice_bytes,
+        "data.shard_bytes": config.shard_bytes,
+        "seed": seed,
+        **{f"data.sources.{name}.paths": _described(files) for name, files in inputs.items()},
+    }
+    plan = Plan(settings, {name: [file._asdict() for file in files] for name, files in inputs.items()})
+    if recorded is None:
+        write_atomically(folder / "plan.json", to_json(plan._asdict()))
+    elif lines := differing_settings(recorded, settings):
+        what = f"data.dir={folder} holds another preparation; name another folder, or move this one away:"
+        raise DataError("\n".join([what, *lines]))
+    return plan
+
+
+def _described(files: list[InputFile]) -> str:
+    """Number, size and hash of a source's inputs: of their bytes, wherever the files lie."""
+    digest = hashlib.sha256("".join(file.sha256 for file in files).encode()).hexdigest()
+    return f"{len(files)} files of {sum(file.bytes for file in files)} bytes (sha256 {digest[:12]})"
+
+
+def _jobs(name: str, config: DataConfig, plan: Plan, seed: int) -> list[SliceJob]:
+    source, inputs = config.sources[name], [InputFile(**file) for file in plan.inputs[name]]
     slices = plan_slices(source, inputs, config.slice_bytes)
     if not slices:
-        raise DataError(
-            f"data.sources.{name}.paths: {describe_inputs(inputs)} hold nothing; name files with text"
-        )
+        held = plan.settings[f"data.sources.{name}.paths"]
+        raise DataError(f"data.sources.{name}.paths: {held} hold nothing; name files with text")
     check_columns(name, source, (row for part in slices[0] for row in read_rows(source, part)))
     return [SliceJob(f"{name}-{i:05d}", name, parts, config, seed) for i, parts in enumerate(slices)]
 
@@ -136,66 +193,44 @@ def _training_texts(jobs: Jobs) -> Iterator[str]:
         places = of_source[:: -(-len(of_source) // _TRAINING_PLACES)]
         for job in places:
             left = _TRAINING_CHARACTERS // (len(jobs) * len(places))
-            for text in _texts(job):
-                if left <= 0:
+            items = (item for part in job.parts for item in read_documents(job.config, job.source, part))
+            for document in (item for item in items if isinstance(item, Document)):
+                for text in filter(None, [document.text, *(of.text for of in document.pieces or ())]):
+                    yield text[:left]
+                    left = max(left - len(text), 0)
+                if not left:
                     break
-                yield text[:left]
-                left -= len(text)
 
 
-def _texts(job: SliceJob) -> Iterator[str]:
-    for part in job.parts:
-        for item in read_documents(job.config, job.source, part):
-            if isinstance(item, Document):
-                yield from filter(None, [item.text, *(piece.text for piece in item.pieces or ())])
-
-
-class _Workers:
-    """The processes that act on slices; with num_workers=1 it is this one."""
-
-    def __init__(self, num_workers: int) -> None:
-        # spawn: a fork would copy the threads of the tokenizer in an unknown state
-        context = multiprocessing.get_context("spawn")
-        self._pool = None
-        if num_workers > 1:
-            self._pool = ProcessPoolExecutor(num_workers, context, initializer=start_worker)
-
-    def run(
-        self,
-        act: Callable[[SliceJob], int],
-        title: str,
-        unit: str,
-        jobs: list[SliceJob],
-        to_do: list[SliceJob],
-    ) -> None:
-        """Act on the jobs that are not done yet."""
-        total = sum(job.bytes for job in jobs)
-        with PrepareProgress(title, unit, total, total - sum(job.bytes for job in to_do)) as progress:
-            if self._pool is None:
-                for job in to_do:
-                    progress.done(job.bytes, act(job))
-                return
-            running = {self._pool.submit(act, job): job for job in to_do}
-            try:
-                for future in as_completed(running):
-                    progress.done(running[future].bytes, future.result())
-            except BrokenProcessPool as error:
-                raise DataError(
-                    "a worker was killed, perhaps for its memory; run again to go on, with a smaller"
-                    " data.num_workers if it returns"
-                ) from error
-
-    def __enter__(self) -> "_Workers":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
+def _run(
+    workers: Executor | None,
+    act: Callable[[SliceJob], int],
+    title: str,
+    unit: str,
+    jobs: list[SliceJob],
+    to_do: list[SliceJob],
+) -> None:
+    """Act on the jobs that are not done yet; a bar on a terminal, a line now and then elsewhere, with `unit`
+    per second of this attempt."""
+    units, started = 0, time.monotonic()
+    total, last_line = sum(job.bytes for job in jobs), started
+    columns = TextColumn(title), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[rate]}")
+    with Progress(*columns, TimeRemainingColumn(), disable=not sys.stdout.isatty()) as progress:
+        before = total - sum(job.bytes for job in to_do)
+        bar = progress.add_task(title, total=total, completed=before, rate="")
+        for job, more in zip(to_do, (workers.map if workers else map)(act, to_do), strict=True):
+            now, units = time.monotonic(), units + more
+            rate = f"{units / max(now - started, 1e-9):,.0f} {unit}/s"
+            progress.update(bar, advance=job.bytes, rate=rate)
+            if progress.disable and now - last_line >= _SECONDS_BETWEEN_LINES:
+                last_line, [task] = now, progress.tasks
+                left = (task.remaining or 0) * (now - started) / max(task.completed - before, 1)
+                print(f"{title}: {task.percentage:.0f}%, {rate}, {left:,.0f} s left", flush=True)
 
 
 def _conclude_survey(jobs: Jobs, config: DataConfig, folder: Path) -> dict[str, Counter[str]]:
-    """Write rejects.jsonl, the bad rows of all sources in order, and find the duplicates; every job learns
-    the number of its first document.
+    """Write rejects.jsonl, the bad rows of all sources in order, their lines counted from the start of the
+    file; find the duplicates, and tell every slice which of its documents are repeats.
 
     Returns the rows that each source leaves out, by the code of the reason. Raises DataError for sources
     with too many bad rows or without a document.
@@ -204,7 +239,17 @@ def _conclude_survey(jobs: Jobs, config: DataConfig, folder: Path) -> dict[str, 
     partial = folder / ".rejects.jsonl.partial"
     with open(partial, "w") as rejects:
         for name, of_source in jobs.items():
-            skipped, documents = _gather(of_source, rejects)
+            skipped, firsts, documents, lines_before = Counter[str](), [], 0, Counter[str]()
+            for job in of_source:
+                record = json.loads((job.survey / "record.json").read_bytes())
+                firsts.append(documents)
+                documents += record["documents"]
+                skipped.update(record["skipped"])
+                with open(job.survey / "rejects.jsonl") as of_slice:
+                    for fields in map(json.loads, of_slice):
+                        fields["line"] += lines_before[fields["file"]]
+                        rejects.write(json.dumps(fields) + "\n")
+                lines_before.update(record["lines"])
             bad = skipped.total() - skipped[BLANK]
             if not documents or bad > config.max_bad_fraction * (bad + documents):
                 reasons = ", ".join(f"{count} {code}" for code, count in skipped.most_common()) or "no rows"
@@ -214,71 +259,41 @@ def _conclude_survey(jobs: Jobs, config: DataConfig, folder: Path) -> dict[str, 
                     f" {law if documents else 'it has no document'}; they are listed in"
                     f" {folder}/rejects.jsonl: mend the files or the source"
                 )
-            hashes = [job.survey / "hashes" for job in of_source]  # empty ones without data.deduplicate
-            duplicates = find_duplicates(hashes)
-            np.save(of_source[0].duplicates, duplicates)
-            found[name] = skipped + Counter(duplicate=len(duplicates))
-        rejects.flush()
-        os.fsync(rejects.fileno())
-    os.replace(partial, folder / "rejects.jsonl")
-    sync_folder(folder)
+            # the files of hashes are empty without data.deduplicate
+            repeats = find_duplicates([job.survey / "hashes" for job in of_source])
+            of_slices = np.split(repeats, np.searchsorted(repeats, firsts[1:]))
+            for job, first, of_job in zip(of_source, firsts, of_slices, strict=True):
+                np.save(job.survey / "repeats.npy", of_job - first)
+            found[name] = skipped + Counter(duplicate=len(repeats))
+    replace_synced(partial, folder / "rejects.jsonl")
     if broken:
         raise DataError("\n".join(broken))
     return found
 
 
-def _gather(jobs: list[SliceJob], rejects: TextIO) -> tuple[Counter[str], int]:
-    """Append a source's rejects, with lines counted from the start of the file; what it skips, documents."""
-    skipped, documents, lines_before = Counter[str](), 0, Counter[str]()
-    for job in jobs:
-        record = json.loads((job.survey / "record.json").read_bytes())
-        job.first_document = documents
-        documents += record["documents"]
-        skipped.update(record["skipped"])
-        with open(job.survey / "rejects.jsonl") as of_slice:
-            for text in of_slice:
-                fields = json.loads(text)
-                fields["line"] += lines_before[fields["file"]]
-                rejects.write(json.dumps(fields) + "\n")
-        lines_before.update(record["lines"])
-    return skipped, documents
-
-
 def _commit(plan: Plan, jobs: Jobs, skipped: dict[str, Counter[str]], folder: Path) -> Manifest:
     """Gather what the slices hold and write the manifest."""
-    tokenizer = load_tokenizer(folder)
-    sources = {}
+    tokenizer, sources = load_tokenizer(folder), {}
     for name, of_source in jobs.items():
         source = SourceRecord({split: [] for split in SPLITS}, dict(skipped[name]), None)
-        unigrams = np.zeros((len(SPLITS), tokenizer.vocab_size), dtype=np.int64)
+        train, validation = sum(np.load(job.target / "unigrams.npy") for job in of_source)
         for job in of_source:
-            unigrams += np.load(job.target / "unigrams.npy")
             shards = shards_from_json(json.loads((job.target / "slice.json").read_bytes()))
             for split in SPLITS:
                 source.shards[split] += shards[split]
         if not source.shards["train"]:
-            raise DataError(
-                f"data.sources.{name}: every document is held out for validation;"
-                " lower data.validation_fraction or name more files, in another folder"
-            )
-        train, validation = unigrams
+            what = f"data.sources.{name}: every document is held out for validation"
+            raise DataError(f"{what}; lower data.validation_fraction or name more files, in another folder")
         if validation.any():
             seen = validation > 0
             shares = (train[seen] + 1) / (train + 1).sum()
             nats = -(validation[seen] * np.log(shares)).sum() / validation.sum()
             source.validation_unigram_cross_entropy = float(nats)
         sources[name] = source
-    manifest = Manifest(
-        format=FORMAT,
-        **plan.as_json(),
-        tokenizer=TokenizerRecord(
-            sha256=hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest(),
-            vocab_size=tokenizer.vocab_size,
-            end_of_text=tokenizer.end_of_text,
-        ),
-        sources=sources,
-        rejects_sha256=hashlib.sha256((folder / "rejects.jsonl").read_bytes()).hexdigest(),
-    )
+    files = [(folder / name).read_bytes() for name in ("tokenizer.json", "rejects.jsonl")]
+    of_tokenizer, of_rejects = (hashlib.sha256(data).hexdigest() for data in files)
+    identity = TokenizerRecord(of_tokenizer, tokenizer.vocab_size, tokenizer.end_of_text)
+    manifest = Manifest(FORMAT, plan.settings, plan.inputs, identity, sources, of_rejects)
     manifest.save(folder)
     return manifest
 
@@ -290,7 +305,6 @@ def _summary(manifest: Manifest) -> str:
         for split, shards in source.shards.items():
             tokens, documents = sum(s.tokens for s in shards), sum(s.documents for s in shards)
             parts.append(f"{split} {tokens:,} tokens of {documents:,} documents")
-        skipped = [f"{count:,} {code}" for code, count in sorted(source.skipped.items())]
-        left_out = f"; left out: {', '.join(skipped)}" if skipped else ""
-        lines.append(f"  {name}: {', '.join(parts)}{left_out}")
+        skipped = ", ".join(f"{count:,} {code}" for code, count in sorted(source.skipped.items()))
+        lines.append(f"  {name}: {', '.join(parts)}{skipped and f'; left out: {skipped}'}")
     return "\n".join(lines)

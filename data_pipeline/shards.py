@@ -1,7 +1,6 @@
 """Token shards: written with a checksum per block, read by pread, checked at the start and on request.
 
-pread and not a memory map: it is faster for rows, and a file that was cut off raises an error instead of
-SIGBUS.
+pread and not a memory map: faster for rows, and a file that was cut off raises an error instead of SIGBUS.
 """
 
 import hashlib
@@ -31,15 +30,18 @@ _BLOCKS_CHECKED = 3
 class ShardWriter:
     """Writes documents into the shards `<folder>/<split>-00000`, ...; a document never crosses shards.
 
-    `label` is the folder's final name, which the records carry.
+    `label` is the folder's final name, which the records carry. The caller waits for the disk.
     """
 
     def __init__(self, folder: Path, label: str, split: str, shard_bytes: int) -> None:
         self._folder, self._label, self._split = folder, label, split
         self._capacity = shard_bytes // TOKEN.itemsize
         self._records: list[ShardRecord] = []
-        self._offsets: list[int] = [0]
-        self._files: dict[str, BinaryIO] = {}
+        self._begin_shard()
+
+    def _begin_shard(self) -> None:
+        self._name = f"{self._split}-{len(self._records):05d}"
+        self._offsets, self._files = [0], dict[str, BinaryIO]()
         self._unwritten_loss = np.empty(0, np.bool_)  # bits that do not fill a byte yet
 
     def add(self, ids: np.ndarray, row: tuple[int, int], loss: np.ndarray | None = None) -> None:
@@ -57,35 +59,31 @@ class ShardWriter:
         self._offsets.append(self._offsets[-1] + len(ids))
 
     def close(self) -> list[ShardRecord]:
-        """Finish the last shard; returns all of them. The files are on the disk then."""
+        """Finish the last shard; returns all of them."""
         if self._files:
             self._finish_shard()
         return self._records
 
     def _write(self, suffix: str, values: np.ndarray) -> None:
         if suffix not in self._files:
-            path = self._folder / f"{self._split}-{len(self._records):05d}.{suffix}"
-            self._files[suffix] = open(path, "xb")  # noqa: SIM115 (closed by _finish_shard)
+            self._files[suffix] = open(self._folder / f"{self._name}.{suffix}", "xb")  # noqa: SIM115
         self._files[suffix].write(values.tobytes())
 
     def _finish_shard(self) -> None:
         self._write("offsets", np.array(self._offsets, dtype=OFFSET))
         if "loss" in self._files:
             self._write("loss", np.packbits(self._unwritten_loss, bitorder="little"))
-        checksums = {}
-        for suffix, file in self._files.items():
-            file.flush()
-            os.fsync(file.fileno())
+        for file in self._files.values():
             file.close()
-            checksums[suffix] = file_crc32(Path(file.name))
-        name = f"{self._label}/{self._split}-{len(self._records):05d}"
+        checksums = {suffix: file_crc32(Path(file.name)) for suffix, file in self._files.items()}
+        name = f"{self._label}/{self._name}"
         self._records.append(ShardRecord(name, len(self._offsets) - 1, self._offsets[-1], checksums))
-        self._files, self._offsets, self._unwritten_loss = {}, [0], np.empty(0, np.bool_)
+        self._begin_shard()
 
 
 class Place(NamedTuple):
-    """A document of a stream: its number, its first token and its end there, and the row that it comes from:
-    the number of the input file in the manifest, the offset in it."""
+    """A document of a stream: number, first token and end there, and the row it comes from: the number of the
+    input file in the manifest, the offset in it."""
 
     document: int
     start: int
@@ -103,9 +101,7 @@ class TokenStream:
     def __init__(self, folder: Path, shards: list[ShardRecord]) -> None:
         self._folder, self._shards = folder, shards
         self._ends = np.cumsum([shard.tokens for shard in shards], dtype=np.int64)
-        self._open: OrderedDict[tuple[int, str], int] = (
-            OrderedDict()
-        )  # descriptors, least recently used first
+        self._open = OrderedDict[tuple[int, str], int]()  # descriptors, least recently used first
         self.has_loss = any("loss" in shard.crc32 for shard in shards)
 
     def __len__(self) -> int:
@@ -137,11 +133,9 @@ class TokenStream:
         shard = int(np.searchsorted(self._ends, token, side="right"))
         offsets = self._offsets(shard)
         local = int(np.searchsorted(offsets, token, side="right")) - 1
-        row = self._elements(shard, "rows", ROW, local, local + 1)[0]
+        [(file, offset)] = self._elements(shard, "rows", ROW, local, local + 1).tolist()
         document = sum(record.documents for record in self._shards[:shard]) + local
-        return Place(
-            document, int(offsets[local]), int(offsets[local + 1]), int(row["file"]), int(row["offset"])
-        )
+        return Place(document, int(offsets[local]), int(offsets[local + 1]), file, offset)
 
     def close(self) -> None:
         """Close the files."""
@@ -207,12 +201,11 @@ def check_size(folder: Path, shard: ShardRecord) -> None:
 def open_prepared(folder: Path) -> Manifest:
     """The manifest, after a look at sizes and random blocks that takes no longer for more data."""
     manifest = Manifest.load(folder)
-    shards = manifest.shards()
-    chance = random.Random()  # not seeded: every rank and every start looks elsewhere
-    for shard in chance.sample(shards, min(len(shards), _SIZES_CHECKED)):
+    shards, chance = manifest.shards(), random.Random()  # not seeded: every rank and start looks elsewhere
+    blocks = chance.choices(shards, k=_BLOCKS_CHECKED)
+    for shard in [*chance.sample(shards, min(len(shards), _SIZES_CHECKED)), *blocks]:
         check_size(folder, shard)
-    for shard in chance.choices(shards, k=_BLOCKS_CHECKED):
-        check_size(folder, shard)
+    for shard in blocks:
         _check_block(folder, shard, "tokens", chance.randrange(len(shard.crc32["tokens"]) // 8))
     return manifest
 

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data_pipeline.config import DataConfig
-from data_pipeline.manifest import sync_folder, write_atomically
+from data_pipeline.manifest import sync, write_atomically
 from data_pipeline.tokenizer import load_tokenizer, tokenizer_of
 from moe.balance import Balance
 from moe.config import ConfigError
@@ -274,13 +274,13 @@ class Checkpoints:
             "files": files,
         }
         for name in ("hf", "optimizer"):
-            sync_folder(folder / name)
+            sync(folder / name)
         write_manifest(folder, fields)
         final = self._folder / f"step-{step:08d}"
         self._check_fence()
         self._hide([final] if final.exists() else [])
         folder.rename(final)
-        sync_folder(self._folder)
+        sync(self._folder)
         write_atomically(self._run_dir / "latest", f"{final.name}\n".encode())
         self._prune(final)
 

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from data_pipeline.bins import pack_lengths
+from data_pipeline.best_fit import pack_lengths
 from data_pipeline.prepare import prepare
 from data_pipeline.tokenizer import Tokenizer, fetch_tokenizer
 

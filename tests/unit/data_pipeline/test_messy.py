@@ -16,8 +16,8 @@ import pytest
 
 from data_pipeline.config import DataConfig, DataError, SourceConfig
 from data_pipeline.documents import Document, Reject, read_documents
-from data_pipeline.inputs import list_inputs, plan_slices
 from data_pipeline.prepare import prepare
+from data_pipeline.readers import list_inputs, plan_slices
 from data_pipeline.shards import TokenStream, verify
 from data_pipeline.tokenizer import load_tokenizer
 
