@@ -5,15 +5,18 @@ python -m data_pipeline verify DIR
 python -m data_pipeline inspect ROW|SOURCE|SOURCE:ROW experiment=NAME [key=value ...]
 """
 
+import itertools
 import sys
 from pathlib import Path
 
+import numpy as np
 from omegaconf import DictConfig
 
-from data_pipeline.config import DataError
-from data_pipeline.packing import make_plans
+from data_pipeline.config import DataConfig, DataError
+from data_pipeline.packing import NO_LOSS, make_plans
 from data_pipeline.prepare import prepare
 from data_pipeline.shards import verify
+from data_pipeline.tokenizer import load_tokenizer
 from trainer.cli import compose_and
 from trainer.config import ConfigError, RunConfig
 
@@ -40,12 +43,48 @@ def verify_here(folder: str) -> int:
     return 0
 
 
+def show(config: DataConfig, which: str, *, seq_len: int, seed: int) -> str:
+    """One row as the model sees it: decoded, with the borders and origins of its documents.
+
+    which: ROW, a global row number of the run; or SOURCE or SOURCE:ROW, a training row of one source in plain
+    order. Raises DataError for what is no row of the prepared folder.
+    """
+    from data_pipeline.loader import Loader  # imports torch, which workers have no use for
+
+    source, _, number = which.partition(":") if not which.isdecimal() else ("", "", which)
+    if (source and source not in config.sources) or not (number or "0").isdecimal():
+        known = ", ".join(config.sources)
+        raise DataError(f"{which} is no row: give ROW, SOURCE or SOURCE:ROW; sources: {known}")
+    if config.mode == "streaming":
+        raise DataError("data.mode=streaming: only rows of a prepared folder have a place; prepare the data")
+    one = {"global_batch_size": 1, "micro_batch_size": 1, "rank": 0, "world_size": 1}
+    place = {"next_row": int(number or 0), "source": source or None}
+    with Loader(config, seq_len=seq_len, seed=seed, **one, **place) as loader:
+        batch = next((batch for [batch] in loader), None)
+        if batch is None:
+            raise DataError(f"{which}: there are not so many rows")
+        origins, tokenizer = loader.origins(batch.rows[0]), load_tokenizer(config.dir)
+    tokens, has_label = batch.input_ids[0].numpy(), batch.labels[0].numpy() != NO_LOSS
+    # the target of position t is token t+1; the first token is a target of another row, if of any
+    learned, valid = np.append(False, has_label[:-1]), int(batch.token_mask.sum())
+    lines = [f"row {batch.rows[0]}: {valid} tokens, {has_label.sum()} targets; [- not learned -]"]
+    borders = [border for border in batch.cu_seqlens.tolist() if border <= valid]
+    for (start, stop), origin in zip(itertools.pairwise(borders), origins, strict=True):
+        lines += [f"--- tokens {start} to {stop}: {origin}", ""]
+        changes = np.flatnonzero(np.diff(learned[start:stop])) + start + 1
+        for first, end in itertools.pairwise([start, *changes.tolist(), stop]):
+            text = tokenizer.decode(tokens[first:end].tolist())
+            lines[-1] += text if learned[first] else f"[-{text}-]"
+    if valid < len(tokens):
+        lines.append(f"--- tokens {valid} to {len(tokens)}: padding")
+    return "\n".join(lines)
+
+
 def main(arguments: list[str]) -> None:
     """The command line; exits with its code."""
     if arguments[:1] == ["verify"] and len(arguments) == 2:
         sys.exit(verify_here(arguments[1]))
     if arguments[:1] == ["inspect"] and len(arguments) >= 2:
-        from data_pipeline.inspect import show  # imports torch, which workers have no use for
 
         def inspect_here(cfg: DictConfig) -> int:
             config = RunConfig.load(cfg)

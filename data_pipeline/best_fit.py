@@ -42,7 +42,6 @@ class Bins(NamedTuple):
 
     @property
     def total(self) -> int:
-        """Number of bins."""
         return int(self.first_bins[-1])
 
     def contents(self, number: int) -> list[tuple[int, int]]:

@@ -12,7 +12,7 @@ import numpy as np
 
 from data_pipeline import chat
 from data_pipeline.config import DataConfig, DataError, SourceConfig
-from data_pipeline.readers import Part, Row, column_of, read_rows
+from data_pipeline.readers import Row, column_of
 from data_pipeline.tokenizer import Tokenizer
 
 _HEAD_BYTES = 200
@@ -22,14 +22,12 @@ _HASHES_AT_ONCE = 1 << 26  # sorted in about 3 GB
 
 
 class Document(NamedTuple):
-    """A text, or the pieces of a conversation (then `text` is empty), with the row that it comes from. data:
-    what equal documents have equal; the UTF-8 of a text."""
+    """A text, or the pieces of a conversation, with the row that it comes from."""
 
-    part: Part
     row: Row
-    text: str
+    text: str  # empty for a conversation
     pieces: list[chat.Piece] | None
-    data: bytes
+    data: bytes  # what equal documents have equal; the UTF-8 of a text
 
     def is_held_out(self, seed: int, validation_fraction: float) -> bool:
         """Whether it is for validation, by its hash: equal documents fall on the same side."""
@@ -40,7 +38,6 @@ class Document(NamedTuple):
 class Reject(NamedTuple):
     """A row that is no document. reason: `code` or `code: details`."""
 
-    part: Part
     row: Row
     reason: str
 
@@ -57,46 +54,39 @@ class Reject(NamedTuple):
 
     def error(self) -> DataError:
         """What on_bad_row=error raises."""
-        what = f"{self.part.path}: the row at {self.row.offset} is bad ({self.reason}): {self.head()!r}"
+        what = f"{self.row.part.path}: the row at {self.row.offset} is bad ({self.reason}): {self.head()!r}"
         return DataError(f"{what}; mend it, or set data.on_bad_row to skip or quarantine")
 
 
 def read_documents(
-    config: DataConfig, name: str, part: Part, tokenizer: Tokenizer | None = None
+    config: DataConfig, name: str, rows: Iterable[Row], tokenizer: Tokenizer | None = None
 ) -> Iterator[Document | Reject]:
-    """The documents of a part of source `name`, in order, and the rows between them that are none, blank
-    lines included. The tokenizer is needed to hold conversations to `max_chat_tokens`."""
-    for row in read_rows(config.sources[name], part):
-        yield from judge(config, name, part, row, tokenizer)
-
-
-def judge(
-    config: DataConfig, name: str, part: Part, row: Row, tokenizer: Tokenizer | None
-) -> Iterator[Document | Reject]:
-    """What a row of a part of source `name` holds."""
-    source = config.sources[name]
-    column = column_of(source)
-    content = row.value if column is None or row.fault else row.value.get(column)
-    fault = row.fault or _fault(row, column, content, source.kind == "sft", config.min_characters)
-    if fault is not None:
-        yield Reject(part, row, fault)
-    elif source.kind != "sft":
-        yield Document(part, row, content, None, content.encode())
-    else:
-        try:
-            samples = chat.samples(row.value, config.think_flag_share)
-        except ValueError as error:
-            yield Reject(part, row, str(error))
-            return
-        for pieces in samples:
-            data, most = json.dumps(pieces).encode(), config.max_chat_tokens
-            # a token is at least a byte: most conversations need not be counted
-            is_counted = tokenizer and most is not None and len(data) > most
-            length = len(chat.encode(pieces, tokenizer)[0]) + 1 if tokenizer and is_counted else 0
-            if most is not None and length > most:
-                yield Reject(part, row, f"too_long: {length} tokens")
-            else:
-                yield Document(part, row, "", pieces, data)
+    """The documents of rows of source `name`, in order, and the rows between them that are none, blank lines
+    included. The tokenizer is needed to hold conversations to `max_chat_tokens`."""
+    source, most = config.sources[name], config.max_chat_tokens
+    column, is_chat = column_of(source), source.kind == "sft"
+    for row in rows:
+        content = row.value if column is None or row.fault else row.value.get(column)
+        fault = row.fault or _fault(row, column, content, is_chat, config.min_characters)
+        if fault is not None:
+            yield Reject(row, fault)
+        elif not is_chat:
+            yield Document(row, content, None, content.encode())
+        else:
+            try:
+                samples = chat.samples(row.value, config.think_flag_share)
+            except ValueError as error:
+                yield Reject(row, str(error))
+                continue
+            for pieces in samples:
+                data, length = json.dumps(pieces).encode(), 0
+                # a token is at least a byte: most conversations need not be counted
+                if tokenizer and most is not None and len(data) > most:
+                    length = len(chat.encode(pieces, tokenizer)[0]) + 1
+                if most is not None and length > most:
+                    yield Reject(row, f"too_long: {length} tokens")
+                else:
+                    yield Document(row, "", pieces, data)
 
 
 def encoded(
@@ -115,10 +105,8 @@ def encoded(
                 ids, loss = chat.encode(document.pieces, tokenizer)
                 loss = np.append(loss, False)
             if (ids == tokenizer.end_of_text).any():
-                raise DataError(
-                    "the tokenizer makes its end-of-text id from plain text, so documents would be cut there;"
-                    " use a tokenizer whose model cannot produce it"
-                )
+                what = "the tokenizer makes its end-of-text id from plain text, which would cut documents"
+                raise DataError(f"{what}; use a tokenizer whose model cannot produce it")
             yield document, np.append(ids, np.uint32(tokenizer.end_of_text)), loss
 
 
@@ -174,11 +162,10 @@ def hash_document(data: bytes) -> bytes:
 
 
 def find_duplicates(files: list[Path], at_once: int = _HASHES_AT_ONCE) -> np.ndarray:
-    """Numbers (int64, ascending) of the documents equal to one before, by their hashes; they count over all
-    files.
+    """Numbers (int64, ascending, counted over all files of hashes) of the documents equal to one before.
 
-    The hashes are gone through in as many rounds, each over a range of hash values, as it takes to sort
-    about `at_once` of them at a time. The result does not depend on it.
+    There are as many rounds, each over a range of hash values, as it takes to sort about `at_once` hashes at
+    a time. The result does not depend on it.
     """
     rounds = -(-sum(path.stat().st_size for path in files) // (16 * at_once))
     found = [np.empty(0, np.int64)]

@@ -85,14 +85,13 @@ class Loader(Iterator[list[Batch]], AbstractContextManager["Loader"]):
             folder = Path(config.dir)
             self.manifest = open_prepared(folder)
             self.manifest.check_settings(config.content_settings(), folder)
-            self._streams = open_streams(folder, self.manifest, split)
+            self._streams = open_streams(folder, self.manifest, split, names)
             self._end_of_text = self.manifest.tokenizer.end_of_text
         else:
             tokenizer = tokenizer_of(config)
             self._streams = {name: TextStream(config, name, tokenizer, seed) for name in names}
             self._end_of_text = tokenizer.end_of_text
-        wanted = {name: stream for name, stream in self._streams.items() if name in names}
-        self._rows = open_rows(config, wanted, self._end_of_text, split=split, seq_len=seq_len, seed=seed)
+        self._rows = open_rows(config, self._streams, self._end_of_text, split, seq_len, seed)
         self._mixture = self._mix(config, seed) if source is None else None
         self._end_row = _ENDLESS if source is None else len(self._rows[source])  # plain order ends
         self._skipped = SkippedRows(config.skip if source is None else [])

@@ -15,6 +15,7 @@
 The tokens of a source and split are those of its shards in the order of the manifest.
 """
 
+import hashlib
 import json
 import os
 from dataclasses import asdict, dataclass
@@ -43,14 +44,11 @@ Shards = dict[str, list[ShardRecord]]  # by split
 
 @dataclass
 class SourceRecord:
-    """skipped: rows that were left out, by the code of the reason.
-
-    validation_unigram_cross_entropy: nats per validation token under the (add-one) frequencies of the
-    training tokens; a model that scores below it has learned more than which tokens are common.
-    """
+    """validation_unigram_cross_entropy: nats per validation token under the (add-one) frequencies of the
+    training tokens; a model that scores below it has learned more than which tokens are common."""
 
     shards: Shards
-    skipped: dict[str, int]
+    skipped: dict[str, int]  # rows that were left out, by the code of the reason
     validation_unigram_cross_entropy: float | None  # None without validation tokens
 
 
@@ -98,7 +96,6 @@ class Manifest:
         write_atomically(folder / "manifest.json", to_json(asdict(self)))
 
     def shards(self) -> list[ShardRecord]:
-        """Every shard of the folder."""
         return [shard for of in self.sources.values() for split in SPLITS for shard in of.shards[split]]
 
     def check_settings(self, settings: dict[str, Any], folder: Path) -> None:
@@ -111,7 +108,6 @@ class Manifest:
 
 
 def shards_from_json(splits: dict[str, list[dict[str, Any]]]) -> Shards:
-    """The records of shards from their JSON objects."""
     return {split: [ShardRecord(**shard) for shard in splits[split]] for split in SPLITS}
 
 
@@ -122,6 +118,12 @@ def differing_settings(recorded: dict[str, Any], wanted: dict[str, Any]) -> list
         for key in sorted(recorded.keys() | wanted.keys())
         if recorded.get(key, KeyError) != wanted.get(key, KeyError)
     ]
+
+
+def sha256_of(path: Path) -> str:
+    """Hex digits of the hash of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def to_json(value: Any) -> bytes:

@@ -15,6 +15,7 @@ import numpy as np
 from data_pipeline.config import BLOCK_ROWS, DataError
 from data_pipeline.permutation import Permutation, derive_key, mix
 
+Changes = dict[int, dict[str, float]] | None  # row -> the weights of sources that hold from it on
 _NO_LIMIT = 1 << 62  # rows of a source that may be seen
 _NO_END = 1 << 60  # of the rows of the run
 
@@ -58,23 +59,16 @@ def integer_quotas(weights: list[float], total: int) -> list[int]:
 class Mixture:
     """The infinite sequence of rows that the weights, the seed and the number of rows of every source define.
 
-    weight_changes: row -> the weights of sources that hold from it on. Sources are taken in the order of
-    their names, so the order of a YAML file does not matter; those that never have a weight are left out.
-    Without `shuffle` the rows of a source keep their order. Raises DataError for a source that is to be read
-    and has no row.
+    Sources are taken in the order of their names; those that never have a weight are left out. Without
+    `shuffle` the rows of a source keep their order. Raises DataError for a source with a weight and no row.
     """
 
     def __init__(
-        self,
-        sources: dict[str, MixtureSource],
-        seed: int,
-        weight_changes: dict[int, dict[str, float]] | None = None,
-        *,
-        shuffle: bool = True,
+        self, sources: dict[str, MixtureSource], seed: int, changes: Changes = None, shuffle: bool = True
     ) -> None:
         self._seed, self._shuffle = seed, shuffle
-        changes = sorted((weight_changes or {}).items())
-        stages = [{name: source.weight for name, source in sources.items()}, *(w for _, w in changes)]
+        later = sorted((changes or {}).items())
+        stages = [{name: source.weight for name, source in sources.items()}, *(w for _, w in later)]
         self.sources = sources
         self._names = sorted({name for stage in stages for name, weight in stage.items() if weight > 0})
         self._sources = [sources[name] for name in self._names]
@@ -88,7 +82,7 @@ class Mixture:
         self._stretches: list[_Stretch] = []
         weights: dict[str, float] = {}
         dealt = np.zeros(len(self._names), dtype=np.int64)
-        borders = itertools.pairwise([0, *(row for row, _ in changes), _NO_END])
+        borders = itertools.pairwise([0, *(row for row, _ in later), _NO_END])
         for (first, end), stage in zip(borders, stages, strict=True):
             weights |= stage
             row_shares = [weights[name] / sources[name].row_tokens for name in self._names]

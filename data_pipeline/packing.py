@@ -8,7 +8,7 @@ starts at token r * seq_len, so every token is a target once. "best_fit": whole 
 
 import hashlib
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -228,19 +228,16 @@ def pack_rows(rows: list[Row], seq_len: int, padding_id: int, *, predict_first_t
     return PackedRows(tokens[:, :-1], labels, position_ids, cu_seqlens, valid)
 
 
-def open_streams(folder: Path, manifest: Manifest, split: str) -> dict[str, TokenStream]:
+def open_streams(
+    folder: Path, manifest: Manifest, split: str, names: Collection[str]
+) -> dict[str, TokenStream]:
     """The tokens of a split, by source."""
-    return {name: TokenStream(folder, of.shards[split]) for name, of in manifest.sources.items()}
+    wanted = {name: of.shards[split] for name, of in manifest.sources.items() if name in names}
+    return {name: TokenStream(folder, shards) for name, shards in wanted.items()}
 
 
 def open_rows(
-    config: DataConfig,
-    streams: Mapping[str, Stream],
-    end_of_text: int,
-    *,
-    split: str,
-    seq_len: int,
-    seed: int,
+    config: DataConfig, streams: Mapping[str, Stream], end_of_text: int, split: str, seq_len: int, seed: int
 ) -> dict[str, ConcatRows | BestFitRows]:
     """The rows of each stream; under length_shares the training rows of all together, as `JOINT`. Plans that
     best_fit needs and that are not there are made.
@@ -273,9 +270,7 @@ def make_plans(config: DataConfig, seq_len: int) -> None:
     manifest = open_prepared(Path(config.dir))
     for split in SPLITS:
         names = config.trained_sources() if split == "train" else config.sources
-        streams = open_streams(Path(config.dir), manifest, split)
-        streams = {name: stream for name, stream in streams.items() if name in names}
-        end_of_text = manifest.tokenizer.end_of_text
-        rows = open_rows(config, streams, end_of_text, split=split, seq_len=seq_len, seed=0)
+        streams = open_streams(Path(config.dir), manifest, split, names)
+        rows = open_rows(config, streams, manifest.tokenizer.end_of_text, split, seq_len, seed=0)
         for name, of in rows.items() if split == "train" else ():
             print(f"  {name}: {of.describe()}", flush=True)

@@ -1,5 +1,4 @@
-"""Text to token shards: cut the sources into slices, survey them, write every slice once, commit with a
-manifest.
+"""Text to token shards: cut the sources into slices, survey them, write every slice, commit with a manifest.
 
 A run that was killed, however hard, is run again: finished slices stay, and the result is the same to the
 byte, for any number of workers.
@@ -25,7 +24,7 @@ import numpy as np
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from data_pipeline.config import DataConfig, DataError
-from data_pipeline.documents import Document, check_columns, find_duplicates, read_documents
+from data_pipeline.documents import Document, check_columns, find_duplicates
 from data_pipeline.manifest import (
     FORMAT,
     SPLITS,
@@ -34,6 +33,7 @@ from data_pipeline.manifest import (
     TokenizerRecord,
     differing_settings,
     replace_synced,
+    sha256_of,
     shards_from_json,
     to_json,
     write_atomically,
@@ -77,7 +77,10 @@ def prepare(config: DataConfig, vocab_size: int, seed: int) -> Manifest:
     check_vocab_size(size, vocab_size)
     folder = Path(config.dir)
     folder.mkdir(parents=True, exist_ok=True)
-    with _only_one(folder), _workers(config.num_workers) as workers:
+    # spawn: a fork would copy the threads of the tokenizer in an unknown state
+    spawn, number = multiprocessing.get_context("spawn"), config.num_workers
+    pool = ProcessPoolExecutor(number, spawn, initializer=start_worker) if number > 1 else None
+    with _only_one(folder), pool or contextlib.nullcontext() as workers:
         plan = _agree_on_plan(config, seed, given, folder)
         if (folder / "manifest.json").exists():
             manifest, outcome = Manifest.load(folder), "already prepared"
@@ -122,14 +125,6 @@ def _only_one(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _workers(number: int) -> contextlib.AbstractContextManager[Executor | None]:
-    """The processes that act on slices; None for this one."""
-    if number == 1:
-        return contextlib.nullcontext()
-    # spawn: a fork would copy the threads of the tokenizer in an unknown state
-    return ProcessPoolExecutor(number, multiprocessing.get_context("spawn"), initializer=start_worker)
-
-
 def _clean(folder: Path) -> None:
     """Remove what killed workers left half-written."""
     for path in folder.glob(".*.partial"):
@@ -153,6 +148,11 @@ def _agree_on_plan(config: DataConfig, seed: int, given: str | None, folder: Pat
     if recorded is None and any(not entry.name.endswith(".partial") for entry in folder.iterdir()):
         raise DataError(f"data.dir={folder} holds other files; name a new or an empty folder")
     inputs = {name: list_inputs(name, source, known) for name, source in config.sources.items()}
+    described = {}  # of a source's inputs, wherever the files lie
+    for name, files in inputs.items():
+        digest = hashlib.sha256("".join(file.sha256 for file in files).encode()).hexdigest()[:12]
+        size = sum(file.bytes for file in files)
+        described[f"data.sources.{name}.paths"] = f"{len(files)} files of {size} bytes (sha256 {digest})"
     settings = {
         **config.content_settings(),
         "data.tokenizer": None if given is None else f"sha256 {hashlib.sha256(given.encode()).hexdigest()}",
@@ -160,7 +160,7 @@ def _agree_on_plan(config: DataConfig, seed: int, given: str | None, folder: Pat
         "data.slice_bytes": config.slice_bytes,
         "data.shard_bytes": config.shard_bytes,
         "seed": seed,
-        **{f"data.sources.{name}.paths": _described(files) for name, files in inputs.items()},
+        **described,
     }
     plan = Plan(settings, {name: [file._asdict() for file in files] for name, files in inputs.items()})
     if recorded is None:
@@ -169,12 +169,6 @@ def _agree_on_plan(config: DataConfig, seed: int, given: str | None, folder: Pat
         what = f"data.dir={folder} holds another preparation; name another folder, or move this one away:"
         raise DataError("\n".join([what, *lines]))
     return plan
-
-
-def _described(files: list[InputFile]) -> str:
-    """Number, size and hash of a source's inputs: of their bytes, wherever the files lie."""
-    digest = hashlib.sha256("".join(file.sha256 for file in files).encode()).hexdigest()
-    return f"{len(files)} files of {sum(file.bytes for file in files)} bytes (sha256 {digest[:12]})"
 
 
 def _jobs(name: str, config: DataConfig, plan: Plan, seed: int) -> list[SliceJob]:
@@ -193,8 +187,7 @@ def _training_texts(jobs: Jobs) -> Iterator[str]:
         places = of_source[:: -(-len(of_source) // _TRAINING_PLACES)]
         for job in places:
             left = _TRAINING_CHARACTERS // (len(jobs) * len(places))
-            items = (item for part in job.parts for item in read_documents(job.config, job.source, part))
-            for document in (item for item in items if isinstance(item, Document)):
+            for document in (item for item in job.items() if isinstance(item, Document)):
                 for text in filter(None, [document.text, *(of.text for of in document.pieces or ())]):
                     yield text[:left]
                     left = max(left - len(text), 0)
@@ -290,10 +283,10 @@ def _commit(plan: Plan, jobs: Jobs, skipped: dict[str, Counter[str]], folder: Pa
             nats = -(validation[seen] * np.log(shares)).sum() / validation.sum()
             source.validation_unigram_cross_entropy = float(nats)
         sources[name] = source
-    files = [(folder / name).read_bytes() for name in ("tokenizer.json", "rejects.jsonl")]
-    of_tokenizer, of_rejects = (hashlib.sha256(data).hexdigest() for data in files)
-    identity = TokenizerRecord(of_tokenizer, tokenizer.vocab_size, tokenizer.end_of_text)
-    manifest = Manifest(FORMAT, plan.settings, plan.inputs, identity, sources, of_rejects)
+    digest = sha256_of(folder / "tokenizer.json")
+    identity = TokenizerRecord(digest, tokenizer.vocab_size, tokenizer.end_of_text)
+    digest = sha256_of(folder / "rejects.jsonl")
+    manifest = Manifest(FORMAT, plan.settings, plan.inputs, identity, sources, digest)
     manifest.save(folder)
     return manifest
 
@@ -301,10 +294,10 @@ def _commit(plan: Plan, jobs: Jobs, skipped: dict[str, Counter[str]], folder: Pa
 def _summary(manifest: Manifest) -> str:
     lines = []
     for name, source in manifest.sources.items():
-        parts = []
-        for split, shards in source.shards.items():
-            tokens, documents = sum(s.tokens for s in shards), sum(s.documents for s in shards)
-            parts.append(f"{split} {tokens:,} tokens of {documents:,} documents")
+        parts = [
+            f"{split} {sum(s.tokens for s in of):,} tokens of {sum(s.documents for s in of):,} documents"
+            for split, of in source.shards.items()
+        ]
         skipped = ", ".join(f"{count:,} {code}" for code, count in sorted(source.skipped.items()))
         lines.append(f"  {name}: {', '.join(parts)}{skipped and f'; left out: {skipped}'}")
     return "\n".join(lines)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from data_pipeline import samples
 from data_pipeline.config import DataError, SourceConfig
+from data_pipeline.manifest import sha256_of
 
 if TYPE_CHECKING:
     import pyarrow
@@ -39,10 +40,9 @@ class InputFile(NamedTuple):
 
 class Part(NamedTuple):
     """What a slice reads of one file: [start, stop) in bytes of lines, row groups of parquet, record batches
-    of arrow, documents of an embedded collection; all of a file that cannot be cut. `file` is its number
-    among the inputs of the source."""
+    of arrow, documents of an embedded collection; all of a file that cannot be cut."""
 
-    file: int
+    file: int  # its number among the inputs of the source
     path: str
     start: int
     stop: int
@@ -52,6 +52,7 @@ class Part(NamedTuple):
 class Row(NamedTuple):
     """A row of a part."""
 
+    part: Part
     line: int  # from 1 in the part
     offset: int  # of its first byte in the (decompressed) file, or its row number in a table
     raw: bytes | None  # None where only `value` is known
@@ -59,15 +60,16 @@ class Row(NamedTuple):
     fault: str | None  # why it holds no value, `code` or `code: details`
 
 
-def list_inputs(
-    name: str, source: SourceConfig, known: dict[str, InputFile], *, hashed: bool = True
-) -> list[InputFile]:
+Known = dict[str, InputFile]  # by path
+
+
+def list_inputs(name: str, source: SourceConfig, known: Known, *, hashed: bool = True) -> list[InputFile]:
     """The files of a source, in the order in which they are read; hashed, unless `known` has them at this
     size and age. A hub dataset is fetched first: it is the arrow files of the `datasets` cache.
 
     Raises DataError for a path that leads to no file and for a dataset that cannot be had.
     """
-    found: dict[str, InputFile] = {}
+    found: Known = {}
     for path in source.paths:
         key = f"data.sources.{name}.paths: {path}"
         if format_of(source.kind, path) == "embedded":
@@ -102,38 +104,39 @@ def plan_slices(source: SourceConfig, inputs: list[InputFile], slice_bytes: int)
 
 
 def read_rows(source: SourceConfig, part: Part) -> Iterator[Row]:
-    """The rows of a part, in order, blank lines included.
-
-    Raises DataError for a file that cannot be read as what it is said to be, and for a table without the
-    text column.
-    """
+    """The rows of a part, in order, blank lines included. Raises DataError for a file that cannot be read as
+    what it is said to be, and for a table without the text column."""
     format = format_of(source.kind, part.path)
     with _whole(part.path, format):
         if format == "embedded":
             texts = samples.documents(part.path)[part.start : part.stop]
-            yield from _numbered(map(json.loads, texts) if source.kind == "sft" else texts, part.start)
+            yield from _numbered(part, map(json.loads, texts) if source.kind == "sft" else texts, part.start)
         elif format == "text":
-            yield _read_text(part.path)
+            raw, value, fault = Path(part.path).read_bytes(), None, None
+            try:
+                value = raw.removeprefix(_BOM).decode()
+            except UnicodeDecodeError as error:
+                fault = f"utf8: byte {len(raw) - len(error.object) + error.start} of the file is not UTF-8"
+            yield Row(part, 1, 0, raw, value, fault)
         elif format == "jsonl":
             yield from _read_jsonl(part)
         else:
             schema, sizes, read = _open_table(format, part.path)
             batches = read(part.start, part.stop, _columns(source, part.path, schema))
             first = sum(rows for rows, _ in sizes[: part.start])
-            yield from _numbered((value for batch in batches for value in batch.to_pylist()), first)
+            yield from _numbered(part, (value for batch in batches for value in batch.to_pylist()), first)
 
 
 def hub_rows(key: str, dataset: str) -> Iterator[Row]:
     """The rows of a dataset of the hub, fetched as they are read."""
-    return _numbered(_load_dataset(key, dataset, streaming=True), 0)
+    return _numbered(Part(0, dataset, 0, 0, 0), _load_dataset(key, dataset, streaming=True), 0)
 
 
 def format_of(kind: str, path: str) -> str:
     """What a file of a source is read as: jsonl, parquet, arrow, text or embedded."""
-    if kind == "sft" and path in samples.COLLECTIONS:
-        return "embedded"
     if kind == "sft":
-        return {".parquet": "parquet", ".arrow": "arrow"}.get(Path(path).suffix, "jsonl")
+        of_suffix = {".parquet": "parquet", ".arrow": "arrow"}.get(Path(path).suffix, "jsonl")
+        return "embedded" if path in samples.COLLECTIONS else of_suffix
     return {"hub": "arrow", "tree": "text"}.get(kind, kind)
 
 
@@ -147,9 +150,9 @@ def is_hub(source: SourceConfig, path: str) -> bool:
     return source.kind == "hub" or (source.kind == "sft" and ":" in path)
 
 
-def _numbered(values: Iterable[Any], first: int) -> Iterator[Row]:
+def _numbered(part: Part, values: Iterable[Any], first: int) -> Iterator[Row]:
     for line, value in enumerate(values, 1):
-        yield Row(line, first + line - 1, None, value, None)
+        yield Row(part, line, first + line - 1, None, value, None)
 
 
 def _load_dataset(key: str, dataset: str, streaming: bool) -> Any:
@@ -161,11 +164,11 @@ def _load_dataset(key: str, dataset: str, streaming: bool) -> Any:
     try:
         return load_dataset(name, *config, split=split, revision=revision or None, streaming=streaming)
     except Exception as error:  # the library raises whatever its many layers raise
-        raise DataError(
-            f"{key} cannot be loaded by datasets.load_dataset ({type(error).__name__}: {error}); check name,"
-            " config, split and network. Without a network: copy the files of the dataset here and use"
-            " kind=parquet, jsonl, or arrow for what datasets.save_to_disk wrote (paths=[FOLDER/*.arrow])"
-        ) from error
+        what = f"{key} cannot be loaded by datasets.load_dataset ({type(error).__name__}: {error})"
+        remedy = "copy the files of the dataset here and use kind=parquet, jsonl, or arrow for what"
+        remedy += " datasets.save_to_disk wrote (paths=[FOLDER/*.arrow])"
+        law = f"check name, config, split and network. Without a network: {remedy}"
+        raise DataError(f"{what}; {law}") from error
 
 
 def _tree_files(key: str, folder: str) -> list[str]:
@@ -184,13 +187,10 @@ def _tree_files(key: str, folder: str) -> list[str]:
 
 
 def _input(path: str, known: InputFile | None, hashed: bool) -> InputFile:
-    status, sha256 = os.stat(path), ""
+    status = os.stat(path)
     if known is not None and (known.bytes, known.mtime_ns) == (status.st_size, status.st_mtime_ns):
         return known
-    if hashed:
-        with open(path, "rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    return InputFile(path, status.st_size, status.st_mtime_ns, sha256)
+    return InputFile(path, status.st_size, status.st_mtime_ns, sha256_of(Path(path)) if hashed else "")
 
 
 def _embedded_input(collection: str) -> InputFile:
@@ -222,15 +222,6 @@ def _parts(number: int, file: InputFile, format: str, slice_bytes: int) -> Itera
         yield Part(number, path, start, len(sizes), total)
 
 
-def _read_text(path: str) -> Row:
-    raw = Path(path).read_bytes()
-    try:
-        return Row(1, 0, raw, raw.removeprefix(_BOM).decode(), None)
-    except UnicodeDecodeError as error:
-        byte = len(raw) - len(error.object) + error.start
-        return Row(1, 0, raw, None, f"utf8: byte {byte} of the file is not UTF-8")
-
-
 def _read_jsonl(part: Part) -> Iterator[Row]:
     """The lines that begin in the part, cut at \\n only: a row may hold other line separators of Unicode."""
     line, offset, is_compressed = 0, part.start, part.path.endswith(_COMPRESSED)
@@ -244,12 +235,12 @@ def _read_jsonl(part: Part) -> Iterator[Row]:
                 if not raw:
                     return
                 line += 1
-                yield _json_row(line, offset, raw if offset else raw.removeprefix(_BOM))
+                yield _json_row(part, line, offset, raw if offset else raw.removeprefix(_BOM))
                 offset += len(raw)
     except (EOFError, zlib.error, OSError) as error:
         if not is_compressed or getattr(error, "errno", None):
             raise
-        yield Row(line + 1, offset, b"", None, f"compression: the rest of the file is lost ({error})")
+        yield Row(part, line + 1, offset, b"", None, f"compression: the rest of the file is lost ({error})")
 
 
 def _open_lines(path: str) -> io.BufferedIOBase:
@@ -262,10 +253,10 @@ def _open_lines(path: str) -> io.BufferedIOBase:
     return open(path, "rb")
 
 
-def _json_row(line: int, offset: int, raw: bytes) -> Row:
+def _json_row(part: Part, line: int, offset: int, raw: bytes) -> Row:
     value, fault = None, None
     if not raw.strip():
-        return Row(line, offset, raw, None, BLANK)
+        return Row(part, line, offset, raw, None, BLANK)
     try:
         value = json.loads(raw.decode())
         if not isinstance(value, dict):
@@ -274,7 +265,7 @@ def _json_row(line: int, offset: int, raw: bytes) -> Row:
         fault = f"utf8: byte {error.start} of the row is not UTF-8"
     except (ValueError, RecursionError) as error:
         fault = f"json: {error}"
-    return Row(line, offset, raw, value, fault)
+    return Row(part, line, offset, raw, value, fault)
 
 
 _Reader = Callable[[int, int, list[str]], Iterable["pyarrow.RecordBatch"]]

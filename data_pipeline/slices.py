@@ -23,9 +23,9 @@ import numpy as np
 from data_pipeline.config import DataConfig
 from data_pipeline.documents import Document, Reject, encoded, hash_document, read_documents
 from data_pipeline.manifest import SPLITS, sync, to_json
-from data_pipeline.readers import BLANK, Part
+from data_pipeline.readers import BLANK, Part, read_rows
 from data_pipeline.shards import ShardWriter
-from data_pipeline.tokenizer import load_tokenizer
+from data_pipeline.tokenizer import Tokenizer, load_tokenizer
 
 
 @dataclass
@@ -43,6 +43,12 @@ class SliceJob:
         self.survey = Path(self.config.dir, "survey", self.name)
         self.target = Path(self.config.dir, "slices", self.name)
 
+    def items(self, tokenizer: Tokenizer | None = None) -> Iterator[Document | Reject]:
+        """The documents and rejects, in order."""
+        source = self.config.sources[self.source]
+        rows = (row for part in self.parts for row in read_rows(source, part))
+        return read_documents(self.config, self.source, rows, tokenizer)
+
 
 def survey_slice(job: SliceJob) -> int:
     """List the bad rows of a slice and hash its documents; returns their number.
@@ -52,9 +58,12 @@ def survey_slice(job: SliceJob) -> int:
     bad row.
     """
     documents, skipped, lines, hashes = 0, Counter[str](), {}, bytearray()
+    is_limited = job.config.max_chat_tokens is not None and job.config.sources[job.source].kind == "sft"
+    tokenizer = load_tokenizer(job.config.dir) if is_limited else None
     with _complete_folder(job.survey) as folder, open(folder / "rejects.jsonl", "w") as rejects:
-        for item in _judged(job):
-            lines[item.part.path] = item.row.line
+        for item in job.items(tokenizer):
+            path = item.row.part.path
+            lines[path] = item.row.line
             if isinstance(item, Document):
                 documents += 1
                 if job.config.deduplicate:
@@ -65,7 +74,7 @@ def survey_slice(job: SliceJob) -> int:
                 continue
             if job.config.on_bad_row == "error":
                 raise item.error()
-            fields = {"source": job.source, "file": item.part.path, "line": item.row.line}
+            fields = {"source": job.source, "file": path, "line": item.row.line}
             fields |= {"offset": item.row.offset, "reason": item.reason, "head": item.head()}
             if job.config.on_bad_row == "quarantine":
                 fields["row"] = item.head(None)
@@ -83,13 +92,13 @@ def write_slice(job: SliceJob) -> int:
     """
     tokenizer, repeats = load_tokenizer(job.config.dir), set(np.load(job.survey / "repeats.npy").tolist())
     unigrams = np.zeros((len(SPLITS), tokenizer.vocab_size), dtype=np.int64)
-    documents = enumerate(item for item in _judged(job) if isinstance(item, Document))
+    documents = enumerate(item for item in job.items(tokenizer) if isinstance(item, Document))
     first_of_equals = (document for number, document in documents if number not in repeats)
     with _complete_folder(job.target) as folder:
         writers = [ShardWriter(folder, job.name, split, job.config.shard_bytes) for split in SPLITS]
         for document, ids, loss in encoded(tokenizer, first_of_equals):
             split = int(document.is_held_out(job.seed, job.config.validation_fraction))
-            writers[split].add(ids, (document.part.file, document.row.offset), loss)
+            writers[split].add(ids, (document.row.part.file, document.row.offset), loss)
             np.add.at(unigrams[split], ids, 1)
         shards = {split: list(map(asdict, of.close())) for split, of in zip(SPLITS, writers, strict=True)}
         (folder / "slice.json").write_bytes(to_json(shards))
@@ -130,11 +139,3 @@ def start_worker() -> None:
         os._exit(1)
 
     threading.Thread(target=die_with_parent, daemon=True).start()
-
-
-def _judged(job: SliceJob) -> Iterator[Document | Reject]:
-    """The documents and rejects of a slice, in order."""
-    is_limited = job.config.max_chat_tokens is not None and job.config.sources[job.source].kind == "sft"
-    tokenizer = load_tokenizer(job.config.dir) if is_limited else None
-    for part in job.parts:
-        yield from read_documents(job.config, job.source, part, tokenizer)

@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.config import DataConfig, DataError, SourceConfig
-from data_pipeline.documents import Document, Reject, check_columns, encoded, hash_document, judge
+from data_pipeline.documents import Document, Reject, check_columns, encoded, hash_document, read_documents
 from data_pipeline.readers import (
     BLANK,
-    Part,
     Row,
     format_of,
     hub_rows,
@@ -30,7 +29,6 @@ _ENDLESS = 1 << 62
 class TextStream:
     """The training tokens of a source as a TokenStream has them, epoch after epoch without an end.
 
-    The documents of a prepared folder in the same order: no bad row, no repeat, none that is held out.
     Reading goes forward and tokenizes what lies between; a step back begins anew. Every rank reads all of
     the text, so a row is the same on any number of ranks, and after a resume if the files still are.
 
@@ -42,7 +40,7 @@ class TextStream:
         self._config, self._name, self._tokenizer, self._seed = config, name, tokenizer, seed
         self._source, self._key = config.sources[name], f"data.sources.{name}"
         self.has_loss = self._source.kind == "sft"
-        check_columns(name, self._source, (row for _, row in self._rows()))
+        check_columns(name, self._source, self._rows())
         self._rewind()
 
     def __len__(self) -> int:
@@ -59,7 +57,6 @@ class TextStream:
         return self._learned[start - self._first : stop - self._first]
 
     def close(self) -> None:
-        """Close the files."""
         self._documents.close()
 
     def _rewind(self) -> None:
@@ -91,8 +88,8 @@ class TextStream:
     def _chosen(self) -> Iterator[Document]:
         """The documents of an epoch that are trained on."""
         config, seen, bad = self._config, set[bytes](), 0
-        judged = (judge(config, self._name, *of, self._tokenizer) for of in self._rows())
-        for rows, item in enumerate(itertools.chain.from_iterable(judged), 1):
+        items = read_documents(config, self._name, self._rows(), self._tokenizer)
+        for rows, item in enumerate(items, 1):
             if isinstance(item, Reject):
                 if config.on_bad_row == "error" and item.code != BLANK:
                     raise item.error()
@@ -106,17 +103,15 @@ class TextStream:
                     seen.add(key)
                     yield item
 
-    def _rows(self) -> Iterator[tuple[Part, Row]]:
+    def _rows(self) -> Iterator[Row]:
         """All rows, file after file; those of a hub dataset are fetched as they are read."""
         of_hub = [path for path in self._source.paths if is_hub(self._source, path)]
         for path in dict.fromkeys(of_hub):
-            for row in hub_rows(f"{self._key}.paths: {path}", path):
-                yield Part(0, path, 0, 0, 0), row
+            yield from hub_rows(f"{self._key}.paths: {path}", path)
         source = replace(self._source, paths=[path for path in self._source.paths if path not in of_hub])
         files = list_inputs(self._name, source, {}, hashed=False)
         for part in itertools.chain.from_iterable(plan_slices(source, files, self._config.slice_bytes)):
-            for row in read_rows(source, part):
-                yield part, row
+            yield from read_rows(source, part)
 
 
 def absolute_paths(config: DataConfig) -> dict[str, Any]:

@@ -57,7 +57,6 @@ class Tokenizer:
         return self._vocabulary[name]
 
     def vocabulary(self) -> dict[str, int]:
-        """Every token and its id."""
         return self._vocabulary
 
     def decode(self, ids: list[int]) -> str:

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.__main__ import main
+from data_pipeline.__main__ import main, show
 from data_pipeline.config import DataConfig, DataError, SourceConfig
-from data_pipeline.inspect import show
 from data_pipeline.manifest import Manifest
 from data_pipeline.prepare import prepare
 

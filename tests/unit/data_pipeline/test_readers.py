@@ -39,7 +39,7 @@ def read(data_config: DataConfig) -> Read:
             item
             for parts in plan_slices(source, list_inputs("s", source, {}), slice_bytes)
             for part in parts
-            for item in read_documents(config, "s", part)
+            for item in read_documents(config, "s", read_rows(source, part))
         ]
         documents = [item for item in found if isinstance(item, Document)]
         texts = [
