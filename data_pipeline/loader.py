@@ -13,7 +13,7 @@ from torch import Tensor
 
 from data_pipeline.config import DataConfig
 from data_pipeline.manifest import Manifest
-from data_pipeline.mixture import Mixture, MixtureSource, SkippedRows
+from data_pipeline.mixture import Mixture, MixtureSource, skip_rows
 from data_pipeline.packing import JOINT, BestFitRows, ConcatRows, Stream, open_rows, open_streams, pack_rows
 from data_pipeline.shards import TokenStream, open_prepared
 from data_pipeline.streaming import TextStream
@@ -94,7 +94,7 @@ class Loader(Iterator[list[Batch]], AbstractContextManager["Loader"]):
         self._rows = open_rows(config, self._streams, self._end_of_text, split, seq_len, seed)
         self._mixture = self._mix(config, seed) if source is None else None
         self._end_row = _ENDLESS if source is None else len(self._rows[source])  # plain order ends
-        self._skipped = SkippedRows(config.skip if source is None else [])
+        self._skip = config.skip if source is None else []
 
         self._pool = ThreadPoolExecutor(1, "loader")
         self._ahead = deque[Future[list[Batch]]]()  # the next steps
@@ -103,7 +103,7 @@ class Loader(Iterator[list[Batch]], AbstractContextManager["Loader"]):
     def check_budget(self, total_rows: int) -> None:
         """Raise a DataError that lists the sources which max_epochs keeps from serving `total_rows` rows."""
         if self._mixture is not None:
-            self._mixture.check_budget(self._skipped(total_rows - 1) + 1)
+            self._mixture.check_budget(skip_rows(total_rows - 1, self._skip) + 1)
 
     def origins(self, row: int) -> list[str]:
         """Where each document of a row of a prepared folder, as Batch.rows counts them, comes from."""
@@ -113,7 +113,7 @@ class Loader(Iterator[list[Batch]], AbstractContextManager["Loader"]):
         for stream, token in rows.places(local_row):
             assert isinstance(stream, TokenStream)
             name, place = names[id(stream)], stream.document_at(token)
-            path, within = self.manifest.inputs[name][place.file]["path"], token - place.start
+            path, within = self.manifest.inputs[name][place.file].path, token - place.start
             what = f"document {place.document} from its token {within}"
             found.append(f"{name}, {what}, {path} at {place.offset}")
         return found
@@ -127,7 +127,7 @@ class Loader(Iterator[list[Batch]], AbstractContextManager["Loader"]):
         known of a text stream."""
         if self._mixture is None or self.manifest is None or self.next_row == 0:
             return {}
-        rows = self._mixture.rows_needed(self._skipped(self.next_row - 1) + 1)
+        rows = self._mixture.rows_needed(skip_rows(self.next_row - 1, self._skip) + 1)
         sources = self._mixture.sources
         return {
             name: {"tokens": round(count * sources[name].row_tokens), "epochs": count / sources[name].rows}
@@ -137,14 +137,15 @@ class Loader(Iterator[list[Batch]], AbstractContextManager["Loader"]):
     def __next__(self) -> list[Batch]:
         if self._error is not None:
             raise self._error
-        while len(self._ahead) <= _STEPS_AHEAD and self._read_row < self._end_row:
-            self._ahead.append(self._pool.submit(self._step, self._read_row))
+        ahead = self._ahead
+        while len(ahead) <= _STEPS_AHEAD and self._read_row < self._end_row:
+            ahead.append(self._pool.submit(self._step, self._read_row))
             self._read_row += self._global_batch_size
-        if not self._ahead:
+        if not ahead:
             self.close()
             raise StopIteration
         try:
-            batches = self._ahead.popleft().result()
+            batches = ahead.popleft().result()
         except CancelledError:  # closed by another thread
             raise StopIteration from None
         except BaseException as error:
@@ -156,9 +157,8 @@ class Loader(Iterator[list[Batch]], AbstractContextManager["Loader"]):
 
     def close(self) -> None:
         """Stop reading ahead. The iteration ends; nothing waits for it."""
-        self._end_row = 0
+        self._end_row, self._ahead = 0, deque()
         self._pool.shutdown(cancel_futures=True)
-        self._ahead.clear()
         for stream in self._streams.values():
             stream.close()
 
@@ -185,11 +185,10 @@ class Loader(Iterator[list[Batch]], AbstractContextManager["Loader"]):
         return [self._batch(row) for row in range(start, start + self._global_batch_size, stride)]
 
     def _batch(self, first_row: int) -> Batch:
-        numbers = tuple(self._skipped(first_row + slot) for slot in range(self._micro_batch_size))
+        numbers = tuple(skip_rows(first_row + slot, self._skip) for slot in range(self._micro_batch_size))
         located = [self._locate(number) for number in numbers]
         found = [rows.read(local_row) for rows, local_row in located]
-        predict_first = self._predict_first_token
-        packed = pack_rows(found, self._seq_len, self._end_of_text, predict_first_token=predict_first)
+        packed = pack_rows(found, self._seq_len, self._end_of_text, self._predict_first_token)
         input_ids, labels, position_ids, cu_seqlens, token_mask = map(torch.from_numpy, packed)
         return Batch(input_ids, labels, position_ids, cu_seqlens, token_mask, numbers)
 

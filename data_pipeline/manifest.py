@@ -18,7 +18,7 @@ The tokens of a source and split are those of its shards in the order of the man
 import hashlib
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,16 @@ from data_pipeline.config import DataError
 FORMAT = "token-shards-3"
 SPLITS = ("train", "validation")
 REMEDY = "move the folder away and run python -m data_pipeline again"
+
+
+@dataclass
+class InputFile:
+    """A file that is read; `mtime_ns` only saves reading it again to see that it is unchanged."""
+
+    path: str
+    bytes: int
+    mtime_ns: int
+    sha256: str
 
 
 @dataclass
@@ -63,27 +73,31 @@ class TokenizerRecord:
 
 @dataclass
 class Manifest:
-    """The commit record: what was prepared, from what, and how to know that it is unharmed."""
+    """The commit record: what was prepared, from what, and how to know that it is unharmed. Without sources
+    yet it is plan.json: what a folder is being prepared from."""
 
     format: str
     settings: dict[str, Any]
-    inputs: dict[str, list[dict[str, Any]]]
+    inputs: dict[str, list[InputFile]]  # by source
     tokenizer: TokenizerRecord
     sources: dict[str, SourceRecord]
     rejects_sha256: str
 
     @staticmethod
-    def load(folder: Path) -> "Manifest":
+    def load(folder: Path, name: str = "manifest.json") -> "Manifest":
         """Read manifest.json. Raises DataError where it is missing, damaged, or of another format."""
-        path = folder / "manifest.json"
+        path = folder / name
         try:
             fields = json.loads(path.read_bytes())
             if fields["format"] != FORMAT:
                 raise DataError(f"{path}: format {fields['format']!r} is not {FORMAT!r}; {REMEDY}")
+            fields["inputs"] = {
+                name: [InputFile(**file) for file in files] for name, files in fields["inputs"].items()
+            }
             fields["tokenizer"] = TokenizerRecord(**fields["tokenizer"])
-            for name, record in fields["sources"].items():
+            for source, record in fields["sources"].items():
                 record["shards"] = shards_from_json(record["shards"])
-                fields["sources"][name] = SourceRecord(**record)
+                fields["sources"][source] = SourceRecord(**record)
             return Manifest(**fields)
         except FileNotFoundError as error:
             what = "is missing: the data is not prepared; run python -m data_pipeline"
@@ -91,9 +105,9 @@ class Manifest:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(f"{path} is damaged ({error}); {REMEDY}") from error
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, name: str = "manifest.json") -> None:
         """Write manifest.json, all of it or nothing."""
-        write_atomically(folder / "manifest.json", to_json(asdict(self)))
+        write_atomically(folder / name, to_json(self))
 
     def shards(self) -> list[ShardRecord]:
         return [shard for of in self.sources.values() for split in SPLITS for shard in of.shards[split]]
@@ -127,8 +141,8 @@ def sha256_of(path: Path) -> str:
 
 
 def to_json(value: Any) -> bytes:
-    """Readable JSON, the same bytes for equal values."""
-    return (json.dumps(value, indent=1, sort_keys=True) + "\n").encode()
+    """Readable JSON, the same bytes for equal values; dataclasses are objects."""
+    return (json.dumps(value, indent=1, sort_keys=True, default=vars) + "\n").encode()
 
 
 def write_atomically(path: Path, data: bytes) -> None:

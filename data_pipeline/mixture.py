@@ -152,16 +152,9 @@ class Mixture:
         return Permutation(self._sources[source].rows, derive_key(self._seed, self._names[source], epoch))
 
 
-class SkippedRows:
-    """The rows that are left after ranges [first, end) of them are left out, numbered anew."""
-
-    def __init__(self, skip: list[list[int]]) -> None:
-        self._skip = skip
-        lengths = [end - first for first, end in skip]
-        self._before = list(itertools.accumulate(lengths, initial=0))  # rows left out before each range
-        # the new number of the first row after each range: a row moves over all ranges it does not lie before
-        self._firsts = [first - before for (first, _), before in zip(skip, self._before, strict=False)]
-
-    def __call__(self, row: int) -> int:
-        """The number, before leaving out, of the row that is number `row` after it."""
-        return row + self._before[bisect.bisect_right(self._firsts, row)]
+def skip_rows(row: int, skip: list[list[int]]) -> int:
+    """The number, before ranges [first, end) in order are left out, of the row that is number `row` after."""
+    for first, end in skip:
+        if row >= first:
+            row += end - first
+    return row

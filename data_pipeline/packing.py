@@ -197,7 +197,7 @@ class BestFitRows:
             yield self._sources[place >> STREAM_SHIFT], place & ((1 << STREAM_SHIFT) - 1), length
 
 
-def pack_rows(rows: list[Row], seq_len: int, padding_id: int, *, predict_first_token: bool) -> PackedRows:
+def pack_rows(rows: list[Row], seq_len: int, padding_id: int, predict_first_token: bool) -> PackedRows:
     """Turn rows into a batch; a short one is padded at its end.
 
     Padding is a document of its own, without loss. The last token of a document predicts nothing, as what

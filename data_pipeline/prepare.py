@@ -17,8 +17,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
@@ -28,6 +28,7 @@ from data_pipeline.documents import Document, check_columns, find_duplicates
 from data_pipeline.manifest import (
     FORMAT,
     SPLITS,
+    InputFile,
     Manifest,
     SourceRecord,
     TokenizerRecord,
@@ -35,10 +36,9 @@ from data_pipeline.manifest import (
     replace_synced,
     sha256_of,
     shards_from_json,
-    to_json,
     write_atomically,
 )
-from data_pipeline.readers import BLANK, InputFile, list_inputs, plan_slices, read_rows
+from data_pipeline.readers import BLANK, list_inputs, plan_slices, read_rows
 from data_pipeline.slices import SliceJob, start_worker, survey_slice, write_slice
 from data_pipeline.tokenizer import (
     Tokenizer,
@@ -53,13 +53,7 @@ _TRAINING_PLACES = 16  # slices of a source, evenly spaced, that this text is ta
 _SECONDS_BETWEEN_LINES = 10.0
 
 Jobs = dict[str, list[SliceJob]]  # by source
-
-
-class Plan(NamedTuple):
-    """What a folder is prepared from: plan.json while it is, part of manifest.json afterwards."""
-
-    settings: dict[str, Any]
-    inputs: dict[str, list[dict[str, Any]]]  # InputFile as JSON, by source
+Act = Callable[[SliceJob], int]  # returns how many units it made
 
 
 def prepare(config: DataConfig, vocab_size: int, seed: int) -> Manifest:
@@ -86,16 +80,15 @@ def prepare(config: DataConfig, vocab_size: int, seed: int) -> Manifest:
             manifest, outcome = Manifest.load(folder), "already prepared"
         else:
             _clean(folder)
-            jobs = {name: _jobs(name, config, plan, seed) for name in sorted(config.sources)}
+            jobs = {name: _jobs(name, config, plan.inputs[name], seed) for name in sorted(plan.inputs)}
             if not (folder / "tokenizer.json").exists():  # an earlier attempt may have come so far
                 given = given or train_tokenizer(_training_texts(jobs), size)
                 write_atomically(folder / "tokenizer.json", given.encode())
-            every_job = [job for of_source in jobs.values() for job in of_source]
-            to_do = [job for job in every_job if not job.survey.is_dir()]
-            _run(workers, survey_slice, "survey", "documents", every_job, to_do)
+            to_do = [job for of in jobs.values() for job in of if not job.survey.is_dir()]
+            _run(workers, survey_slice, "survey", "documents", jobs, to_do)
             skipped = _conclude_survey(jobs, config, folder)
-            to_do = [job for job in every_job if not job.target.is_dir()]
-            _run(workers, write_slice, "prepare", "tokens", every_job, to_do)
+            to_do = [job for of in jobs.values() for job in of if not job.target.is_dir()]
+            _run(workers, write_slice, "prepare", "tokens", jobs, to_do)
             _clean(folder)
             manifest, outcome = _commit(plan, jobs, skipped, folder), "prepared"
         shutil.rmtree(folder / "survey", ignore_errors=True)
@@ -133,18 +126,12 @@ def _clean(folder: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)  # a dying worker may still write there
 
 
-def _agree_on_plan(config: DataConfig, seed: int, given: str | None, folder: Path) -> Plan:
+def _agree_on_plan(config: DataConfig, seed: int, given: str | None, folder: Path) -> Manifest:
     """Our plan, written down first, so that nobody else's folder is touched. Raises DataError if the folder
     has another's."""
-    recorded, known = None, dict[str, InputFile]()
-    for path in (folder / "plan.json", folder / "manifest.json"):
-        if path.exists():
-            try:
-                fields = json.loads(path.read_bytes())
-                recorded = fields["settings"]
-                known = {file["path"]: InputFile(**file) for of in fields["inputs"].values() for file in of}
-            except (ValueError, KeyError, TypeError) as error:
-                raise DataError(f"{path} is damaged ({error}); move the folder away") from error
+    names = [name for name in ("manifest.json", "plan.json") if (folder / name).exists()]
+    recorded = Manifest.load(folder, names[0]) if names else None
+    known = {file.path: file for files in recorded.inputs.values() for file in files} if recorded else {}
     if recorded is None and any(not entry.name.endswith(".partial") for entry in folder.iterdir()):
         raise DataError(f"data.dir={folder} holds other files; name a new or an empty folder")
     inputs = {name: list_inputs(name, source, known) for name, source in config.sources.items()}
@@ -162,21 +149,21 @@ def _agree_on_plan(config: DataConfig, seed: int, given: str | None, folder: Pat
         "seed": seed,
         **described,
     }
-    plan = Plan(settings, {name: [file._asdict() for file in files] for name, files in inputs.items()})
+    plan = Manifest(FORMAT, settings, inputs, TokenizerRecord("", 0, 0), {}, "")
     if recorded is None:
-        write_atomically(folder / "plan.json", to_json(plan._asdict()))
-    elif lines := differing_settings(recorded, settings):
+        plan.save(folder, "plan.json")
+    elif lines := differing_settings(recorded.settings, settings):
         what = f"data.dir={folder} holds another preparation; name another folder, or move this one away:"
         raise DataError("\n".join([what, *lines]))
     return plan
 
 
-def _jobs(name: str, config: DataConfig, plan: Plan, seed: int) -> list[SliceJob]:
-    source, inputs = config.sources[name], [InputFile(**file) for file in plan.inputs[name]]
+def _jobs(name: str, config: DataConfig, inputs: list[InputFile], seed: int) -> list[SliceJob]:
+    source = config.sources[name]
     slices = plan_slices(source, inputs, config.slice_bytes)
     if not slices:
-        held = plan.settings[f"data.sources.{name}.paths"]
-        raise DataError(f"data.sources.{name}.paths: {held} hold nothing; name files with text")
+        files = ", ".join(file.path for file in inputs)
+        raise DataError(f"data.sources.{name}.paths: {files} hold nothing; name files with text")
     check_columns(name, source, (row for part in slices[0] for row in read_rows(source, part)))
     return [SliceJob(f"{name}-{i:05d}", name, parts, config, seed) for i, parts in enumerate(slices)]
 
@@ -195,23 +182,16 @@ def _training_texts(jobs: Jobs) -> Iterator[str]:
                     break
 
 
-def _run(
-    workers: Executor | None,
-    act: Callable[[SliceJob], int],
-    title: str,
-    unit: str,
-    jobs: list[SliceJob],
-    to_do: list[SliceJob],
-) -> None:
+def _run(pool: Executor | None, act: Act, title: str, unit: str, jobs: Jobs, to_do: list[SliceJob]) -> None:
     """Act on the jobs that are not done yet; a bar on a terminal, a line now and then elsewhere, with `unit`
     per second of this attempt."""
     units, started = 0, time.monotonic()
-    total, last_line = sum(job.bytes for job in jobs), started
+    total, last_line = sum(job.bytes for of_source in jobs.values() for job in of_source), started
     columns = TextColumn(title), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[rate]}")
     with Progress(*columns, TimeRemainingColumn(), disable=not sys.stdout.isatty()) as progress:
         before = total - sum(job.bytes for job in to_do)
         bar = progress.add_task(title, total=total, completed=before, rate="")
-        for job, more in zip(to_do, (workers.map if workers else map)(act, to_do), strict=True):
+        for job, more in zip(to_do, (pool.map if pool else map)(act, to_do), strict=True):
             now, units = time.monotonic(), units + more
             rate = f"{units / max(now - started, 1e-9):,.0f} {unit}/s"
             progress.update(bar, advance=job.bytes, rate=rate)
@@ -264,7 +244,7 @@ def _conclude_survey(jobs: Jobs, config: DataConfig, folder: Path) -> dict[str, 
     return found
 
 
-def _commit(plan: Plan, jobs: Jobs, skipped: dict[str, Counter[str]], folder: Path) -> Manifest:
+def _commit(plan: Manifest, jobs: Jobs, skipped: dict[str, Counter[str]], folder: Path) -> Manifest:
     """Gather what the slices hold and write the manifest."""
     tokenizer, sources = load_tokenizer(folder), {}
     for name, of_source in jobs.items():
@@ -283,10 +263,9 @@ def _commit(plan: Plan, jobs: Jobs, skipped: dict[str, Counter[str]], folder: Pa
             nats = -(validation[seen] * np.log(shares)).sum() / validation.sum()
             source.validation_unigram_cross_entropy = float(nats)
         sources[name] = source
-    digest = sha256_of(folder / "tokenizer.json")
-    identity = TokenizerRecord(digest, tokenizer.vocab_size, tokenizer.end_of_text)
+    identity = sha256_of(folder / "tokenizer.json"), tokenizer.vocab_size, tokenizer.end_of_text
     digest = sha256_of(folder / "rejects.jsonl")
-    manifest = Manifest(FORMAT, plan.settings, plan.inputs, identity, sources, digest)
+    manifest = replace(plan, tokenizer=TokenizerRecord(*identity), sources=sources, rejects_sha256=digest)
     manifest.save(folder)
     return manifest
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from data_pipeline import samples
 from data_pipeline.config import DataError, SourceConfig
-from data_pipeline.manifest import sha256_of
+from data_pipeline.manifest import InputFile, sha256_of
 
 if TYPE_CHECKING:
     import pyarrow
@@ -27,15 +27,6 @@ _COMPRESSED = (".gz", ".zst")
 _BOM = b"\xef\xbb\xbf"
 _PROBED_BYTES = 8192
 _TABLE_ROWS = 1024
-
-
-class InputFile(NamedTuple):
-    """A file that is read; `mtime_ns` only saves reading it again to see that it is unchanged."""
-
-    path: str
-    bytes: int
-    mtime_ns: int
-    sha256: str
 
 
 class Part(NamedTuple):

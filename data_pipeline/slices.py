@@ -14,7 +14,7 @@ import signal
 import threading
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
 
@@ -100,7 +100,7 @@ def write_slice(job: SliceJob) -> int:
             split = int(document.is_held_out(job.seed, job.config.validation_fraction))
             writers[split].add(ids, (document.row.part.file, document.row.offset), loss)
             np.add.at(unigrams[split], ids, 1)
-        shards = {split: list(map(asdict, of.close())) for split, of in zip(SPLITS, writers, strict=True)}
+        shards = {split: of.close() for split, of in zip(SPLITS, writers, strict=True)}
         (folder / "slice.json").write_bytes(to_json(shards))
         np.save(folder / "unigrams.npy", unigrams)
     return int(unigrams.sum())

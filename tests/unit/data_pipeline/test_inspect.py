@@ -21,7 +21,7 @@ def test_a_row_of_text(prepared: DataConfig, corpus: Path) -> None:
     for number, shown in enumerate(lines[1:]):
         origin, text = shown.split("\n", 1)
         assert f": numbers, document {number} from its token 0, " in origin
-        file = next(entry["path"] for entry in path if entry["path"] in origin)
+        file = next(entry.path for entry in path if entry.path in origin)
         whole = Path(file).read_text() + "<|endoftext|>"
         plain = text.replace("[-", "", 1).replace("-]", "", 1)
         assert whole.startswith(plain)

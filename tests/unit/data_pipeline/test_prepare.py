@@ -364,7 +364,7 @@ def test_documents_lead_back_to_their_rows(prepared: DataConfig, corpus: Path) -
                 place = stream.document_at(start)
                 assert place == stream.document_at(stop - 1)
                 assert place[:3] == (number, start, stop)
-                raw = Path(manifest.inputs[name][place.file]["path"]).read_bytes()[place.offset :]
+                raw = Path(manifest.inputs[name][place.file].path).read_bytes()[place.offset :]
                 text = json.loads(raw.split(b"\n")[0])["text"] if name == "letters" else raw.decode()
                 assert tokenizer.decode(stream.read(start, stop - 1).tolist()) == text
 

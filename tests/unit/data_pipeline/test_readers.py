@@ -293,7 +293,7 @@ def test_inputs_are_hashed_once(tmp_path: Path) -> None:
     path.write_text("text")
     source = source_of("text", path)
     [first] = list_inputs("s", source, {})
-    marked = first._replace(sha256="known")
+    marked = replace(first, sha256="known")
     assert list_inputs("s", source, {str(path): marked}) == [marked]  # same size and age: not read again
     path.write_text("TEXT")
     [changed] = list_inputs("s", source, {str(path): marked})
