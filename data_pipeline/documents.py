@@ -141,8 +141,7 @@ def _fault(row: Row, column: str | None, content: object, is_chat: bool, min_cha
 
 
 def check_columns(name: str, source: SourceConfig, rows: Iterable[Row]) -> None:
-    """Raise DataError, with the columns that there are, if none of the first rows of a source has its text
-    column."""
+    """Raise DataError, which lists the columns, if none of the first rows of a source has its text column."""
     column, wanted = column_of(source), list if source.kind == "sft" else str
     columns: dict[str, str] = {}
     sound = (row for row in rows if row.fault is None)

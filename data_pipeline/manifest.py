@@ -116,22 +116,18 @@ class Manifest:
         """Raise DataError that lists the keys of `settings` which the folder was not prepared with."""
         # a kind that is not in `settings` is that of a source which is not named any more
         recorded = {key: of for key, of in self.settings.items() if key in settings or key.endswith(".kind")}
-        if lines := differing_settings(recorded, settings):
-            what = f"data.dir={folder} was prepared with another configuration; prepare into another:"
-            raise DataError("\n".join([what, *lines]))
+        differing = [
+            f"  {key}: prepared with {recorded.get(key, 'nothing')}, now {settings.get(key, 'nothing')}"
+            for key in sorted(recorded.keys() | settings.keys())
+            if recorded.get(key, KeyError) != settings.get(key, KeyError)
+        ]
+        if differing:
+            what = f"data.dir={folder} was prepared with another configuration"
+            raise DataError("\n".join([f"{what}; name another folder, or move this one away:", *differing]))
 
 
 def shards_from_json(splits: dict[str, list[dict[str, Any]]]) -> Shards:
     return {split: [ShardRecord(**shard) for shard in splits[split]] for split in SPLITS}
-
-
-def differing_settings(recorded: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
-    """One line for each key that two flat configurations do not share."""
-    return [
-        f"  {key}: prepared with {recorded.get(key, 'nothing')}, now {wanted.get(key, 'nothing')}"
-        for key in sorted(recorded.keys() | wanted.keys())
-        if recorded.get(key, KeyError) != wanted.get(key, KeyError)
-    ]
 
 
 def sha256_of(path: Path) -> str:

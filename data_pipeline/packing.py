@@ -125,10 +125,10 @@ class ConcatRows:
 
 
 class PackedSource(NamedTuple):
-    """A stream to pack. weight: relative share of its documents that is taken, under length_shares."""
+    """A stream to pack."""
 
     stream: TokenStream
-    weight: float
+    weight: float  # relative share of its documents that is taken, under length_shares
     fim: FillInTheMiddle | None
 
 
@@ -198,11 +198,8 @@ class BestFitRows:
 
 
 def pack_rows(rows: list[Row], seq_len: int, padding_id: int, predict_first_token: bool) -> PackedRows:
-    """Turn rows into a batch; a short one is padded at its end.
-
-    Padding is a document of its own, without loss. The last token of a document predicts nothing, as what
-    follows is unrelated, unless `predict_first_token`.
-    """
+    """Turn rows into a batch; a short one is padded at its end: a document of its own, without loss. The last
+    token of a document predicts nothing, as what follows is unrelated, unless `predict_first_token`."""
     shape = len(rows), seq_len + 1
     tokens = np.full(shape, padding_id, dtype=np.int64)
     learned, starts = np.ones(shape, dtype=np.bool_), np.zeros(shape, dtype=np.bool_)
@@ -240,12 +237,9 @@ def open_rows(
     config: DataConfig, streams: Mapping[str, Stream], end_of_text: int, split: str, seq_len: int, seed: int
 ) -> dict[str, ConcatRows | BestFitRows]:
     """The rows of each stream; under length_shares the training rows of all together, as `JOINT`. Plans that
-    best_fit needs and that are not there are made.
-
-    Training documents are rearranged for fill-in-the-middle, validation documents are not; the rest of a
-    validation stream under concat gets a padded row. Raises DataError for a tokenizer without control tokens
-    that are needed.
-    """
+    best_fit needs and that are not there are made. Validation documents are not rearranged for
+    fill-in-the-middle, and their rest gets a padded row under concat. Raises DataError for a tokenizer
+    without control tokens that are needed."""
     folder, is_train, fims = Path(config.dir), split == "train", dict[str, FillInTheMiddle]()
     if rates := {name: rate for name, rate in config.fim_rates.items() if rate > 0 and is_train}:
         tokenizer, spm = tokenizer_of(config), config.fim_spm_share

@@ -32,7 +32,6 @@ from data_pipeline.manifest import (
     Manifest,
     SourceRecord,
     TokenizerRecord,
-    differing_settings,
     replace_synced,
     sha256_of,
     shards_from_json,
@@ -63,10 +62,8 @@ def prepare(config: DataConfig, vocab_size: int, seed: int) -> Manifest:
     DataError for inputs that cannot be read, a tokenizer that is too large, and a folder that holds another
     preparation (nothing in it is changed).
     """
-    given, size = None, config.tokenizer_vocab_size
-    if config.tokenizer is not None:
-        given = fetch_tokenizer(config.tokenizer)
-        size = Tokenizer(given, config.tokenizer).vocab_size
+    given = None if config.tokenizer is None else fetch_tokenizer(config.tokenizer)
+    size = given.vocab_size if given else config.tokenizer_vocab_size
     assert size is not None
     check_vocab_size(size, vocab_size)
     folder = Path(config.dir)
@@ -82,8 +79,8 @@ def prepare(config: DataConfig, vocab_size: int, seed: int) -> Manifest:
             _clean(folder)
             jobs = {name: _jobs(name, config, plan.inputs[name], seed) for name in sorted(plan.inputs)}
             if not (folder / "tokenizer.json").exists():  # an earlier attempt may have come so far
-                given = given or train_tokenizer(_training_texts(jobs), size)
-                write_atomically(folder / "tokenizer.json", given.encode())
+                text = given.serialized if given else train_tokenizer(_training_texts(jobs), size)
+                write_atomically(folder / "tokenizer.json", text.encode())
             to_do = [job for of in jobs.values() for job in of if not job.survey.is_dir()]
             _run(workers, survey_slice, "survey", "documents", jobs, to_do)
             skipped = _conclude_survey(jobs, config, folder)
@@ -126,7 +123,7 @@ def _clean(folder: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)  # a dying worker may still write there
 
 
-def _agree_on_plan(config: DataConfig, seed: int, given: str | None, folder: Path) -> Manifest:
+def _agree_on_plan(config: DataConfig, seed: int, given: Tokenizer | None, folder: Path) -> Manifest:
     """Our plan, written down first, so that nobody else's folder is touched. Raises DataError if the folder
     has another's."""
     names = [name for name in ("manifest.json", "plan.json") if (folder / name).exists()]
@@ -137,12 +134,12 @@ def _agree_on_plan(config: DataConfig, seed: int, given: str | None, folder: Pat
     inputs = {name: list_inputs(name, source, known) for name, source in config.sources.items()}
     described = {}  # of a source's inputs, wherever the files lie
     for name, files in inputs.items():
-        digest = hashlib.sha256("".join(file.sha256 for file in files).encode()).hexdigest()[:12]
+        digest = _sha256("".join(file.sha256 for file in files))[:12]
         size = sum(file.bytes for file in files)
         described[f"data.sources.{name}.paths"] = f"{len(files)} files of {size} bytes (sha256 {digest})"
     settings = {
         **config.content_settings(),
-        "data.tokenizer": None if given is None else f"sha256 {hashlib.sha256(given.encode()).hexdigest()}",
+        "data.tokenizer": f"sha256 {_sha256(given.serialized)}" if given else None,
         "data.on_bad_row": "quarantine" if config.on_bad_row == "quarantine" else "skip or error",
         "data.slice_bytes": config.slice_bytes,
         "data.shard_bytes": config.shard_bytes,
@@ -152,10 +149,13 @@ def _agree_on_plan(config: DataConfig, seed: int, given: str | None, folder: Pat
     plan = Manifest(FORMAT, settings, inputs, TokenizerRecord("", 0, 0), {}, "")
     if recorded is None:
         plan.save(folder, "plan.json")
-    elif lines := differing_settings(recorded.settings, settings):
-        what = f"data.dir={folder} holds another preparation; name another folder, or move this one away:"
-        raise DataError("\n".join([what, *lines]))
+    else:
+        recorded.check_settings(settings, folder)
     return plan
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _jobs(name: str, config: DataConfig, inputs: list[InputFile], seed: int) -> list[SliceJob]:

@@ -170,8 +170,8 @@ def _tree_files(key: str, folder: str) -> list[str]:
         for path in (os.path.join(parent, name) for name in sorted(files) if not name.startswith(".")):
             if not os.path.islink(path):
                 with open(path, "rb") as file:
-                    is_binary = b"\0" in file.read(_PROBED_BYTES)  # as git decides it
-                found += [] if is_binary else [path]
+                    if b"\0" not in file.read(_PROBED_BYTES):  # as git decides it
+                        found.append(path)
     if not found:
         raise DataError(f"{key} is no folder with text files below it")
     return found

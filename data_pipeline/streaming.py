@@ -10,16 +10,7 @@ import numpy as np
 
 from data_pipeline.config import DataConfig, DataError, SourceConfig
 from data_pipeline.documents import Document, Reject, check_columns, encoded, hash_document, read_documents
-from data_pipeline.readers import (
-    BLANK,
-    Row,
-    format_of,
-    hub_rows,
-    is_hub,
-    list_inputs,
-    plan_slices,
-    read_rows,
-)
+from data_pipeline.readers import BLANK, Row, format_of, hub_rows, is_hub, list_inputs, plan_slices, read_rows
 from data_pipeline.tokenizer import Tokenizer
 
 _LEAST_ROWS = 1000  # before a share of bad rows says something

@@ -88,7 +88,7 @@ def tokenizer_of(config: DataConfig) -> Tokenizer:
     if config.mode == "prepared":
         return load_tokenizer(config.dir)
     assert config.tokenizer is not None
-    return Tokenizer(fetch_tokenizer(config.tokenizer), config.tokenizer)
+    return fetch_tokenizer(config.tokenizer)
 
 
 def check_vocab_size(ids: int, vocab_size: int) -> None:
@@ -99,16 +99,17 @@ def check_vocab_size(ids: int, vocab_size: int) -> None:
         raise DataError(f"model.vocab_size={vocab_size} {law}; {remedy}")
 
 
-def fetch_tokenizer(name: str) -> str:
-    """The text of a tokenizer.json: from a folder, a file, or by its name on the Hugging Face hub."""
+def fetch_tokenizer(name: str) -> Tokenizer:
+    """A tokenizer from a folder, a tokenizer.json, or by its name on the Hugging Face hub."""
     path = Path(name, "tokenizer.json") if Path(name).is_dir() else Path(name)
     if path.is_file():
-        return path.read_bytes().decode()
+        return Tokenizer(path.read_bytes().decode(), name)
     try:
-        return tokenizers.Tokenizer.from_pretrained(name).to_str()
+        serialized = tokenizers.Tokenizer.from_pretrained(name).to_str()
     except Exception as error:  # the library raises Exception itself
         what = "is no folder with a tokenizer.json, no such file, and not to be had from the hub"
         raise DataError(f"data.tokenizer={name} {what} ({error})") from error
+    return Tokenizer(serialized, name)
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> str:

@@ -74,7 +74,7 @@ def measure_prepare(lines: list[bytes], tokenizer: str, workers: int) -> list[tu
     overrides = f"data.tokenizer={tokenizer}", "data.tokenizer_vocab_size=null", f"data.num_workers={workers}"
     config = load(*overrides)
     texts = [json.loads(line)["text"] for line in lines]
-    serialized = fetch_tokenizer(tokenizer)
+    serialized = fetch_tokenizer(tokenizer).serialized
     if workers > 1:
         os.environ["RAYON_NUM_THREADS"] = "1"
 

@@ -191,7 +191,9 @@ def test_another_configuration_is_refused(data_config: DataConfig, tmp_path: Pat
     before = contents(config.dir)
 
     def refusal(changed: DataConfig, seed: int = SEED) -> str:
-        with pytest.raises(DataError, match="holds another preparation") as error:
+        with pytest.raises(
+            DataError, match="was prepared with another configuration; name another folder"
+        ) as error:
             prepare(changed, 1 << 20, seed)
         assert contents(config.dir) == before
         return str(error.value)
