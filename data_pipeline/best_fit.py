@@ -87,11 +87,9 @@ def pack_lengths(counts: np.ndarray, capacity: int) -> Bins:
             left -= bins * each
             item += bins * each
     flat = [group for space in spaces for group in groups[space]]
-    return Bins(
-        np.cumsum([0, *(bins for bins, _ in flat)]),
-        np.cumsum([0, *(len(parts) for _, parts in flat)]),
-        np.array([part for _, parts in flat for part in parts], dtype=np.int64).reshape(-1, 3),
-    )
+    contents = np.array([part for _, parts in flat for part in parts], dtype=np.int64).reshape(-1, 3)
+    first_parts = np.cumsum([0, *(len(parts) for _, parts in flat)])
+    return Bins(np.cumsum([0, *(bins for bins, _ in flat)]), first_parts, contents)
 
 
 class PackingReport(NamedTuple):
@@ -136,7 +134,7 @@ def make_plan(
     items_crc32 = file_crc32(partial)
     replace_synced(partial, path.with_suffix(".items"))
     tokens = int(counts @ np.arange(len(counts)))
-    offered = sum(int(lengths.sum()) for _, _, lengths in _pieces(streams, seq_len))
+    offered = sum(int(lengths.sum()) for _, _, lengths in _pieces(streams, seq_len)) if shares else tokens
     offsets = itertools.chain.from_iterable(stream.document_offsets() for stream in streams)
     too_long = sum(int((np.diff(of_shard) - 1 > seq_len).sum()) for of_shard in offsets)
     report = PackingReport(bins.total, int(counts.sum()), tokens, too_long, offered - tokens)

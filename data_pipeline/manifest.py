@@ -115,11 +115,11 @@ class Manifest:
     def check_settings(self, settings: dict[str, Any], folder: Path) -> None:
         """Raise DataError that lists the keys of `settings` which the folder was not prepared with."""
         # a kind that is not in `settings` is that of a source which is not named any more
-        recorded = {key: of for key, of in self.settings.items() if key in settings or key.endswith(".kind")}
+        keys = [key for key in self.settings.keys() | settings if key in settings or key.endswith(".kind")]
         differing = [
-            f"  {key}: prepared with {recorded.get(key, 'nothing')}, now {settings.get(key, 'nothing')}"
-            for key in sorted(recorded.keys() | settings.keys())
-            if recorded.get(key, KeyError) != settings.get(key, KeyError)
+            f"  {key}: prepared with {self.settings.get(key, 'nothing')}, now {settings.get(key, 'nothing')}"
+            for key in sorted(keys)
+            if self.settings.get(key, KeyError) != settings.get(key, KeyError)
         ]
         if differing:
             what = f"data.dir={folder} was prepared with another configuration"

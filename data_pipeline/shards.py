@@ -37,8 +37,7 @@ class ShardWriter:
         self._begin_shard()
 
     def _begin_shard(self) -> None:
-        self._offsets, self._files = [0], dict[str, BinaryIO]()
-        self._unwritten_loss = np.empty(0, np.bool_)  # bits that do not fill a byte yet
+        self._offsets, self._files, self._loss = [0], dict[str, BinaryIO](), list[np.ndarray]()
 
     def add(self, ids: np.ndarray, row: tuple[int, int], loss: np.ndarray | None = None) -> None:
         """Append one document, its closing id included. row: its input file and offset there. loss: which of
@@ -48,10 +47,7 @@ class ShardWriter:
         self._write("tokens", ids.astype(TOKEN))
         self._write("rows", np.array(row, dtype=ROW))
         if loss is not None:
-            loss = np.concatenate([self._unwritten_loss, loss])
-            whole = len(loss) // 8 * 8
-            self._write("loss", np.packbits(loss[:whole], bitorder="little"))
-            self._unwritten_loss = loss[whole:]
+            self._loss.append(loss)
         self._offsets.append(self._offsets[-1] + len(ids))
 
     def close(self) -> list[ShardRecord]:
@@ -68,8 +64,8 @@ class ShardWriter:
 
     def _finish_shard(self) -> None:
         self._write("offsets", np.array(self._offsets, dtype=OFFSET))
-        if "loss" in self._files:
-            self._write("loss", np.packbits(self._unwritten_loss, bitorder="little"))
+        if self._loss:
+            self._write("loss", np.packbits(np.concatenate(self._loss), bitorder="little"))
         for file in self._files.values():
             file.close()
         checksums = {suffix: file_crc32(Path(file.name)) for suffix, file in self._files.items()}

@@ -30,7 +30,6 @@ class TextStream:
     def __init__(self, config: DataConfig, name: str, tokenizer: Tokenizer, seed: int) -> None:
         self._config, self._name, self._tokenizer, self._seed = config, name, tokenizer, seed
         self._source, self._key = config.sources[name], f"data.sources.{name}"
-        self.has_loss = self._source.kind == "sft"
         check_columns(name, self._source, self._rows())
         self._rewind()
 
