@@ -100,12 +100,8 @@ def samples(row: Mapping[str, Any], think_flag_share: float | None) -> list[list
     """What is trained on of a row: one sample per answer with reasoning, and one for what comes after.
 
     The template drops the reasoning of all but the last answer, so an answer with reasoning is learned as the
-    last of a sample. Every assistant message is learned in one sample, that of the next such end.
-
-    think_flag_share: None leaves questions as they are. A number marks the mode in them (arXiv 2505.09388,
-    section 4.3): ` /no_think` after a question answered without reasoning, ` /think` after this share of the
-    others, and after every one that a /no_think before it would make wrong.
-
+    last of a sample. Every assistant message is learned in one sample. think_flag_share: None leaves
+    questions as they are; a number marks the mode in them (arXiv 2505.09388, section 4.3; docs/data.md).
     Raises ValueError, with the reason, for a row that is malformed, has no target, or ignores its flags.
     """
     messages = _checked(row)

@@ -32,17 +32,10 @@ class DataError(Exception):
 
 @dataclass
 class SourceConfig:
-    """One source of documents.
-
-    kind: embedded (text found on every machine) | jsonl (.jsonl, .jsonl.gz, .jsonl.zst) | parquet | arrow |
-    hub (datasets of the Hugging Face hub) | text (a file is a document) | tree (folders; every text file
-    below is a document) | sft (conversations: rows with `messages`, in files of any of these formats).
-    paths: files or globs; for `tree` folders; for `hub` NAME[@REVISION][:CONFIG]:SPLIT; for `embedded` the
-    names of collections of data_pipeline.samples.
-    """
+    """One source of documents. docs/data.md says what `paths` and a document are for each kind."""
 
     kind: str
-    paths: list[str]
+    paths: list[str]  # files, globs, folders, hub datasets, or collections of data_pipeline.samples
     text_key: str | None  # the column or JSON key that holds the text; null for the kinds that have none
     weight: float  # share of the training tokens, relative to the other sources; 0 = prepared, not trained on
     max_epochs: float | None  # how often a training row may be seen; null = no limit
@@ -50,15 +43,7 @@ class SourceConfig:
 
 @dataclass
 class DataConfig:
-    """What a run reads, and how it is prepared.
-
-    packing: concat (documents end to end, cut where a row ends) | best_fit (whole documents, combined so that
-    little padding is left; longer ones in near-equal pieces, longer conversations left out).
-    length_shares: {} = documents of every length. Else, for best_fit: shares of the tokens by the length of
-    their document: {4096: 0.25, 16384: 0.75} takes 25 % from documents of 4096 to 16383 tokens and 75 % from
-    longer ones, of all sources together; a source's weight is then the share of its documents that is taken,
-    relative to the source with the largest.
-    """
+    """What a run reads, and how it is prepared; docs/data.md has more on each key."""
 
     mode: str  # prepared (token shards in `dir`) | streaming (text is tokenized while it is read)
     dir: str  # folder of the prepared shards
@@ -75,8 +60,8 @@ class DataConfig:
     slice_bytes: int  # bytes of input in one unit of work, of restart and of parallelism
     shard_bytes: int  # most bytes in one file of tokens (a longer document has a shard of its own)
     num_workers: int  # processes that prepare; 1 = this one. The result does not depend on it
-    packing: str
-    length_shares: dict[int, float]
+    packing: str  # concat (documents end to end, cut where a row ends) | best_fit (whole documents, padded)
+    length_shares: dict[int, float]  # least length of a document -> share of the tokens; {} = every length
     predict_first_token: bool  # whether the end of a document predicts the first token of the next one
     fim_rates: dict[str, float]  # source -> share of its documents rearranged for fill-in-the-middle
     fim_spm_share: float  # share of these that have the suffix first (SPM; else PSM)

@@ -161,11 +161,8 @@ def hash_document(data: bytes) -> bytes:
 
 
 def find_duplicates(files: list[Path], at_once: int = _HASHES_AT_ONCE) -> np.ndarray:
-    """Numbers (int64, ascending, counted over all files of hashes) of the documents equal to one before.
-
-    There are as many rounds, each over a range of hash values, as it takes to sort about `at_once` hashes at
-    a time. The result does not depend on it.
-    """
+    """Numbers (int64, ascending, counted over all files of hashes) of the documents equal to one before, in
+    as many rounds, each over a range of hash values, as it takes to sort about `at_once` hashes at a time."""
     rounds = -(-sum(path.stat().st_size for path in files) // (16 * at_once))
     found = [np.empty(0, np.int64)]
     for turn in range(rounds):

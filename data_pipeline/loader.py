@@ -45,15 +45,11 @@ class Loader(Iterator[list[Batch]], AbstractContextManager["Loader"]):
 
     Slot b of micro-batch m on rank r is global row step * global_batch_size + (m * world_size + r) *
     micro_batch_size + b of those that data.skip leaves, and what a row holds does not depend on the ranks.
-    `next_row` is the first row that has not been handed out: a new Loader that starts there goes on exactly,
-    with any number of ranks.
+    `next_row` is the first row that has not been handed out: a new Loader that starts there goes on exactly.
 
     source=None: the endless mixture of the sources. source=NAME: that source alone, in plain order, once; the
-    last step is filled up with rows of padding, so every rank has as many micro-batches. Validation needs a
-    source. data.mode=streaming has the mixture only; `manifest` is None.
-
-    Batches are read ahead in a background thread; its errors are raised by the iteration. Raises DataError
-    for a folder that is not prepared, was prepared with another configuration, or is damaged.
+    last step is filled up with rows of padding, so every rank has as many micro-batches. Batches are read
+    ahead in a thread. Raises DataError for a folder that is not prepared as configured, or is damaged.
     """
 
     def __init__(

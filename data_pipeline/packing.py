@@ -46,15 +46,12 @@ class PackedRows(NamedTuple):
 
 
 class FillInTheMiddle:
-    """Rearranges a share `rate` of documents into prefix, suffix, middle (arXiv 2207.14255); of these,
-    `spm_share` with the suffix before the prefix.
+    """Fill-in-the-middle (arXiv 2207.14255) of a share `rate` of the documents, `spm_share` of these as SPM.
 
     PSM: `<|fim_prefix|> P <|fim_suffix|> S <|fim_middle|> M`; SPM, in the paper's form for joint training:
-    `<|fim_prefix|> <|fim_suffix|> S <|fim_middle|> P M`.
-
-    It is applied to the part of a document that stands in a row ("context-level" in the paper), so no row
-    lacks what it is asked to fill in. The three ids take the place of the last three tokens of the suffix:
-    lengths, rows and their order are those without it. Raises DataError for a tokenizer without these ids.
+    `<|fim_prefix|> <|fim_suffix|> S <|fim_middle|> P M`. It is applied to the part of a document that stands
+    in a row ("context-level" in the paper); the three ids take the place of the last three tokens of the
+    suffix, so all lengths stay. Raises DataError for a tokenizer without these ids.
     """
 
     def __init__(self, rate: float, spm_share: float, tokenizer: Tokenizer, seed: int, source: str) -> None:
@@ -64,10 +61,8 @@ class FillInTheMiddle:
         self._key = derive_key(seed, "fim", source)
 
     def __call__(self, document: np.ndarray, position: int) -> np.ndarray:
-        """`document` rearranged, or itself; its length and a closing end-of-text id stay.
-
-        A pure function of the seed, the source and `position`, that of the document's first token in it.
-        """
+        """`document` rearranged, or itself; its length and a closing end-of-text id stay. A pure function of
+        the seed, the source and `position`, that of the document's first token in it."""
         word = mix((self._key + position) & MASK)
         if _uniform(word) >= self._rate:
             return document

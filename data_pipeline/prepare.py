@@ -1,7 +1,7 @@
 """Text to token shards: cut the sources into slices, survey them, write every slice, commit with a manifest.
 
-A run that was killed, however hard, is run again: finished slices stay, and the result is the same to the
-byte, for any number of workers.
+A run that was killed is run again: finished slices stay, the result is the same to the byte for any number
+of workers.
 """
 
 import contextlib
@@ -58,9 +58,8 @@ Act = Callable[[SliceJob], int]  # returns how many units it made
 def prepare(config: DataConfig, vocab_size: int, seed: int) -> Manifest:
     """Prepare `config.dir` for models of `vocab_size` ids; what is already done is left alone.
 
-    The seed chooses which documents are held out for validation. `config.problems()` must be empty. Raises
-    DataError for inputs that cannot be read, a tokenizer that is too large, and a folder that holds another
-    preparation (nothing in it is changed).
+    The seed chooses which documents are held out for validation. Raises DataError for inputs that cannot be
+    read, a tokenizer that is too large, and a folder that holds another preparation (nothing is changed).
     """
     given = None if config.tokenizer is None else fetch_tokenizer(config.tokenizer)
     size = given.vocab_size if given else config.tokenizer_vocab_size
@@ -203,11 +202,9 @@ def _run(pool: Executor | None, act: Act, title: str, unit: str, jobs: Jobs, to_
 
 def _conclude_survey(jobs: Jobs, config: DataConfig, folder: Path) -> dict[str, Counter[str]]:
     """Write rejects.jsonl, the bad rows of all sources in order, their lines counted from the start of the
-    file; find the duplicates, and tell every slice which of its documents are repeats.
-
-    Returns the rows that each source leaves out, by the code of the reason. Raises DataError for sources
-    with too many bad rows or without a document.
-    """
+    file; find the duplicates, and tell every slice which of its documents are repeats. Returns the rows that
+    each source leaves out, by the code of the reason. Raises DataError for sources with too many bad rows or
+    without a document."""
     found, broken = {}, []
     partial = folder / ".rejects.jsonl.partial"
     with open(partial, "w") as rejects:

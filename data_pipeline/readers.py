@@ -56,10 +56,8 @@ Known = dict[str, InputFile]  # by path
 
 def list_inputs(name: str, source: SourceConfig, known: Known, *, hashed: bool = True) -> list[InputFile]:
     """The files of a source, in the order in which they are read; hashed, unless `known` has them at this
-    size and age. A hub dataset is fetched first: it is the arrow files of the `datasets` cache.
-
-    Raises DataError for a path that leads to no file and for a dataset that cannot be had.
-    """
+    size and age. A hub dataset is fetched: it is the arrow files of the `datasets` cache. Raises DataError
+    for a path that leads to no file and for a dataset that cannot be had."""
     found: Known = {}
     for path in source.paths:
         key = f"data.sources.{name}.paths: {path}"

@@ -51,12 +51,9 @@ class SliceJob:
 
 
 def survey_slice(job: SliceJob) -> int:
-    """List the bad rows of a slice and hash its documents; returns their number.
-
-    record.json holds it, the rows that are left out by the code of the reason, and how many lines begin in
-    the slice, by file. Raises DataError for an input that cannot be read and, with on_bad_row=error, for a
-    bad row.
-    """
+    """List the bad rows of a slice and hash its documents; returns their number. record.json holds it, the
+    rows that are left out by the code of the reason, and how many lines begin in the slice, by file. Raises
+    DataError for an input that cannot be read and, with on_bad_row=error, for a bad row."""
     documents, skipped, lines, hashes = 0, Counter[str](), {}, bytearray()
     is_limited = job.config.max_chat_tokens is not None and job.config.sources[job.source].kind == "sft"
     tokenizer = load_tokenizer(job.config.dir) if is_limited else None
@@ -86,10 +83,8 @@ def survey_slice(job: SliceJob) -> int:
 
 
 def write_slice(job: SliceJob) -> int:
-    """Write the shards of a slice; returns its number of tokens.
-
-    The bytes depend on the job and the survey alone. Raises DataError for an input that cannot be read.
-    """
+    """Write the shards of a slice; returns its number of tokens. The bytes depend on the job and the survey
+    alone. Raises DataError for an input that cannot be read."""
     tokenizer, repeats = load_tokenizer(job.config.dir), set(np.load(job.survey / "repeats.npy").tolist())
     unigrams = np.zeros((len(SPLITS), tokenizer.vocab_size), dtype=np.int64)
     documents = enumerate(item for item in job.items(tokenizer) if isinstance(item, Document))

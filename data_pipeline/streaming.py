@@ -21,10 +21,8 @@ class TextStream:
     """The training tokens of a source as a TokenStream has them, epoch after epoch without an end.
 
     Reading goes forward and tokenizes what lies between; a step back begins anew. Every rank reads all of
-    the text, so a row is the same on any number of ranks, and after a resume if the files still are.
-
-    Raises DataError for inputs that are not there or have no text column; on reading, for a bad row with
-    on_bad_row=error, for more bad rows than max_bad_fraction, and for an epoch more than max_epochs.
+    the text, so a row is the same on any number of ranks. Raises DataError for inputs that are not there or
+    have no text column; on reading, for too many bad rows, and for an epoch more than max_epochs.
     """
 
     def __init__(self, config: DataConfig, name: str, tokenizer: Tokenizer, seed: int) -> None:
