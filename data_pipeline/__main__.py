@@ -8,6 +8,7 @@ python -m data_pipeline inspect ROW|SOURCE|SOURCE:ROW experiment=NAME [key=value
 import itertools
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from omegaconf import DictConfig
@@ -57,9 +58,9 @@ def show(config: DataConfig, which: str, *, seq_len: int, seed: int) -> str:
         raise DataError(f"{which} is no row: give ROW, SOURCE or SOURCE:ROW; sources: {known}")
     if config.mode == "streaming":
         raise DataError("data.mode=streaming: only rows of a prepared folder have a place; prepare the data")
-    one = {"global_batch_size": 1, "micro_batch_size": 1, "rank": 0, "world_size": 1}
-    place = {"next_row": int(number or 0), "source": source or None}
-    with Loader(config, seq_len=seq_len, seed=seed, **one, **place) as loader:
+    shape: dict[str, Any] = {"global_batch_size": 1, "micro_batch_size": 1, "rank": 0, "world_size": 1}
+    shape |= {"next_row": int(number or 0), "source": source or None}
+    with Loader(config, seq_len=seq_len, seed=seed, **shape) as loader:
         batch = next((batch for [batch] in loader), None)
         if batch is None:
             raise DataError(f"{which}: there are not so many rows")

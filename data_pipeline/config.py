@@ -151,8 +151,8 @@ class DataConfig:
         return {f"data.mode=streaming: {law}{remedy}": is_broken for law, is_broken in laws.items()}
 
     def _order_laws(self) -> dict[str, bool]:
-        laws, shares, key = {}, self.length_shares, f"data.length_shares={self.length_shares}"
-        total = sum(shares.values())
+        shares, key = self.length_shares, f"data.length_shares={self.length_shares}"
+        laws, total = dict[str, bool](), sum(shares.values())
         if shares:
             laws = {
                 f"{key} needs data.packing=best_fit; set it to {{}}": self.packing != "best_fit",

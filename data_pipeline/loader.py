@@ -85,7 +85,7 @@ class Loader(Iterator[list[Batch]], AbstractContextManager["Loader"]):
             self._end_of_text = self.manifest.tokenizer.end_of_text
         else:
             tokenizer = tokenizer_of(config)
-            self._streams = {name: TextStream(config, name, tokenizer, seed) for name in names}
+            self._streams = {name: TextStream(config, name, tokenizer, seed) for name in sorted(names)}
             self._end_of_text = tokenizer.end_of_text
         self._rows = open_rows(config, self._streams, self._end_of_text, split, seq_len, seed)
         self._mixture = self._mix(config, seed) if source is None else None
@@ -105,7 +105,8 @@ class Loader(Iterator[list[Batch]], AbstractContextManager["Loader"]):
         """Where each document of a row of a prepared folder, as Batch.rows counts them, comes from."""
         assert self.manifest is not None
         names = {id(stream): name for name, stream in self._streams.items()}
-        found, (rows, local_row) = [], self._locate(row)
+        found = []
+        rows, local_row = self._locate(row)
         for stream, token in rows.places(local_row):
             assert isinstance(stream, TokenStream)
             name, place = names[id(stream)], stream.document_at(token)

@@ -190,7 +190,8 @@ def _run(pool: Executor | None, act: Act, title: str, unit: str, jobs: Jobs, to_
     with Progress(*columns, TimeRemainingColumn(), disable=not sys.stdout.isatty()) as progress:
         before = total - sum(job.bytes for job in to_do)
         bar = progress.add_task(title, total=total, completed=before, rate="")
-        for job, more in zip(to_do, (pool.map if pool else map)(act, to_do), strict=True):
+        made = pool.map(act, to_do) if pool else map(act, to_do)
+        for job, more in zip(to_do, made, strict=True):
             now, units = time.monotonic(), units + more
             rate = f"{units / max(now - started, 1e-9):,.0f} {unit}/s"
             progress.update(bar, advance=job.bytes, rate=rate)
@@ -246,7 +247,8 @@ def _commit(plan: Manifest, jobs: Jobs, skipped: dict[str, Counter[str]], folder
     tokenizer, sources = load_tokenizer(folder), {}
     for name, of_source in jobs.items():
         source = SourceRecord({split: [] for split in SPLITS}, dict(skipped[name]), None)
-        train, validation = sum(np.load(job.target / "unigrams.npy") for job in of_source)
+        none = np.zeros((len(SPLITS), tokenizer.vocab_size), dtype=np.int64)
+        train, validation = sum((np.load(job.target / "unigrams.npy") for job in of_source), start=none)
         for job in of_source:
             shards = shards_from_json(json.loads((job.target / "slice.json").read_bytes()))
             for split in SPLITS:

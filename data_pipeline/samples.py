@@ -79,4 +79,8 @@ def _chat() -> Iterator[str]:
         yield json.dumps({"messages": [question, answer]}, ensure_ascii=False)
 
 
-COLLECTIONS = {"stdlib_code": lambda: _modules().values(), "stdlib_prose": _prose, "stdlib_chat": _chat}
+def _code() -> Iterator[str]:
+    yield from _modules().values()
+
+
+COLLECTIONS = {"stdlib_code": _code, "stdlib_prose": _prose, "stdlib_chat": _chat}
