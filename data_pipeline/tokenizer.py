@@ -4,6 +4,7 @@ import functools
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 from tokenizers import pre_tokenizers
@@ -68,7 +69,7 @@ class Tokenizer:
 def _parse(serialized: str) -> tuple[tokenizers.Tokenizer, tokenizers.Tokenizer, dict[str, int]]:
     """With added tokens and without (a control string inside a document is text like any other), and ids."""
     full = tokenizers.Tokenizer.from_str(serialized)
-    bare = {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
+    bare: dict[str, Any] = {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
     text_only = tokenizers.Tokenizer.from_str(json.dumps(json.loads(serialized) | bare))
     return full, text_only, full.get_vocab(with_added_tokens=True)
 
@@ -119,7 +120,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> str:
     as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, as_bytes])
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    given = {"special_tokens": list(CONTROL_TOKENS), "initial_alphabet": as_bytes.alphabet()}
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=vocab_size, show_progress=False, **given)
+    control, alphabet = list(CONTROL_TOKENS), as_bytes.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=control, initial_alphabet=alphabet, show_progress=False
+    )
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer.to_str(pretty=True)
