@@ -5,15 +5,19 @@ python -m data_pipeline verify DIR
 python -m data_pipeline inspect ROW|SOURCE|SOURCE:ROW experiment=NAME [key=value ...]
 """
 
+import itertools
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from omegaconf import DictConfig
 
-from data_pipeline.config import DataError
+from data_pipeline.config import DataConfig, DataError
+from data_pipeline.packing import NO_LOSS, make_plans
 from data_pipeline.prepare import prepare
-from data_pipeline.rows import make_plans
 from data_pipeline.shards import verify
+from data_pipeline.tokenizer import load_tokenizer
 from trainer.cli import compose_and
 from trainer.config import ConfigError, RunConfig
 
@@ -21,8 +25,7 @@ from trainer.config import ConfigError, RunConfig
 def prepare_here(cfg: DictConfig) -> int:
     """Read the sources and write token shards; what is done already is left alone."""
     config = RunConfig.load(cfg)
-    problems = [*config.model.problems(), *config.data.problems()]
-    if problems:
+    if problems := [*config.model.problems(), *config.data.problems()]:
         raise ConfigError(problems)
     prepare(config.data, config.model.vocab_size, config.seed)
     make_plans(config.data, config.stage.seq_len)
@@ -33,13 +36,49 @@ def prepare_here(cfg: DictConfig) -> int:
 def verify_here(folder: str) -> int:
     """Read every byte of a prepared folder; say what it holds, or what is damaged."""
     try:
-        manifest = verify(Path(folder))
+        shards = verify(Path(folder)).shards()
     except DataError as error:
         print(error, file=sys.stderr)
         return 2
-    tokens = sum(shard.tokens for shard in manifest.shards())
-    print(f"{folder} is whole: {tokens:,} tokens in {len(manifest.shards())} shards")
+    print(f"{folder} is whole: {sum(shard.tokens for shard in shards):,} tokens in {len(shards)} shards")
     return 0
+
+
+def show(config: DataConfig, which: str, *, seq_len: int, seed: int) -> str:
+    """One row as the model sees it: decoded, with the borders and origins of its documents.
+
+    which: ROW, a global row number of the run; or SOURCE or SOURCE:ROW, a training row of one source in plain
+    order. Raises DataError for what is no row of the prepared folder.
+    """
+    from data_pipeline.loader import Loader  # imports torch, which workers have no use for
+
+    source, _, number = which.partition(":") if not which.isdecimal() else ("", "", which)
+    if (source and source not in config.sources) or not (number or "0").isdecimal():
+        known = ", ".join(config.sources)
+        raise DataError(f"{which} is no row: give ROW, SOURCE or SOURCE:ROW; sources: {known}")
+    if config.mode == "streaming":
+        raise DataError("data.mode=streaming: only rows of a prepared folder have a place; prepare the data")
+    shape: dict[str, Any] = {"global_batch_size": 1, "micro_batch_size": 1, "rank": 0, "world_size": 1}
+    shape |= {"next_row": int(number or 0), "source": source or None}
+    with Loader(config, seq_len=seq_len, seed=seed, **shape) as loader:
+        batch = next((batch for [batch] in loader), None)
+        if batch is None:
+            raise DataError(f"{which}: there are not so many rows")
+        origins, tokenizer = loader.origins(batch.rows[0]), load_tokenizer(config.dir)
+    tokens, has_label = batch.input_ids[0].numpy(), batch.labels[0].numpy() != NO_LOSS
+    # the target of position t is token t+1; the first token is a target of another row, if of any
+    learned, valid = np.append(False, has_label[:-1]), int(batch.token_mask.sum())
+    lines = [f"row {batch.rows[0]}: {valid} tokens, {has_label.sum()} targets; [- not learned -]"]
+    borders = [border for border in batch.cu_seqlens.tolist() if border <= valid]
+    for (start, stop), origin in zip(itertools.pairwise(borders), origins, strict=True):
+        lines += [f"--- tokens {start} to {stop}: {origin}", ""]
+        changes = np.flatnonzero(np.diff(learned[start:stop])) + start + 1
+        for first, end in itertools.pairwise([start, *changes.tolist(), stop]):
+            text = tokenizer.decode(tokens[first:end].tolist())
+            lines[-1] += text if learned[first] else f"[-{text}-]"
+    if valid < len(tokens):
+        lines.append(f"--- tokens {valid} to {len(tokens)}: padding")
+    return "\n".join(lines)
 
 
 def main(arguments: list[str]) -> None:
@@ -47,16 +86,13 @@ def main(arguments: list[str]) -> None:
     if arguments[:1] == ["verify"] and len(arguments) == 2:
         sys.exit(verify_here(arguments[1]))
     if arguments[:1] == ["inspect"] and len(arguments) >= 2:
-        which = arguments[1]
-        sys.argv[1:] = arguments[2:]  # the rest is Hydra's
 
         def inspect_here(cfg: DictConfig) -> int:
-            from data_pipeline.inspect import show  # imports torch, which workers have no use for
-
             config = RunConfig.load(cfg)
-            print(show(config.data, which, seq_len=config.stage.seq_len, seed=config.seed))
+            print(show(config.data, arguments[1], seq_len=config.stage.seq_len, seed=config.seed))
             return 0
 
+        sys.argv[1:] = arguments[2:]  # the rest is Hydra's
         compose_and("prepare", inspect_here)
     compose_and("prepare", prepare_here)
 

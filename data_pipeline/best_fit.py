@@ -1,4 +1,4 @@
-"""Packing "best_fit": rows of whole documents, planned once from their lengths and kept beside the shards.
+"""Plans of packing "best_fit": which documents fill a row, from their lengths, kept beside the shards.
 
     packing/<name>.items    uint64, documents by length: number of the source << 48 | first token
     packing/<name>.npz      which lengths stand together in a row, and how often; written last
@@ -8,46 +8,98 @@ it takes memory for histograms and one shard's offsets; using it, for what is re
 """
 # P documents or pieces of documents
 
-import hashlib
+import bisect
 import itertools
 import os
-import zipfile
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from data_pipeline.bins import Bins, pack_lengths
 from data_pipeline.config import DataError
-from data_pipeline.fim import FillInTheMiddle
-from data_pipeline.manifest import sync_folder, to_json
-from data_pipeline.packing import Row, Stream
+from data_pipeline.manifest import replace_synced
 from data_pipeline.permutation import mix
 from data_pipeline.shards import TokenStream, file_crc32
 
-_ITEM = np.dtype("<u8")
-_SOURCE_SHIFT = 48
+ITEM = np.dtype("<u8")
+STREAM_SHIFT = 48
 _BUCKETS = 1 << 16  # under length_shares, documents are taken by hash in steps of 1/65536 of their class
 
+Shares = dict[int, float]  # of the tokens, by the least length of their documents
+# (length, items in each bin, first item): bin j of a group has the items from first + j * items on
+_Part = tuple[int, int, int]
+_Group = tuple[int, tuple[_Part, ...]]  # number of bins with the same contents, and what these are
 
-class PackedSource(NamedTuple):
-    """A stream to pack. weight: relative share of its documents that is taken, under length_shares."""
 
-    stream: TokenStream
-    weight: float
-    fim: FillInTheMiddle | None
+class Bins(NamedTuple):
+    """What stands in each bin. Items of a length are numbered from 0."""
+
+    first_bins: np.ndarray  # [G+1] first bin of each group of like bins, and the end
+    first_parts: np.ndarray  # [G+1] likewise into `parts`
+    parts: np.ndarray  # [P,3] length, items of it in each bin, first item
+
+    @property
+    def total(self) -> int:
+        return int(self.first_bins[-1])
+
+    def contents(self, number: int) -> list[tuple[int, int]]:
+        """(length, item) of all items in a bin."""
+        group = int(np.searchsorted(self.first_bins, number, side="right")) - 1
+        j = number - int(self.first_bins[group])
+        parts = self.parts[self.first_parts[group] : self.first_parts[group + 1]].tolist()
+        return [(length, first + j * n + i) for length, n, first in parts for i in range(n)]
+
+
+def pack_lengths(counts: np.ndarray, capacity: int) -> Bins:
+    """Bins of `capacity` for counts[length] items of each length from 1 to capacity.
+
+    Best-fit-decreasing (Johnson 1973; for documents arXiv 2404.10830): the longest come first, each into the
+    bin with the least space that it fits into. Items of one length are interchangeable, and so are bins with
+    the same space left: groups of equal bins are filled at once, and the cost does not grow with the items.
+    """
+    assert len(counts) <= capacity + 1, (len(counts), capacity)
+    groups: defaultdict[int, list[_Group]] = defaultdict(list)  # space left -> groups of bins
+    spaces: list[int] = []  # the keys of `groups`, sorted
+
+    def put(space: int, group: _Group) -> None:
+        if not groups[space]:
+            bisect.insort(spaces, space)
+        groups[space].append(group)
+
+    for length in np.flatnonzero(counts)[::-1].tolist():
+        left, item = int(counts[length]), 0
+        while left:
+            at = bisect.bisect_left(spaces, length)
+            if at < len(spaces):
+                space = spaces[at]
+                bins, parts = groups[space].pop()
+                if not groups[space]:
+                    del spaces[at]
+            else:
+                space, bins, parts = capacity, -(-left // (capacity // length)), ()
+            each = min(space // length, left)  # items that a bin takes before the next one is opened
+            if (full := left // each) < bins:  # the other bins stay as they are
+                put(space, (bins - full, tuple((n, of, first + full * of) for n, of, first in parts)))
+                bins = full
+            put(space - each * length, (bins, (*parts, (length, each, item))))
+            left -= bins * each
+            item += bins * each
+    flat = [group for space in spaces for group in groups[space]]
+    contents = np.array([part for _, parts in flat for part in parts], dtype=np.int64).reshape(-1, 3)
+    first_parts = np.cumsum([0, *(len(parts) for _, parts in flat)])
+    return Bins(np.cumsum([0, *(bins for bins, _ in flat)]), first_parts, contents)
 
 
 class PackingReport(NamedTuple):
-    """rows; documents and pieces in them; their tokens; documents too long for a row (cut, or left out);
-    tokens of the documents that length_shares leaves out."""
+    """What packing made of the documents."""
 
     rows: int
-    documents: int
-    tokens: int
-    too_long: int
-    tokens_not_taken: int
+    documents: int  # and pieces of documents, in the rows
+    tokens: int  # of these
+    too_long: int  # documents that are cut or, conversations, left out
+    tokens_not_taken: int  # of the documents that length_shares leaves out
 
     def padding(self, seq_len: int) -> float:
         """Share of the positions of all rows that hold no token."""
@@ -55,84 +107,14 @@ class PackingReport(NamedTuple):
         return (positions + self.rows - self.tokens) / max(positions, 1)
 
 
-class BestFitRows:
-    """The rows of one source, or of several together. `name` tells plans of the folder apart.
-
-    Raises DataError for a plan that is damaged, and where length_shares ask for what no document has.
-    """
-
-    def __init__(
-        self,
-        folder: Path,
-        name: str,
-        sources: dict[str, PackedSource],
-        seq_len: int,
-        length_shares: dict[int, float],
-    ) -> None:
-        self._sources, self._seq_len = list(sources.values()), seq_len
-        if length_shares:
-            weights = {source: settings.weight for source, settings in sources.items()}
-            what = to_json([weights, sorted(length_shares.items())])
-            name += "-" + hashlib.sha256(what).hexdigest()[:8]
-        path = folder / "packing" / f"{name}-{seq_len}.npz"
-        items_path = path.with_suffix(".items")
-        if not path.exists():
-            _make_plan(self._sources, seq_len, length_shares, path)
-        try:
-            with np.load(path) as plan:
-                self.report = PackingReport(*plan["report"].tolist())
-                self._bins = Bins(plan["first_bins"], plan["first_parts"], plan["parts"])
-                self._first_items = np.cumsum(plan["counts"]) - plan["counts"]  # by length
-            self._items = np.memmap(items_path, _ITEM, "r") if self.report.documents else np.empty(0, _ITEM)
-            if len(self._items) != self.report.documents:
-                raise ValueError(f"{items_path} has {len(self._items)} items, not {self.report.documents}")
-        except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
-            raise DataError(f"{path} is damaged ({error}); remove it, it is made again") from error
-        self.mean_tokens = (self.report.tokens - self.report.rows) / max(self.report.rows, 1)
-
-    def __len__(self) -> int:
-        return self.report.rows
-
-    def describe(self) -> str:
-        """What an epoch is, and what packing made of the documents."""
-        rows, documents, _, too_long, left_out = self.report
-        return (
-            f"{documents:,} documents in {rows:,} rows of {self._seq_len},"
-            f" {self.report.padding(self._seq_len):.2%} padding"
-            + (f", {too_long:,} longer than a row" if too_long else "")
-            + (f", {left_out:,} tokens left out" if left_out else "")
-        )
-
-    def places(self, row: int) -> list[tuple[Stream, int]]:
-        """For each document of a row, its stream and the token there that its part begins with."""
-        return [(source.stream, start) for source, start, _ in self._contents(row)]
-
-    def read(self, row: int) -> Row:
-        """Row number `row`; an empty one beyond the last."""
-        tokens, learned, lengths = [], [], []
-        for source, start, length in self._contents(row):
-            document = source.stream.read(start, start + length)
-            if source.fim is not None:
-                document = source.fim(document, start)
-            tokens.append(document)
-            lengths.append(length)
-            learned.append(source.stream.read_loss(start, start + length))
-        if not tokens:
-            return Row(np.empty(0, np.uint32), np.empty(0, np.int64), np.empty(0, np.bool_))
-        return Row(np.concatenate(tokens), np.cumsum(lengths) - lengths, np.concatenate(learned))
-
-    def _contents(self, row: int) -> Iterator[tuple[PackedSource, int, int]]:
-        """Source, first token and length of each part of a row."""
-        for length, item in self._bins.contents(row) if row < len(self) else ():
-            place = int(self._items[self._first_items[length] + item])
-            yield self._sources[place >> _SOURCE_SHIFT], place & ((1 << _SOURCE_SHIFT) - 1), length
-
-
-def _make_plan(sources: list[PackedSource], seq_len: int, shares: dict[int, float], path: Path) -> None:
-    """Write a plan, all of it or nothing; several processes may do it at once."""
-    taken = _buckets_taken(sources, seq_len, shares)
+def make_plan(
+    streams: list[TokenStream], weights: list[float], seq_len: int, shares: Shares, path: Path
+) -> None:
+    """Write the plan `path` of rows that several streams fill, all of it or nothing; several processes may do
+    it at once. weights: relative share of the documents of a stream that is taken, under length_shares."""
+    taken = _buckets_taken(streams, weights, seq_len, shares) if shares else None
     counts = np.zeros(seq_len + 2, dtype=np.int64)  # by length
-    for _, _, lengths in _taken_pieces(sources, seq_len, shares, taken):
+    for _, _, lengths in _pieces(streams, seq_len, shares, taken):
         counts += np.bincount(lengths, minlength=len(counts))
     bins = pack_lengths(counts, seq_len + 1)
 
@@ -140,90 +122,76 @@ def _make_plan(sources: list[PackedSource], seq_len: int, shares: dict[int, floa
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     partial.touch()
     if counts.any():
-        items = np.memmap(partial, _ITEM, "w+", shape=int(counts.sum()))
+        items = np.memmap(partial, ITEM, "w+", shape=int(counts.sum()))
         next_items = np.cumsum(counts) - counts
-        for source, starts, lengths in _taken_pieces(sources, seq_len, shares, taken):
+        for stream, starts, lengths in _pieces(streams, seq_len, shares, taken):
             order = np.argsort(lengths, kind="stable")
             of_length = np.bincount(lengths, minlength=len(counts))
             within = np.arange(len(order)) - np.repeat(np.cumsum(of_length) - of_length, of_length)
-            items[np.repeat(next_items, of_length) + within] = starts[order] | (source << _SOURCE_SHIFT)
+            items[np.repeat(next_items, of_length) + within] = starts[order] | (stream << STREAM_SHIFT)
             next_items += of_length
         items.flush()
     items_crc32 = file_crc32(partial)
-    os.replace(partial, path.with_suffix(".items"))
+    replace_synced(partial, path.with_suffix(".items"))
     tokens = int(counts @ np.arange(len(counts)))
-    offered = sum(int(lengths.sum()) for _, _, lengths in _pieces(sources, seq_len))
-    offsets = itertools.chain.from_iterable(source.stream.document_offsets() for source in sources)
+    offered = sum(int(lengths.sum()) for _, _, lengths in _pieces(streams, seq_len)) if shares else tokens
+    offsets = itertools.chain.from_iterable(stream.document_offsets() for stream in streams)
     too_long = sum(int((np.diff(of_shard) - 1 > seq_len).sum()) for of_shard in offsets)
     report = PackingReport(bins.total, int(counts.sum()), tokens, too_long, offered - tokens)
     with open(partial, "wb") as file:
-        np.savez(
-            file, report=np.array(report), counts=counts, items_crc32=np.array(items_crc32), **bins._asdict()
-        )
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-    sync_folder(path.parent)
+        np.savez(file, report=report, counts=counts, items_crc32=items_crc32, **bins._asdict())
+    replace_synced(partial, path)
 
 
-def _pieces(sources: list[PackedSource], seq_len: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """For each shard: source number, and first tokens [P] and lengths [P] of what fits into rows.
+def _pieces(
+    streams: list[TokenStream], seq_len: int, shares: Shares | None = None, taken: np.ndarray | None = None
+) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """For each shard: number of the stream, first tokens [P] and lengths [P] of what fits into rows; with
+    `taken`, of that what falls into the buckets that its stream and class may use.
 
     A longer document is cut into the fewest pieces, of near-equal length; each ends with the token that the
     next begins with, so that every token but the first is predicted once. A conversation is left out instead:
     its pieces would be answers without their questions. Closing ids alone are left out too.
     """
-    for number, source in enumerate(sources):
-        for offsets in source.stream.document_offsets():
+    for number, stream in enumerate(streams):
+        for offsets in stream.document_offsets():
             starts, targets = offsets[:-1], np.diff(offsets) - 1
             parts = -(-targets // seq_len)
-            if source.stream.has_loss:
+            if stream.has_loss:
                 parts[parts > 1] = 0
             document = np.repeat(np.arange(len(parts)), parts)
             part = np.arange(len(document)) - np.repeat(np.cumsum(parts) - parts, parts)
             first = targets[document] * part // parts[document]
             last = targets[document] * (part + 1) // parts[document]
-            yield number, starts[document] + first, last - first + 1
+            starts, lengths = starts[document] + first, last - first + 1
+            if shares and taken is not None:
+                chosen = _buckets(starts) < taken[number, _classes(lengths, shares)]
+                starts, lengths = starts[chosen], lengths[chosen]
+            yield number, starts, lengths
 
 
-def _taken_pieces(
-    sources: list[PackedSource], seq_len: int, shares: dict[int, float], taken: np.ndarray
-) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """The `_pieces` whose hash falls into the buckets that their source and class may use."""
-    for source, starts, lengths in _pieces(sources, seq_len):
-        if shares:
-            chosen = _buckets(starts) < taken[source, _classes(lengths, shares)]
-            starts, lengths = starts[chosen], lengths[chosen]
-        yield source, starts, lengths
+def _buckets_taken(
+    streams: list[TokenStream], weights: list[float], seq_len: int, shares: Shares
+) -> np.ndarray:
+    """[stream, class] how many hash buckets are taken, so that the classes have their shares of tokens.
 
-
-def _buckets_taken(sources: list[PackedSource], seq_len: int, shares: dict[int, float]) -> np.ndarray:
-    """[source, class] how many hash buckets are taken, so that the classes have their shares of tokens.
-
-    As many documents as the shares allow are taken: of the scarcest class, all of the heaviest source.
+    As many documents as the shares allow are taken: of the scarcest class, all of the heaviest stream.
     """
-    if not shares:
-        return np.empty((0, 0))
-    tokens = np.zeros((len(sources), len(shares) + 1, _BUCKETS))  # class 0: too short
-    for source, starts, lengths in _pieces(sources, seq_len):
+    tokens = np.zeros((len(streams), len(shares) + 1, _BUCKETS))  # class 0: too short
+    for stream, starts, lengths in _pieces(streams, seq_len):
         places = _classes(lengths, shares) * _BUCKETS + _buckets(starts)
-        tokens[source] += np.bincount(places, lengths, tokens[0].size).reshape(tokens[0].shape)
-    weights = np.array([source.weight for source in sources])
-    offered = tokens.sum(axis=2) * (weights / weights.max())[:, None]  # [source, class]
+        tokens[stream] += np.bincount(places, lengths, tokens[0].size).reshape(tokens[0].shape)
+    offered = tokens.sum(axis=2) * (np.array(weights) / max(weights))[:, None]  # [stream, class]
     of_class, wanted = offered.sum(axis=0), np.array([0.0, *(shares[least] for least in sorted(shares))])
-    missing = [least for least, count in zip(sorted(shares), of_class[1:], strict=True) if not count]
-    if missing:
-        raise DataError(
-            f"data.length_shares: no training document is of the lengths from {missing} tokens on, with"
-            f" stage.seq_len={seq_len}; change the lengths or add such documents"
-        )
-    total = (of_class[1:] / wanted[1:]).min()
-    target = offered * total * wanted / np.maximum(of_class, 1)
+    if missing := [least for least, of in zip(sorted(shares), of_class[1:], strict=True) if not of]:
+        law = f"no training document is of the lengths from {missing} tokens on, with stage.seq_len={seq_len}"
+        raise DataError(f"data.length_shares: {law}; change the lengths or add such documents")
+    target = offered * (of_class[1:] / wanted[1:]).min() * wanted / np.maximum(of_class, 1)
     before_middle = np.cumsum(tokens, axis=2) - tokens / 2
     return (before_middle < target[:, :, None]).sum(axis=2)  # the number of buckets nearest to the target
 
 
-def _classes(lengths: np.ndarray, shares: dict[int, float]) -> np.ndarray:
+def _classes(lengths: np.ndarray, shares: Shares) -> np.ndarray:
     return np.searchsorted(sorted(shares), lengths, side="right")
 
 

@@ -14,10 +14,9 @@ import numpy as np
 from data_pipeline.permutation import derive_key
 from data_pipeline.tokenizer import Tokenizer
 
-Message = Mapping[str, Any]
-
 _MARKUP = re.compile(r"(<\|im_start\|>|<\|im_end\|>|</?think>|</?tool_call>|</?tool_response>)")
 _FLAG = re.compile(r"(?<!\S)/(no_think|think)(?!\S)")
+_RESPONSE = re.compile("<tool_response>.*</tool_response>", re.S)
 _TOOLS_BEFORE = (
     "# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
     "You are provided with function signatures within <tools></tools> XML tags:\n<tools>"
@@ -47,8 +46,8 @@ class _Pieces(list[Piece]):
 
     def markup(self, template: str, loss: bool = False) -> None:
         """Append what the template itself writes: its control strings are control tokens."""
-        for position, part in enumerate(_MARKUP.split(template)):
-            if position % 2:
+        for part in _MARKUP.split(template):
+            if _MARKUP.fullmatch(part):
                 self.append(Piece(None, part, loss))
             else:
                 self.text(part, loss)
@@ -63,17 +62,22 @@ def render(row: Mapping[str, Any], options: Mapping[str, Any], *, loss_from: int
     messages = row["messages"]
     last_query = max(_queries(messages), default=len(messages) - 1)
     out = _Pieces()
-    _render_system(out, messages, row.get("tools"))
+    if tools := row.get("tools"):
+        out.markup("<|im_start|>system\n")
+        if messages[0]["role"] == "system":
+            out.text(_content(messages[0]) + "\n\n")
+        out.markup(_TOOLS_BEFORE)
+        for tool in tools:
+            out.text("\n" + json.dumps(tool, ensure_ascii=False))
+        out.markup(_TOOLS_AFTER)
     for i, message in enumerate(messages):
         role, content = message["role"], _content(message)
-        if role == "user" or (role == "system" and i > 0):
+        if role == "user" or (role == "system" and not (tools and i == 0)):
             out.markup(f"<|im_start|>{role}\n")
             out.text(content)
             out.markup("<|im_end|>\n")
         elif role == "assistant":
-            is_last = i == len(messages) - 1
-            reasoning, _ = _split_reasoning(message)
-            thinks = i > last_query and (is_last or bool(reasoning))
+            thinks = i > last_query and (i == len(messages) - 1 or bool(_split_reasoning(message)[0]))
             out.markup("<|im_start|>assistant\n")
             _render_body(out, message, thinks, loss=i >= loss_from)
             out.markup("\n")
@@ -96,15 +100,9 @@ def samples(row: Mapping[str, Any], think_flag_share: float | None) -> list[list
     """What is trained on of a row: one sample per answer with reasoning, and one for what comes after.
 
     The template drops the reasoning of all but the last answer, so an answer with reasoning is learned as the
-    last of a sample that ends with it. Every assistant message is learned in one sample, that of the next
-    such end.
-
-    think_flag_share: None leaves questions as they are. A number marks the mode in them (arXiv 2505.09388,
-    section 4.3): ` /no_think` after a question answered without reasoning, ` /think` after this share of the
-    others, and after every one that a /no_think before it would make wrong.
-
-    Raises ValueError, with the reason, for a row that is malformed, has no target, or answers against its
-    flags.
+    last of a sample. Every assistant message is learned in one sample. think_flag_share: None leaves
+    questions as they are; a number marks the mode in them (arXiv 2505.09388, section 4.3; docs/data.md).
+    Raises ValueError, with the reason, for a row that is malformed, has no target, or ignores its flags.
     """
     messages = _checked(row)
     queries = _queries(messages)
@@ -126,8 +124,7 @@ def samples(row: Mapping[str, Any], think_flag_share: float | None) -> list[list
 
 def encode(pieces: Sequence[Piece], tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
     """Ids (uint32 [n]) and whether each is learned (bool [n]) of rendered pieces."""
-    ids: list[int] = []
-    loss: list[bool] = []
+    ids, loss = list[int](), list[bool]()
     for text, control, learned in pieces:
         new = tokenizer.encode(text) if text is not None else [tokenizer.control_id(str(control))]
         ids += new
@@ -135,23 +132,7 @@ def encode(pieces: Sequence[Piece], tokenizer: Tokenizer) -> tuple[np.ndarray, n
     return np.array(ids, dtype=np.uint32), np.array(loss, dtype=np.bool_)
 
 
-def _render_system(out: _Pieces, messages: Sequence[Message], tools: Sequence[Any] | None) -> None:
-    system = _content(messages[0]) if messages[0]["role"] == "system" else None
-    if tools:
-        out.markup("<|im_start|>system\n")
-        if system is not None:
-            out.text(system + "\n\n")
-        out.markup(_TOOLS_BEFORE)
-        for tool in tools:
-            out.text("\n" + json.dumps(tool, ensure_ascii=False))
-        out.markup(_TOOLS_AFTER)
-    elif system is not None:
-        out.markup("<|im_start|>system\n")
-        out.text(system)
-        out.markup("<|im_end|>\n")
-
-
-def _render_body(out: _Pieces, message: Message, thinks: bool, loss: bool) -> None:
+def _render_body(out: _Pieces, message: Mapping[str, Any], thinks: bool, loss: bool) -> None:
     reasoning, content = _split_reasoning(message)
     if thinks:
         out.markup("<think>\n", loss)
@@ -170,12 +151,12 @@ def _render_body(out: _Pieces, message: Message, thinks: bool, loss: bool) -> No
     out.markup("<|im_end|>", loss)
 
 
-def _content(message: Message) -> str:
+def _content(message: Mapping[str, Any]) -> str:
     content = message.get("content")
     return content if isinstance(content, str) else ""
 
 
-def _split_reasoning(message: Message) -> tuple[str, str]:
+def _split_reasoning(message: Mapping[str, Any]) -> tuple[str, str]:
     """Reasoning and answer, from a field of its own or from within the content."""
     content, reasoning = _content(message), message.get("reasoning_content")
     if isinstance(reasoning, str):
@@ -186,15 +167,10 @@ def _split_reasoning(message: Message) -> tuple[str, str]:
     return before.rstrip("\n").split("<think>")[-1].lstrip("\n"), after.lstrip("\n")
 
 
-def _queries(messages: Sequence[Message]) -> list[int]:
+def _queries(messages: Sequence[Mapping[str, Any]]) -> list[int]:
     """Numbers of the user messages that ask something (some rows send tool responses as the user)."""
-    return [
-        i
-        for i, message in enumerate(messages)
-        if message["role"] == "user"
-        and isinstance(content := message.get("content"), str)
-        and not (content.startswith("<tool_response>") and content.endswith("</tool_response>"))
-    ]
+    spoken = [(i, of.get("content")) for i, of in enumerate(messages) if of["role"] == "user"]
+    return [i for i, content in spoken if isinstance(content, str) and not _RESPONSE.fullmatch(content)]
 
 
 def _checked(row: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -240,19 +216,16 @@ def _fault(message: dict[str, Any]) -> str | None:
 
 def _is_call(call: Any) -> bool:
     function = (call.get("function") or call) if isinstance(call, dict) else None
-    return (
-        isinstance(function, dict)
-        and isinstance(function.get("name"), str)
-        and isinstance(function.get("arguments"), str | dict)
-    )
+    if not isinstance(function, dict):
+        return False
+    return isinstance(function.get("name"), str) and isinstance(function.get("arguments"), str | dict)
 
 
 def _apply_flags(
     messages: list[dict[str, Any]], exchanges: list[tuple[int, int, bool]], think_flag_share: float | None
 ) -> None:
     """Add the flags of the modes to the questions. Raises ValueError where an answer ignores its flag."""
-    mode = None  # what the last flag, of the system or a user, asks for
-    start = 0
+    mode, start = None, 0  # mode: what the last flag, of the system or a user, asks for
     for query, end, thinks in exchanges:
         asked = [m["content"] for m in messages[start : query + 1] if m["role"] in ("system", "user")]
         flags = _FLAG.findall("\n".join(asked))
@@ -264,8 +237,6 @@ def _apply_flags(
                 messages[query]["content"] += f" /{wanted}"
                 mode = wanted
         if mode is not None and thinks != (mode == "think"):
-            raise ValueError(
-                f"messages[{query}]: the last flag is /{mode}, but the answer has"
-                f" {'' if thinks else 'no '}reasoning"
-            )
+            found = "reasoning" if thinks else "no reasoning"
+            raise ValueError(f"messages[{query}]: the last flag is /{mode}, but the answer has {found}")
         start = end

@@ -4,11 +4,25 @@ import math
 import re
 from dataclasses import dataclass
 
-MODES = ("prepared", "streaming")
+CHOICES = {
+    "mode": ("prepared", "streaming"),
+    "on_bad_row": ("skip", "quarantine", "error"),
+    "packing": ("concat", "best_fit"),
+}
+LEAST = {
+    "min_characters": (1, "1 leaves out nothing"),
+    "max_chat_tokens": (1, "null = no limit"),
+    "slice_bytes": (1, "use 134_217_728"),
+    "shard_bytes": (4, "a token takes 4 bytes"),
+    "num_workers": (1, "1 works in this process"),
+}
 SOURCE_KINDS = ("embedded", "jsonl", "parquet", "arrow", "hub", "text", "tree", "sft")
 KINDS_WITH_TEXT_COLUMN = ("jsonl", "parquet", "arrow", "hub")
-ON_BAD_ROW = ("skip", "quarantine", "error")
-PACKINGS = ("concat", "best_fit")
+CONTENT_KEYS = (
+    *("tokenizer_vocab_size", "validation_fraction", "deduplicate", "min_characters"),
+    *("max_chat_tokens", "think_flag_share"),
+)
+_NAME = re.compile(r"[A-Za-z0-9_]+")
 BLOCK_ROWS = 16384  # the mixture holds its weights exactly, to one row, over each block of this many rows
 
 
@@ -18,35 +32,18 @@ class DataError(Exception):
 
 @dataclass
 class SourceConfig:
-    """One source of documents.
-
-    kind: embedded (text found on every machine) | jsonl (.jsonl, .jsonl.gz, .jsonl.zst) | parquet | arrow |
-    hub (datasets of the Hugging Face hub) | text (a file is a document) | tree (folders; every text file
-    below is a document) | sft (conversations: rows with `messages`, in files of any of these formats).
-    paths: files or globs; for `tree` folders; for `hub` NAME[@REVISION][:CONFIG]:SPLIT; for `embedded` the
-    names of collections of data_pipeline.samples.
-    weight: this source's share of the training tokens, relative to the other sources; 0 = prepared, not
-    trained on.
-    """
+    """One source of documents. docs/data.md says what `paths` and a document are for each kind."""
 
     kind: str
-    paths: list[str]
+    paths: list[str]  # files, globs, folders, hub datasets, or collections of data_pipeline.samples
     text_key: str | None  # the column or JSON key that holds the text; null for the kinds that have none
-    weight: float
+    weight: float  # share of the training tokens, relative to the other sources; 0 = prepared, not trained on
     max_epochs: float | None  # how often a training row may be seen; null = no limit
 
 
 @dataclass
 class DataConfig:
-    """What a run reads, and how it is prepared.
-
-    packing: concat (documents end to end, cut where a row ends) | best_fit (whole documents, combined so that
-    little padding is left; longer ones in near-equal pieces, longer conversations left out).
-    length_shares: {} = documents of every length. Else, for best_fit: shares of the tokens by the length of
-    their document: {4096: 0.25, 16384: 0.75} takes 25 % from documents of 4096 to 16383 tokens and 75 % from
-    longer ones, of all sources together; a source's weight is then the share of its documents that is taken,
-    relative to the source with the largest.
-    """
+    """What a run reads, and how it is prepared; docs/data.md has more on each key."""
 
     mode: str  # prepared (token shards in `dir`) | streaming (text is tokenized while it is read)
     dir: str  # folder of the prepared shards
@@ -57,16 +54,14 @@ class DataConfig:
     deduplicate: bool  # keep the first of equal documents of a source
     min_characters: int  # shorter documents are bad rows (too_short); conversations are not concerned
     max_chat_tokens: int | None  # longer conversations are bad rows (too_long); null = no limit
-    think_flag_share: (
-        float | None
-    )  # /no_think where no reasoning, /think in this share of the others; null: none
+    think_flag_share: float | None  # /no_think where no reasoning, /think in this share of others; null: none
     on_bad_row: str  # skip (list it in rejects.jsonl) | quarantine (keep the whole row there) | error (stop)
     max_bad_fraction: float  # share of bad rows beyond which a source is broken and nothing is prepared
     slice_bytes: int  # bytes of input in one unit of work, of restart and of parallelism
     shard_bytes: int  # most bytes in one file of tokens (a longer document has a shard of its own)
     num_workers: int  # processes that prepare; 1 = this one. The result does not depend on it
-    packing: str
-    length_shares: dict[int, float]
+    packing: str  # concat (documents end to end, cut where a row ends) | best_fit (whole documents, padded)
+    length_shares: dict[int, float]  # least length of a document -> share of the tokens; {} = every length
     predict_first_token: bool  # whether the end of a document predicts the first token of the next one
     fim_rates: dict[str, float]  # source -> share of its documents rearranged for fill-in-the-middle
     fim_spm_share: float  # share of these that have the suffix first (SPM; else PSM)
@@ -75,14 +70,7 @@ class DataConfig:
 
     def content_settings(self) -> dict[str, object]:
         """The keys that decide which tokens a prepared folder holds, apart from the bytes of its inputs."""
-        settings: dict[str, object] = {
-            "data.tokenizer_vocab_size": self.tokenizer_vocab_size,
-            "data.validation_fraction": self.validation_fraction,
-            "data.deduplicate": self.deduplicate,
-            "data.min_characters": self.min_characters,
-            "data.max_chat_tokens": self.max_chat_tokens,
-            "data.think_flag_share": self.think_flag_share,
-        }
+        settings = {f"data.{key}": getattr(self, key) for key in CONTENT_KEYS}
         for name, source in sorted(self.sources.items()):
             settings[f"data.sources.{name}.kind"] = source.kind
             settings[f"data.sources.{name}.text_key"] = source.text_key
@@ -96,125 +84,103 @@ class DataConfig:
 
     def problems(self) -> list[str]:
         """Every broken law, one line each: key, value, law, remedy."""
-        found = []
-        for key, value, choices in (
-            ("mode", self.mode, MODES),
-            ("on_bad_row", self.on_bad_row, ON_BAD_ROW),
-            ("packing", self.packing, PACKINGS),
-        ):
-            if value not in choices:
-                found.append(f"data.{key}={value} is unknown; use {', '.join(choices)}")
-        for key, number, least, why in (
-            ("min_characters", self.min_characters, 1, "1 leaves out nothing"),
-            ("max_chat_tokens", self.max_chat_tokens, 1, "null = no limit"),
-            ("slice_bytes", self.slice_bytes, 1, "use 134_217_728"),
-            ("shard_bytes", self.shard_bytes, 4, "a token takes 4 bytes"),
-            ("num_workers", self.num_workers, 1, "1 works in this process"),
-        ):
-            if number is not None and number < least:
-                found.append(f"data.{key}={number} is less than {least}; {why}")
-        for key, share in (
-            ("max_bad_fraction", self.max_bad_fraction),
-            ("think_flag_share", self.think_flag_share),
-            ("fim_spm_share", self.fim_spm_share),
-            *((f"fim_rates.{name}", rate) for name, rate in self.fim_rates.items()),
-        ):
-            if share is not None and not 0 <= share <= 1:
-                found.append(f"data.{key}={share} is not in [0, 1]")
-        if not 0 <= self.validation_fraction < 1:
-            found.append(f"data.validation_fraction={self.validation_fraction} is not in [0, 1)")
-        if not self.dir:
-            found.append("data.dir is empty; name the folder of the prepared shards")
-        ids = f"data.tokenizer_vocab_size={self.tokenizer_vocab_size}"
-        if self.tokenizer is None and (self.tokenizer_vocab_size or 0) < 512:
-            found.append(f"{ids}: a tokenizer that is trained (data.tokenizer=null) needs at least 512 ids")
-        if self.tokenizer is not None and self.tokenizer_vocab_size is not None:
-            found.append(f"{ids} has no use with data.tokenizer={self.tokenizer}; set one of the two to null")
-        if not self.sources:
-            found.append("data.sources is empty; name at least one source")
-        total_weight = sum(source.weight for source in self.sources.values())
+        laws = dict[str, bool]()  # is it broken?
+        for key, choices in CHOICES.items():
+            value = getattr(self, key)
+            laws[f"data.{key}={value} is unknown; use {', '.join(choices)}"] = value not in choices
+        for key, (least, why) in LEAST.items():
+            value = getattr(self, key)
+            laws[f"data.{key}={value} is less than {least}; {why}"] = value is not None and value < least
+        shares = {
+            key: getattr(self, key) for key in ("max_bad_fraction", "think_flag_share", "fim_spm_share")
+        }
+        for key, share in (shares | {f"fim_rates.{name}": of for name, of in self.fim_rates.items()}).items():
+            laws[f"data.{key}={share} is not in [0, 1]"] = share is not None and not 0 <= share <= 1
+        given, ids, held_out = self.tokenizer, self.tokenizer_vocab_size, self.validation_fraction
+        weight = sum(source.weight for source in self.sources.values())
+        too_few = "a tokenizer that is trained (data.tokenizer=null) needs at least 512 ids"
+        no_use = f"has no use with data.tokenizer={given}; set one of the two to null"
+        laws |= {
+            f"data.validation_fraction={held_out} is not in [0, 1)": not 0 <= held_out < 1,
+            "data.dir is empty; name the folder of the prepared shards": not self.dir,
+            f"data.tokenizer_vocab_size={ids}: {too_few}": given is None and (ids or 0) < 512,
+            f"data.tokenizer_vocab_size={ids} {no_use}": given is not None and ids is not None,
+            "data.sources is empty; name at least one source": not self.sources,
+            f"data.sources: the weights sum to {weight}; give one source a positive weight": (
+                bool(self.sources) and not weight > 0
+            ),
+            **self._source_laws(weight),
+            **(self._streaming_laws() if self.mode == "streaming" else {}),
+            **self._order_laws(),
+        }
+        return [law for law, is_broken in laws.items() if is_broken]
+
+    def _source_laws(self, total_weight: float) -> dict[str, bool]:
+        laws = dict[str, bool]()
         for name, source in self.sources.items():
-            found += _source_problems(name, source, total_weight)
-        if self.sources and not total_weight > 0:
-            found.append(
-                f"data.sources: the weights sum to {total_weight}; give one source a positive weight"
-            )
-        if self.mode == "streaming":
-            found += _streaming_problems(self)
-        return found + _order_problems(self)
+            key, kind, weight, epochs = f"data.sources.{name}", source.kind, source.weight, source.max_epochs
+            column, has_columns = source.text_key, kind in KINDS_WITH_TEXT_COLUMN
+            law = f"is less than one row in {BLOCK_ROWS}; raise it or use 0"
+            laws |= {
+                f"{key}: the name becomes a file name; use letters, digits and _": not _NAME.fullmatch(name),
+                f"{key}.kind={kind} is unknown; use {', '.join(SOURCE_KINDS)}": kind not in SOURCE_KINDS,
+                f"{key}.paths is empty": not source.paths,
+                f"{key}.text_key={column}: {kind} needs the name of the text column": has_columns
+                and not column,
+                f"{key}.text_key={column} has no use with kind={kind}; set it to null": (
+                    not has_columns and column is not None
+                ),
+                f"{key}.weight={weight} is not a finite number >= 0": not 0 <= weight < math.inf,
+                f"{key}.weight={weight} of {total_weight} {law}": 0 < weight * BLOCK_ROWS < total_weight,
+                f"{key}.max_epochs={epochs} is not positive; null = no limit": epochs is not None
+                and epochs <= 0,
+            }
+        return laws
 
+    def _streaming_laws(self) -> dict[str, bool]:
+        """What text that is read once, from its start, cannot do."""
+        laws = {
+            "data.tokenizer=null would need one to be trained": self.tokenizer is None,
+            f"data.packing={self.packing} needs all lengths": self.packing != "concat",
+            "data.on_bad_row=quarantine has no folder to keep rows in": self.on_bad_row == "quarantine",
+        }
+        for name, source in self.sources.items():
+            law = f"data.sources.{name}.max_epochs={source.max_epochs} is no whole number"
+            laws[law] = source.max_epochs is not None and source.max_epochs % 1 > 0
+        remedy = "; change it, or prepare the data and use data.mode=prepared"
+        return {f"data.mode=streaming: {law}{remedy}": is_broken for law, is_broken in laws.items()}
 
-def _streaming_problems(config: DataConfig) -> list[str]:
-    """What text that is read once, from its start, cannot do."""
-    remedy = "; change it, or prepare the data and use data.mode=prepared"
-    broken = {
-        "data.tokenizer=null would need one to be trained": config.tokenizer is None,
-        f"data.packing={config.packing} needs all lengths": config.packing != "concat",
-        "data.on_bad_row=quarantine has no folder to keep rows in": config.on_bad_row == "quarantine",
-        **{
-            f"data.sources.{name}.max_epochs={source.max_epochs} is no whole number": source.max_epochs % 1
-            > 0
-            for name, source in config.sources.items()
-            if source.max_epochs is not None
-        },
-    }
-    return [f"data.mode=streaming: {law}{remedy}" for law, is_broken in broken.items() if is_broken]
-
-
-def _order_problems(config: DataConfig) -> list[str]:
-    found = []
-    for name in config.fim_rates:
-        if name not in config.sources or config.sources[name].kind == "sft":
-            found.append(f"data.fim_rates.{name} is no source of text; name one, or remove it")
-    shares = config.length_shares
-    if shares and config.packing != "best_fit":
-        found.append(f"data.length_shares={shares} needs data.packing=best_fit; set it to {{}}")
-    if shares and (min(shares) < 1 or not all(0 < s <= 1 for s in shares.values())):
-        found.append(f"data.length_shares={shares}: lengths are above 0 and shares in (0, 1]")
-    if shares and abs(sum(shares.values()) - 1) > 1e-9:
-        found.append(f"data.length_shares={shares}: the shares sum to {sum(shares.values())}, not 1")
-    if shares and config.weight_changes:
-        found.append("data.weight_changes has no use with data.length_shares; set one of them to {}")
-    weights = {name: source.weight for name, source in config.sources.items()}
-    for tokens, changed in sorted(config.weight_changes.items()):
-        key = f"data.weight_changes.{tokens}"
-        if tokens < 1:
-            found.append(f"{key}: the number of tokens is not positive; the first weights stand in sources")
-        for name in sorted(changed.keys() - weights.keys()):
-            found.append(f"{key}.{name} is no source; use {', '.join(weights)}")
-        weights |= changed
-        if not all(0 <= weight < math.inf for weight in changed.values()) or not sum(weights.values()) > 0:
-            found.append(f"{key}={changed}: weights are finite numbers >= 0, at least one above 0")
-    ends = [0]
-    for span in config.skip:
-        if len(span) != 2 or not ends[-1] <= span[0] < span[1]:
-            found.append(f"data.skip: {span} is no range [first, end) after the last one; sort and join them")
-            break
-        ends.append(span[1])
-    return found
-
-
-def _source_problems(name: str, source: SourceConfig, total_weight: float) -> list[str]:
-    key = f"data.sources.{name}"
-    found = []
-    if not re.fullmatch(r"[A-Za-z0-9_]+", name):
-        found.append(f"{key}: the name becomes a file name; use letters, digits and _")
-    if source.kind not in SOURCE_KINDS:
-        found.append(f"{key}.kind={source.kind} is unknown; use {', '.join(SOURCE_KINDS)}")
-    if not source.paths:
-        found.append(f"{key}.paths is empty")
-    has_columns = source.kind in KINDS_WITH_TEXT_COLUMN
-    if has_columns and not source.text_key:
-        found.append(f"{key}.text_key={source.text_key}: {source.kind} needs the name of the text column")
-    if not has_columns and source.text_key is not None:
-        found.append(f"{key}.text_key={source.text_key} has no use with kind={source.kind}; set it to null")
-    if not 0 <= source.weight < math.inf:
-        found.append(f"{key}.weight={source.weight} is not a finite number >= 0")
-    elif 0 < source.weight * BLOCK_ROWS < total_weight:
-        found.append(
-            f"{key}.weight={source.weight} of {total_weight} is less than one row in {BLOCK_ROWS};"
-            " raise it or use 0"
-        )
-    if source.max_epochs is not None and not source.max_epochs > 0:
-        found.append(f"{key}.max_epochs={source.max_epochs} is not positive; null = no limit")
-    return found
+    def _order_laws(self) -> dict[str, bool]:
+        shares, key = self.length_shares, f"data.length_shares={self.length_shares}"
+        laws, total = dict[str, bool](), sum(shares.values())
+        if shares:
+            laws = {
+                f"{key} needs data.packing=best_fit; set it to {{}}": self.packing != "best_fit",
+                f"{key}: lengths are above 0 and shares in (0, 1]": (
+                    min(shares) < 1 or not all(0 < share <= 1 for share in shares.values())
+                ),
+                f"{key}: the shares sum to {total}, not 1": abs(total - 1) > 1e-9,
+                "data.weight_changes has no use with data.length_shares; set one of them to {}": (
+                    bool(self.weight_changes)
+                ),
+            }
+        text = {name for name, source in self.sources.items() if source.kind != "sft"}
+        for name in self.fim_rates:
+            laws[f"data.fim_rates.{name} is no source of text; name one, or remove it"] = name not in text
+        weights = {name: source.weight for name, source in self.sources.items()}
+        for tokens, changed in sorted(self.weight_changes.items()):
+            key, known = f"data.weight_changes.{tokens}", ", ".join(weights)
+            law = "the number of tokens is not positive; the first weights stand in sources"
+            laws[f"{key}: {law}"] = tokens < 1
+            laws |= {f"{key}.{name} is no source; use {known}": name not in weights for name in changed}
+            weights |= changed
+            are_weights = all(0 <= of < math.inf for of in changed.values()) and sum(weights.values()) > 0
+            laws[f"{key}={changed}: weights are finite numbers >= 0, at least one above 0"] = not are_weights
+        end = 0
+        for span in self.skip:
+            law = f"data.skip: {span} is no range [first, end) after the last one; sort and join them"
+            laws[law] = len(span) != 2 or not end <= span[0] < span[1]
+            if laws[law]:
+                break
+            end = span[1]
+        return laws

@@ -1,31 +1,33 @@
 """Documents from rows, and their ids: every row becomes documents or a reject that says why it is none."""
 
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from data_pipeline import chat
-from data_pipeline.config import DataConfig, DataError
-from data_pipeline.readers import Part, Row, column_of, read_rows
+from data_pipeline.config import DataConfig, DataError, SourceConfig
+from data_pipeline.readers import Row, column_of
 from data_pipeline.tokenizer import Tokenizer
 
 _HEAD_BYTES = 200
 _BATCH_BYTES = 1 << 20
+_PROBED_ROWS = 64
+_HASHES_AT_ONCE = 1 << 26  # sorted in about 3 GB
 
 
 class Document(NamedTuple):
-    """A text, or the pieces of a conversation (then `text` is empty), with the row that it comes from. data:
-    what equal documents have equal; the UTF-8 of a text."""
+    """A text, or the pieces of a conversation, with the row that it comes from."""
 
-    part: Part
     row: Row
-    text: str
+    text: str  # empty for a conversation
     pieces: list[chat.Piece] | None
-    data: bytes
+    data: bytes  # what equal documents have equal; the UTF-8 of a text
 
     def is_held_out(self, seed: int, validation_fraction: float) -> bool:
         """Whether it is for validation, by its hash: equal documents fall on the same side."""
@@ -36,7 +38,6 @@ class Document(NamedTuple):
 class Reject(NamedTuple):
     """A row that is no document. reason: `code` or `code: details`."""
 
-    part: Part
     row: Row
     reason: str
 
@@ -53,48 +54,39 @@ class Reject(NamedTuple):
 
     def error(self) -> DataError:
         """What on_bad_row=error raises."""
-        return DataError(
-            f"{self.part.path}: the row at {self.row.offset} is bad ({self.reason}): {self.head()!r};"
-            " mend it, or set data.on_bad_row to skip or quarantine"
-        )
+        what = f"{self.row.part.path}: the row at {self.row.offset} is bad ({self.reason}): {self.head()!r}"
+        return DataError(f"{what}; mend it, or set data.on_bad_row to skip or quarantine")
 
 
 def read_documents(
-    config: DataConfig, name: str, part: Part, tokenizer: Tokenizer | None = None
+    config: DataConfig, name: str, rows: Iterable[Row], tokenizer: Tokenizer | None = None
 ) -> Iterator[Document | Reject]:
-    """The documents of a part of source `name`, in order, and the rows between them that are none, blank
-    lines included. The tokenizer is needed to hold conversations to `max_chat_tokens`."""
-    for row in read_rows(config.sources[name], part):
-        yield from judge(config, name, part, row, tokenizer)
-
-
-def judge(
-    config: DataConfig, name: str, part: Part, row: Row, tokenizer: Tokenizer | None
-) -> Iterator[Document | Reject]:
-    """What a row of a part of source `name` holds."""
-    source = config.sources[name]
-    column = column_of(source)
-    content = row.value if column is None or row.fault else row.value.get(column)
-    fault = row.fault or _fault(row, column, content, source.kind == "sft", config.min_characters)
-    if fault is not None:
-        yield Reject(part, row, fault)
-    elif source.kind != "sft":
-        yield Document(part, row, content, None, content.encode())
-    else:
-        try:
-            samples = chat.samples(row.value, config.think_flag_share)
-        except ValueError as error:
-            yield Reject(part, row, str(error))
-            return
-        for pieces in samples:
-            data, most = json.dumps(pieces).encode(), config.max_chat_tokens
-            # a token is at least a byte: most conversations need not be counted
-            if tokenizer and most is not None and len(data) > most:
-                length = len(chat.encode(pieces, tokenizer)[0]) + 1
-                if length > most:
-                    yield Reject(part, row, f"too_long: {length} tokens")
-                    continue
-            yield Document(part, row, "", pieces, data)
+    """The documents of rows of source `name`, in order, and the rows between them that are none, blank lines
+    included. The tokenizer is needed to hold conversations to `max_chat_tokens`."""
+    source, most = config.sources[name], config.max_chat_tokens
+    column, is_chat = column_of(source), source.kind == "sft"
+    for row in rows:
+        content = row.value if column is None or row.fault else row.value.get(column)
+        fault = row.fault or _fault(row, column, content, is_chat, config.min_characters)
+        if fault is not None:
+            yield Reject(row, fault)
+        elif not is_chat:
+            yield Document(row, content, None, content.encode())
+        else:
+            try:
+                samples = chat.samples(row.value, config.think_flag_share)
+            except ValueError as error:
+                yield Reject(row, str(error))
+                continue
+            for pieces in samples:
+                data, length = json.dumps(pieces).encode(), 0
+                # a token is at least a byte: most conversations need not be counted
+                if tokenizer and most is not None and len(data) > most:
+                    length = len(chat.encode(pieces, tokenizer)[0]) + 1
+                if most is not None and length > most:
+                    yield Reject(row, f"too_long: {length} tokens")
+                else:
+                    yield Document(row, "", pieces, data)
 
 
 def encoded(
@@ -113,10 +105,8 @@ def encoded(
                 ids, loss = chat.encode(document.pieces, tokenizer)
                 loss = np.append(loss, False)
             if (ids == tokenizer.end_of_text).any():
-                raise DataError(
-                    "the tokenizer makes its end-of-text id from plain text, so documents would be cut there;"
-                    " use a tokenizer whose model cannot produce it"
-                )
+                what = "the tokenizer makes its end-of-text id from plain text, which would cut documents"
+                raise DataError(f"{what}; use a tokenizer whose model cannot produce it")
             yield document, np.append(ids, np.uint32(tokenizer.end_of_text)), loss
 
 
@@ -148,3 +138,43 @@ def _fault(row: Row, column: str | None, content: object, is_chat: bool, min_cha
     except UnicodeEncodeError:
         return "utf8: a lone surrogate"
     return None
+
+
+def check_columns(name: str, source: SourceConfig, rows: Iterable[Row]) -> None:
+    """Raise DataError, which lists the columns, if none of the first rows of a source has its text column."""
+    column, wanted = column_of(source), list if source.kind == "sft" else str
+    columns: dict[str, str] = {}
+    sound = (row for row in rows if row.fault is None)
+    for row in itertools.islice(sound, _PROBED_ROWS) if column is not None else ():
+        if isinstance(row.value.get(column), wanted):
+            return
+        columns |= {key: type(value).__name__ for key, value in row.value.items()}
+    if columns:
+        listed = ", ".join(f"{key}: {kind}" for key, kind in columns.items())
+        law = f"its first rows have no {column!r} of type {wanted.__name__}"
+        raise DataError(f"data.sources.{name}: {law}; their columns are {listed}")
+
+
+def hash_document(data: bytes) -> bytes:
+    """16 bytes, as `find_duplicates` reads them."""
+    return hashlib.blake2b(data, digest_size=16).digest()
+
+
+def find_duplicates(files: list[Path], at_once: int = _HASHES_AT_ONCE) -> np.ndarray:
+    """Numbers (int64, ascending, counted over all files of hashes) of the documents equal to one before, in
+    as many rounds, each over a range of hash values, as it takes to sort about `at_once` hashes at a time."""
+    rounds = -(-sum(path.stat().st_size for path in files) // (16 * at_once))
+    found = [np.empty(0, np.int64)]
+    for turn in range(rounds):
+        numbers, hashes, first = [], [], 0
+        for path in files:
+            of_file = np.fromfile(path, dtype="<u8").reshape(-1, 2)
+            chosen = np.flatnonzero(of_file[:, 0] % np.uint64(rounds) == turn)
+            numbers.append(chosen + first)
+            hashes.append(of_file[chosen])
+            first += len(of_file)
+        number, key = np.concatenate(numbers), np.concatenate(hashes)
+        order = np.lexsort((key[:, 1], key[:, 0]))  # stable: the first of equals stays first
+        is_repeat = (key[order[1:]] == key[order[:-1]]).all(axis=1)
+        found.append(number[order[1:][is_repeat]])
+    return np.sort(np.concatenate(found))

@@ -1,27 +1,26 @@
 """Batches for training: the same global batches for any number of ranks, resumed from one integer."""
 # B rows of a micro-batch, S seq_len, D documents
 
-import queue
-import threading
+from collections import deque
 from collections.abc import Iterator, Mapping
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import TracebackType
 
 import torch
 from torch import Tensor
 
-from data_pipeline.best_fit import BestFitRows
 from data_pipeline.config import DataConfig
 from data_pipeline.manifest import Manifest
-from data_pipeline.mixture import Mixture, MixtureSource, SkippedRows
-from data_pipeline.packing import ConcatRows, Stream, pack_rows
-from data_pipeline.rows import JOINT, open_rows, open_streams
+from data_pipeline.mixture import Mixture, MixtureSource, skip_rows
+from data_pipeline.packing import JOINT, BestFitRows, ConcatRows, Stream, open_rows, open_streams, pack_rows
 from data_pipeline.shards import TokenStream, open_prepared
 from data_pipeline.streaming import TextStream
 from data_pipeline.tokenizer import tokenizer_of
 
 _STEPS_AHEAD = 2
+_ENDLESS = 1 << 62
 
 
 @dataclass(frozen=True)
@@ -41,20 +40,16 @@ class Batch:
         return replace(self, **{key: value.to(device, non_blocking=True) for key, value in tensors.items()})
 
 
-class Loader:
+class Loader(Iterator[list[Batch]], AbstractContextManager["Loader"]):
     """Iterates over optimizer steps; each is the list of this rank's micro-batches.
 
     Slot b of micro-batch m on rank r is global row step * global_batch_size + (m * world_size + r) *
     micro_batch_size + b of those that data.skip leaves, and what a row holds does not depend on the ranks.
-    `next_row` is the first row that has not been handed out: a new Loader that starts there goes on exactly,
-    with any number of ranks.
+    `next_row` is the first row that has not been handed out: a new Loader that starts there goes on exactly.
 
     source=None: the endless mixture of the sources. source=NAME: that source alone, in plain order, once; the
-    last step is filled up with rows of padding, so every rank has as many micro-batches. Validation needs a
-    source. data.mode=streaming has the mixture only; `manifest` is None.
-
-    Batches are read ahead in a background thread; its errors are raised by the iteration. Raises DataError
-    for a folder that is not prepared, was prepared with another configuration, or is damaged.
+    last step is filled up with rows of padding, so every rank has as many micro-batches. Batches are read
+    ahead in a thread. Raises DataError for a folder that is not prepared as configured, or is damaged.
     """
 
     def __init__(
@@ -74,7 +69,7 @@ class Loader:
         assert global_batch_size % (world_size * micro_batch_size) == 0, (global_batch_size, world_size)
         assert split == "train" or source is not None, "validation rows are read source by source"
         assert config.mode == "prepared" or source is None, "a text stream has no end"
-        self.next_row = next_row
+        self.next_row = self._read_row = next_row
         self._seq_len, self._predict_first_token = seq_len, config.predict_first_token
         self._global_batch_size, self._micro_batch_size = global_batch_size, micro_batch_size
         self._rank, self._world_size, self._source = rank, world_size, source
@@ -86,27 +81,25 @@ class Loader:
             folder = Path(config.dir)
             self.manifest = open_prepared(folder)
             self.manifest.check_settings(config.content_settings(), folder)
-            self._streams = open_streams(folder, self.manifest, split)
+            self._streams = open_streams(folder, self.manifest, split, names)
             self._end_of_text = self.manifest.tokenizer.end_of_text
         else:
             tokenizer = tokenizer_of(config)
-            self._streams = {name: TextStream(config, name, tokenizer, seed) for name in names}
+            self._streams = {name: TextStream(config, name, tokenizer, seed) for name in sorted(names)}
             self._end_of_text = tokenizer.end_of_text
-        wanted = {name: stream for name, stream in self._streams.items() if name in names}
-        self._rows = open_rows(config, wanted, self._end_of_text, split=split, seq_len=seq_len, seed=seed)
+        self._rows = open_rows(config, self._streams, self._end_of_text, split, seq_len, seed)
         self._mixture = self._mix(config, seed) if source is None else None
-        self._last_row = None if source is None else len(self._rows[source])  # plain order ends
-        self._skipped = SkippedRows(config.skip if source is None else [])
+        self._end_row = _ENDLESS if source is None else len(self._rows[source])  # plain order ends
+        self._skip = config.skip if source is None else []
 
-        self._queue: queue.Queue[list[Batch] | None] = queue.Queue(maxsize=_STEPS_AHEAD)
-        self._closed = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._pool = ThreadPoolExecutor(1, "loader")
+        self._ahead = deque[Future[list[Batch]]]()  # the next steps
         self._error: BaseException | None = None
 
     def check_budget(self, total_rows: int) -> None:
         """Raise a DataError that lists the sources which max_epochs keeps from serving `total_rows` rows."""
         if self._mixture is not None:
-            self._mixture.check_budget(self._skipped(total_rows - 1) + 1)
+            self._mixture.check_budget(skip_rows(total_rows - 1, self._skip) + 1)
 
     def origins(self, row: int) -> list[str]:
         """Where each document of a row of a prepared folder, as Batch.rows counts them, comes from."""
@@ -117,10 +110,9 @@ class Loader:
         for stream, token in rows.places(local_row):
             assert isinstance(stream, TokenStream)
             name, place = names[id(stream)], stream.document_at(token)
-            path, within = self.manifest.inputs[name][place.file]["path"], token - place.start
-            found.append(
-                f"{name}, document {place.document} from its token {within}, {path} at {place.offset}"
-            )
+            path, within = self.manifest.inputs[name][place.file].path, token - place.start
+            what = f"document {place.document} from its token {within}"
+            found.append(f"{name}, {what}, {path} at {place.offset}")
         return found
 
     def describe(self) -> list[str]:
@@ -128,80 +120,57 @@ class Loader:
         return [f"{name}: {rows.describe()}" for name, rows in self._rows.items()]
 
     def seen(self) -> dict[str, dict[str, float]]:
-        """Tokens and epochs that the rows handed out so far took of each source of the mixture.
-
-        Nothing is known of a text stream: how much of it is an epoch shows at its end.
-        """
+        """Tokens and epochs that the rows handed out so far took of each source of the mixture; nothing is
+        known of a text stream."""
         if self._mixture is None or self.manifest is None or self.next_row == 0:
             return {}
-        rows = self._mixture.rows_needed(self._skipped(self.next_row - 1) + 1)
+        rows = self._mixture.rows_needed(skip_rows(self.next_row - 1, self._skip) + 1)
         sources = self._mixture.sources
         return {
             name: {"tokens": round(count * sources[name].row_tokens), "epochs": count / sources[name].rows}
             for name, count in rows.items()
         }
 
-    def __iter__(self) -> Iterator[list[Batch]]:
-        return self
-
     def __next__(self) -> list[Batch]:
-        if self._thread is None and not self._closed.is_set():
-            self._thread = threading.Thread(target=self._read_ahead, name="loader", daemon=True)
-            self._thread.start()
-        batches = None if self._closed.is_set() else self._queue.get()
-        if batches is None:
+        if self._error is not None:
+            raise self._error
+        ahead = self._ahead
+        while len(ahead) <= _STEPS_AHEAD and self._read_row < self._end_row:
+            ahead.append(self._pool.submit(self._step, self._read_row))
+            self._read_row += self._global_batch_size
+        if not ahead:
             self.close()
-            if self._error is not None:
-                raise self._error
             raise StopIteration
+        try:
+            batches = ahead.popleft().result()
+        except CancelledError:  # closed by another thread
+            raise StopIteration from None
+        except BaseException as error:
+            self._error = error
+            self.close()
+            raise
         self.next_row += self._global_batch_size
         return batches
 
     def close(self) -> None:
         """Stop reading ahead. The iteration ends; nothing waits for it."""
-        self._closed.set()
-        if self._thread is not None:
-            while self._thread.is_alive():  # a full queue would keep it waiting
-                self._drain()
-                self._thread.join(timeout=0.01)
-        self._drain()
-        self._queue.put(None)  # wakes a consumer that waits in another thread
+        self._end_row, self._ahead = 0, deque()
+        self._pool.shutdown(cancel_futures=True)
         for stream in self._streams.values():
             stream.close()
 
-    def __enter__(self) -> "Loader":
-        return self
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _drain(self) -> None:
-        while not self._queue.empty():
-            self._queue.get_nowait()
-
-    def _read_ahead(self) -> None:
-        try:
-            row = self.next_row
-            while not self._closed.is_set() and (self._last_row is None or row < self._last_row):
-                self._queue.put(self._step(row))
-                row += self._global_batch_size
-        except BaseException as error:  # raised again by the consumer
-            self._error = error
-        self._queue.put(None)
-
     def _mix(self, config: DataConfig, seed: int) -> Mixture:
-        limits = {name: source.max_epochs for name, source in config.sources.items() if source.weight}
-        limit = min((limit for limit in limits.values() if limit is not None), default=None)
+        of_joint = [s.max_epochs for s in config.sources.values() if s.weight and s.max_epochs is not None]
         is_prepared = config.mode == "prepared"  # a text stream counts its epochs itself
-        sources = {
-            name: MixtureSource(
-                1.0 if name == JOINT else config.sources[name].weight,
-                len(rows),
-                (limit if name == JOINT else config.sources[name].max_epochs) if is_prepared else None,
-                rows.mean_tokens,
-            )
-            for name, rows in self._rows.items()
-        }
+        sources = {}
+        for name, rows in self._rows.items():
+            weight, limit = 1.0, min(of_joint, default=None)
+            if name != JOINT:
+                weight, limit = config.sources[name].weight, config.sources[name].max_epochs
+            sources[name] = MixtureSource(weight, len(rows), limit if is_prepared else None, rows.mean_tokens)
         changes: dict[int, dict[str, float]] = {}  # row -> weights
         for tokens, weights in sorted(config.weight_changes.items()):
             changes.setdefault(-(-tokens // self._seq_len), {}).update(weights)
@@ -213,14 +182,10 @@ class Loader:
         return [self._batch(row) for row in range(start, start + self._global_batch_size, stride)]
 
     def _batch(self, first_row: int) -> Batch:
-        numbers = tuple(self._skipped(first_row + slot) for slot in range(self._micro_batch_size))
+        numbers = tuple(skip_rows(first_row + slot, self._skip) for slot in range(self._micro_batch_size))
         located = [self._locate(number) for number in numbers]
-        packed = pack_rows(
-            [rows.read(local_row) for rows, local_row in located],
-            self._seq_len,
-            self._end_of_text,
-            predict_first_token=self._predict_first_token,
-        )
+        found = [rows.read(local_row) for rows, local_row in located]
+        packed = pack_rows(found, self._seq_len, self._end_of_text, self._predict_first_token)
         input_ids, labels, position_ids, cu_seqlens, token_mask = map(torch.from_numpy, packed)
         return Batch(input_ids, labels, position_ids, cu_seqlens, token_mask, numbers)
 

@@ -15,9 +15,10 @@
 The tokens of a source and split are those of its shards in the order of the manifest.
 """
 
+import hashlib
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,16 @@ from data_pipeline.config import DataError
 FORMAT = "token-shards-3"
 SPLITS = ("train", "validation")
 REMEDY = "move the folder away and run python -m data_pipeline again"
+
+
+@dataclass
+class InputFile:
+    """A file that is read; `mtime_ns` only saves reading it again to see that it is unchanged."""
+
+    path: str
+    bytes: int
+    mtime_ns: int
+    sha256: str
 
 
 @dataclass
@@ -43,16 +54,12 @@ Shards = dict[str, list[ShardRecord]]  # by split
 
 @dataclass
 class SourceRecord:
-    """skipped: rows that were left out, by the code of the reason.
-
-    validation_unigram_cross_entropy: nats per validation token under the (add-one) frequencies of the
-    training tokens; a model that scores below it has learned more than which tokens are common. None without
-    validation tokens.
-    """
+    """validation_unigram_cross_entropy: nats per validation token under the (add-one) frequencies of the
+    training tokens; a model that scores below it has learned more than which tokens are common."""
 
     shards: Shards
-    skipped: dict[str, int]
-    validation_unigram_cross_entropy: float | None
+    skipped: dict[str, int]  # rows that were left out, by the code of the reason
+    validation_unigram_cross_entropy: float | None  # None without validation tokens
 
 
 @dataclass
@@ -66,95 +73,91 @@ class TokenizerRecord:
 
 @dataclass
 class Manifest:
-    """The commit record: what was prepared, from what, and how to know that it is unharmed."""
+    """The commit record: what was prepared, from what, and how to know that it is unharmed. Without sources
+    yet it is plan.json: what a folder is being prepared from."""
 
     format: str
     settings: dict[str, Any]
-    inputs: dict[str, list[dict[str, Any]]]
+    inputs: dict[str, list[InputFile]]  # by source
     tokenizer: TokenizerRecord
     sources: dict[str, SourceRecord]
     rejects_sha256: str
 
     @staticmethod
-    def load(folder: Path) -> "Manifest":
+    def load(folder: Path, name: str = "manifest.json") -> "Manifest":
         """Read manifest.json. Raises DataError where it is missing, damaged, or of another format."""
-        path = folder / "manifest.json"
+        path = folder / name
         try:
             fields = json.loads(path.read_bytes())
             if fields["format"] != FORMAT:
                 raise DataError(f"{path}: format {fields['format']!r} is not {FORMAT!r}; {REMEDY}")
+            fields["inputs"] = {
+                name: [InputFile(**file) for file in files] for name, files in fields["inputs"].items()
+            }
             fields["tokenizer"] = TokenizerRecord(**fields["tokenizer"])
-            for name, record in fields["sources"].items():
-                shards = shards_from_json(record["shards"])
-                fields["sources"][name] = SourceRecord(**{**record, "shards": shards})
+            for source, record in fields["sources"].items():
+                record["shards"] = shards_from_json(record["shards"])
+                fields["sources"][source] = SourceRecord(**record)
             return Manifest(**fields)
         except FileNotFoundError as error:
-            raise DataError(
-                f"{path} is missing: the data is not prepared; run python -m data_pipeline"
-            ) from error
+            what = "is missing: the data is not prepared; run python -m data_pipeline"
+            raise DataError(f"{path} {what}") from error
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(f"{path} is damaged ({error}); {REMEDY}") from error
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, name: str = "manifest.json") -> None:
         """Write manifest.json, all of it or nothing."""
-        write_atomically(folder / "manifest.json", to_json(asdict(self)))
+        write_atomically(folder / name, to_json(self))
 
     def shards(self) -> list[ShardRecord]:
-        """Every shard of the folder."""
-        return [
-            shard for source in self.sources.values() for split in SPLITS for shard in source.shards[split]
-        ]
+        return [shard for of in self.sources.values() for split in SPLITS for shard in of.shards[split]]
 
     def check_settings(self, settings: dict[str, Any], folder: Path) -> None:
         """Raise DataError that lists the keys of `settings` which the folder was not prepared with."""
-        recorded = {
-            key: value
-            for key, value in self.settings.items()
-            if key in settings or key.endswith(".kind")  # of a source that is not named any more
-        }
-        if lines := differing_settings(recorded, settings):
-            what = f"data.dir={folder} was prepared with another configuration; prepare into another:"
-            raise DataError("\n".join([what, *lines]))
+        # a kind that is not in `settings` is that of a source which is not named any more
+        keys = [key for key in self.settings.keys() | settings if key in settings or key.endswith(".kind")]
+        differing = [
+            f"  {key}: prepared with {self.settings.get(key, 'nothing')}, now {settings.get(key, 'nothing')}"
+            for key in sorted(keys)
+            if self.settings.get(key, KeyError) != settings.get(key, KeyError)
+        ]
+        if differing:
+            what = f"data.dir={folder} was prepared with another configuration"
+            raise DataError("\n".join([f"{what}; name another folder, or move this one away:", *differing]))
 
 
 def shards_from_json(splits: dict[str, list[dict[str, Any]]]) -> Shards:
-    """The records of shards from their JSON objects."""
     return {split: [ShardRecord(**shard) for shard in splits[split]] for split in SPLITS}
 
 
-def differing_settings(recorded: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
-    """One line for each key that two flat configurations do not share."""
-    return [
-        f"  {key}: prepared with {recorded.get(key, 'nothing')}, now {wanted.get(key, 'nothing')}"
-        for key in sorted(recorded.keys() | wanted.keys())
-        if recorded.get(key, KeyError) != wanted.get(key, KeyError)
-    ]
+def sha256_of(path: Path) -> str:
+    """Hex digits of the hash of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def to_json(value: Any) -> bytes:
-    """Readable JSON, the same bytes for equal values."""
-    return (json.dumps(value, indent=1, sort_keys=True) + "\n").encode()
-
-
-def write_synced(path: Path, data: bytes) -> None:
-    """Write a file and wait until it is on the disk."""
-    with open(path, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    """Readable JSON, the same bytes for equal values; dataclasses are objects."""
+    return (json.dumps(value, indent=1, sort_keys=True, default=vars) + "\n").encode()
 
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Make `path` hold `data`: after a crash it holds all of it or is as before."""
     partial = path.with_name(f".{path.name}.partial")
-    write_synced(partial, data)
+    partial.write_bytes(data)
+    replace_synced(partial, path)
+
+
+def replace_synced(partial: Path, path: Path) -> None:
+    """Rename a finished file to `path`; it is on the disk before it has the name."""
+    sync(partial)
     os.replace(partial, path)
-    sync_folder(path.parent)
+    sync(path.parent)
 
 
-def sync_folder(folder: Path) -> None:
-    """Wait until the names in the folder are on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Wait until a file's bytes, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

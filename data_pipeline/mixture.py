@@ -1,5 +1,4 @@
-"""The order of the run: global row g -> (source, epoch, row of the source), a pure function of the
-configuration.
+"""The order of the run: global row g -> (source, epoch, row), a pure function of the configuration.
 
 Rows are dealt in blocks. Each block holds a fixed integer quota of every source, spread evenly over the
 block; the rows of a source are dealt one after the other, through a permutation of its own in every epoch.
@@ -8,7 +7,6 @@ Weights may change at given rows: a new stretch of blocks begins there, and ever
 
 import bisect
 import itertools
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -17,6 +15,7 @@ import numpy as np
 from data_pipeline.config import BLOCK_ROWS, DataError
 from data_pipeline.permutation import Permutation, derive_key, mix
 
+Changes = dict[int, dict[str, float]] | None  # row -> the weights of sources that hold from it on
 _NO_LIMIT = 1 << 62  # rows of a source that may be seen
 _NO_END = 1 << 60  # of the rows of the run
 
@@ -29,16 +28,13 @@ class Location(NamedTuple):
     row: int
 
 
-@dataclass
-class MixtureSource:
-    """weight: relative share of the tokens. rows: in one epoch. max_epochs: None = no limit. row_tokens: in a
-    row, on average.
-    """
+class MixtureSource(NamedTuple):
+    """What the order has to know of a source."""
 
-    weight: float
-    rows: int
-    max_epochs: float | None
-    row_tokens: float
+    weight: float  # relative share of the tokens
+    rows: int  # in one epoch
+    max_epochs: float | None  # None = no limit
+    row_tokens: float  # in a row, on average
 
 
 class _Stretch(NamedTuple):
@@ -63,40 +59,30 @@ def integer_quotas(weights: list[float], total: int) -> list[int]:
 class Mixture:
     """The infinite sequence of rows that the weights, the seed and the number of rows of every source define.
 
-    weight_changes: row -> the weights of sources that hold from it on. Sources are taken in the order of
-    their names, so the order of a YAML file does not matter; those that never have a weight are left out.
-    Without `shuffle` the rows of a source keep their order. Raises DataError for a source that is to be read
-    and has no row.
+    Sources are taken in the order of their names; those that never have a weight are left out. Without
+    `shuffle` the rows of a source keep their order. Raises DataError for a source with a weight and no row.
     """
 
     def __init__(
-        self,
-        sources: dict[str, MixtureSource],
-        seed: int,
-        weight_changes: dict[int, dict[str, float]] | None = None,
-        *,
-        shuffle: bool = True,
+        self, sources: dict[str, MixtureSource], seed: int, changes: Changes = None, shuffle: bool = True
     ) -> None:
         self._seed, self._shuffle = seed, shuffle
-        changes = sorted((weight_changes or {}).items())
-        stages = [{name: source.weight for name, source in sources.items()}, *(w for _, w in changes)]
+        later = sorted((changes or {}).items())
+        stages = [{name: source.weight for name, source in sources.items()}, *(w for _, w in later)]
         self.sources = sources
         self._names = sorted({name for stage in stages for name, weight in stage.items() if weight > 0})
         self._sources = [sources[name] for name in self._names]
         if empty := [name for name in self._names if sources[name].rows < 1]:
-            raise DataError(
-                f"data.sources {', '.join(empty)}: no whole row of training text;"
-                " add text, shorten stage.seq_len, or set the weight to 0"
-            )
-        self._limits = [
-            _NO_LIMIT if s.max_epochs is None else int(s.max_epochs * s.rows) for s in self._sources
-        ]
+            what = f"data.sources {', '.join(empty)}: no whole row of training text"
+            raise DataError(f"{what}; add text, shorten stage.seq_len, or set the weight to 0")
+        limits = [(of.max_epochs, of.rows) for of in self._sources]
+        self._limits = [_NO_LIMIT if epochs is None else int(epochs * rows) for epochs, rows in limits]
         self._block = lru_cache(maxsize=2)(self._deal_block)
         self._permutation = lru_cache(maxsize=2 * len(self._names))(self._permute_epoch)
         self._stretches: list[_Stretch] = []
         weights: dict[str, float] = {}
         dealt = np.zeros(len(self._names), dtype=np.int64)
-        borders = itertools.pairwise([0, *(row for row, _ in changes), _NO_END])
+        borders = itertools.pairwise([0, *(row for row, _ in later), _NO_END])
         for (first, end), stage in zip(borders, stages, strict=True):
             weights |= stage
             row_shares = [weights[name] / sources[name].row_tokens for name in self._names]
@@ -127,15 +113,14 @@ class Mixture:
 
     def check_budget(self, total_rows: int) -> None:
         """Raise a DataError that lists every source which max_epochs keeps from serving `total_rows` rows."""
-        exhausted = [
-            f"data.sources.{name}.max_epochs={source.max_epochs} allows {limit} rows of its {source.rows},"
-            f" but {total_rows} rows of the run need {needed}; raise max_epochs, lower its weight,"
-            " or train on fewer tokens"
-            for (name, needed), source, limit in zip(
-                self.rows_needed(total_rows).items(), self._sources, self._limits, strict=True
-            )
-            if needed > limit
-        ]
+        exhausted = []
+        needs = self.rows_needed(total_rows).items()
+        for (name, needed), source, limit in zip(needs, self._sources, self._limits, strict=True):
+            if needed > limit:
+                law = f"max_epochs={source.max_epochs} allows {limit} rows of its {source.rows}"
+                need = f"but {total_rows} rows of the run need {needed}"
+                remedy = "raise max_epochs, lower its weight, or train on fewer tokens"
+                exhausted.append(f"data.sources.{name}.{law}, {need}; {remedy}")
         if exhausted:
             raise DataError("\n".join(exhausted))
 
@@ -149,8 +134,7 @@ class Mixture:
         return blocks * self._stretches[stretch].quotas + np.bincount(dealt, minlength=len(self._names))
 
     def _deal_block(self, stretch: int, block: int) -> tuple[np.ndarray, np.ndarray]:
-        """Source number of each slot of a block, and how many earlier slots of the block have the same
-        source.
+        """Source number of each slot of a block, and how many earlier slots of it have the same source.
 
         Card k of a source with quota q lies at a random time in [k, k+1) / q; slots are in the order of time.
         So every stretch of the block, not only the whole, holds every source close to its share.
@@ -168,16 +152,9 @@ class Mixture:
         return Permutation(self._sources[source].rows, derive_key(self._seed, self._names[source], epoch))
 
 
-class SkippedRows:
-    """The rows that are left after ranges [first, end) of them are left out, numbered anew."""
-
-    def __init__(self, skip: list[list[int]]) -> None:
-        self._skip = skip
-        lengths = [end - first for first, end in skip]
-        self._before = list(itertools.accumulate(lengths, initial=0))  # rows left out before each range
-        # the new number of the first row after each range: a row moves over all ranges it does not lie before
-        self._firsts = [first - before for (first, _), before in zip(skip, self._before, strict=False)]
-
-    def __call__(self, row: int) -> int:
-        """The number, before leaving out, of the row that is number `row` after it."""
-        return row + self._before[bisect.bisect_right(self._firsts, row)]
+def skip_rows(row: int, skip: list[list[int]]) -> int:
+    """The number, before ranges [first, end) in order are left out, of the row that is number `row` after."""
+    for first, end in skip:
+        if row >= first:
+            row += end - first
+    return row

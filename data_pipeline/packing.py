@@ -1,21 +1,29 @@
 """Rows of token streams, and what the model needs to know about the documents in them.
 
-A row is at most seq_len + 1 tokens: its inputs and the targets one further.
-Packing "concat": the documents of a source stand end to end, each closed by the end-of-text id; row r is the
-span of seq_len + 1 tokens that starts at token r * seq_len. Documents cross the ends of rows; every token is
-a target once. Packing "best_fit" is in data_pipeline.best_fit.
+A row is at most seq_len + 1 tokens: its inputs and the targets one further. Packing "concat": the documents
+of a source stand end to end, each closed by the end-of-text id; row r is the span of seq_len + 1 tokens that
+starts at token r * seq_len, so every token is a target once. "best_fit": whole documents, see best_fit.py.
 """
 # B rows, S seq_len, D documents, N tokens of a row
 
+import hashlib
+import zipfile
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from data_pipeline.fim import FillInTheMiddle
-from data_pipeline.shards import TokenStream
+from data_pipeline.best_fit import ITEM, STREAM_SHIFT, Bins, PackingReport, Shares, make_plan
+from data_pipeline.config import DataConfig, DataError
+from data_pipeline.manifest import SPLITS, Manifest, to_json
+from data_pipeline.permutation import MASK, derive_key, mix
+from data_pipeline.shards import TokenStream, open_prepared
 from data_pipeline.streaming import TextStream
+from data_pipeline.tokenizer import Tokenizer, tokenizer_of
 
 NO_LOSS = -100
+JOINT = "joint"  # the name of what several sources fill together, under length_shares
 Stream = TokenStream | TextStream
 
 
@@ -37,10 +45,48 @@ class PackedRows(NamedTuple):
     token_mask: np.ndarray  # [B,S] bool: False on padding
 
 
-class ConcatRows:
-    """The rows of a stream under "concat". The last tokens fill no row: they are left out, or (`pad`) get one
-    with padding.
+class FillInTheMiddle:
+    """Fill-in-the-middle (arXiv 2207.14255) of a share `rate` of the documents, `spm_share` of these as SPM.
+
+    PSM: `<|fim_prefix|> P <|fim_suffix|> S <|fim_middle|> M`; SPM, in the paper's form for joint training:
+    `<|fim_prefix|> <|fim_suffix|> S <|fim_middle|> P M`. It is applied to the part of a document that stands
+    in a row ("context-level" in the paper); the three ids take the place of the last three tokens of the
+    suffix, so all lengths stay. Raises DataError for a tokenizer without these ids.
     """
+
+    def __init__(self, rate: float, spm_share: float, tokenizer: Tokenizer, seed: int, source: str) -> None:
+        self._rate, self._spm_share, self._end_of_text = rate, spm_share, tokenizer.end_of_text
+        ids = (tokenizer.control_id(f"<|fim_{part}|>") for part in ("prefix", "middle", "suffix"))
+        self._prefix, self._middle, self._suffix = (np.array([of], dtype=np.uint32) for of in ids)
+        self._key = derive_key(seed, "fim", source)
+
+    def __call__(self, document: np.ndarray, position: int) -> np.ndarray:
+        """`document` rearranged, or itself; its length and a closing end-of-text id stay. A pure function of
+        the seed, the source and `position`, that of the document's first token in it."""
+        word = mix((self._key + position) & MASK)
+        if _uniform(word) >= self._rate:
+            return document
+        length = len(document) - int(len(document) > 0 and document[-1] == self._end_of_text)
+        body, end, room = document[:length], document[length:], length - 3
+        if room < 1:
+            return document
+        word, is_spm = mix(word), _uniform(mix(word ^ 1)) < self._spm_share
+        first, second = sorted((word % (room + 1), mix(word) % (room + 1)))
+        prefix, middle, suffix = body[:first], body[first:second], body[second:room]
+        if is_spm:
+            parts = [self._prefix, self._suffix, suffix, self._middle, prefix, middle]
+        else:
+            parts = [self._prefix, prefix, self._suffix, suffix, self._middle, middle]
+        return np.concatenate([*parts, end])
+
+
+def _uniform(word: int) -> float:
+    """A number in [0, 1) from 64 random bits."""
+    return (word >> 11) / 2.0**53
+
+
+class ConcatRows:
+    """The rows of a stream under "concat". Tokens that fill no row are left out, or (`pad`) padded."""
 
     def __init__(
         self, stream: Stream, seq_len: int, end_of_text: int, *, pad: bool, fim: FillInTheMiddle | None
@@ -73,12 +119,82 @@ class ConcatRows:
         return Row(tokens, starts, self._stream.read_loss(start, stop))
 
 
-def pack_rows(rows: list[Row], seq_len: int, padding_id: int, *, predict_first_token: bool) -> PackedRows:
-    """Turn rows into a batch; a short one is padded at its end.
+class PackedSource(NamedTuple):
+    """A stream to pack."""
 
-    Padding is a document of its own, without loss. The last token of a document predicts nothing, as what
-    follows is unrelated, unless `predict_first_token`.
+    stream: TokenStream
+    weight: float  # relative share of its documents that is taken, under length_shares
+    fim: FillInTheMiddle | None
+
+
+class BestFitRows:
+    """The rows of one source, or of several together. `name` tells plans of the folder apart; `shares` are
+    length_shares. Raises DataError for a plan that is damaged, and for shares of what no document has.
     """
+
+    def __init__(
+        self, folder: Path, name: str, sources: dict[str, PackedSource], seq_len: int, shares: Shares
+    ) -> None:
+        self._sources, self._seq_len = list(sources.values()), seq_len
+        if shares:
+            what = to_json([{source: of.weight for source, of in sources.items()}, sorted(shares.items())])
+            name += "-" + hashlib.sha256(what).hexdigest()[:8]
+        path = folder / "packing" / f"{name}-{seq_len}.npz"
+        items_path = path.with_suffix(".items")
+        if not path.exists():
+            streams, weights = [of.stream for of in self._sources], [of.weight for of in self._sources]
+            make_plan(streams, weights, seq_len, shares, path)
+        try:
+            with np.load(path) as plan:
+                self.report = PackingReport(*plan["report"].tolist())
+                self._bins = Bins(plan["first_bins"], plan["first_parts"], plan["parts"])
+                self._first_items = np.cumsum(plan["counts"]) - plan["counts"]  # by length
+            self._items = np.memmap(items_path, ITEM, "r") if self.report.documents else np.empty(0, ITEM)
+            if len(self._items) != self.report.documents:
+                raise ValueError(f"{items_path} has {len(self._items)} items, not {self.report.documents}")
+        except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+            raise DataError(f"{path} is damaged ({error}); remove it, it is made again") from error
+        self.mean_tokens = (self.report.tokens - self.report.rows) / max(self.report.rows, 1)
+
+    def __len__(self) -> int:
+        return self.report.rows
+
+    def describe(self) -> str:
+        """What an epoch is, and what packing made of the documents."""
+        rows, documents, _, too_long, left_out = self.report
+        made = f"{documents:,} documents in {rows:,} rows of {self._seq_len}"
+        more = f", {too_long:,} longer than a row" if too_long else ""
+        more += f", {left_out:,} tokens left out" if left_out else ""
+        return f"{made}, {self.report.padding(self._seq_len):.2%} padding{more}"
+
+    def places(self, row: int) -> list[tuple[Stream, int]]:
+        """For each document of a row, its stream and the token there that its part begins with."""
+        return [(source.stream, start) for source, start, _ in self._contents(row)]
+
+    def read(self, row: int) -> Row:
+        """Row number `row`; an empty one beyond the last."""
+        tokens, learned, lengths = [], [], []
+        for source, start, length in self._contents(row):
+            document = source.stream.read(start, start + length)
+            if source.fim is not None:
+                document = source.fim(document, start)
+            tokens.append(document)
+            lengths.append(length)
+            learned.append(source.stream.read_loss(start, start + length))
+        if not tokens:
+            return Row(np.empty(0, np.uint32), np.empty(0, np.int64), np.empty(0, np.bool_))
+        return Row(np.concatenate(tokens), np.cumsum(lengths) - lengths, np.concatenate(learned))
+
+    def _contents(self, row: int) -> Iterator[tuple[PackedSource, int, int]]:
+        """Source, first token and length of each part of a row."""
+        for length, item in self._bins.contents(row) if row < len(self) else ():
+            place = int(self._items[self._first_items[length] + item])
+            yield self._sources[place >> STREAM_SHIFT], place & ((1 << STREAM_SHIFT) - 1), length
+
+
+def pack_rows(rows: list[Row], seq_len: int, padding_id: int, predict_first_token: bool) -> PackedRows:
+    """Turn rows into a batch; a short one is padded at its end: a document of its own, without loss. The last
+    token of a document predicts nothing, as what follows is unrelated, unless `predict_first_token`."""
     shape = len(rows), seq_len + 1
     tokens = np.full(shape, padding_id, dtype=np.int64)
     learned, starts = np.ones(shape, dtype=np.bool_), np.zeros(shape, dtype=np.bool_)
@@ -102,3 +218,48 @@ def pack_rows(rows: list[Row], seq_len: int, padding_id: int, *, predict_first_t
     position_ids = positions - np.maximum.accumulate(np.where(borders, positions, 0), axis=1)
     cu_seqlens = np.append(np.flatnonzero(borders), borders.size).astype(np.int32)
     return PackedRows(tokens[:, :-1], labels, position_ids, cu_seqlens, valid)
+
+
+def open_streams(
+    folder: Path, manifest: Manifest, split: str, names: Collection[str]
+) -> dict[str, TokenStream]:
+    """The tokens of a split, by source."""
+    wanted = {name: of.shards[split] for name, of in manifest.sources.items() if name in names}
+    return {name: TokenStream(folder, shards) for name, shards in wanted.items()}
+
+
+def open_rows(
+    config: DataConfig, streams: Mapping[str, Stream], end_of_text: int, split: str, seq_len: int, seed: int
+) -> dict[str, ConcatRows | BestFitRows]:
+    """The rows of each stream; under length_shares the training rows of all together, as `JOINT`. Plans that
+    best_fit needs and that are not there are made. Validation documents are not rearranged for
+    fill-in-the-middle, and their rest gets a padded row under concat. Raises DataError for a tokenizer
+    without control tokens that are needed."""
+    folder, is_train, fims = Path(config.dir), split == "train", dict[str, FillInTheMiddle]()
+    if rates := {name: rate for name, rate in config.fim_rates.items() if rate > 0 and is_train}:
+        tokenizer, spm = tokenizer_of(config), config.fim_spm_share
+        fims = {name: FillInTheMiddle(rate, spm, tokenizer, seed, name) for name, rate in rates.items()}
+    rows: dict[str, ConcatRows | BestFitRows] = {}
+    sources: dict[str, PackedSource] = {}
+    for name, stream in streams.items():
+        if config.packing == "concat":
+            rows[name] = ConcatRows(stream, seq_len, end_of_text, pad=not is_train, fim=fims.get(name))
+        else:
+            assert isinstance(stream, TokenStream)  # best_fit is refused for a TextStream
+            sources[name] = PackedSource(stream, config.sources[name].weight, fims.get(name))
+    if config.length_shares and is_train:
+        return {JOINT: BestFitRows(folder, f"{JOINT}-{split}", sources, seq_len, config.length_shares)}
+    for name, source in sources.items():
+        rows[name] = BestFitRows(folder, f"{name}-{split}", {name: source}, seq_len, {})
+    return rows
+
+
+def make_plans(config: DataConfig, seq_len: int) -> None:
+    """Make the plans of best_fit that a run with rows of `seq_len` opens, if they are not there."""
+    manifest = open_prepared(Path(config.dir))
+    for split in SPLITS:
+        names = config.trained_sources() if split == "train" else config.sources
+        streams = open_streams(Path(config.dir), manifest, split, names)
+        rows = open_rows(config, streams, manifest.tokenizer.end_of_text, split, seq_len, seed=0)
+        for name, of in rows.items() if split == "train" else ():
+            print(f"  {name}: {of.describe()}", flush=True)

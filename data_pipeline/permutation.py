@@ -28,9 +28,8 @@ def mix(word: Word) -> Word:
 class Permutation:
     """A bijection of range(n), a pure function of (n, key), for 1 <= n <= 2^62.
 
-    A Feistel network (Luby, Rackoff 1988) permutes the next power of four; values that leave the range are
-    sent through it again until they come back ("cycle walking", Black, Rogaway 2002): fewer than 4 passes on
-    average.
+    A Feistel network (Luby, Rackoff 1988) permutes the next power of four; values that leave the range go
+    through it until they come back ("cycle walking", Black, Rogaway 2002): fewer than 4 passes on average.
     """
 
     def __init__(self, n: int, key: int) -> None:
@@ -40,14 +39,11 @@ class Permutation:
 
     def __call__(self, index: int) -> int:
         """Image of one index."""
-        index = self._network(index)
-        while index >= self._n:
-            index = self._network(index)
+        half_mask, is_outside = (1 << self._half_bits) - 1, True
+        while is_outside:
+            left, right = index >> self._half_bits, index & half_mask
+            for key in self._round_keys:
+                left, right = right, left ^ (mix(right ^ key) & half_mask)
+            index = (left << self._half_bits) | right
+            is_outside = index >= self._n
         return index
-
-    def _network(self, word: int) -> int:
-        half_mask = (1 << self._half_bits) - 1
-        left, right = word >> self._half_bits, word & half_mask
-        for key in self._round_keys:
-            left, right = right, left ^ (mix(right ^ key) & half_mask)
-        return (left << self._half_bits) | right

@@ -1,35 +1,39 @@
-"""Rows from files: JSON lines, tables, text. A row that cannot be read costs that row and says why."""
+"""The files of a source, how they are cut into slices, and their rows: JSON lines, tables, text. A row that
+cannot be read costs that row and says why."""
 
 import contextlib
 import functools
+import glob
 import gzip
+import hashlib
 import io
-import itertools
 import json
+import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from data_pipeline import samples
 from data_pipeline.config import DataError, SourceConfig
+from data_pipeline.manifest import InputFile, sha256_of
 
 if TYPE_CHECKING:
     import pyarrow
 
-COMPRESSED = (".gz", ".zst")
 BLANK = "blank"
-CHAT_KEY = "messages"
+_COMPRESSED = (".gz", ".zst")
 _BOM = b"\xef\xbb\xbf"
-_PROBED_ROWS = 64
+_PROBED_BYTES = 8192
 _TABLE_ROWS = 1024
 
 
 class Part(NamedTuple):
     """What a slice reads of one file: [start, stop) in bytes of lines, row groups of parquet, record batches
-    of arrow, documents of an embedded collection. `file` is its number among the inputs of the source."""
+    of arrow, documents of an embedded collection; all of a file that cannot be cut."""
 
-    file: int
+    file: int  # its number among the inputs of the source
     path: str
     start: int
     stop: int
@@ -37,43 +41,97 @@ class Part(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A row of a part.
+    """A row of a part."""
 
-    line: from 1 in the part. offset: its first byte in the (decompressed) file, or its row number in a table.
-    raw: its bytes; None where only `value` is known. value: a JSON object, a table's row, or a text. fault:
-    why it holds no value, `code` or `code: details`.
-    """
+    part: Part
+    line: int  # from 1 in the part
+    offset: int  # of its first byte in the (decompressed) file, or its row number in a table
+    raw: bytes | None  # None where only `value` is known
+    value: Any  # a JSON object, a table's row, or a text
+    fault: str | None  # why it holds no value, `code` or `code: details`
 
-    line: int
-    offset: int
-    raw: bytes | None
-    value: Any
-    fault: str | None
+
+Known = dict[str, InputFile]  # by path
+
+
+def list_inputs(name: str, source: SourceConfig, known: Known, *, hashed: bool = True) -> list[InputFile]:
+    """The files of a source, in the order in which they are read; hashed, unless `known` has them at this
+    size and age. A hub dataset is fetched: it is the arrow files of the `datasets` cache. Raises DataError
+    for a path that leads to no file and for a dataset that cannot be had."""
+    found: Known = {}
+    for path in source.paths:
+        key = f"data.sources.{name}.paths: {path}"
+        if format_of(source.kind, path) == "embedded":
+            found[path] = _embedded_input(path)
+            continue
+        if is_hub(source, path):
+            files = [file["filename"] for file in _load_dataset(key, path, streaming=False).cache_files]
+        elif source.kind == "tree":
+            files = _tree_files(key, path)
+        else:
+            files = [file for file in sorted(glob.glob(path, recursive=True)) if os.path.isfile(file)]
+            if not files:
+                raise DataError(f"{key} matches no file; a folder is named as folder/**/*.EXT")
+        new = [file for file in files if file not in found]
+        with ThreadPoolExecutor() as pool:  # hashing lets other threads run
+            found |= zip(new, pool.map(lambda file: _input(file, known.get(file), hashed), new), strict=True)
+    return list(found.values())
+
+
+def plan_slices(source: SourceConfig, inputs: list[InputFile], slice_bytes: int) -> list[list[Part]]:
+    """Cut a source into slices of about `slice_bytes` (what cannot be cut, as a .gz, is never split)."""
+    slices: list[list[Part]] = []
+    room = 0
+    for number, file in enumerate(inputs):
+        for part in _parts(number, file, format_of(source.kind, file.path), slice_bytes):
+            if not slices or part.bytes > room:
+                slices.append([])
+                room = slice_bytes
+            slices[-1].append(part)
+            room -= part.bytes
+    return slices
+
+
+def read_rows(source: SourceConfig, part: Part) -> Iterator[Row]:
+    """The rows of a part, in order, blank lines included. Raises DataError for a file that cannot be read as
+    what it is said to be, and for a table without the text column."""
+    format = format_of(source.kind, part.path)
+    with _whole(part.path, format):
+        if format == "embedded":
+            texts = samples.documents(part.path)[part.start : part.stop]
+            yield from _numbered(part, map(json.loads, texts) if source.kind == "sft" else texts, part.start)
+        elif format == "text":
+            raw, value, fault = Path(part.path).read_bytes(), None, None
+            try:
+                value = raw.removeprefix(_BOM).decode()
+            except UnicodeDecodeError as error:
+                fault = f"utf8: byte {len(raw) - len(error.object) + error.start} of the file is not UTF-8"
+            yield Row(part, 1, 0, raw, value, fault)
+        elif format == "jsonl":
+            yield from _read_jsonl(part)
+        else:
+            schema, sizes, read = _open_table(format, part.path)
+            batches = read(part.start, part.stop, _columns(source, part.path, schema))
+            first = sum(rows for rows, _ in sizes[: part.start])
+            yield from _numbered(part, (value for batch in batches for value in batch.to_pylist()), first)
+
+
+def hub_rows(key: str, dataset: str) -> Iterator[Row]:
+    """The rows of a dataset of the hub, fetched as they are read."""
+    return _numbered(Part(0, dataset, 0, 0, 0), _load_dataset(key, dataset, streaming=True), 0)
 
 
 def format_of(kind: str, path: str) -> str:
     """What a file of a source is read as: jsonl, parquet, arrow, text or embedded."""
-    if kind == "sft" and path in samples.COLLECTIONS:
-        return "embedded"
     if kind == "sft":
-        return {".parquet": "parquet", ".arrow": "arrow"}.get(Path(path).suffix, "jsonl")
+        of_suffix = {".parquet": "parquet", ".arrow": "arrow"}.get(Path(path).suffix, "jsonl")
+        return "embedded" if path in samples.COLLECTIONS else of_suffix
     return {"hub": "arrow", "tree": "text"}.get(kind, kind)
 
 
 def column_of(source: SourceConfig) -> str | None:
     """The key or column that holds a document; None where the whole row does."""
-    return CHAT_KEY if source.kind == "sft" else source.text_key
-
-
-def read_rows(source: SourceConfig, part: Part) -> Iterator[Row]:
-    """The rows of a part, in order, blank lines included.
-
-    Raises DataError for a file that cannot be read as what it is said to be, and for a table without the
-    text column.
-    """
-    format = format_of(source.kind, part.path)
-    with _whole(part.path, format):
-        yield from _READERS[format](source, part)
+    return "messages" if source.kind == "sft" else source.text_key
 
 
 def is_hub(source: SourceConfig, path: str) -> bool:
@@ -81,16 +139,9 @@ def is_hub(source: SourceConfig, path: str) -> bool:
     return source.kind == "hub" or (source.kind == "sft" and ":" in path)
 
 
-def hub_files(key: str, dataset: str) -> list[str]:
-    """The arrow files of a dataset, fetched into the cache of `datasets`."""
-    return [file["filename"] for file in _load_dataset(key, dataset, streaming=False).cache_files]
-
-
-def hub_rows(key: str, dataset: str) -> Iterator[Row]:
-    """The rows of a dataset, fetched as they are read."""
-    rows = _load_dataset(key, dataset, streaming=True)
-    for line, value in enumerate(rows, 1):
-        yield Row(line, line - 1, None, value, None)
+def _numbered(part: Part, values: Iterable[Any], first: int) -> Iterator[Row]:
+    for line, value in enumerate(values, 1):
+        yield Row(part, line, first + line - 1, None, value, None)
 
 
 def _load_dataset(key: str, dataset: str, streaming: bool) -> Any:
@@ -102,62 +153,99 @@ def _load_dataset(key: str, dataset: str, streaming: bool) -> Any:
     try:
         return load_dataset(name, *config, split=split, revision=revision or None, streaming=streaming)
     except Exception as error:  # the library raises whatever its many layers raise
-        raise DataError(
-            f"{key} cannot be loaded by datasets.load_dataset ({type(error).__name__}: {error}); check name,"
-            " config, split and network. Without a network: copy the files of the dataset here and use"
-            " kind=parquet, jsonl, or arrow for what datasets.save_to_disk wrote (paths=[FOLDER/*.arrow])"
-        ) from error
+        what = f"{key} cannot be loaded by datasets.load_dataset ({type(error).__name__}: {error})"
+        remedy = "copy the files of the dataset here and use kind=parquet, jsonl, or arrow for what"
+        remedy += " datasets.save_to_disk wrote (paths=[FOLDER/*.arrow])"
+        law = f"check name, config, split and network. Without a network: {remedy}"
+        raise DataError(f"{what}; {law}") from error
 
 
-def check_columns(name: str, source: SourceConfig, rows: Iterable[Row]) -> None:
-    """Raise DataError, with the columns that there are, if none of the first rows of a source has its text
-    column."""
-    column = column_of(source)
-    wanted: type = list if source.kind == "sft" else str
-    columns: dict[str, str] = {}
-    sound = (row for row in rows if row.fault is None)
-    for row in itertools.islice(sound, _PROBED_ROWS) if column is not None else ():
-        if isinstance(row.value.get(column), wanted):
-            return
-        columns |= {key: type(value).__name__ for key, value in row.value.items()}
-    if columns:
-        raise DataError(
-            f"data.sources.{name}: its first rows have no {column!r} of type {wanted.__name__};"
-            f" their columns are {', '.join(f'{k}: {v}' for k, v in columns.items())}"
-        )
+def _tree_files(key: str, folder: str) -> list[str]:
+    """The text files below a folder; hidden ones, links and binary files are no part of a source tree."""
+    found = []
+    for parent, folders, files in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for path in (os.path.join(parent, name) for name in sorted(files) if not name.startswith(".")):
+            if not os.path.islink(path):
+                with open(path, "rb") as file:
+                    if b"\0" not in file.read(_PROBED_BYTES):  # as git decides it
+                        found.append(path)
+    if not found:
+        raise DataError(f"{key} is no folder with text files below it")
+    return found
 
 
-def _read_embedded(source: SourceConfig, part: Part) -> Iterator[Row]:
-    for line, text in enumerate(samples.documents(part.path)[part.start : part.stop], 1):
-        value = json.loads(text) if source.kind == "sft" else text
-        yield Row(line, part.start + line - 1, None, value, None)
+def _input(path: str, known: InputFile | None, hashed: bool) -> InputFile:
+    status = os.stat(path)
+    if known is not None and (known.bytes, known.mtime_ns) == (status.st_size, status.st_mtime_ns):
+        return known
+    return InputFile(path, status.st_size, status.st_mtime_ns, sha256_of(Path(path)) if hashed else "")
 
 
-def _read_text(source: SourceConfig, part: Part) -> Iterator[Row]:
-    raw = Path(part.path).read_bytes()
+def _embedded_input(collection: str) -> InputFile:
+    texts = [text.encode() for text in samples.documents(collection)]
+    digest = hashlib.sha256(b"".join(len(data).to_bytes(8, "little") + data for data in texts))
+    return InputFile(collection, sum(map(len, texts)), 0, digest.hexdigest())
+
+
+def _parts(number: int, file: InputFile, format: str, slice_bytes: int) -> Iterator[Part]:
+    """Pieces of at most `slice_bytes`, or of one unit that cannot be cut."""
+    path, sizes = file.path, [file.bytes]
+    if format == "jsonl" and not path.endswith(_COMPRESSED):
+        for start in range(0, file.bytes, slice_bytes):
+            stop = min(start + slice_bytes, file.bytes)
+            yield Part(number, path, start, stop, stop - start)
+        return
+    if format == "embedded":
+        sizes = [len(text.encode()) for text in samples.documents(path)]
+    elif format in ("parquet", "arrow"):
+        with _whole(path, format):
+            sizes = [bytes for _, bytes in _open_table(format, path)[1]]
+    start, total = 0, 0
+    for index, size in enumerate(sizes):
+        if index > start and total + size > slice_bytes:
+            yield Part(number, path, start, index, total)
+            start, total = index, 0
+        total += size
+    if sizes:
+        yield Part(number, path, start, len(sizes), total)
+
+
+def _read_jsonl(part: Part) -> Iterator[Row]:
+    """The lines that begin in the part, cut at \\n only: a row may hold other line separators of Unicode."""
+    line, offset, is_compressed = 0, part.start, part.path.endswith(_COMPRESSED)
     try:
-        yield Row(1, 0, raw, raw.removeprefix(_BOM).decode(), None)
-    except UnicodeDecodeError as error:
-        fault = f"utf8: byte {len(raw) - len(error.object) + error.start} of the file is not UTF-8"
-        yield Row(1, 0, raw, None, fault)
-
-
-def _read_jsonl(source: SourceConfig, part: Part) -> Iterator[Row]:
-    line, end = 0, 0
-    try:
-        for line, offset, raw in _lines(part):
-            end = offset + len(raw)
-            yield _json_row(line, offset, raw)
+        with _open_lines(part.path) as file:
+            if part.start:  # the line that covers the byte before belongs to the part before
+                file.seek(part.start - 1)
+                offset += len(file.readline()) - 1
+            while is_compressed or offset < part.stop:
+                raw = file.readline()
+                if not raw:
+                    return
+                line += 1
+                yield _json_row(part, line, offset, raw if offset else raw.removeprefix(_BOM))
+                offset += len(raw)
     except (EOFError, zlib.error, OSError) as error:
-        if not part.path.endswith(COMPRESSED) or getattr(error, "errno", None):
+        if not is_compressed or getattr(error, "errno", None):
             raise
-        yield Row(line + 1, end, b"", None, f"compression: the rest of the file is lost ({error})")
+        yield Row(part, line + 1, offset, b"", None, f"compression: the rest of the file is lost ({error})")
 
 
-def _json_row(line: int, offset: int, raw: bytes) -> Row:
+def _open_lines(path: str) -> io.BufferedIOBase:
+    if path.endswith(".gz"):
+        return gzip.open(path, "rb")
+    if path.endswith(".zst"):
+        import pyarrow
+
+        return io.BufferedReader(pyarrow.input_stream(path, compression="zstd"))
+    return open(path, "rb")
+
+
+def _json_row(part: Part, line: int, offset: int, raw: bytes) -> Row:
     value, fault = None, None
     if not raw.strip():
-        return Row(line, offset, raw, None, BLANK)
+        return Row(part, line, offset, raw, None, BLANK)
     try:
         value = json.loads(raw.decode())
         if not isinstance(value, dict):
@@ -166,91 +254,34 @@ def _json_row(line: int, offset: int, raw: bytes) -> Row:
         fault = f"utf8: byte {error.start} of the row is not UTF-8"
     except (ValueError, RecursionError) as error:
         fault = f"json: {error}"
-    return Row(line, offset, raw, value, fault)
+    return Row(part, line, offset, raw, value, fault)
 
 
-def _lines(part: Part) -> Iterator[tuple[int, int, bytes]]:
-    """Number, offset and bytes of the lines that begin in the part, cut at \\n only: other line separators of
-    Unicode may stand in a row."""
-    with _open_lines(part.path) as file:
-        offset = part.start
-        if part.start:  # the line that covers the byte before belongs to the part before
-            file.seek(part.start - 1)
-            offset += len(file.readline()) - 1
-        for number in itertools.count(1):
-            if offset >= part.stop and not part.path.endswith(COMPRESSED):
-                return
-            line = file.readline()
-            if not line:
-                return
-            yield number, offset, line.removeprefix(_BOM) if offset == 0 else line
-            offset += len(line)
+_Reader = Callable[[int, int, list[str]], Iterable["pyarrow.RecordBatch"]]
 
 
-@contextlib.contextmanager
-def _open_lines(path: str) -> Iterator[IO[bytes]]:
-    if path.endswith(".gz"):
-        with gzip.open(path, "rb") as file:
-            yield file  # type: ignore[misc]
-    elif path.endswith(".zst"):
-        import pyarrow
-
-        with io.BufferedReader(pyarrow.input_stream(path, compression="zstd")) as file:
-            yield file
-    else:
-        with open(path, "rb") as file:
-            yield file
-
-
-class _Group(NamedTuple):
-    """A row group of parquet or a record batch of arrow; `read(columns=names)` its rows."""
-
-    rows: int
-    bytes: int
-    read: Callable[..., Iterable["pyarrow.RecordBatch"]]
-
-
-def _open_table(format: str, path: str) -> tuple["pyarrow.Schema", list[_Group]]:
-    """Schema and groups of a table; arrow is the stream that `datasets` writes, or the file format."""
+def _open_table(format: str, path: str) -> tuple["pyarrow.Schema", list[tuple[int, int]], _Reader]:
+    """Schema, (rows, bytes) of each row group of parquet or record batch of arrow, and what reads columns of
+    [start, stop) of these; arrow is the stream that `datasets` writes, or the file format."""
     import pyarrow.parquet
 
     if format == "parquet":
         parquet = pyarrow.parquet.ParquetFile(path)
-        groups = []
-        for i in range(parquet.num_row_groups):
-            read = functools.partial(parquet.iter_batches, _TABLE_ROWS, [i], use_threads=False)
-            group = parquet.metadata.row_group(i)
-            groups.append(_Group(group.num_rows, group.total_byte_size, read))
-        return parquet.schema_arrow, groups
+        groups = [parquet.metadata.row_group(i) for i in range(parquet.num_row_groups)]
+        sizes = [(group.num_rows, group.total_byte_size) for group in groups]
+        read_groups = functools.partial(parquet.iter_batches, _TABLE_ROWS, use_threads=False)
+        return parquet.schema_arrow, sizes, lambda start, stop, of: read_groups([*range(start, stop)], of)
     file = pyarrow.memory_map(path)
     is_file_format = file.read(6) == b"ARROW1"
     file.seek(0)
     table = pyarrow.ipc.open_file(file) if is_file_format else pyarrow.ipc.open_stream(file)
-    batches = map(table.get_batch, range(table.num_record_batches)) if is_file_format else table
-    return table.schema, [_Group(b.num_rows, b.nbytes, functools.partial(_select, b)) for b in batches]
+    batches = [table.get_batch(i) for i in range(table.num_record_batches)] if is_file_format else list(table)
 
+    def read(start: int, stop: int, columns: list[str]) -> list["pyarrow.RecordBatch"]:
+        part = pyarrow.Table.from_batches(batches[start:stop], table.schema)
+        return part.select(columns).to_batches(max_chunksize=_TABLE_ROWS)
 
-def _select(batch: "pyarrow.RecordBatch", columns: list[str]) -> list["pyarrow.RecordBatch"]:
-    return [batch.select(columns)]
-
-
-def table_groups(format: str, path: str) -> list[int]:
-    """Bytes of each row group of a parquet file, or record batch of an arrow file."""
-    with _whole(path, format):
-        return [group.bytes for group in _open_table(format, path)[1]]
-
-
-def _read_table(source: SourceConfig, part: Part) -> Iterator[Row]:
-    schema, groups = _open_table(format_of(source.kind, part.path), part.path)
-    columns = _columns(source, part.path, schema)
-    first = sum(group.rows for group in groups[: part.start])
-    line = 0
-    for group in groups[part.start : part.stop]:
-        for batch in group.read(columns=columns):
-            for start in range(0, batch.num_rows, _TABLE_ROWS):
-                for value in batch.slice(start, _TABLE_ROWS).to_pylist():
-                    line += 1
-                    yield Row(line, first + line - 1, None, value, None)
+    return table.schema, [(batch.num_rows, batch.nbytes) for batch in batches], read
 
 
 def _columns(source: SourceConfig, path: str, schema: "pyarrow.Schema") -> list[str]:
@@ -281,12 +312,3 @@ def _whole(path: str, format: str) -> Iterator[None]:
         yield
     except damage as error:
         raise DataError(f"{path} is no whole {format} file ({error}); fetch or write it again") from error
-
-
-_READERS: dict[str, Callable[[SourceConfig, Part], Iterator[Row]]] = {
-    "embedded": _read_embedded,
-    "jsonl": _read_jsonl,
-    "parquet": _read_table,
-    "arrow": _read_table,
-    "text": _read_text,
-}

@@ -17,12 +17,11 @@ _SHORTEST_PROSE = 200  # characters; a module with less docstring than this says
 
 @functools.cache
 def documents(collection: str) -> tuple[str, ...]:
-    """The documents of a collection: in a fixed order, no two equal.
+    """The documents of a collection: in a fixed order, no two equal. Raises DataError for another name.
 
-    collection: `stdlib_code` (one module's source is one document), `stdlib_prose` (the language reference
-    of pydoc, and one module's docstrings as one document) or `stdlib_chat` (JSON of conversations: what a
-    function does, by its docstring; every other one thinks about the arguments first). Raises DataError for
-    another name.
+    `stdlib_code`: one module's source is one document. `stdlib_prose`: the language reference of pydoc, and
+    one module's docstrings as one document. `stdlib_chat`: JSON of conversations: what a function does, by
+    its docstring; every other one thinks about the arguments first.
     """
     if collection not in COLLECTIONS:
         raise DataError(f"embedded collection {collection!r} is unknown; use {', '.join(COLLECTIONS)}")
@@ -39,10 +38,6 @@ def _modules() -> dict[str, str]:
         if source.strip():
             modules[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = source
     return modules
-
-
-def _code() -> Iterator[str]:
-    yield from _modules().values()
 
 
 def _prose() -> Iterator[str]:
@@ -82,6 +77,10 @@ def _chat() -> Iterator[str]:
             answer["reasoning_content"] = f"{name} takes {', '.join(arguments) or 'no arguments'}."
         question = {"role": "user", "content": f"What does {name}({ast.unparse(node.args)}) do?"}
         yield json.dumps({"messages": [question, answer]}, ensure_ascii=False)
+
+
+def _code() -> Iterator[str]:
+    yield from _modules().values()
 
 
 COLLECTIONS = {"stdlib_code": _code, "stdlib_prose": _prose, "stdlib_chat": _chat}

@@ -1,10 +1,8 @@
 """Token shards: written with a checksum per block, read by pread, checked at the start and on request.
 
-pread and not a memory map: it is faster for rows, and a file that was cut off raises an error instead of
-SIGBUS.
+pread and not a memory map: faster for rows, and a file that was cut off raises an error instead of SIGBUS.
 """
 
-import hashlib
 import os
 import random
 import zipfile
@@ -17,7 +15,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from data_pipeline.config import DataError
-from data_pipeline.manifest import REMEDY, Manifest, ShardRecord, TokenizerRecord
+from data_pipeline.manifest import REMEDY, Manifest, ShardRecord, TokenizerRecord, sha256_of
 
 TOKEN = np.dtype("<u4")
 OFFSET = np.dtype("<u8")
@@ -29,18 +27,17 @@ _BLOCKS_CHECKED = 3
 
 
 class ShardWriter:
-    """Writes documents into the shards `<folder>/<split>-00000`, ...; a document never crosses shards.
-
-    `label` is the folder's final name, which the records carry.
-    """
+    """Writes documents into shards `<folder>/<split>-00000`, ...; a document never crosses shards. `label` is
+    the folder's final name, which the records carry. The caller waits for the disk."""
 
     def __init__(self, folder: Path, label: str, split: str, shard_bytes: int) -> None:
         self._folder, self._label, self._split = folder, label, split
         self._capacity = shard_bytes // TOKEN.itemsize
         self._records: list[ShardRecord] = []
-        self._offsets: list[int] = [0]
-        self._files: dict[str, BinaryIO] = {}
-        self._unwritten_loss = np.empty(0, np.bool_)  # bits that do not fill a byte yet
+        self._begin_shard()
+
+    def _begin_shard(self) -> None:
+        self._offsets, self._files, self._loss = [0], dict[str, BinaryIO](), list[np.ndarray]()
 
     def add(self, ids: np.ndarray, row: tuple[int, int], loss: np.ndarray | None = None) -> None:
         """Append one document, its closing id included. row: its input file and offset there. loss: which of
@@ -50,62 +47,51 @@ class ShardWriter:
         self._write("tokens", ids.astype(TOKEN))
         self._write("rows", np.array(row, dtype=ROW))
         if loss is not None:
-            loss = np.concatenate([self._unwritten_loss, loss])
-            whole = len(loss) // 8 * 8
-            self._write("loss", np.packbits(loss[:whole], bitorder="little"))
-            self._unwritten_loss = loss[whole:]
+            self._loss.append(loss)
         self._offsets.append(self._offsets[-1] + len(ids))
 
     def close(self) -> list[ShardRecord]:
-        """Finish the last shard; returns all of them. The files are on the disk then."""
+        """Finish the last shard; returns all of them."""
         if self._files:
             self._finish_shard()
         return self._records
 
     def _write(self, suffix: str, values: np.ndarray) -> None:
         if suffix not in self._files:
-            path = self._folder / f"{self._split}-{len(self._records):05d}.{suffix}"
-            self._files[suffix] = open(path, "xb")  # noqa: SIM115 (closed by _finish_shard)
+            name = f"{self._split}-{len(self._records):05d}.{suffix}"
+            self._files[suffix] = open(self._folder / name, "xb")  # noqa: SIM115 (closed by _finish_shard)
         self._files[suffix].write(values.tobytes())
 
     def _finish_shard(self) -> None:
         self._write("offsets", np.array(self._offsets, dtype=OFFSET))
-        if "loss" in self._files:
-            self._write("loss", np.packbits(self._unwritten_loss, bitorder="little"))
-        checksums = {}
-        for suffix, file in self._files.items():
-            file.flush()
-            os.fsync(file.fileno())
+        if self._loss:
+            self._write("loss", np.packbits(np.concatenate(self._loss), bitorder="little"))
+        for file in self._files.values():
             file.close()
-            checksums[suffix] = file_crc32(Path(file.name))
+        checksums = {suffix: file_crc32(Path(file.name)) for suffix, file in self._files.items()}
         name = f"{self._label}/{self._split}-{len(self._records):05d}"
         self._records.append(ShardRecord(name, len(self._offsets) - 1, self._offsets[-1], checksums))
-        self._files, self._offsets, self._unwritten_loss = {}, [0], np.empty(0, np.bool_)
+        self._begin_shard()
 
 
 class Place(NamedTuple):
-    """A document of a stream: its number, its first token and its end there, and the row that it comes from:
-    the number of the input file in the manifest, the offset in it."""
+    """A document of a stream, and the row that it comes from."""
 
-    document: int
-    start: int
+    document: int  # its number
+    start: int  # its first token
     stop: int
-    file: int
-    offset: int
+    file: int  # number of the input file in the manifest
+    offset: int  # in that file
 
 
 class TokenStream:
-    """The tokens of one source and split, end to end over its shards, as if they were one array.
-
-    Few of the files are open at a time. Reading raises DataError for a shard that is missing or was cut off.
-    """
+    """The tokens of one source and split, end to end over its shards, as if they were one array. Few files
+    are open at a time. Reading raises DataError for a shard that is missing or was cut off."""
 
     def __init__(self, folder: Path, shards: list[ShardRecord]) -> None:
         self._folder, self._shards = folder, shards
         self._ends = np.cumsum([shard.tokens for shard in shards], dtype=np.int64)
-        self._open: OrderedDict[tuple[int, str], int] = (
-            OrderedDict()
-        )  # descriptors, least recently used first
+        self._open = OrderedDict[tuple[int, str], int]()  # descriptors, least recently used first
         self.has_loss = any("loss" in shard.crc32 for shard in shards)
 
     def __len__(self) -> int:
@@ -124,8 +110,9 @@ class TokenStream:
         parts = [np.empty(0, dtype=np.bool_)]
         for shard, begin, end in self._shard_spans(start, stop):
             packed = self._elements(shard, "loss", np.dtype(np.uint8), begin // 8, -(-end // 8))
-            bits = np.unpackbits(packed, bitorder="little")
-            parts.append(bits[begin % 8 : begin % 8 + end - begin].astype(np.bool_))
+            parts.append(
+                np.unpackbits(packed, bitorder="little")[begin % 8 :][: end - begin].astype(np.bool_)
+            )
         return np.concatenate(parts)
 
     def document_offsets(self) -> Iterator[np.ndarray]:
@@ -137,14 +124,11 @@ class TokenStream:
         shard = int(np.searchsorted(self._ends, token, side="right"))
         offsets = self._offsets(shard)
         local = int(np.searchsorted(offsets, token, side="right")) - 1
-        row = self._elements(shard, "rows", ROW, local, local + 1)[0]
+        [(file, offset)] = self._elements(shard, "rows", ROW, local, local + 1).tolist()
         document = sum(record.documents for record in self._shards[:shard]) + local
-        return Place(
-            document, int(offsets[local]), int(offsets[local + 1]), int(row["file"]), int(row["offset"])
-        )
+        return Place(document, int(offsets[local]), int(offsets[local + 1]), file, offset)
 
     def close(self) -> None:
-        """Close the files."""
         while self._open:
             os.close(self._open.popitem()[1])
 
@@ -183,13 +167,9 @@ class TokenStream:
 
 def shard_file(folder: Path, shard: ShardRecord, suffix: str) -> tuple[Path, int]:
     """Path of a file of a shard and the size it must have."""
-    size = {
-        "tokens": shard.tokens * TOKEN.itemsize,
-        "offsets": (shard.documents + 1) * OFFSET.itemsize,
-        "rows": shard.documents * ROW.itemsize,
-        "loss": -(-shard.tokens // 8),
-    }[suffix]
-    return folder / "slices" / f"{shard.name}.{suffix}", size
+    sizes = {"tokens": shard.tokens * TOKEN.itemsize, "offsets": (shard.documents + 1) * OFFSET.itemsize}
+    sizes |= {"rows": shard.documents * ROW.itemsize, "loss": -(-shard.tokens // 8)}
+    return folder / "slices" / f"{shard.name}.{suffix}", sizes[suffix]
 
 
 def check_size(folder: Path, shard: ShardRecord) -> None:
@@ -207,12 +187,11 @@ def check_size(folder: Path, shard: ShardRecord) -> None:
 def open_prepared(folder: Path) -> Manifest:
     """The manifest, after a look at sizes and random blocks that takes no longer for more data."""
     manifest = Manifest.load(folder)
-    shards = manifest.shards()
-    chance = random.Random()  # not seeded: every rank and every start looks elsewhere
-    for shard in chance.sample(shards, min(len(shards), _SIZES_CHECKED)):
+    shards, chance = manifest.shards(), random.Random()  # not seeded: every rank and start looks elsewhere
+    blocks = chance.choices(shards, k=_BLOCKS_CHECKED)
+    for shard in [*chance.sample(shards, min(len(shards), _SIZES_CHECKED)), *blocks]:
         check_size(folder, shard)
-    for shard in chance.choices(shards, k=_BLOCKS_CHECKED):
-        check_size(folder, shard)
+    for shard in blocks:
         _check_block(folder, shard, "tokens", chance.randrange(len(shard.crc32["tokens"]) // 8))
     return manifest
 
@@ -226,7 +205,7 @@ def verify(folder: Path) -> Manifest:
         ("rejects.jsonl", manifest.rejects_sha256, "the list of rows that were left out"),
     ):
         path = folder / name
-        if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
+        if not path.is_file() or sha256_of(path) != sha256:
             found.append(f"{path} is not {what}; {REMEDY}")
     for shard in manifest.shards():
         try:
@@ -252,7 +231,7 @@ def verify(folder: Path) -> Manifest:
 
 
 def _check_documents(folder: Path, shard: ShardRecord, tokenizer: TokenizerRecord) -> None:
-    """Raise DataError unless the documents of a shard end where its offsets say, with known ids between."""
+    """The documents of a shard must end where its offsets say, with known ids between."""
     tokens = np.fromfile(shard_file(folder, shard, "tokens")[0], dtype=TOKEN)
     offsets = np.fromfile(shard_file(folder, shard, "offsets")[0], dtype=OFFSET)
     ends = np.flatnonzero(tokens == tokenizer.end_of_text) + 1
@@ -265,10 +244,8 @@ def _check_block(folder: Path, shard: ShardRecord, suffix: str, number: int) -> 
     path, size = shard_file(folder, shard, suffix)
     start, wanted = number * _BLOCK_BYTES, shard.crc32[suffix][8 * number : 8 * number + 8]
     if (found := _block_crc32(path, start)) != wanted:
-        raise DataError(
-            f"{path} is damaged between bytes {start} and {min(start + _BLOCK_BYTES, size)}:"
-            f" crc32 {found}, its manifest says {wanted}; {REMEDY}"
-        )
+        what = f"{path} is damaged between bytes {start} and {min(start + _BLOCK_BYTES, size)}"
+        raise DataError(f"{what}: crc32 {found}, its manifest says {wanted}; {REMEDY}")
 
 
 def file_crc32(path: Path) -> str:

@@ -8,11 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.config import DataConfig, DataError
-from data_pipeline.documents import Document, Reject, encoded, judge
-from data_pipeline.duplicates import hash_document
-from data_pipeline.inputs import list_inputs, plan_slices
-from data_pipeline.readers import BLANK, Part, Row, check_columns, format_of, hub_rows, is_hub, read_rows
+from data_pipeline.config import DataConfig, DataError, SourceConfig
+from data_pipeline.documents import Document, Reject, check_columns, encoded, hash_document, read_documents
+from data_pipeline.readers import BLANK, Row, format_of, hub_rows, is_hub, list_inputs, plan_slices, read_rows
 from data_pipeline.tokenizer import Tokenizer
 
 _LEAST_ROWS = 1000  # before a share of bad rows says something
@@ -22,19 +20,15 @@ _ENDLESS = 1 << 62
 class TextStream:
     """The training tokens of a source as a TokenStream has them, epoch after epoch without an end.
 
-    The documents of a prepared folder in the same order: no bad row, no repeat, none that is held out.
     Reading goes forward and tokenizes what lies between; a step back begins anew. Every rank reads all of
-    the text, so a row is the same on any number of ranks, and after a resume if the files still are.
-
-    Raises DataError for inputs that are not there or have no text column; on reading, for a bad row with
-    on_bad_row=error, for more bad rows than max_bad_fraction, and for an epoch more than max_epochs.
+    the text, so a row is the same on any number of ranks. Raises DataError for inputs that are not there or
+    have no text column; on reading, for too many bad rows, and for an epoch more than max_epochs.
     """
 
     def __init__(self, config: DataConfig, name: str, tokenizer: Tokenizer, seed: int) -> None:
         self._config, self._name, self._tokenizer, self._seed = config, name, tokenizer, seed
-        self._source = config.sources[name]
-        self.has_loss = self._source.kind == "sft"
-        check_columns(name, self._source, (row for _, row in self._rows()))
+        self._source, self._key = config.sources[name], f"data.sources.{name}"
+        check_columns(name, self._source, self._rows())
         self._rewind()
 
     def __len__(self) -> int:
@@ -51,7 +45,6 @@ class TextStream:
         return self._learned[start - self._first : stop - self._first]
 
     def close(self) -> None:
-        """Close the files."""
         self._documents.close()
 
     def _rewind(self) -> None:
@@ -71,59 +64,52 @@ class TextStream:
 
     def _epochs(self) -> Generator[tuple[np.ndarray, np.ndarray]]:
         """Ids of the documents, and which of them are learned."""
-        limit = self._source.max_epochs
         for epoch in itertools.count(1):
             before = self._first + len(self._tokens)
             for _, ids, loss in encoded(self._tokenizer, self._chosen()):
                 yield ids, np.ones(len(ids), np.bool_) if loss is None else loss
             after = self._first + len(self._tokens)
-            if after == before or epoch == limit:
-                raise DataError(
-                    f"data.sources.{self._name}: epoch {epoch} is over after {after} tokens; add text, raise"
-                    " max_epochs, lower its weight, or train on fewer tokens"
-                )
+            if after == before or epoch == self._source.max_epochs:
+                remedy = "add text, raise max_epochs, lower its weight, or train on fewer tokens"
+                raise DataError(f"{self._key}: epoch {epoch} is over after {after} tokens; {remedy}")
 
     def _chosen(self) -> Iterator[Document]:
         """The documents of an epoch that are trained on."""
-        config, seen, rows, bad = self._config, set[bytes](), 0, 0
-        for part, row in self._rows():
-            for item in judge(config, self._name, part, row, self._tokenizer):
-                rows += 1
-                if isinstance(item, Reject):
-                    if config.on_bad_row == "error" and item.code != BLANK:
-                        raise item.error()
-                    bad += item.code != BLANK
-                    if bad > config.max_bad_fraction * max(rows, _LEAST_ROWS):
-                        raise DataError(
-                            f"data.sources.{self._name}: {bad} of the first {rows} rows are bad, more than"
-                            f" data.max_bad_fraction={config.max_bad_fraction}; the last: {item.reason}"
-                        )
-                elif not item.is_held_out(self._seed, config.validation_fraction):
-                    key = hash_document(item.data) if config.deduplicate else b""
-                    if key not in seen or not config.deduplicate:
-                        seen.add(key)
-                        yield item
+        config, seen, bad = self._config, set[bytes](), 0
+        items = read_documents(config, self._name, self._rows(), self._tokenizer)
+        for rows, item in enumerate(items, 1):
+            if isinstance(item, Reject):
+                if config.on_bad_row == "error" and item.code != BLANK:
+                    raise item.error()
+                bad += item.code != BLANK
+                if bad > config.max_bad_fraction * max(rows, _LEAST_ROWS):
+                    what = f"{bad} of the first {rows} rows are bad, more than data.max_bad_fraction="
+                    raise DataError(f"{self._key}: {what}{config.max_bad_fraction}; the last: {item.reason}")
+            elif not item.is_held_out(self._seed, config.validation_fraction):
+                key = hash_document(item.data) if config.deduplicate else b""
+                if key not in seen or not config.deduplicate:
+                    seen.add(key)
+                    yield item
 
-    def _rows(self) -> Iterator[tuple[Part, Row]]:
+    def _rows(self) -> Iterator[Row]:
         """All rows, file after file; those of a hub dataset are fetched as they are read."""
-        is_local = {path: not is_hub(self._source, path) for path in self._source.paths}
-        for path in (path for path in is_local if not is_local[path]):
-            for row in hub_rows(f"data.sources.{self._name}.paths: {path}", path):
-                yield Part(0, path, 0, 0, 0), row
-        source = replace(self._source, paths=[path for path in is_local if is_local[path]])
+        of_hub = [path for path in self._source.paths if is_hub(self._source, path)]
+        for path in dict.fromkeys(of_hub):
+            yield from hub_rows(f"{self._key}.paths: {path}", path)
+        source = replace(self._source, paths=[path for path in self._source.paths if path not in of_hub])
         files = list_inputs(self._name, source, {}, hashed=False)
         for part in itertools.chain.from_iterable(plan_slices(source, files, self._config.slice_bytes)):
-            for row in read_rows(source, part):
-                yield part, row
+            yield from read_rows(source, part)
 
 
 def absolute_paths(config: DataConfig) -> dict[str, Any]:
     """The keys of a configuration with its relative paths made absolute, so that a run goes on anywhere."""
-    sources = {}
-    for name, source in config.sources.items():
-        is_path = [not is_hub(source, p) and format_of(source.kind, p) != "embedded" for p in source.paths]
-        paths = [os.path.abspath(p) if is_p else p for p, is_p in zip(source.paths, is_path, strict=True)]
-        sources[name] = {"paths": paths}
+
+    def absolute(source: SourceConfig, path: str) -> str:
+        is_name = is_hub(source, path) or format_of(source.kind, path) == "embedded"
+        return path if is_name else os.path.abspath(path)
+
+    sources = {name: {"paths": [absolute(of, p) for p in of.paths]} for name, of in config.sources.items()}
     tokenizer = config.tokenizer
     if tokenizer is not None and os.path.exists(tokenizer):
         tokenizer = os.path.abspath(tokenizer)

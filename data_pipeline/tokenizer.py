@@ -4,8 +4,10 @@ import functools
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import tokenizers
+from tokenizers import pre_tokenizers
 
 from data_pipeline.config import DataConfig, DataError
 
@@ -25,11 +27,10 @@ _WORDS = (
 
 
 class Tokenizer:
-    """A tokenizer.json of the `tokenizers` library.
+    """A tokenizer.json of the `tokenizers` library. Raises DataError for one that cannot be read or has no
+    `<|endoftext|>`, which closes every document.
 
-    serialized: the file's text. vocab_size: 1 + the largest id, control
-    tokens included. end_of_text: id of `<|endoftext|>`, which closes every document. Raises DataError for a
-    file that is no tokenizer or lacks that token.
+    serialized: the file's text. vocab_size: 1 + the largest id, control tokens included.
     """
 
     def __init__(self, serialized: str, origin: str) -> None:
@@ -37,9 +38,8 @@ class Tokenizer:
         try:
             self._full, self._text_only, self._vocabulary = _parse(serialized)
         except Exception as error:  # the library raises Exception itself
-            raise DataError(
-                f"{origin} is no tokenizer.json that the tokenizers library can read ({error})"
-            ) from error
+            what = "is no tokenizer.json that the tokenizers library can read"
+            raise DataError(f"{origin} {what} ({error})") from error
         self.end_of_text = self.control_id(END_OF_TEXT)
         self.vocab_size = max(self._vocabulary.values()) + 1
 
@@ -58,7 +58,6 @@ class Tokenizer:
         return self._vocabulary[name]
 
     def vocabulary(self) -> dict[str, int]:
-        """Every token and its id."""
         return self._vocabulary
 
     def decode(self, ids: list[int]) -> str:
@@ -70,12 +69,7 @@ class Tokenizer:
 def _parse(serialized: str) -> tuple[tokenizers.Tokenizer, tokenizers.Tokenizer, dict[str, int]]:
     """With added tokens and without (a control string inside a document is text like any other), and ids."""
     full = tokenizers.Tokenizer.from_str(serialized)
-    bare: dict[str, object] = {
-        "added_tokens": [],
-        "post_processor": None,
-        "truncation": None,
-        "padding": None,
-    }
+    bare: dict[str, Any] = {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
     text_only = tokenizers.Tokenizer.from_str(json.dumps(json.loads(serialized) | bare))
     return full, text_only, full.get_vocab(with_added_tokens=True)
 
@@ -86,9 +80,8 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     try:
         return Tokenizer(path.read_bytes().decode(), str(path))
     except OSError as error:
-        raise DataError(
-            f"{path} cannot be read ({error.strerror}); name a folder that holds a tokenizer"
-        ) from error
+        remedy = "name a folder that holds a tokenizer"
+        raise DataError(f"{path} cannot be read ({error.strerror}); {remedy}") from error
 
 
 def tokenizer_of(config: DataConfig) -> Tokenizer:
@@ -96,49 +89,40 @@ def tokenizer_of(config: DataConfig) -> Tokenizer:
     if config.mode == "prepared":
         return load_tokenizer(config.dir)
     assert config.tokenizer is not None
-    return Tokenizer(fetch_tokenizer(config.tokenizer), config.tokenizer)
+    return fetch_tokenizer(config.tokenizer)
 
 
 def check_vocab_size(ids: int, vocab_size: int) -> None:
     """Raise DataError if a tokenizer of `ids` ids has one that a model of `vocab_size` does not."""
     if ids > vocab_size:
-        raise DataError(
-            f"model.vocab_size={vocab_size} is smaller than the tokenizer of the data, which has {ids} ids;"
-            " raise model.vocab_size to it or beyond, or use another tokenizer"
-        )
+        law = f"is smaller than the tokenizer of the data, which has {ids} ids"
+        remedy = "raise model.vocab_size to it or beyond, or use another tokenizer"
+        raise DataError(f"model.vocab_size={vocab_size} {law}; {remedy}")
 
 
-def fetch_tokenizer(name: str) -> str:
-    """The text of a tokenizer.json: from a folder, a file, or by its name on the Hugging Face hub."""
-    path = Path(name)
-    if path.is_dir():
-        path = path / "tokenizer.json"
+def fetch_tokenizer(name: str) -> Tokenizer:
+    """A tokenizer from a folder, a tokenizer.json, or by its name on the Hugging Face hub."""
+    path = Path(name, "tokenizer.json") if Path(name).is_dir() else Path(name)
     if path.is_file():
-        return path.read_bytes().decode()
+        return Tokenizer(path.read_bytes().decode(), name)
     try:
-        return tokenizers.Tokenizer.from_pretrained(name).to_str()
+        serialized = tokenizers.Tokenizer.from_pretrained(name).to_str()
     except Exception as error:  # the library raises Exception itself
-        raise DataError(
-            f"data.tokenizer={name} is no folder with a tokenizer.json, no such file, and not to be had from"
-            f" the hub ({error})"
-        ) from error
+        what = "is no folder with a tokenizer.json, no such file, and not to be had from the hub"
+        raise DataError(f"data.tokenizer={name} {what} ({error})") from error
+    return Tokenizer(serialized, name)
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> str:
     """A byte-level BPE of at most `vocab_size` ids (fewer for little text), as tokenizer.json text."""
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
-        [
-            tokenizers.pre_tokenizers.Split(tokenizers.Regex(_WORDS), "isolated"),
-            tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    words = pre_tokenizers.Split(tokenizers.Regex(_WORDS), "isolated")
+    as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, as_bytes])
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    control, alphabet = list(CONTROL_TOKENS), as_bytes.alphabet()
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=list(CONTROL_TOKENS),
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
+        vocab_size=vocab_size, special_tokens=control, initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer.to_str(pretty=True)

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data_pipeline.config import DataConfig
-from data_pipeline.manifest import sync_folder, write_atomically
+from data_pipeline.manifest import sync, write_atomically
 from data_pipeline.tokenizer import load_tokenizer, tokenizer_of
 from moe.balance import Balance
 from moe.config import ConfigError
@@ -258,14 +258,14 @@ class Checkpoints:
             "layout": self._layout,
             "files": files,
         }
-        sync_folder(hf)
-        sync_folder(folder / "optimizer")
+        sync(hf)
+        sync(folder / "optimizer")
         write_manifest(folder, fields)
         final = self._folder / f"step-{step:08d}"
         self._check_fence()
         self._hide([final] if final.exists() else [])
         folder.rename(final)
-        sync_folder(self._folder)
+        sync(self._folder)
         write_atomically(self._run_dir / "latest", f"{final.name}\n".encode())
         self._prune(final)
 

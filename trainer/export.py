@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.config import DataError
-from data_pipeline.manifest import sync_folder, to_json, write_atomically
+from data_pipeline.manifest import sync, to_json, write_atomically
 from data_pipeline.tokenizer import END_OF_TEXT, load_tokenizer
 from moe.config import ConfigError, ModelConfig
 from moe.formats import MTP_FORMATS
@@ -99,7 +99,7 @@ def write_shard(path: Path, shard: Shard, mark: str) -> None:
                 os.fsync(file.fileno())
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # reading back asks the disk
             partial.replace(path)
-            sync_folder(path.parent)
+            sync(path.parent)
         written = stack.enter_context(safe_open(path, framework="pt", backend="pread"))
         if set(written.keys()) != shard.keys() or not all(
             torch.equal(written.get_tensor(name).view(torch.uint8), read(place).view(torch.uint8))

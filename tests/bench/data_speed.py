@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from data_pipeline.bins import pack_lengths
+from data_pipeline.best_fit import pack_lengths
 from data_pipeline.prepare import prepare
 from data_pipeline.tokenizer import Tokenizer, fetch_tokenizer
 
@@ -74,7 +74,7 @@ def measure_prepare(lines: list[bytes], tokenizer: str, workers: int) -> list[tu
     overrides = f"data.tokenizer={tokenizer}", "data.tokenizer_vocab_size=null", f"data.num_workers={workers}"
     config = load(*overrides)
     texts = [json.loads(line)["text"] for line in lines]
-    serialized = fetch_tokenizer(tokenizer)
+    serialized = fetch_tokenizer(tokenizer).serialized
     if workers > 1:
         os.environ["RAYON_NUM_THREADS"] = "1"
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.best_fit import BestFitRows, PackedSource
 from data_pipeline.config import DataError
+from data_pipeline.packing import BestFitRows, PackedSource
 
 END = 0
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_pipeline.bins import pack_lengths
+from data_pipeline.best_fit import pack_lengths
 
 
 def best_fit_decreasing(lengths: list[int], capacity: int) -> list[int]:

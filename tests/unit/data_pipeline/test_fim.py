@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_pipeline.fim import FillInTheMiddle
+from data_pipeline.packing import FillInTheMiddle
 
 END, PREFIX, MIDDLE, SUFFIX = 100, 101, 102, 103
 

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.__main__ import main
+from data_pipeline.__main__ import main, show
 from data_pipeline.config import DataConfig, DataError, SourceConfig
-from data_pipeline.inspect import show
 from data_pipeline.manifest import Manifest
 from data_pipeline.prepare import prepare
 
@@ -22,7 +21,7 @@ def test_a_row_of_text(prepared: DataConfig, corpus: Path) -> None:
     for number, shown in enumerate(lines[1:]):
         origin, text = shown.split("\n", 1)
         assert f": numbers, document {number} from its token 0, " in origin
-        file = next(entry["path"] for entry in path if entry["path"] in origin)
+        file = next(entry.path for entry in path if entry.path in origin)
         whole = Path(file).read_text() + "<|endoftext|>"
         plain = text.replace("[-", "", 1).replace("-]", "", 1)
         assert whole.startswith(plain)

@@ -16,8 +16,8 @@ import pytest
 
 from data_pipeline.config import DataConfig, DataError, SourceConfig
 from data_pipeline.documents import Document, Reject, read_documents
-from data_pipeline.inputs import list_inputs, plan_slices
 from data_pipeline.prepare import prepare
+from data_pipeline.readers import list_inputs, plan_slices, read_rows
 from data_pipeline.shards import TokenStream, verify
 from data_pipeline.tokenizer import load_tokenizer
 
@@ -50,7 +50,7 @@ def read(config: DataConfig, path: Path, kind: str = "jsonl") -> list[Document |
     source = SourceConfig(kind, [str(path)], "text" if kind in ("jsonl", "parquet") else None, 1.0, None)
     config = config_of(config, {"s": source})
     parts = [part for slice in plan_slices(source, list_inputs("s", source, {}), 1 << 30) for part in slice]
-    return [item for part in parts for item in read_documents(config, "s", part)]
+    return [item for part in parts for item in read_documents(config, "s", read_rows(source, part))]
 
 
 def rejects(items: list[Document | Reject]) -> list[str]:

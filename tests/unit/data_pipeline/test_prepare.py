@@ -191,7 +191,9 @@ def test_another_configuration_is_refused(data_config: DataConfig, tmp_path: Pat
     before = contents(config.dir)
 
     def refusal(changed: DataConfig, seed: int = SEED) -> str:
-        with pytest.raises(DataError, match="holds another preparation") as error:
+        with pytest.raises(
+            DataError, match="was prepared with another configuration; name another folder"
+        ) as error:
             prepare(changed, 1 << 20, seed)
         assert contents(config.dir) == before
         return str(error.value)
@@ -364,7 +366,7 @@ def test_documents_lead_back_to_their_rows(prepared: DataConfig, corpus: Path) -
                 place = stream.document_at(start)
                 assert place == stream.document_at(stop - 1)
                 assert place[:3] == (number, start, stop)
-                raw = Path(manifest.inputs[name][place.file]["path"]).read_bytes()[place.offset :]
+                raw = Path(manifest.inputs[name][place.file].path).read_bytes()[place.offset :]
                 text = json.loads(raw.split(b"\n")[0])["text"] if name == "letters" else raw.decode()
                 assert tokenizer.decode(stream.read(start, stop - 1).tolist()) == text
 

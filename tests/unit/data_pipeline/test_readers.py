@@ -15,9 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data_pipeline.config import DataConfig, DataError, SourceConfig
-from data_pipeline.documents import Document, Reject, read_documents
-from data_pipeline.inputs import list_inputs, plan_slices
-from data_pipeline.readers import BLANK, check_columns, read_rows
+from data_pipeline.documents import Document, Reject, check_columns, read_documents
+from data_pipeline.readers import BLANK, list_inputs, plan_slices, read_rows
 
 Read = Callable[..., tuple[list[str], list[Reject]]]
 
@@ -40,7 +39,7 @@ def read(data_config: DataConfig) -> Read:
             item
             for parts in plan_slices(source, list_inputs("s", source, {}), slice_bytes)
             for part in parts
-            for item in read_documents(config, "s", part)
+            for item in read_documents(config, "s", read_rows(source, part))
         ]
         documents = [item for item in found if isinstance(item, Document)]
         texts = [
@@ -294,7 +293,7 @@ def test_inputs_are_hashed_once(tmp_path: Path) -> None:
     path.write_text("text")
     source = source_of("text", path)
     [first] = list_inputs("s", source, {})
-    marked = first._replace(sha256="known")
+    marked = replace(first, sha256="known")
     assert list_inputs("s", source, {str(path): marked}) == [marked]  # same size and age: not read again
     path.write_text("TEXT")
     [changed] = list_inputs("s", source, {str(path): marked})

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipeline.bins import pack_lengths
+from data_pipeline.best_fit import pack_lengths
 from data_pipeline.config import DataConfig, SourceConfig
 from data_pipeline.loader import Loader
 from data_pipeline.manifest import FORMAT, Manifest, ShardRecord, SourceRecord, TokenizerRecord

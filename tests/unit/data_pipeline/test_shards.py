@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from data_pipeline import shards
 from data_pipeline.config import DataConfig, DataError
 from data_pipeline.manifest import Manifest
-from data_pipeline.rows import make_plans
+from data_pipeline.packing import make_plans
 from data_pipeline.shards import ShardWriter, TokenStream, open_prepared, verify
 
 

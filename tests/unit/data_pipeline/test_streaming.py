@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
+from data_pipeline.__main__ import show
 from data_pipeline.config import DataConfig, DataError, SourceConfig
-from data_pipeline.inspect import show
 from data_pipeline.loader import Loader
 from data_pipeline.manifest import Manifest
 from data_pipeline.shards import TokenStream
