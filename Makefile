@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all check megablocks clean
+.PHONY: demo test test-all check bench bench-gpu megablocks clean
 
 demo: .venv/installed
 	$(BIN)/python -m data_pipeline experiment=demo
@@ -15,6 +15,16 @@ test: check
 
 test-all: check
 	$(BIN)/python -m pytest tests
+
+# Speed against transformers, DeepSpeed AutoEP and deepspeed.moe, for half an hour on a quiet machine; AutoEP
+# needs an older transformers beside ours.
+bench: .venv/installed
+	test -d build/transformers-5.22 || $(BIN)/python -m pip install --quiet --no-deps \
+		--target build/transformers-5.22 'transformers==5.22.*'
+	$(BIN)/python tests/bench/bench.py
+
+bench-gpu: .venv/installed
+	$(BIN)/python tests/bench/gpu.py
 
 # The quick loop: style and types.
 check: .venv/installed

@@ -10,87 +10,15 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict
 from typing import Any
 
+import peers
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from torch import Tensor
-
-
-@dataclass(frozen=True)
-class Work:
-    """What every contender does; the defaults are the reference work."""
-
-    dtype: str = "bf16"
-    rows: int = 4  # of all ranks together
-    seq_len: int = 1024
-    document: int = 1024  # tokens of each document
-    layers: int = 4
-    hidden: int = 512
-    heads: int = 8
-    key_value_heads: int = 2
-    head_dim: int = 64
-    experts: int = 128
-    top_k: int = 8
-    width: int = 192  # of one expert
-    vocab: int = 8192
-    backend: str = "loop"  # ours: experts.backend
-    recompute: str = "none"  # ours
-    zero_stage: int = -1  # ours; -1: 1 in bf16 and on several ranks, else 0
-    parts: int = 0  # ours: 1 to time the parts of the last step
-    warm_up: int = 2
-    steps: int = 5
-
-    @classmethod
-    def parse(cls, overrides: list[str]) -> "Work":
-        """Typed by the defaults."""
-        kinds = {field.name: type(field.default) for field in fields(cls)}
-        pairs = (item.split("=", 1) for item in overrides)
-        return cls(**{key: kinds[key](value) for key, value in pairs})
-
-    def model_keys(self) -> dict[str, Any]:
-        """The model with Hugging Face's keys."""
-        return {
-            "vocab_size": self.vocab,
-            "hidden_size": self.hidden,
-            "intermediate_size": self.hidden,
-            "num_hidden_layers": self.layers,
-            "num_attention_heads": self.heads,
-            "num_key_value_heads": self.key_value_heads,
-            "head_dim": self.head_dim,
-            "num_experts": self.experts,
-            "num_experts_per_tok": self.top_k,
-            "moe_intermediate_size": self.width,
-            "norm_topk_prob": True,
-            "router_aux_loss_coef": 0.001,
-            "tie_word_embeddings": False,
-            "max_position_embeddings": 32768,
-            "rms_norm_eps": 1e-6,
-        }
-
-    def tokens(self, rank: int, world_size: int) -> Tensor:
-        """This rank's rows [B, S+1] on its device; the same for every contender."""
-        generator = torch.Generator().manual_seed(0)
-        everything = torch.randint(0, self.vocab, (self.rows, self.seq_len + 1), generator=generator)
-        share = self.rows // world_size
-        return everything[rank * share : (rank + 1) * share].to(device())
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        """Of the weights."""
-        return {"bf16": torch.bfloat16, "fp32": torch.float32}[self.dtype]
-
-
-def device() -> torch.device:
-    """A GPU where there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
+from work import BETAS, CLIP, DECAY, EPS, LEARNING_RATE, Work
 
 UNTIL_THE_END = ExitStack()
-LEARNING_RATE = 1e-4
-BETAS, EPS, DECAY, CLIP = (0.9, 0.95), 1e-8, 0.1, 1.0
 
 
 def ours(work: Work) -> tuple[Callable[[], float], Any]:
@@ -197,121 +125,6 @@ def run_config(work: Work, world_size: int) -> Any:
         return RunConfig.load(compose("train", overrides=overrides))
 
 
-def hf_model(work: Work, implementation: str) -> Any:
-    """transformers' model in fp32, with our initial weights."""
-    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
-
-    torch.manual_seed(0)
-    config = Qwen3MoeConfig(**work.model_keys(), attn_implementation="sdpa", output_router_logits=True)
-    config._experts_implementation = implementation
-    config.use_cache = False
-    return Qwen3MoeForCausalLM(config)
-
-
-def transformers(work: Work, implementation: str = "grouped_mm") -> tuple[Callable[[], float], Any]:
-    """transformers' model, its own losses, torch's clipping and fused AdamW."""
-    model = hf_model(work, implementation).to(device(), work.torch_dtype)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), LEARNING_RATE, BETAS, EPS, weight_decay=DECAY, fused=True
-    )
-    tokens = work.tokens(0, 1)
-    inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-
-    def step() -> float:
-        output = model(input_ids=inputs, labels=labels, shift_labels=labels)
-        output.loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-        optimizer.step()
-        optimizer.zero_grad()
-        return float(output.loss.detach())
-
-    return step, None
-
-
-def autoep(work: Work) -> tuple[Callable[[], float], Any]:
-    """transformers' model under DeepSpeed AutoEP, ZeRO-1, ep_size = world size."""
-    import deepspeed
-
-    join_deepspeed()
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    model = hf_model(work, "grouped_mm")
-    settings = {
-        "train_micro_batch_size_per_gpu": work.rows // world_size,
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": CLIP,
-        "zero_optimization": {"stage": 1},
-        "bf16": {"enabled": work.dtype == "bf16"},
-        "optimizer": {
-            "type": "AdamW",
-            "params": {"lr": LEARNING_RATE, "betas": list(BETAS), "weight_decay": DECAY, "torch_adam": True},
-        },
-        "expert_parallel": {"enabled": True, "autoep_size": world_size, "preset_model": "qwen3_moe"},
-    }
-    engine, *_ = deepspeed.initialize(model=model, config=settings, dist_init_required=False)
-    tokens = work.tokens(rank, world_size)
-    inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-
-    def step() -> float:
-        logits = engine(input_ids=inputs, output_router_logits=False).logits
-        loss = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
-        engine.backward(loss)
-        engine.step()
-        return float(loss.detach())
-
-    return step, engine
-
-
-def deepspeed_moe(work: Work) -> tuple[Callable[[], float], Any]:
-    """transformers' model with every MoE block replaced by deepspeed.moe.layer.MoE, capacity factor 1."""
-    from deepspeed.moe.layer import MoE
-    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeMLP
-
-    join_deepspeed()
-    model = hf_model(work, "eager")
-
-    class Block(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            expert = Qwen3MoeMLP(model.config, work.width)
-            self.moe = MoE(work.hidden, expert, work.experts, k=work.top_k, capacity_factor=1.0)
-
-        def forward(self, hidden: Tensor) -> Tensor:
-            hidden, self.balance_loss, _ = self.moe(hidden)
-            return hidden
-
-    for layer in model.model.layers:
-        layer.mlp = Block()
-        layer.mlp.moe.set_deepspeed_parallelism()
-    model.to(device(), work.torch_dtype)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), LEARNING_RATE, BETAS, EPS, weight_decay=DECAY, fused=True
-    )
-    tokens = work.tokens(0, 1)
-    inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-
-    def step() -> float:
-        logits = model(input_ids=inputs, output_router_logits=False).logits
-        loss = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
-        total = loss + 0.001 * sum(layer.mlp.balance_loss for layer in model.model.layers)
-        total.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-        optimizer.step()
-        optimizer.zero_grad()
-        return float(loss.detach())
-
-    return step, None
-
-
-def join_deepspeed() -> None:
-    """A gloo process group that DeepSpeed knows, without the operator that it would compile."""
-    os.environ["DS_ACCELERATOR"] = "cpu"
-    import deepspeed
-
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    dist.init_process_group("gloo")
-    deepspeed.init_distributed(dist_backend="gloo", verbose=False)
-
-
 def peak_gib() -> float:
     """The largest memory so far: allocated on a GPU, resident on a CPU."""
     if torch.cuda.is_available():
@@ -321,9 +134,9 @@ def peak_gib() -> float:
 
 CONTENDERS: dict[str, Callable[[Work], tuple[Callable[[], float], Any]]] = {
     "ours": ours,
-    "transformers": transformers,
-    "autoep": autoep,
-    "deepspeed_moe": deepspeed_moe,
+    "transformers": peers.transformers,
+    "autoep": peers.autoep,
+    "deepspeed_moe": peers.deepspeed_moe,
 }
 
 

@@ -4,8 +4,8 @@ import json
 import tempfile
 
 import torch
-from contender import Work
 from transformers import Qwen3MoeForCausalLM
+from work import Work
 
 from moe.balance import balance_loss_share, expert_frequencies
 from moe.config import ModelConfig
