@@ -180,7 +180,7 @@ def pool_layers() -> None:
 
 def count_padding() -> None:
     forward: Callable[..., Any] = MoEBlock.forward
-    moe.block.MoEBlock.forward = lambda self, hidden, mask=None, bias=None: forward(self, hidden, None, bias)  # type: ignore
+    moe.block.MoEBlock.forward = lambda self, hidden, mask, *how: forward(self, hidden, None, *how)  # type: ignore
 
 
 def frequencies_of_the_micro_batch() -> None:

@@ -18,7 +18,9 @@ AHEAD = {
     "qwen3_moe": [*FAMILY["qwen3_moe"], MTP, "model.tie_word_embeddings=false"],
     "qwen3_next": [*FAMILY["qwen3_next"], MTP],
 }
-JITTER = ["experts.router_jitter_noise=0.2"]
+# weights large enough that the choice of experts shows in the loss
+LARGE = ["model.initializer_range=0.3"]
+JITTER = [*LARGE, "experts.router_jitter_noise=0.2"]
 CAPACITY = ["experts.capacity_factor=0.8", *JITTER]
 
 
@@ -50,7 +52,7 @@ def two_ranks() -> dict[str, list[Outcome]]:
 @pytest.fixture(scope="module")
 def one_rank() -> list[Outcome]:
     """On one rank: jitter, capacity, and without either."""
-    runs = [[*more, MTP, *layout(1, 1, 4, [])] for more in (JITTER, CAPACITY, [])]
+    runs = [[*more, MTP, *layout(1, 1, 4, [])] for more in (JITTER, CAPACITY, LARGE)]
     return run_ranks(run_many, 1, runs, timeout=280)[0]
 
 
@@ -70,7 +72,7 @@ def test_looking_ahead_equals_the_oracle(two_ranks, name):
 def test_what_training_alone_has_does_not_depend_on_the_layout(two_ranks, one_rank, name):
     """The noise belongs to the row; what is dropped to the rows of a micro-batch, whatever rank has it."""
     expected = one_rank[["jitter", "capacity"].index(name)]
-    assert deviation(one_rank[2], expected)["losses"] > 1e-4  # it does something
+    assert deviation(one_rank[2], expected)["losses"] > 1e-3  # it does something
     for outcome in two_ranks[name]:
         worst = deviation(outcome, expected)
         assert max(worst.values()) < TOLERANCE, worst
