@@ -97,7 +97,7 @@ def compete(contenders: dict[str, dict[str, Any]], **work: Any) -> dict[str, Any
 def equality() -> dict[str, float]:
     """The largest relative difference to transformers' loss and gradients, from the same weights, in fp32."""
     result = subprocess.run(
-        [sys.executable, str(HERE / "equal.py")], capture_output=True, text=True, check=True, env=os.environ
+        [sys.executable, str(HERE / "equal.py")], stdout=subprocess.PIPE, text=True, check=True
     )
     return json.loads(result.stdout.splitlines()[-1])
 
@@ -164,7 +164,7 @@ def startup() -> dict[str, float]:
     """Seconds of commands as a user types them; the embedded corpus is prepared before."""
     demo = ["experiment=demo", "checkpoint.every_steps=1000", "evaluate.every_steps=0"]
     with tempfile.TemporaryDirectory() as folder:
-        one_step = [*demo, "stage.train_tokens=4096", f"output_dir={folder}", "tracker.wandb=off"]
+        one_step = [*demo, "stage.train_tokens=4096", f"output_dir={folder}", "tracker.wandb=disabled"]
         commands = {
             "trainer --help": ["trainer", "--help"],
             "slurm --help": ["slurm", "--help"],
@@ -180,7 +180,9 @@ def startup() -> dict[str, float]:
             for attempt in range(3):
                 words = [word if word != "name=one" else f"name=one{attempt}" for word in command]
                 started = time.perf_counter()
-                subprocess.run([sys.executable, "-m", *words], capture_output=True)
+                done = subprocess.run([sys.executable, "-m", *words], capture_output=True, text=True)
+                if done.returncode != (2 if "refused" in name else 0):
+                    sys.exit(f"{' '.join(words)} ended with {done.returncode}: {done.stderr[-2000:]}")
                 times.append(time.perf_counter() - started)
             result[name] = min(times)
     return result

@@ -2,6 +2,7 @@
 
 import json
 import tempfile
+from pathlib import Path
 
 import torch
 from transformers import Qwen3MoeForCausalLM
@@ -21,7 +22,7 @@ def main() -> None:
     model = CausalLM(ModelConfig.from_hf({"model_type": "qwen3_moe", **work.model_keys()}))
     init_weights(model, seed=0)
     with tempfile.TemporaryDirectory() as folder:
-        save_hf(model, folder)
+        save_hf(model, Path(folder))
         peer = Qwen3MoeForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tokens = work.tokens(0, 1)
     inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
