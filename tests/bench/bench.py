@@ -143,12 +143,16 @@ def scaling() -> dict[str, Any]:
     }
     result = {}
     for name, points in series.items():
-        seconds = [best([run("ours", **(base | {"seq_len": 1024} | keys))])["seconds"] for _, keys in points]
+        timed = [
+            (size, best([run("ours", **(base | {"seq_len": 1024} | keys))])["seconds"])
+            for size, keys in points
+        ]
+        done = [(size, took) for size, took in timed if took is not None]
+        (size, took), (last_size, last) = done[-2:]
         result[name] = {
-            "points": [[size, took] for (size, _), took in zip(points, seconds, strict=True)],
-            "exponent": slope([math.log(size) for size, _ in points], [math.log(took) for took in seconds]),
-            "exponent of the last doubling": math.log(seconds[-1] / seconds[-2])
-            / math.log(points[-1][0] / points[-2][0]),
+            "points": timed,
+            "exponent": slope([math.log(size) for size, _ in done], [math.log(took) for _, took in done]),
+            "exponent of the last doubling": math.log(last / took) / math.log(last_size / size),
         }
     return result
 
@@ -164,7 +168,13 @@ def startup() -> dict[str, float]:
     """Seconds of commands as a user types them; the embedded corpus is prepared before."""
     demo = ["experiment=demo", "checkpoint.every_steps=1000", "evaluate.every_steps=0"]
     with tempfile.TemporaryDirectory() as folder:
-        one_step = [*demo, "stage.train_tokens=4096", f"output_dir={folder}", "tracker.wandb=disabled"]
+        one_step = [
+            *demo,
+            "stage.train_tokens=4096",
+            "schedule.warmup_steps=0",
+            f"output_dir={folder}",
+            "tracker.wandb=disabled",
+        ]
         commands = {
             "trainer --help": ["trainer", "--help"],
             "slurm --help": ["slurm", "--help"],

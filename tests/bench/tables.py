@@ -75,7 +75,7 @@ def _two_ranks(found: dict[str, Any]) -> str:
 def _scaling(found: dict[str, Any]) -> str:
     rows = []
     for name, series in found.items():
-        points = ", ".join(f"{size:,}: {took:.2f}" for size, took in series["points"])
+        points = ", ".join(f"{size:,}: {took:.2f}" for size, took in series["points"] if took)
         rows.append(
             [name, f"{series['exponent']:.2f}", f"{series['exponent of the last doubling']:.2f}", points]
         )
