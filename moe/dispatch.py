@@ -5,7 +5,8 @@ collective, forward and backward, whether or not it owns or receives tokens.
 """
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from functools import cache
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -18,8 +19,14 @@ from moe.grouping import Grouping
 # T tokens of this rank, H hidden, K experts per token, R = ep_size ranks
 # N rows sent, N' rows received, C slots per row
 
-# rows [N,...], rows to each rank, rows from each rank -> [N',...]
-Swap = Callable[[Tensor, list[int], list[int]], Tensor]
+# rows [N,...], rows to each rank, rows from each rank -> [N',...], and what to wait for before it is read
+Swap = Callable[[Tensor, list[int], list[int]], tuple[Tensor, dist.Work | None]]
+
+
+class _Counts(NamedTuple):
+    send: list[int]  # rows to each rank
+    receive: list[int]  # rows from each rank
+    num_slots: int  # that are computed here
 
 
 class Dispatcher(Protocol):
@@ -56,38 +63,54 @@ class LocalDispatcher:
 class AllToAllDispatcher:
     """One row per (token, slot): the token, one routing weight, one local id.
 
-    `all_to_all` has the signature of torch.distributed.all_to_all_single.
+    The tokens go in `chunks`. With several, the experts compute one while the next is on its way to them and
+    the one before on its way back, in backward too. `all_to_all` is torch.distributed.all_to_all_single.
     """
 
     def __init__(
-        self, group: dist.ProcessGroup | None, all_to_all: Callable[..., Any] = dist.all_to_all_single
+        self,
+        group: dist.ProcessGroup | None,
+        all_to_all: Callable[..., Any] = dist.all_to_all_single,
+        chunks: int = 1,
     ) -> None:
         self.bytes_sent = self.slots_routed = self.slots_received = 0
         self.ep_size = dist.get_world_size(group)
         self._ep_rank = dist.get_rank(group)
         self._group = group
         self._all_to_all = all_to_all
+        self._chunks = chunks
 
     def __call__(
         self, x: Tensor, routing_weights: Tensor, expert_indices: Tensor, experts: Experts, drops: bool
     ) -> Tensor:
-        ranks = expert_indices // experts.num_local_experts  # [T,K] where each slot's expert lives, or R
-        local_ids = expert_indices % experts.num_local_experts
+        absent = experts.num_local_experts
+        ranks = expert_indices // absent  # [T,K] where each slot's expert lives, or R
         destinations = self._destinations(ranks)  # [T,columns], ep_size = no row
-        send, receive, num_slots = self._exchange_counts(destinations, ranks)
-        grouping = Grouping.by(destinations, self.ep_size, num_rows=sum(send))
-        weights, ids = self._pack(grouping, ranks, routing_weights, local_ids, experts.num_local_experts)
+        tensors = (x, routing_weights, ranks, expert_indices % absent, destinations)
+        chunks = list(zip(*(tensor.tensor_split(self._chunks) for tensor in tensors), strict=True))
+        counts = self._exchange_counts([(destinations, ranks) for _, _, ranks, _, destinations in chunks])
 
-        ids = self._swap(ids.int(), send, receive)  # [N',C]
-        rows, weights = self._exchange(send, receive, grouping.gather(x), weights)  # [N',H], [N',C]
-        (rows,) = self._exchange(receive, send, experts(rows, weights, ids, num_rows=num_slots))  # [N,H]
-        sent, returned = sum(send) - send[self._ep_rank], sum(receive) - receive[self._ep_rank]
-        row_bytes = x.shape[1] * x.element_size()
-        slot_bytes = ids.shape[1] * (weights.element_size() + ids.element_size())
+        there = []
+        for n, (tokens, weights, ranks, local_ids, destinations) in enumerate(chunks):
+            grouping = Grouping.by(destinations, self.ep_size, lambda: sum(counts()[n].send))  # noqa: B023 (called at once)
+            weights, ids = self._pack(grouping, ranks, weights, local_ids, absent)
+            exchange = _Exchange(self._swap, counts()[n].send, counts()[n].receive)
+            (ids,) = exchange.start(ids.int())  # [N',C]
+            there.append((grouping, exchange, ids, exchange.begin(grouping.gather(tokens), weights)))
+        back = []
+        for n, (grouping, exchange, ids, arriving) in enumerate(there):
+            rows, weights = exchange.end(*arriving)  # [N',H], [N',C]
+            send, receive, num_slots = counts()[n]
+            exchange = _Exchange(self._swap, receive, send)
+            back.append((grouping, exchange, exchange.begin(experts(rows, weights, ids, num_rows=num_slots))))
+            sent, returned = sum(send) - send[self._ep_rank], sum(receive) - receive[self._ep_rank]
+            row_bytes = x.shape[1] * x.element_size()
+            slot_bytes = ids.shape[1] * (weights.element_size() + ids.element_size())
+            self.slots_received += num_slots
+            self.bytes_sent += sent * (row_bytes + slot_bytes) + returned * row_bytes
         self.slots_routed += expert_indices.numel()
-        self.slots_received += num_slots
-        self.bytes_sent += sent * (row_bytes + slot_bytes) + returned * row_bytes
-        return grouping.combine(rows)
+        y = [grouping.combine(*exchange.end(*rows)) for grouping, exchange, rows in back]
+        return torch.cat(y) if len(y) > 1 else y[0]
 
     def _destinations(self, ranks: Tensor) -> Tensor:
         """ranks [T,K] -> the rank of each row that a token is sent in, ep_size where there is none."""
@@ -99,24 +122,30 @@ class AllToAllDispatcher:
         """The routing weights and local ids of each row, both [N,C]; id `absent` = on another rank."""
         return routing_weights.reshape(-1, 1)[grouping.slot], local_ids.reshape(-1, 1)[grouping.slot]
 
-    def _exchange_counts(self, destinations: Tensor, ranks: Tensor) -> tuple[list[int], list[int], int]:
-        """Rows to each rank, rows from each rank, slots received; waits for the device."""
-        counts = torch.stack([_count(destinations, self.ep_size), _count(ranks, self.ep_size)], 1)  # [R,2]
+    def _exchange_counts(self, chunks: list[tuple[Tensor, Tensor]]) -> Callable[[], list[_Counts]]:
+        """Of each chunk's destinations and ranks. What it returns waits for the device: call it late."""
+        pairs = [torch.stack([_count(ids, self.ep_size) for ids in chunk]) for chunk in chunks]
+        counts = torch.stack(pairs).permute(2, 0, 1).contiguous()  # [R, chunks, 2]
         received = torch.empty_like(counts)
-        self._all_to_all(received, counts, group=self._group)
-        send, receive, slots = torch.stack([counts[:, 0], *received.unbind(1)]).tolist()
-        return send, receive, sum(slots)
+        work = self._all_to_all(received, counts, group=self._group, async_op=self._chunks > 1)
 
-    def _exchange(self, send: list[int], receive: list[int], *tensors: Tensor) -> tuple[Tensor, ...]:
-        return _Exchange.apply(self._swap, send, receive, *tensors)
+        @cache
+        def wait() -> list[_Counts]:
+            if work is not None:
+                work.wait()
+            rows, both = counts[..., 0].T, received.permute(1, 2, 0)
+            numbers = torch.cat([rows.unsqueeze(1), both], 1).tolist()  # [chunks, 3, R]
+            return [_Counts(send, receive, sum(slots)) for send, receive, slots in numbers]
 
-    def _swap(self, rows: Tensor, send: list[int], receive: list[int]) -> Tensor:
+        return wait
+
+    def _swap(self, rows: Tensor, send: list[int], receive: list[int]) -> tuple[Tensor, dist.Work | None]:
         # A thread of the backend can be the last to hold these tensors. Detached, they take no autograd graph
         # with them, whose Python objects that thread would have to destroy (gloo then aborts at exit).
         rows, out = rows.detach().contiguous(), rows.new_empty(sum(receive), *rows.shape[1:])
         splits = {"output_split_sizes": receive, "input_split_sizes": send}
-        self._all_to_all(out, rows, **splits, group=self._group)
-        return out.detach()
+        work = self._all_to_all(out, rows, **splits, group=self._group, async_op=self._chunks > 1)
+        return out.detach(), work
 
 
 class DeduplicatedAllToAllDispatcher(AllToAllDispatcher):
@@ -138,19 +167,61 @@ class DeduplicatedAllToAllDispatcher(AllToAllDispatcher):
         return routing_weights[grouping.token], ids
 
 
-class _Exchange(Function):
-    """All-to-all of several tensors as one node, so that backward meets the other ranks in one order."""
+class _Exchange:
+    """One all-to-all of several tensors; their gradients set out where it ended and arrive where it began."""
+
+    def __init__(self, swap: Swap, send: list[int], receive: list[int]) -> None:
+        self._swap, self._send, self._receive = swap, send, receive
+        self._under_way: list[tuple[Tensor, dist.Work | None]] = []
+
+    def begin(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """What will have arrived at the `end`; the only use of it is to hand it over there."""
+        return _Begin.apply(self, *tensors)
+
+    def end(self, *arriving: Tensor) -> tuple[Tensor, ...]:
+        """What has arrived."""
+        return _End.apply(self, *arriving)
+
+    def start(self, *tensors: Tensor, back: bool = False) -> tuple[Tensor, ...]:
+        """`begin` without gradients; `back` goes the other way."""
+        splits = (self._receive, self._send) if back else (self._send, self._receive)
+        started = [self._swap(tensor, *splits) for tensor in tensors]
+        self._under_way += started
+        return tuple(arriving for arriving, _ in started)
+
+    def finish(self) -> tuple[Tensor, ...]:
+        """Wait for all that is under way."""
+        arrived, self._under_way = self._under_way, []
+        for _, work in arrived:
+            if work is not None:
+                work.wait()
+        return tuple(tensor for tensor, _ in arrived)
+
+
+class _Begin(Function):
+    """All tensors as one node, so that backward meets the other ranks in one order."""
 
     @staticmethod
-    def forward(
-        ctx: Any, swap: Swap, send: list[int], receive: list[int], *tensors: Tensor
-    ) -> tuple[Tensor, ...]:
-        ctx.swap, ctx.send, ctx.receive = swap, send, receive
-        return tuple(swap(tensor, send, receive) for tensor in tensors)
+    def forward(ctx: Any, exchange: _Exchange, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.exchange = exchange
+        return exchange.start(*tensors)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, None, *(ctx.swap(grad, ctx.receive, ctx.send) for grad in grads)
+        return None, *ctx.exchange.finish()
+
+
+class _End(Function):
+    @staticmethod
+    def forward(ctx: Any, exchange: _Exchange, *arriving: Tensor) -> tuple[Tensor, ...]:
+        ctx.exchange = exchange
+        exchange.finish()
+        return tuple(tensor.view_as(tensor) for tensor in arriving)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.exchange.start(*grads, back=True)
+        return None, *grads  # in the shapes that autograd expects; `_Begin` has what arrives in their place
 
 
 def _count(ids: Tensor, num_ids: int) -> Tensor:

@@ -3,6 +3,7 @@
 The experts group the (token, k) slots by expert; the dispatchers group tokens by destination rank.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -23,21 +24,26 @@ class Grouping(NamedTuple):
     bag_starts: Tensor  # [T] int64, where a token's rows begin in bag_rows
 
     @classmethod
-    def by(cls, groups: Tensor, num_groups: int, num_rows: int | None = None) -> "Grouping":
+    def by(
+        cls, groups: Tensor, num_groups: int, num_rows: int | Callable[[], int] | None = None
+    ) -> "Grouping":
         """Group the pairs by `groups` [T,C]; the value `num_groups` means that the pair has no row.
 
-        `num_rows` is the number of pairs that have a row; None counts them, which waits for a CUDA device.
+        `num_rows` is the number of pairs that have a row; None counts them, which waits for a CUDA device. A
+        function is asked for it when the device has been told to sort.
         """
         flat = groups.flatten()
         present = flat < num_groups  # [T*C]
-        if num_rows is None:
-            num_rows = int(present.sum())
         small = torch.uint8 if num_groups < 256 else torch.int16  # sorting bytes is several times faster
         keys, order = flat.to(small).sort(stable=True)
-        slot = order[:num_rows]
         ids = torch.arange(num_groups, dtype=small, device=flat.device)
         ends = torch.searchsorted(keys, ids, right=True, out_int32=True)
         rank = present.cumsum(0) - present.long()  # [T*C] how many rows the pairs before this one have
+        if num_rows is None:
+            num_rows = int(present.sum())
+        elif callable(num_rows):
+            num_rows = num_rows()
+        slot = order[:num_rows]
         bag_rows = torch.empty_like(slot)
         bag_rows[rank[slot]] = torch.arange(num_rows, device=flat.device)
         bag_starts = rank.view_as(groups)[:, 0].contiguous()

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from trainer.typed import AtLeast1
+
 if TYPE_CHECKING:
     from trainer.config import RunConfig
 
@@ -17,6 +19,7 @@ class ParallelConfig:
     ep_size: int
     ep_within_node: bool
     dispatcher: Literal["all_to_all", "deduplicated"]
+    dispatch_chunks: AtLeast1
 
 
 @dataclass(frozen=True)

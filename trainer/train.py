@@ -193,7 +193,8 @@ def build_model(config: RunConfig, plan: ParallelPlan, ranks: Ranks) -> CausalLM
     with torch.device("meta"):
         model = CausalLM(config.model, backend=config.experts.backend, recompute=config.recompute)
     if plan.ep_size > 1:
-        dispatcher = DISPATCHERS[plan.dispatcher](expert_parallel_group(plan.ep_size), all_to_all)
+        chunks = config.parallel.dispatch_chunks
+        dispatcher = DISPATCHERS[plan.dispatcher](expert_parallel_group(plan.ep_size), all_to_all, chunks)
         apply_expert_parallel(model, ep_rank=ep_rank, ep_size=plan.ep_size, dispatcher=dispatcher)
     model.to_empty(device=ranks.device)
     if config.stage.init_from is None:

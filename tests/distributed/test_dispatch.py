@@ -15,7 +15,9 @@ from moe.experts import Experts
 # T tokens of all ranks, H hidden, E experts, K experts per token
 
 H, INTERMEDIATE, E = 16, 8, 8
-DISPATCHERS = {"all_to_all": AllToAllDispatcher, "deduplicated": DeduplicatedAllToAllDispatcher}
+Results = dict[tuple[str, int, str], dict[str, Any]]  # of kind, chunks, case
+CLASSES = {"all_to_all": AllToAllDispatcher, "deduplicated": DeduplicatedAllToAllDispatcher}
+DISPATCHERS = {(kind, chunks): CLASSES[kind] for kind in CLASSES for chunks in (1, 2, 3)}
 
 
 class Case(NamedTuple):
@@ -71,47 +73,79 @@ def run_case(
     return {"y": y.detach(), **dict(zip(leaves, grads, strict=True))}
 
 
-def run_all_cases() -> dict[tuple[str, str], dict[str, Any]]:
+def run_all_cases() -> Results:
     rank, world_size = dist.get_rank(), dist.get_world_size()
     collectives = 0
 
-    def counting_all_to_all(*args: Any, **kwargs: Any) -> None:
+    def counting_all_to_all(*args: Any, **kwargs: Any) -> Any:
         nonlocal collectives
         collectives += 1
-        dist.all_to_all_single(*args, **kwargs)
+        return dist.all_to_all_single(*args, **kwargs)
 
     results = {}
-    for kind, dispatcher in DISPATCHERS.items():
+    for (kind, chunks), dispatcher in DISPATCHERS.items():
         for name, case in CASES.items():
             mine = [values.split(case.tokens[:world_size])[rank] for values in inputs(case, world_size)]
             collectives = 0
-            result = run_case(
-                dispatcher(dist.group.WORLD, counting_all_to_all), build_experts(rank, world_size), *mine
-            )
-            results[kind, name] = {**result, "collectives": collectives}
+            instance = dispatcher(dist.group.WORLD, counting_all_to_all, chunks)
+            result = run_case(instance, build_experts(rank, world_size), *mine)
+            results[kind, chunks, name] = {**result, "collectives": collectives}
     return results
 
 
 @pytest.fixture(scope="module", params=[2, 4])
-def ranks(request: pytest.FixtureRequest) -> list[dict[tuple[str, str], dict[str, Any]]]:
+def ranks(request: pytest.FixtureRequest) -> list[Results]:
     return run_ranks(run_all_cases, request.param)
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("kind", DISPATCHERS)
-def test_equals_local(ranks: list[dict[tuple[str, str], dict[str, Any]]], kind: str, name: str) -> None:
+@pytest.mark.parametrize(("kind", "chunks"), DISPATCHERS)
+def test_equals_local(ranks: list[Results], kind: str, chunks: int, name: str) -> None:
     expected = run_case(LocalDispatcher(), build_experts(), *inputs(CASES[name], len(ranks)))
     for key, value in expected.items():
         # Tokens and experts are both cut into consecutive shares, so every result is the shares in a row.
-        actual = torch.cat([rank[kind, name][key] for rank in ranks])
+        actual = torch.cat([rank[kind, chunks, name][key] for rank in ranks])
         scale = value.abs().max().item() if value.numel() else 0.0
         torch.testing.assert_close(actual, value, rtol=0, atol=1e-6 * scale, msg=lambda m, k=key: f"{k}: {m}")
 
 
-def test_every_rank_meets_every_collective(ranks: list[dict[tuple[str, str], dict[str, Any]]]) -> None:
-    """Forward: counts, ids, tokens, weights, results; backward: results, tokens, weights."""
+def test_every_rank_meets_every_collective(ranks: list[Results]) -> None:
+    """Counts; for each chunk forward ids, tokens, weights, results, backward results, tokens, weights."""
     for rank in ranks:
-        assert {result["collectives"] for result in rank.values()} == {8}
+        for (_, chunks, _), result in rank.items():
+            assert result["collectives"] == 1 + 7 * chunks
+
+
+def record_overlap() -> list[str]:
+    """In forward and backward of two chunks: what sets out, what is waited for, what computes."""
+    events: list[str] = []
+
+    class Work:
+        def __init__(self, work: Any) -> None:
+            self.work = work
+
+        def wait(self) -> None:
+            events.append("wait")
+            self.work.wait()
+
+    def recording_all_to_all(out: Tensor, rows: Tensor, **kwargs: Any) -> Work:
+        if rows.dim() == 2 and rows.shape[1] == H:
+            events.append("send")
+        work = dist.all_to_all_single(out, rows, **kwargs)
+        return Work(work) if rows.shape[-1] == H else work
+
+    experts = build_experts()
+    experts.register_forward_hook(lambda *_: events.append("experts"))
+    experts.register_full_backward_hook(lambda *_: events.append("experts"))
+    dispatcher = DeduplicatedAllToAllDispatcher(dist.group.WORLD, recording_all_to_all, chunks=2)
+    run_case(dispatcher, experts, *inputs(CASES["all experts"], 1))
+    return events
+
+
+def test_chunks_travel_while_experts_compute() -> None:
+    (events,) = run_ranks(record_overlap, 1)
+    one_way = ["send", "send", "wait", "experts", "send", "wait", "experts", "send", "wait", "wait"]
+    assert events == one_way * 2
 
 
 def count_bytes(top_k: int, tokens: int) -> dict[str, tuple[int, int]]:
@@ -127,7 +161,7 @@ def count_bytes(top_k: int, tokens: int) -> dict[str, tuple[int, int]]:
     everyone: list[Any] = [None] * world_size
     dist.all_gather_object(everyone, destinations)
     result = {}
-    for kind, dispatcher in DISPATCHERS.items():
+    for kind, dispatcher in CLASSES.items():
         lists = [[set(t) if kind == "deduplicated" else t for t in owner] for owner in everyone]
         out = sum(destination != rank for token in lists[rank] for destination in token)
         back = sum(d == rank for r, owner in enumerate(lists) if r != rank for token in owner for d in token)

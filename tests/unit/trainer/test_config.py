@@ -86,6 +86,7 @@ def test_laws_come_together(run_config):
         ("experts.router_jitter_noise=-0.1", "experts.router_jitter_noise=-0.1 is outside 0 to 1"),
         ("init.router_scale=-1", "init.router_scale=-1.0 is below 0"),
         ("mtp_loss_scaling_factor=-1", "mtp_loss_scaling_factor=-1.0 is below 0"),
+        ("parallel.dispatch_chunks=0", "parallel.dispatch_chunks=0"),
         ("parallel.dispatcher=magic", "parallel.dispatcher=magic is unknown"),
     ],
 )
