@@ -98,8 +98,14 @@ class StepClock:
         self._open = around
 
     def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function`, each call of which is a `part`."""
-        return self.part(name)(function)
+        """`function`, each call of which is a `part`, and each wait for the work that a call began."""
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with self.part(name):
+                work = function(*args, **kwargs)
+            return _TimedWork(self, name, work) if self.measuring and hasattr(work, "wait") else work
+
+        return call
 
     def lap(self) -> tuple[float, dict[str, float], dict[str, float]]:
         """Seconds since the last lap, of these each `wait`, and each `part` of the measured step."""
@@ -124,6 +130,20 @@ class StepClock:
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
+
+
+class _TimedWork:
+    """The handle of an asynchronous collective, whose `wait` is a part."""
+
+    def __init__(self, clock: StepClock, name: str, work: Any) -> None:
+        self._clock, self._name, self._work = clock, name, work
+
+    def wait(self, *args: Any, **kwargs: Any) -> Any:
+        with self._clock.part(self._name):
+            return self._work.wait(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._work, name)
 
 
 def _synchronize(device: torch.device) -> None:
