@@ -112,6 +112,7 @@ def run_config(work: Work, world_size: int) -> Any:
         "stage.global_batch_size": work.rows,
         "parallel.nproc_per_node": world_size,
         "parallel.ep_size": world_size,
+        "parallel.dispatch_chunks": work.chunks,
         "experts.backend": work.backend,
         "recompute": work.recompute,
         "optimizer.lr": LEARNING_RATE,

@@ -32,7 +32,7 @@ def _contenders(found: dict[str, Any], mine: str) -> list[list[Any]]:
     rows = []
     for name, result in found.items():
         if result["seconds"] is None:
-            rows.append([name, f"not three in {result['gave_up_after_seconds']} s", "", "", "", ""])
+            rows.append([name, f"not in {result['gave_up_after_seconds']} s", "", "", "", ""])
             continue
         ratio = result["seconds"] / found[mine]["seconds"]
         memory = found[mine]["peak_gib"] / result["peak_gib"]

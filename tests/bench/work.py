@@ -29,6 +29,7 @@ class Work:
     vocab: int = 8192
     backend: str = "loop"  # ours: experts.backend
     recompute: str = "none"  # ours
+    chunks: int = 1  # ours: parallel.dispatch_chunks
     zero_stage: int = -1  # ours; -1: 1 in bf16 and on several ranks, else 0
     parts: int = 0  # ours: 1 to time the parts of the last step
     warm_up: int = 1
