@@ -151,8 +151,8 @@ class Engine:
             collective = getattr(type(backend), name).__get__(backend)
             setattr(backend, name, self.clock.timed("communication", collective))
         if self._zero_stage == 0:
-            # Alone, a rank reduces nothing, but DeepSpeed would copy all gradients into a buffer and back.
-            self._engine.enable_backward_allreduce = plan.world_size > 1
+            # It would copy all gradients into a buffer and back, also those that no other rank shares.
+            self._engine.enable_backward_allreduce = False
             lists = (getattr(self._engine.optimizer, name, []) for name in ("fp16_groups", "fp32_groups"))
             for parameters, masters in zip(*lists, strict=True):
                 self._masters.update(zip(parameters, masters, strict=True))
@@ -179,11 +179,12 @@ class Engine:
     def backward(self, loss_share: Tensor) -> None:
         """Accumulate the gradient of this rank's share; shares add up over ranks and micro-batches.
 
-        DeepSpeed would divide by the accumulation steps and averages over ranks; both are undone here, and no
-        other line of the project scales a loss by a number of ranks.
+        DeepSpeed would divide by the accumulation steps and under ZeRO averages over ranks; both are undone
+        here, and no other line of the project scales a loss by a number of ranks.
         """
+        averaged_over = self._world_size if self._zero_stage > 0 else 1
         with self.clock.part("backward"):
-            self._engine.backward(loss_share * self._world_size, scale_wrt_gas=False)
+            self._engine.backward(loss_share * averaged_over, scale_wrt_gas=False)
             if not self._engine.is_gradient_accumulation_boundary():
                 self._engine.step()
 
@@ -195,18 +196,22 @@ class Engine:
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
         with self.clock.part("optimizer"):
-            norm = self._clip_without_zero() if self._zero_stage == 0 else None
+            norm = self._reduce_and_clip() if self._zero_stage == 0 else None
             if norm is None or math.isfinite(norm):
                 self._engine.step()
             return float(self._engine.get_global_grad_norm()) if norm is None else norm
 
-    def _clip_without_zero(self) -> float:
-        """Global norm over shared gradients and all ranks' experts, and the clipping by it."""
+    def _reduce_and_clip(self) -> float:
+        """Without ZeRO: sum the gradients over ranks in place, and clip by their norm, which it returns."""
         shared: list[Tensor] = []
         experts: list[Tensor] = []
         for parameter in self.module.parameters():
-            if parameter.grad is not None:
-                (experts if _is_expert(parameter) else shared).append(parameter.grad)
+            if parameter.grad is None:  # perhaps on this rank only
+                parameter.grad = torch.zeros_like(parameter)
+            (experts if _is_expert(parameter) else shared).append(parameter.grad)
+        for gradients, group in ((shared, None), (experts, self._edp_group)):
+            for gradient in gradients if dist.get_world_size(group) > 1 else []:
+                deepspeed.comm.all_reduce(gradient, group=group)
         squares = torch.stack([_square_sum(shared), _square_sum(experts)])
         dist.all_reduce(squares[1], group=self._ep_group)
         norm = float(squares.sum().sqrt())
