@@ -35,8 +35,6 @@ import deepspeed.ops
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from deepspeed.utils import groups
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
 all_to_all = deepspeed.comm.all_to_all_single  # for dispatchers: DeepSpeed's communication log sees it
 # DeepSpeed's collectives, as its backend names them
 _COLLECTIVES = ["all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "reduce"]
@@ -149,7 +147,7 @@ class Engine:
         backend: Any = deepspeed.comm.comm.cdb
         for name in _COLLECTIVES:  # of the class, because another engine may come later
             collective = getattr(type(backend), name).__get__(backend)
-            setattr(backend, name, self.clock.timed("communication", collective))
+            setattr(backend, name, self.clock.part("communication")(collective))
         if self._zero_stage == 0:
             # Alone, a rank reduces nothing, but DeepSpeed would copy all gradients into a buffer and back.
             self._engine.enable_backward_allreduce = plan.world_size > 1

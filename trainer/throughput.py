@@ -4,7 +4,7 @@ import re
 import resource
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -88,7 +88,7 @@ class StepClock:
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Count the time inside as the part `name` of a measured step."""
+        """Count the time inside as the part `name` of a measured step; decorates a function, too."""
         if not self.measuring or (self._on_gpu and torch.cuda.current_stream(self._device) != self._stream):
             yield
             return
@@ -96,10 +96,6 @@ class StepClock:
         yield
         self._spans.append((name, start, self._mark(), around))
         self._open = around
-
-    def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function`, each call of which is a `part`."""
-        return self.part(name)(function)
 
     def lap(self) -> tuple[float, dict[str, float], dict[str, float]]:
         """Seconds since the last lap, of these each `wait`, and each `part` of the measured step."""

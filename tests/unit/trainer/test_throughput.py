@@ -15,7 +15,7 @@ def test_parts_leave_out_the_parts_inside_them_and_add_up():
         time.sleep(0.02)
     with clock.part("backward"):
         time.sleep(0.03)
-        clock.timed("communication", time.sleep)(0.05)
+        clock.part("communication")(time.sleep)(0.05)
         with clock.part("communication"):
             time.sleep(0.01)
     with clock.part("optimizer"):
