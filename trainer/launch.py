@@ -79,7 +79,11 @@ def _wait(ranks: list[subprocess.Popen]) -> int:
     while True:
         codes = [rank.poll() for rank in ranks]
         if not failed and any(codes):
-            failed, deadline = next(filter(None, codes)), time.monotonic() + _GRACE_SECONDS
+            first, failed = next((rank, code) for rank, code in enumerate(codes) if code)
+            deadline = time.monotonic() + _GRACE_SECONDS
+            if failed == -signal.SIGKILL:  # no log says so
+                why = "by a second stop signal, or by the kernel because memory ran out (dmesg tells)"
+                print(f"rank {first} was killed: {why}", file=sys.stderr)
         if None not in codes:
             return failed if failed >= 0 else 1
         if time.monotonic() > deadline:

@@ -60,6 +60,15 @@ def test_only_a_run_that_fails_is_said_to_have_failed(tmp_path, repository):
     assert json.loads((tmp_path / "state").read_text()) == state
 
 
+def test_a_rank_that_was_killed_is_named(tmp_path, repository):
+    (tmp_path / "killed.py").write_text("import os\nif os.environ['RANK'] == '1': os.kill(os.getpid(), 9)\n")
+    code = "import os; from pathlib import Path; from trainer.launch import launch; "
+    code += "assert launch(Path('.'), 2, os.open('.', os.O_RDONLY), ('killed',)) == 1"
+    done = python(code, tmp_path, repository)
+    assert done.returncode == 0, done.stderr
+    assert "rank 1 was killed: by a second stop signal, or by the kernel" in done.stderr
+
+
 def rank(module: str, run_dir: Path, world_size: int) -> subprocess.Popen[str]:
     """A rank as the launcher starts it: with stop signals held back."""
     place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(world_size)}
