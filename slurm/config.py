@@ -2,19 +2,19 @@
 
 import re
 from dataclasses import dataclass
-from operator import attrgetter
 from typing import Any
 
 from moe.config import ConfigError
 from trainer.config import RunConfig
 from trainer.parallel import ParallelPlan
+from trainer.typed import AtLeast0, AtLeast1
 
 
 @dataclass
 class HealthConfig:
     """What the nodes must pass before training."""
 
-    seconds: int
+    seconds: AtLeast0
     min_free_gib: float
     max_skew_seconds: float
 
@@ -32,8 +32,8 @@ class ContainerConfig:
 class SlurmConfig:
     """What the job asks for, and how it goes on after an interruption. Values in conf/slurm/, laws here."""
 
-    nodes: int
-    gpus_per_node: int
+    nodes: AtLeast1
+    gpus_per_node: AtLeast0
     cpus_per_task: int | None
     partition: str | None
     account: str | None
@@ -47,11 +47,11 @@ class SlurmConfig:
     exclusive: bool
     switches: str | None
     sbatch: dict[str, Any]
-    max_parallel: int
+    max_parallel: AtLeast0
     resume: str
-    chain_length: int
-    max_restarts: int
-    stop_before_seconds: int
+    chain_length: AtLeast1
+    max_restarts: AtLeast0
+    stop_before_seconds: AtLeast1
     health: HealthConfig
     container: ContainerConfig
     python: str | None
@@ -69,12 +69,8 @@ class SlurmConfig:
         }
 
     def problems(self, nproc_per_node: int) -> list[str]:
-        """Every broken law, one line each."""
-        found = [
-            f"slurm.{key}={attrgetter(key)(self)} is below {least}; use {least} or more"
-            for key, least in _LEAST.items()
-            if attrgetter(key)(self) < least
-        ]
+        """Every broken law that the types of single values do not show, one line each."""
+        found = []
         if self.resume not in ("requeue", "chain"):
             found.append(f"slurm.resume={self.resume} is unknown; use requeue or chain")
         if (kind := self.container.kind) not in ("none", "pyxis", "apptainer"):
@@ -92,14 +88,12 @@ class SlurmConfig:
         for key in self.env:
             if not re.fullmatch(r"[A-Za-z_]\w*", key):
                 found.append(f"slurm.env.{key} is no name of an environment variable")
-            elif re.search(r"KEY|TOKEN|SECRET|PASSW", key.upper()):
+            elif re.search(r"KEY|TOKEN(?!IZER)|SECRET|PASSW", key.upper()):
                 remedy = "the job script is no place for one: export it where you submit, jobs get it"
                 found.append(f"slurm.env.{key} looks like a secret; {remedy}")
         return found
 
 
-_LEAST = {"nodes": 1, "chain_length": 1, "stop_before_seconds": 1, "gpus_per_node": 0, "max_parallel": 0}
-_LEAST |= {"max_restarts": 0, "health.seconds": 0}
 # Keys that are flags of sbatch under their own names.
 _FLAGS = (
     *("nodes", "gpus_per_node", "cpus_per_task", "partition", "account", "qos", "constraint", "reservation"),

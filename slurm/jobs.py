@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from moe.config import ConfigError
+from trainer.command import tells_mistakes
 
 ACTIVE = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "STOPPED")
 
@@ -87,9 +88,4 @@ def command(module: str, act: Callable[[Path], None]) -> NoReturn:
     if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
         print(f"usage: python -m slurm.{module} RUN_DIR|SWEEP", file=sys.stderr)
         sys.exit(2)
-    try:
-        act(Path(sys.argv[1]).resolve())
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
-    sys.exit(0)
+    sys.exit(tells_mistakes(act)(Path(sys.argv[1]).resolve()))

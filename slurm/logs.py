@@ -5,9 +5,11 @@ import os
 import sys
 from pathlib import Path
 
+from trainer.command import tells_mistakes
 from trainer.run_folder import read_state
 
 
+@tells_mistakes
 def main(arguments: list[str]) -> int:
     """Hand over to tail; -f follows, also over a requeue."""
     parser = argparse.ArgumentParser(prog="python -m slurm.logs", description=__doc__)

@@ -1,12 +1,14 @@
 """What a job runs: its script, a block of flags and variables before job.sh, and the code. Torch-free."""
 
+import os
 import shlex
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
+from data_pipeline.streaming import absolute_paths
 from slurm.config import SubmitConfig
+from trainer.run_folder import git
 
 _ROOT = Path(__file__).parents[1]
 _PACKAGES = ("trainer", "moe", "data_pipeline", "slurm", "conf")
@@ -51,8 +53,8 @@ def job_script(folder: Path, configs: list[SubmitConfig], sweep: bool) -> str:
 def _container(folder: Path, configs: list[SubmitConfig]) -> tuple[list[str], list[str]]:
     """Flags of srun, and words before the rank command, that put the ranks into the image."""
     container, code = configs[0].slurm.container, folder / "code"
-    needed = {path for c in configs for path in (c.data.dir, c.stage.init_from, folder) if path is not None}
-    mounts = [*sorted(str(Path(path).resolve()) for path in needed), *container.mounts]
+    needed = {folder.resolve()}.union(*map(_places, configs))
+    mounts = [*sorted(map(str, needed)), *container.mounts]
     if container.kind == "pyxis":
         pairs = ",".join(mount if ":" in mount else f"{mount}:{mount}" for mount in mounts)
         places = [f"--container-mounts={pairs}", f"--container-workdir={code}"]
@@ -62,6 +64,19 @@ def _container(folder: Path, configs: list[SubmitConfig]) -> tuple[list[str], li
         binds = [f"--bind={mount}" for mount in mounts]
         return [], ["apptainer", "exec", *gpus, *binds, f"--pwd={code}", str(container.image)]
     return [], []
+
+
+def _places(config: SubmitConfig) -> set[Path]:
+    """Where the data and the first weights of a run lie; of a pattern, the folder that it begins with."""
+    if config.data.mode == "streaming":
+        text = absolute_paths(config.data)
+        named = [text["tokenizer"], *(path for of in text["sources"].values() for path in of["paths"])]
+        paths = [Path(path) for path in named if path and os.path.isabs(path)]  # others are names on the hub
+    else:
+        paths = [Path(config.data.dir).resolve()]
+    if config.stage.init_from is not None:
+        paths.append(Path(config.stage.init_from).resolve())
+    return {next(place for place in (path, *path.parents) if place.exists()) for path in paths}
 
 
 def _quoted(value: object) -> str:
@@ -77,8 +92,7 @@ def snapshot(target: Path, root: Path = _ROOT) -> None:
     In a git checkout these are the files that git does not ignore; an installed package is copied whole.
     """
     shutil.rmtree(target, ignore_errors=True)
-    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", *_PACKAGES]
-    listed = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False).stdout
+    listed = git("ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", *_PACKAGES, root=root)
     for package in _PACKAGES if not listed else ():
         shutil.copytree(root / package, target / package, ignore=shutil.ignore_patterns("__pycache__"))
     for file in filter(None, listed.split("\0")):

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from moe.config import ConfigError
 from slurm.jobs import active, command, runs_of, slurm
 
 
@@ -11,11 +12,17 @@ def stop(folder: Path) -> None:
     for run_dir in run_dirs:
         (run_dir / "stop").write_text("stopped by slurm.stop\n")
     jobs = active(run_dirs)
+    problems = []
     for job, state in jobs.items():
-        slurm("scancel", *(["--batch", "--signal=USR1"] if state == "RUNNING" else []), job)
-        print(f"job {job}: {'saves and ends' if state == 'RUNNING' else 'taken from the queue'}")
+        try:
+            slurm("scancel", *(["--batch", "--signal=USR1"] if state == "RUNNING" else []), job)
+            print(f"job {job}: {'saves and ends' if state == 'RUNNING' else 'taken from the queue'}")
+        except ConfigError as error:  # it may have ended just now; the others must be told all the same
+            problems.append(f"job {job}: {error}")
     if not jobs:
         print("no job waits or runs")
+    if problems:
+        raise ConfigError(problems)
 
 
 if __name__ == "__main__":

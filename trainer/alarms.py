@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from trainer.config import AlarmsConfig
 from trainer.optimizer import kind_of
-from trainer.tracker_config import AlarmsConfig
 
 _WINDOW, _LEAST = 50, 10  # logged losses that the loss is compared with, and how many there must be
 _STRAGGLES = 3  # logged steps in a row that one rank must be the slowest in

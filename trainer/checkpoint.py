@@ -24,6 +24,7 @@ from moe.balance import Balance
 from moe.config import ConfigError
 from moe.hf import Written, write_config, write_index, write_shards
 from trainer.checkpoint_folder import (
+    NAMES,
     checkpoints,
     damage,
     is_read,
@@ -33,11 +34,11 @@ from trainer.checkpoint_folder import (
     write_manifest,
 )
 from trainer.config import RunConfig
-from trainer.engine import DTYPES, Engine, Fragment
+from trainer.engine import Engine, Fragment
 from trainer.optimizer_state import fill_fragments, write_fragments
 from trainer.parallel import ParallelPlan
 from trainer.run_folder import read_state
-from trainer.runtime import Ranks, TrainingError, random_state, set_random_state
+from trainer.runtime import DTYPES, Ranks, TrainingError, random_state, set_random_state
 from trainer.throughput import available_memory
 
 T = TypeVar("T")
@@ -272,7 +273,7 @@ class Checkpoints:
     def _prune(self, newest: Path) -> None:
         """Remove what the configuration does not keep, and checkpoints of a future that was undone."""
         keep, every = self._config.checkpoint.keep, self._config.checkpoint.keep_every_steps
-        there = sorted(self._folder.glob("step-*"))
+        there = sorted(self._folder.glob(NAMES))
         past = [path for path in there if path < newest]
         spare = past[: max(0, len(past) - keep + 1)]
         old = [path for path in spare if not every or int(path.name.removeprefix("step-")) % every]

@@ -22,6 +22,7 @@ from typing import Any
 from data_pipeline.manifest import to_json, write_atomically
 
 MANIFEST = "manifest.json"
+NAMES = "step-" + 8 * "[0-9]"  # of checkpoints; what else lies beside them, such as a copy, is the user's
 BLOCK_BYTES = 1 << 22
 
 
@@ -79,7 +80,7 @@ def damage(checkpoint: Path, part: int = 0, parts: int = 1) -> list[str]:
 
 def checkpoints(run_dir: Path) -> list[Path]:
     """The checkpoints of a run, the one to go on from first: that which `latest` names, then newest first."""
-    found, latest = sorted((run_dir / "checkpoints").glob("step-*"), reverse=True), ""
+    found, latest = sorted((run_dir / "checkpoints").glob(NAMES), reverse=True), ""
     with suppress(OSError):
         latest = (run_dir / "latest").read_text().strip()
     return sorted(found, key=lambda path: path.name != latest)

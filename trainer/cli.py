@@ -1,5 +1,6 @@
 """`python -m trainer experiment=NAME [key=value ...]`: compose, validate, freeze, start the ranks here."""
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,14 +11,14 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from data_pipeline.config import DataError
 from data_pipeline.shards import open_prepared
 from data_pipeline.streaming import TextStream, absolute_paths
 from data_pipeline.tokenizer import check_vocab_size, tokenizer_of
-from trainer.config import ConfigError, RunConfig
+from trainer.command import tells_mistakes
+from trainer.config import RunConfig
 from trainer.launch import launch
 from trainer.parallel import ParallelPlan
-from trainer.run_folder import forget_origin, freeze, lock
+from trainer.run_folder import forget_origin, freeze, lock, read_state, write_state
 
 
 def compose_and(
@@ -28,20 +29,13 @@ def compose_and(
     Under -m every point of the sweep goes to `act`; `finish` follows the last one, unless one failed. A wrong
     configuration exits with 2 and one message, whether Hydra finds it (an unknown group) or we.
     """
-    composed = False
-
-    def reported(step: Callable[[], int]) -> int:
-        try:
-            return step()
-        except (ConfigError, DataError) as error:
-            print(f"The configuration is wrong:\n{error}", file=sys.stderr)
-            return 2
+    composed, headline = False, "The configuration is wrong:\n"
 
     @hydra.main(version_base="1.3", config_path="pkg://conf", config_name=config_name)
     def entry(cfg: DictConfig) -> None:
         nonlocal composed
         composed = True
-        if code := reported(lambda: act(cfg)):
+        if code := tells_mistakes(act, headline)(cfg):
             sys.exit(code)
 
     try:
@@ -51,7 +45,7 @@ def compose_and(
     except KeyboardInterrupt:
         print("interrupted before the run was started", file=sys.stderr)
         sys.exit(1)
-    sys.exit(reported(finish) if composed else 0)  # not composed: --help, --cfg
+    sys.exit(tells_mistakes(finish, headline)() if composed else 0)  # not composed: --help, --cfg
 
 
 def train_here(cfg: DictConfig) -> int:
@@ -63,7 +57,10 @@ def train_here(cfg: DictConfig) -> int:
     check(config, cfg, ParallelPlan.of(config, config.parallel.nproc_per_node))
     held = lock(config.run_dir)
     freeze(config.run_dir, cfg, list(hydra_config.overrides.task))
-    return start(config.run_dir, RunConfig.of_run(config.run_dir), held)
+    code = start(config.run_dir, RunConfig.of_run(config.run_dir), held)
+    if read_state(config.run_dir)["state"] == "stopped":
+        sys.exit(code)  # a stop is also for the points of a sweep that are left
+    return code
 
 
 def check(config: RunConfig, cfg: DictConfig, plan: ParallelPlan) -> None:
@@ -99,5 +96,9 @@ def start(run_dir: Path, config: RunConfig, held: int) -> int:
     """Start the ranks of a frozen run whose lock is held, and say where to look if they fail."""
     code = launch(run_dir, config.parallel.nproc_per_node, held)
     if code:
+        state = read_state(run_dir)
+        if state["state"] == "running":  # killed: no rank could say so itself
+            write_state(run_dir, "failed", state["attempt"])
         print(f"The run failed; logs are in {run_dir}/logs", file=sys.stderr)
+    os.close(held)
     return code

@@ -3,15 +3,14 @@
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from data_pipeline.config import DataConfig
 from moe.config import ConfigError, ModelConfig
 from moe.upcycle import upcycle_problems
 from trainer.parallel import ParallelConfig, ParallelPlan
 from trainer.run_folder import hf_folder, read_run
-from trainer.tracker_config import TrackerConfig
-from trainer.typed import AtLeast0, AtLeast1, NotNegative, similar, too_small, typed, value_problems
+from trainer.typed import AtLeast0, AtLeast1, NotNegative, similar, typed, value_problems
 
 
 @dataclass
@@ -102,6 +101,32 @@ class EvaluateConfig:
 
 
 @dataclass
+class AlarmsConfig:
+    """From where on a metric is an alarm."""
+
+    loss_spike: NotNegative  # deviations above what the losses before lead to
+    effective_experts: NotNegative  # least, of any layer
+    data_stall: NotNegative  # share of the step
+    straggler: NotNegative  # how much longer than the median rank one computes
+    repeat_after_steps: AtLeast0
+
+
+@dataclass
+class TrackerConfig:
+    """Weights & Biases, the intervals of metrics, alarms."""
+
+    wandb: Literal["auto", "online", "offline", "disabled"]
+    project: str
+    group: str | None
+    tags: list[str]
+    timeout_seconds: Annotated[float, 1]
+    log_every_steps: AtLeast1
+    expert_load_every_steps: AtLeast0
+    watch: AtLeast0
+    alarms: AlarmsConfig
+
+
+@dataclass
 class RunConfig:
     """A whole run. Values live in conf/, laws here; `load` reports everything that is wrong at once."""
 
@@ -153,25 +178,12 @@ class RunConfig:
             *self.data.problems(),
             *plan.problems(self.model.num_experts),
             *value_problems(self),
-            *self._tracker_problems(),
             *self._own_problems(),
             *self._init_problems(),
             *_deepspeed_problems(self.deepspeed),
         ]
         if problems:
             raise ConfigError(problems)
-
-    def _tracker_problems(self) -> list[str]:
-        tracker, choices = self.tracker, ("auto", "online", "offline", "disabled")
-        found = too_small("tracker.timeout_seconds", tracker.timeout_seconds, 1)
-        found += too_small("tracker.log_every_steps", tracker.log_every_steps, 1)
-        found += too_small("tracker.expert_load_every_steps", tracker.expert_load_every_steps, 0)
-        found += too_small("tracker.watch", tracker.watch, 0)
-        for key, value in vars(tracker.alarms).items():
-            found += too_small(f"tracker.alarms.{key}", value, 0)
-        if tracker.wandb not in choices:
-            found.append(f"tracker.wandb={tracker.wandb} is unknown; use {', '.join(choices)}")
-        return found
 
     def _own_problems(self) -> list[str]:
         """Laws that the types of single values do not show."""
@@ -198,9 +210,9 @@ class RunConfig:
         keys = ["balance.micro_weight", "balance.z_loss_coef", "balance.bias_update_rate"]
         keys += ["experts.router_jitter_noise", "experts.capacity_factor"]
         found += [
-            f"{key}={value} needs experts, but model.num_experts=0; use {'null' if value == capacity else 0}"
-            for key, value in ((key, attrgetter(key)(self)) for key in keys)
-            if model.num_experts == 0 and value
+            f"{key}={value} needs experts, but model.num_experts=0; use {'null' if 'capacity' in key else 0}"
+            for key in keys
+            if model.num_experts == 0 and (value := attrgetter(key)(self))
         ]
         if self.data.mode == "streaming" and self.evaluate.every_steps:
             found.append(

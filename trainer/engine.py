@@ -35,8 +35,6 @@ import deepspeed.ops
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from deepspeed.utils import groups
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
 all_to_all = deepspeed.comm.all_to_all_single  # for dispatchers: DeepSpeed's communication log sees it
 # DeepSpeed's collectives, as its backend names them
 _COLLECTIVES = ["all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "reduce"]

@@ -18,9 +18,9 @@ from moe.config import ConfigError
 from moe.model import ModelOutput
 from trainer.config import RunConfig
 from trainer.cpu_products import fast_products
-from trainer.generate import load_model
+from trainer.generate import load_model, selection_bias
 from trainer.run_folder import hf_folder
-from trainer.runtime import Ranks
+from trainer.runtime import DTYPES, Ranks
 
 
 def open_loader(config: RunConfig, ranks: Ranks, **settings: Any) -> Loader:
@@ -71,13 +71,13 @@ def evaluate_checkpoint(source: Path) -> dict[str, float]:
         why = f"{run_dir} was trained with data.mode=streaming, which keeps no held-out rows"
         raise ConfigError([f"{why}; prepare the data and train with data.mode=prepared to evaluate"])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.bfloat16 if config.dtype == "bf16" else torch.float32
+    dtype = DTYPES[config.dtype]
     model = load_model(folder, device).to(dtype)
-    balance = torch.load(folder.parent / "balance.pt", weights_only=True, map_location=device)
+    bias = selection_bias(folder, device)
 
     def forward(batch: Batch) -> ModelOutput:
         rows = (batch.input_ids, batch.position_ids, batch.cu_seqlens)
-        return model(*rows, labels=batch.labels, selection_bias=balance.get("bias"))
+        return model(*rows, labels=batch.labels, selection_bias=bias)
 
     with fast_products(device, dtype):
         return evaluate(forward, config, Ranks(0, 0, 1, device))

@@ -20,13 +20,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from data_pipeline.config import DataError
 from data_pipeline.manifest import sync, to_json, write_atomically
 from data_pipeline.tokenizer import END_OF_TEXT, load_tokenizer
 from moe.config import ConfigError, ModelConfig
 from moe.formats import MTP_FORMATS
 from moe.hf import INDEX, SINGLE, Place, SafetensorError, locate, safe_open, save_file, write_config
 from trainer.checkpoint_folder import reading
+from trainer.command import tells_mistakes
+from trainer.generate import selection_bias
 from trainer.run_folder import hf_folder
 from trainer.terminal import duration
 
@@ -161,8 +162,7 @@ def export(folder: Path, out: Path, max_shard_bytes: int, dtype: str | None) -> 
         weight_map = {name: file for file, shard in shards.items() for name in shard}
         write_atomically(out / INDEX, to_json({"metadata": {"total_size": total}, "weight_map": weight_map}))
     write_config(config, written_as, out, write_tokenizer(folder, out, config))
-    balance = folder.parent / "balance.pt"
-    if balance.is_file() and "bias" in torch.load(balance, weights_only=True, map_location="cpu"):
+    if selection_bias(folder, torch.device("cpu")) is not None:
         what = "the run chose experts with a selection bias (balance.bias_update_rate)"
         print(f"warning: {what}; the format has no place for it, so the exported model routes without")
     print(
@@ -179,6 +179,7 @@ def _size(text: str) -> int:
     return int(float(match[1]) * {"KB": 10**3, "MB": 10**6, "GB": 10**9}[match[2]])
 
 
+@tells_mistakes
 def main(arguments: list[str]) -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m trainer.export", description=__doc__)
@@ -191,9 +192,6 @@ def main(arguments: list[str]) -> int:
         folder = hf_folder(options.source)
         with reading(folder):
             export(folder, options.out, options.max_shard_size, DTYPES.get(options.dtype))
-    except (ConfigError, DataError) as error:
-        print(error, file=sys.stderr)
-        return 2
     except (OSError, SafetensorError) as error:
         print(f"the export is not whole: {error}; the same command goes on where it stopped", file=sys.stderr)
         return 1

@@ -6,14 +6,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from data_pipeline.config import DataError
 from data_pipeline.tokenizer import load_tokenizer
 from moe.attention import Cache
 from moe.config import ConfigError, ModelConfig
 from moe.hf import load_hf
 from moe.model import CausalLM
 from trainer.checkpoint_folder import reading
+from trainer.command import tells_mistakes
 from trainer.run_folder import hf_folder
 
 
@@ -27,13 +28,26 @@ def load_model(folder: Path, device: torch.device) -> CausalLM:
     return model.eval()
 
 
+def selection_bias(folder: Path, device: torch.device) -> Tensor | None:
+    """[L,E] by which the run of a checkpoint's `hf` folder chooses experts; None where nothing biases it."""
+    balance = folder.parent / "balance.pt"
+    if not balance.is_file():
+        return None
+    return torch.load(balance, weights_only=True, map_location=device).get("bias")
+
+
 @torch.inference_mode()
 def generate(
-    model: CausalLM, prompt: list[int], max_new_tokens: int, temperature: float, stop_id: int | None
+    model: CausalLM,
+    prompt: list[int],
+    max_new_tokens: int,
+    temperature: float,
+    stop_id: int | None,
+    bias: Tensor | None,
 ) -> Iterator[int]:
     """Token ids that continue `prompt`, one by one, until `stop_id`; temperature 0 is greedy.
 
-    Every step computes one token; what came before is in the cache.
+    `bias` is `selection_bias`. Every step computes one token; what came before is in the cache.
     """
     device = next(model.parameters()).device
     cache = Cache()
@@ -42,7 +56,8 @@ def generate(
         seen, new = cache.length, tokens.shape[1]
         positions = torch.arange(seen, seen + new, device=device).unsqueeze(0)
         borders = torch.tensor([0, new], dtype=torch.int32, device=device)
-        logits = model(tokens, positions, borders, cache=cache).logits[0, -1]  # [V]
+        output = model(tokens, positions, borders, cache=cache, selection_bias=bias)
+        logits = output.logits[0, -1]  # [V]
         chosen = logits.argmax(-1, keepdim=True)
         if temperature > 0:
             chosen = torch.multinomial((logits / temperature).softmax(-1), 1)
@@ -52,6 +67,7 @@ def generate(
         tokens = chosen.unsqueeze(0)
 
 
+@tells_mistakes
 def main(arguments: list[str]) -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m trainer.generate", description=__doc__)
@@ -64,22 +80,19 @@ def main(arguments: list[str]) -> int:
     if options.tokens < 1 or not 0 <= options.temperature < float("inf"):
         parser.error("--tokens must be above 0 and --temperature a finite number from 0 on")
     torch.manual_seed(options.seed)
-    try:
-        folder = hf_folder(options.source)
-        model = load_model(folder, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-        tokenizer = load_tokenizer(folder)
-        if not (prompt := tokenizer.encode(options.prompt)):
-            raise ConfigError("the prompt is empty; give at least one character")
-        if options.tokens > (room := model.config.max_position_embeddings - len(prompt)):
-            what = f"--tokens {options.tokens} does not fit"
-            raise ConfigError(f"{what}; the model has room for {room} after this prompt")
-    except (ConfigError, DataError) as error:
-        print(error, file=sys.stderr)
-        return 2
+    folder = hf_folder(options.source)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model, bias = load_model(folder, device), selection_bias(folder, device)
+    tokenizer = load_tokenizer(folder)
+    if not (prompt := tokenizer.encode(options.prompt)):
+        raise ConfigError("the prompt is empty; give at least one character")
+    if options.tokens > (room := model.config.max_position_embeddings - len(prompt)):
+        what = f"--tokens {options.tokens} does not fit"
+        raise ConfigError(f"{what}; the model has room for {room} after this prompt")
     shown = options.prompt
     print(shown, end="", flush=True)
     new: list[int] = []
-    for token in generate(model, prompt, options.tokens, options.temperature, tokenizer.end_of_text):
+    for token in generate(model, prompt, options.tokens, options.temperature, tokenizer.end_of_text, bias):
         new.append(token)
         text = options.prompt + tokenizer.decode(new)
         if not text.endswith("�"):  # wait for the rest of a character that spans tokens

@@ -33,12 +33,10 @@ def describe(checkpoint: Path) -> list[str]:
             for name in reader.keys():  # noqa: SIM118, the reader is no mapping
                 stored = reader.get_slice(name)
                 count = math.prod(stored.get_shape())
-                for kind in (
-                    "in all",
-                    next((kind for part, kind in _KINDS.items() if part in name), "other"),
-                ):
-                    elements[kind] += count
-                    nbytes[kind] += count * _BYTES[stored.get_dtype()]
+                kind = next((kind for part, kind in _KINDS.items() if part in name), "other")
+                for row in (kind, "in all"):
+                    elements[row] += count
+                    nbytes[row] += count * _BYTES[stored.get_dtype()]
     total = sum(size for size, _ in manifest["files"].values())
     layout = ", ".join(f"{key} {value}" for key, value in manifest["layout"].items())
     return [

@@ -11,8 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-from trainer.run_folder import read_state, write_state
-
 _GRACE_SECONDS = 10.0  # for the other ranks, once one has failed
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)  # NCCL takes SIGUSR1
 
@@ -34,7 +32,7 @@ def launch(run_dir: Path, nproc: int, lock: int, command: Sequence[str] = ("trai
     """Run `python -m COMMAND RUN_DIR` on `nproc` ranks; returns the exit code of the first failure, or 0.
 
     SIGINT and SIGTERM become a stop request to every rank (save, exit 0); a second one kills. If this process
-    dies, the ranks are asked to stop. `lock` (`run_folder.lock`) is held until the last rank is gone.
+    dies, the ranks are asked to stop. They inherit `lock` (`run_folder.lock`): it is held until all are gone.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -57,22 +55,21 @@ def launch(run_dir: Path, nproc: int, lock: int, command: Sequence[str] = ("trai
         for rank in ranks:
             rank.send_signal(ours)
 
-    signal.signal(signal.SIGINT, forward)
-    signal.signal(signal.SIGTERM, forward)
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # ranks start so, until they listen
+    before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
     for rank in range(nproc):
         process = subprocess.Popen(
             [sys.executable, "-m", *command, str(run_dir)],
             env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             start_new_session=True,  # Ctrl-C reaches the ranks through us, once
-            preexec_fn=_prepare_rank,
+            preexec_fn=_end_with_launcher,
             pass_fds=[lock],
         )
         ranks.append(process)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     code = _wait(ranks)
-    state = read_state(run_dir)
-    if code and state["state"] == "running":  # killed: no rank could say so itself
-        write_state(run_dir, "failed", state["attempt"])
-    os.close(lock)
+    for number, handler in before.items():
+        signal.signal(number, handler)
     return code
 
 
@@ -82,7 +79,11 @@ def _wait(ranks: list[subprocess.Popen]) -> int:
     while True:
         codes = [rank.poll() for rank in ranks]
         if not failed and any(codes):
-            failed, deadline = next(filter(None, codes)), time.monotonic() + _GRACE_SECONDS
+            first, failed = next((rank, code) for rank, code in enumerate(codes) if code)
+            deadline = time.monotonic() + _GRACE_SECONDS
+            if failed == -signal.SIGKILL:  # no log says so
+                why = "by a second stop signal, or by the kernel because memory ran out (dmesg tells)"
+                print(f"rank {first} was killed: {why}", file=sys.stderr)
         if None not in codes:
             return failed if failed >= 0 else 1
         if time.monotonic() > deadline:
@@ -91,8 +92,7 @@ def _wait(ranks: list[subprocess.Popen]) -> int:
         time.sleep(0.05)
 
 
-def _prepare_rank() -> None:
-    """In the child: hold stop signals until it listens; on Linux, have one sent when the launcher dies."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+def _end_with_launcher() -> None:
+    """In the child: on Linux, have a stop signal sent when the launcher dies."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG

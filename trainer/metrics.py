@@ -11,11 +11,11 @@ from torch import Tensor
 from moe.parallelize import dispatched
 from moe.router import RouterStatistics
 from trainer.config import RunConfig
-from trainer.engine import DTYPES, Engine
+from trainer.engine import Engine
 from trainer.loss import LossShares, Totals
 from trainer.optimizer import KINDS
 from trainer.parallel import ParallelPlan
-from trainer.runtime import Ranks
+from trainer.runtime import DTYPES, Ranks
 from trainer.throughput import memory_gib, peak_flops
 
 # L MoE layers, E experts, R ranks, N kinds of parameters

@@ -32,15 +32,14 @@ class ParallelPlan:
 
     world_size: int
     ep_size: int
-    dispatcher: str
     micro_batch_size: int
     global_batch_size: int
 
     @classmethod
     def of(cls, config: RunConfig, world_size: int) -> ParallelPlan:
         """The plan of a run configuration for a number of ranks."""
-        layout, rows = config.parallel, config.stage.global_batch_size
-        return cls(world_size, layout.ep_size, layout.dispatcher, config.micro_batch_size, rows)
+        rows = config.stage.global_batch_size
+        return cls(world_size, config.parallel.ep_size, config.micro_batch_size, rows)
 
     @property
     def gradient_accumulation_steps(self) -> int:

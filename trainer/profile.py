@@ -7,12 +7,13 @@ is. Under srun or torchrun, with RANK and so on set, it is one rank; else it sta
 
 import argparse
 import os
+import signal
 import sys
 from pathlib import Path
 
-from data_pipeline.config import DataError
-from trainer.config import ConfigError, RunConfig
-from trainer.launch import launch
+from trainer.command import tells_mistakes
+from trainer.config import RunConfig
+from trainer.launch import STOP_SIGNALS, launch
 from trainer.parallel import ParallelPlan
 from trainer.run_folder import lock
 
@@ -25,11 +26,11 @@ def profile_rank(run_dir: Path, steps: int) -> None:
 
     from trainer.checkpoint import Checkpoints
     from trainer.cpu_products import fast_products
-    from trainer.engine import DTYPES, Engine, communication_log, init_deepspeed
+    from trainer.engine import Engine, communication_log, init_deepspeed
     from trainer.evaluate import open_loader
     from trainer.loss import agree_on_totals
     from trainer.optimizer import build_optimizer
-    from trainer.runtime import Ranks, redirect_output, seed_everything
+    from trainer.runtime import DTYPES, Ranks, redirect_output, seed_everything
     from trainer.train import build_balance, build_model, train_step
 
     ranks, config = Ranks.join(), RunConfig.of_run(run_dir)
@@ -64,6 +65,7 @@ def profile_rank(run_dir: Path, steps: int) -> None:
     ranks.leave()
 
 
+@tells_mistakes
 def main(arguments: list[str]) -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m trainer.profile", description=__doc__)
@@ -73,18 +75,15 @@ def main(arguments: list[str]) -> int:
     if options.steps < 1:
         parser.error("--steps must be above 0")
     run_dir, folder = options.run_dir, options.run_dir / "profile"
-    try:
-        if "RANK" in os.environ:
-            profile_rank(run_dir, options.steps)
-            return 0
-        config = RunConfig.of_run(run_dir)
-        config.check(ParallelPlan.of(config, config.parallel.nproc_per_node))
-        folder.mkdir(exist_ok=True)
-        command = ["trainer.profile", f"--steps={options.steps}"]
-        code = launch(run_dir, config.parallel.nproc_per_node, lock(run_dir), command)
-    except (ConfigError, DataError) as error:
-        print(error, file=sys.stderr)
-        return 2
+    if "RANK" in os.environ:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # nothing to save: any of them ends it
+        profile_rank(run_dir, options.steps)
+        return 0
+    config = RunConfig.of_run(run_dir)
+    config.check(ParallelPlan.of(config, config.parallel.nproc_per_node))
+    folder.mkdir(exist_ok=True)
+    command = ["trainer.profile", f"--steps={options.steps}"]
+    code = launch(run_dir, config.parallel.nproc_per_node, lock(run_dir), command)
     print(f"failed: see {folder}/rank-*.log" if code else (folder / "rank-0.txt").read_text())
     return code
 

@@ -3,32 +3,29 @@
 import sys
 from pathlib import Path
 
-from data_pipeline.config import DataError
 from trainer.cli import check_data, start
-from trainer.config import ConfigError, RunConfig
+from trainer.command import tells_mistakes
+from trainer.config import RunConfig
 from trainer.parallel import ParallelPlan
 from trainer.run_folder import change_layout, lock, read_run, record_layout
 
 
+@tells_mistakes
 def main(arguments: list[str]) -> int:
     """Returns the exit code."""
     if not arguments:
         print("usage: python -m trainer.resume RUN_DIR [key=value ...]", file=sys.stderr)
         return 2
     run_dir, overrides = Path(arguments[0]), arguments[1:]
-    try:
-        cfg = read_run(run_dir)
-        changed = change_layout(cfg, overrides)
-        config = RunConfig.load(cfg)
-        config.check(ParallelPlan.of(config, config.parallel.nproc_per_node))
-        check_data(config)
-        held = lock(run_dir)
-        if changed:
-            record_layout(run_dir, changed, overrides)
-        return start(run_dir, config, held)
-    except (ConfigError, DataError) as error:
-        print(error, file=sys.stderr)
-        return 2
+    cfg = read_run(run_dir)
+    changed = change_layout(cfg, overrides)
+    config = RunConfig.load(cfg)
+    config.check(ParallelPlan.of(config, config.parallel.nproc_per_node))
+    check_data(config)
+    held = lock(run_dir)
+    if changed:
+        record_layout(run_dir, changed, overrides)
+    return start(run_dir, config, held)
 
 
 if __name__ == "__main__":

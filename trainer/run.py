@@ -34,12 +34,12 @@ def main(arguments: list[str]) -> int:
             raise ConfigError([f"{', '.join(missing)} not set: {remedy}"])
         config = RunConfig.of_run(run_dir)
         config.check(ParallelPlan.of(config, int(os.environ["WORLD_SIZE"])))
+        shared = [read_state(run_dir)["attempt"] + 1]
     except ConfigError as error:
         if os.environ.get("RANK", "0") == "0":  # every rank meets it
             print(error, file=sys.stderr)
         return 2
     ranks = Ranks.join()
-    shared = [read_state(run_dir)["attempt"] + 1]
     dist.broadcast_object_list(shared)
     (attempt,) = shared
     if ranks.is_main:

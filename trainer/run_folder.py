@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from importlib.metadata import distributions
@@ -19,7 +20,7 @@ from data_pipeline.manifest import to_json, write_atomically
 from moe.config import ConfigError
 from trainer.checkpoint_folder import checkpoints, read_manifest
 
-_CONF = Path(__file__).parents[1] / "conf"
+_ROOT = Path(__file__).parents[1]
 # What a resume may change: how the ranks are laid out and what is kept, never what is computed.
 _LAYOUT_KEYS = (
     *("parallel", "deepspeed", "micro_batch_size", "recompute", "experts.backend"),
@@ -48,7 +49,7 @@ def freeze(run_dir: Path, cfg: DictConfig, overrides: list[str]) -> None:
     try:
         (run_dir / "overrides.txt").write_text("".join(f"{line}\n" for line in overrides))
         (run_dir / "environment.json").write_text(json.dumps(_environment(), indent=1))
-        (run_dir / "git.txt").write_text(f"{_git('rev-parse', '--verify', 'HEAD')}\n{_git('diff', 'HEAD')}")
+        (run_dir / "git.txt").write_text(f"{git('rev-parse', '--verify', 'HEAD')}\n{git('diff', 'HEAD')}")
         write_atomically(frozen, OmegaConf.to_yaml(cfg, resolve=True).encode())
     except OSError as error:
         raise ConfigError(f"output_dir: cannot write the run folder {run_dir} ({error.strerror})") from error
@@ -99,7 +100,7 @@ def change_layout(cfg: Any, overrides: list[str]) -> dict[str, Any]:
             allowed = ", ".join(_LAYOUT_KEYS)
             problems.append(f"{override}: only KEY=VALUE with these keys can change at a resume: {allowed}")
         elif key == "deepspeed":
-            groups = {path.stem: path for path in (_CONF / "deepspeed").glob("*.yaml")}
+            groups = {path.stem: path for path in (_ROOT / "conf/deepspeed").glob("*.yaml")}
             if value in groups:
                 cfg.deepspeed = OmegaConf.load(groups[value])
             else:
@@ -124,7 +125,8 @@ def record_layout(run_dir: Path, sections: dict[str, Any], overrides: list[str])
 def lock(run_dir: Path) -> int:
     """A descriptor that holds the run folder, as long as it or an inherited copy is open.
 
-    Raises ConfigError while another run holds it, and where the folder cannot be written.
+    Raises ConfigError while another run holds it, and where the folder cannot be written. Warns where the
+    file system has no locks.
     """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -137,6 +139,9 @@ def lock(run_dir: Path) -> int:
     except BlockingIOError as error:
         os.close(descriptor)
         raise ConfigError(f"{run_dir} is running already; stop it first, or choose another name") from error
+    except OSError as error:  # Lustre without its option flock, for one
+        why = f"its file system has no locks ({error.strerror})"
+        print(f"warning: {run_dir} may be running already, {why}; see to it yourself", file=sys.stderr)
     return descriptor
 
 
@@ -201,7 +206,9 @@ def _environment() -> dict[str, Any]:
     return {"python": platform.python_version(), "platform": platform.platform(), "packages": packages}
 
 
-def _git(*command: str) -> str:
-    """What git says of the code that runs, nothing outside a git checkout."""
-    here = Path(__file__).parent
-    return subprocess.run(["git", *command], cwd=here, capture_output=True, text=True, check=False).stdout
+def git(*command: str, root: Path = _ROOT) -> str:
+    """What git says of the code in `root`; nothing outside a git checkout, and where there is no git."""
+    with suppress(FileNotFoundError):
+        done = subprocess.run(["git", *command], cwd=root, capture_output=True, check=False)
+        return done.stdout.decode(errors="replace")  # a diff holds the bytes of files, in any encoding
+    return ""

@@ -1,5 +1,6 @@
 """One rank's place in the world: process group, device, seeds, stop signals, and where its output goes."""
 
+import io
 import logging
 import os
 import random
@@ -7,12 +8,13 @@ import sys
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Collectives that wait longer than this belong to a dead run.
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
@@ -51,12 +53,8 @@ class Ranks:
 
     def leave(self) -> None:
         """Leave the process group, all ranks together: one that goes early may abort the others."""
-        self.barrier()
-        dist.destroy_process_group()
-
-    def barrier(self) -> None:
-        """Wait for all ranks."""
         dist.barrier(device_ids=[self.local_rank] if self.device.type == "cuda" else None)
+        dist.destroy_process_group()
 
 
 def seed_everything(seed: int, rank: int) -> None:
@@ -91,13 +89,23 @@ def set_random_state(state: dict) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
+class _Guest(io.FileIO):
+    """What cannot be written is lost: a terminal or a pipe that is closed does not end a run."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError:
+            return len(data)
+
+
 def redirect_output(log_file: Path) -> TextIO:
     """Send file descriptors 1 and 2 and Python logging to `log_file`: libraries talk there, C code too.
 
     Returns the old standard output, for progress and errors that a person must see.
     """
     log_file.parent.mkdir(parents=True, exist_ok=True)
-    terminal = os.fdopen(os.dup(1), "w", buffering=1)
+    terminal = io.TextIOWrapper(io.BufferedWriter(_Guest(os.dup(1), "w")), line_buffering=True)
     descriptor = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     sys.stdout.flush()
     sys.stderr.flush()

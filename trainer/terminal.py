@@ -18,9 +18,11 @@ from trainer.config import RunConfig
 _SHOWN = {
     "learning": ["loss {loss:.3f}", "grad {grad_norm:.2f}", "learning rate {learning_rate:.2e}"],
     "balance": ["balance {balance_loss:.3f}", "busiest {busiest:.1f}x", "{dead_experts} unused"],
-    "speed": ["{tokens_per_second:,.0f} tok/s", "mfu {mfu:.1%}", "waiting for data {stall_fraction:.1%}"],
+    "speed": [
+        *("{tokens_per_second:,.0f} tok/s", "mfu {mfu:.1%}", "waiting for data {stall_fraction:.1%}"),
+        "{memory_gib:.1f} GiB",
+    ],
 }
-_SHOWN["speed"] += ["{memory_gib:.1f} GiB"]
 
 
 class Terminal:

@@ -14,6 +14,7 @@ from urllib.parse import urlparse
 
 import numpy as np
 
+from data_pipeline.manifest import write_atomically
 from trainer.alarms import Alarm
 from trainer.config import RunConfig
 from trainer.metrics import HISTOGRAM_LOG2
@@ -87,7 +88,7 @@ class Tracker:
 
         identity = run_dir / "wandb_id"  # over all attempts; the agent of a W&B sweep chooses it
         if not identity.exists():
-            identity.write_text(os.environ.get("WANDB_RUN_ID", os.urandom(6).hex()))
+            write_atomically(identity, os.environ.get("WANDB_RUN_ID", os.urandom(6).hex()).encode())
         folder, seconds = Path(config.name).parent.as_posix(), config.tracker.timeout_seconds
         settings = dict.fromkeys(("init_timeout", "login_timeout", "finish_timeout"), seconds)
         init = partial(
@@ -164,7 +165,7 @@ def _wandb_mode(configured: str) -> str:
     if configured != "auto":
         return configured
     key: Any = os.environ.get("WANDB_API_KEY")
-    with suppress(FileNotFoundError, netrc.NetrcParseError):
+    with suppress(OSError, netrc.NetrcParseError):  # none, or not ours to read: a home of somebody else
         host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
         key = key or netrc.netrc().authenticators(host)
     return os.environ.get("WANDB_MODE", "online" if key else "offline")

@@ -24,7 +24,7 @@ from trainer.checkpoint import Checkpoints, check_tokenizer
 from trainer.checkpoint_folder import reading
 from trainer.config import RunConfig
 from trainer.cpu_products import fast_products
-from trainer.engine import DTYPES, Engine, all_to_all, expert_parallel_group, init_deepspeed, mark_experts
+from trainer.engine import Engine, all_to_all, expert_parallel_group, init_deepspeed, mark_experts
 from trainer.evaluate import evaluate, open_loader
 from trainer.launch import StopRequest
 from trainer.loss import Totals, agree_on_totals, loss_shares
@@ -32,7 +32,7 @@ from trainer.metrics import Meter, StepSums
 from trainer.optimizer import build_optimizer, learning_rate
 from trainer.parallel import ParallelPlan
 from trainer.run_folder import hf_folder
-from trainer.runtime import Ranks, TrainingError, seed_everything
+from trainer.runtime import DTYPES, Ranks, TrainingError, seed_everything
 from trainer.terminal import Terminal, closing
 from trainer.tracker import Tracker
 
@@ -193,14 +193,16 @@ def build_model(config: RunConfig, plan: ParallelPlan, ranks: Ranks) -> CausalLM
     with torch.device("meta"):
         model = CausalLM(config.model, backend=config.experts.backend, recompute=config.recompute)
     if plan.ep_size > 1:
-        chunks = config.parallel.dispatch_chunks
-        dispatcher = DISPATCHERS[plan.dispatcher](expert_parallel_group(plan.ep_size), all_to_all, chunks)
+        kind, chunks = DISPATCHERS[config.parallel.dispatcher], config.parallel.dispatch_chunks
+        dispatcher = kind(expert_parallel_group(plan.ep_size), all_to_all, chunks)
         apply_expert_parallel(model, ep_rank=ep_rank, ep_size=plan.ep_size, dispatcher=dispatcher)
     model.to_empty(device=ranks.device)
     if config.stage.init_from is None:
         init_weights(model, config.seed, ep_rank=ep_rank, router_scale=config.init.router_scale)
     else:
-        weights = hf_folder(Path(config.stage.init_from))
+        found = [hf_folder(Path(config.stage.init_from))]
+        dist.broadcast_object_list(found)  # one for all ranks, also of a run that goes on meanwhile
+        (weights,) = found
         check_tokenizer(weights, config.data)
         with reading(weights):
             if config.init.upcycle == "none":

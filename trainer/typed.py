@@ -38,14 +38,9 @@ def value_problems(config: Any, path: str = "") -> list[str]:
             found += value_problems(value, f"{name}.")
         elif get_origin(hint) is Literal and value not in get_args(hint):
             found.append(f"{name}={value} is unknown; use {', '.join(get_args(hint))}")
-        elif get_origin(hint) is Annotated:
-            found += too_small(name, value, get_args(hint)[1])
+        elif get_origin(hint) is Annotated and not value >= (least := get_args(hint)[1]):  # or no number
+            found.append(f"{name}={value} is below {least}; use {least} or more")
     return found
-
-
-def too_small(name: str, value: float, least: float) -> list[str]:
-    """One line if the value is below the least, or no number."""
-    return [] if value >= least else [f"{name}={value} is below {least}; use {least} or more"]
 
 
 def similar(key: str, known: Iterable[str]) -> str:

@@ -112,6 +112,18 @@ def test_an_attempt_that_was_taken_over_leaves_the_state_alone(small, tmp_path):
     assert json.loads((tmp_path / "runs/old/state").read_text()) == taken
 
 
+def test_a_run_outlives_the_reader_of_its_output(small, tmp_path):
+    command = [sys.executable, "-m", *small, "name=alone", "evaluate.every_steps=0"]
+    with subprocess.Popen(command, cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE) as process:
+        try:
+            assert any(b"step 1/8" in line for line in process.stdout)
+            process.stdout.close()
+            assert process.wait(timeout=60) == 0
+        finally:
+            process.kill()
+    assert json.loads((tmp_path / "runs/alone/state").read_text())["state"] == "finished"
+
+
 def test_a_run_cannot_be_started_twice_at_once(small, tmp_path):
     def start_another(launcher: subprocess.Popen) -> None:
         second = python("trainer.resume", "runs/twice", cwd=tmp_path)

@@ -1,8 +1,12 @@
 """A sweep on this machine: one run after another, each in processes of its own."""
 
 import json
+import signal
+import subprocess
+import sys
+import time
 
-from commands import python
+from commands import ENVIRONMENT, last_step, python
 
 
 def test_points_run_one_after_another(small, tmp_path):
@@ -22,3 +26,21 @@ def test_points_run_one_after_another(small, tmp_path):
     broken = python(module, "-m", *overrides, "name=b", "optimizer.lr=1e-3,-1", cwd=tmp_path)
     assert broken.returncode == 2
     assert "optimizer.lr=-1" in broken.stderr
+
+
+def test_a_stop_ends_the_sweep(small, tmp_path):
+    module, *overrides = small
+    long = ["name=s", "stage.train_tokens=409600", "evaluate.every_steps=0", "seed=1,2"]
+    command = [sys.executable, "-m", module, "-m", *overrides, *long]
+    with subprocess.Popen(command, cwd=tmp_path, env=ENVIRONMENT) as sweep:
+        try:
+            deadline, first = time.monotonic() + 90, tmp_path / "runs/s/0"
+            while not (first / "metrics.jsonl").exists() or last_step(first) < 1:
+                assert time.monotonic() < deadline, "the run does not get on"
+                time.sleep(0.05)
+            sweep.send_signal(signal.SIGINT)
+            assert sweep.wait(timeout=60) == 0
+        finally:
+            sweep.kill()
+    assert json.loads((first / "state").read_text()) == {"attempt": 1, "state": "stopped"}
+    assert not (tmp_path / "runs/s/1").exists()

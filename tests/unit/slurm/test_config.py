@@ -66,6 +66,11 @@ def test_broken_laws_are_named(override, message):
     assert any(message in problem for problem in problems(override)), problems(override)
 
 
+def test_what_is_no_secret():
+    config = submission("+slurm.env.TOKENIZERS_PARALLELISM='false'")
+    config.check(config.plan)
+
+
 def test_all_problems_at_once():
     assert len(problems("slurm.nodes=0", "slurm.resume=x", "optimizer.lr=0")) >= 3
 

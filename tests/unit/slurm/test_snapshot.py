@@ -54,3 +54,10 @@ def test_an_installed_package(tmp_path):
     snapshot(tmp_path / "code", root)
     expected = {f"{package}/a.py": "committed" for package in PACKAGES}
     assert tree(tmp_path / "code") == expected | {"slurm/job.sh": "script"}
+
+
+def test_a_machine_without_git(tmp_path, monkeypatch):
+    make(tmp_path / "root")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    snapshot(tmp_path / "code", tmp_path / "root")
+    assert tree(tmp_path / "code") == {f"{package}/a.py": "committed" for package in PACKAGES}

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from trainer.alarms import Alarms, first_not_finite
-from trainer.tracker_config import AlarmsConfig
+from trainer.config import AlarmsConfig
 
 CONFIG = AlarmsConfig(
     loss_spike=8.0, effective_experts=0.25, data_stall=0.01, straggler=0.3, repeat_after_steps=100

@@ -64,6 +64,7 @@ def test_the_one_that_latest_names_comes_first_then_newest(tmp_path):
     for step in (10, 9, 11):
         make(tmp_path, step)
     (tmp_path / "checkpoints/.step-00000012.attempt-1").mkdir()
+    (tmp_path / "checkpoints/step-00000012-of-mine").mkdir()
     assert [path.name[-2:] for path in checkpoints(tmp_path)] == ["11", "10", "09"]
     (tmp_path / "latest").write_text("step-00000010\n")
     assert [path.name[-2:] for path in checkpoints(tmp_path)] == ["10", "11", "09"]

@@ -112,6 +112,12 @@ def test_a_dense_model_routes_nothing(run_config):
     ]
 
 
+def test_equal_values_have_remedies_of_their_own(run_config):
+    equal = ("balance.z_loss_coef=1.5", "experts.capacity_factor=1.5")
+    found = broken(run_config("model=tiny_dense", "parallel.ep_size=1", *equal))
+    assert [line.rsplit(maxsplit=1)[1] for line in found] == ["0", "null"]
+
+
 def test_steps_cover_the_token_budget(run_config):
     stage = run_config("stage.seq_len=100", "stage.global_batch_size=10", "stage.train_tokens=2001").stage
     assert (stage.step_tokens, stage.total_steps) == (1000, 3)

@@ -1,11 +1,16 @@
 """The configuration that a run folder goes on with."""
 
+import errno
+import fcntl
+import os
+import subprocess
+
 import pytest
 from omegaconf import OmegaConf
 
 from moe.config import ConfigError
 from trainer.config import RunConfig
-from trainer.run_folder import change_layout, freeze, read_run, record_layout, write_state
+from trainer.run_folder import change_layout, freeze, git, lock, read_run, record_layout, write_state
 
 
 @pytest.fixture
@@ -45,3 +50,30 @@ def test_all_mistakes_are_told_at_once(run_dir):
         change_layout(read_run(run_dir), wrong)
     assert len(caught.value.problems) == 3
     assert "use zero0, zero1, zero2, zero3" in str(caught.value)
+
+
+def test_a_run_needs_no_git(composed, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    freeze(tmp_path, composed(), [])
+    assert (tmp_path / "git.txt").read_text() == "\n"
+
+
+def test_a_diff_in_another_encoding(tmp_path):
+    (tmp_path / "a").write_bytes(b"one\n")
+    for command in (
+        ["init", "-q"],
+        ["add", "."],
+        ["-c", "user.name=t", "-c", "user.email=t", "commit", "-qm", "x"],
+    ):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    (tmp_path / "a").write_bytes(b"caf\xe9\n")
+    assert "+caf\ufffd\n" in git("diff", "HEAD", root=tmp_path)
+
+
+def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, capsys):
+    def refuse(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    os.close(lock(tmp_path))
+    assert f"warning: {tmp_path} may be running already" in capsys.readouterr().err
