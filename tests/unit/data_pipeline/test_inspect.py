@@ -1,6 +1,7 @@
 """A person sees what the model sees: text, borders, origins, and what is learned."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 from data_pipeline.__main__ import main, show
 from data_pipeline.config import DataConfig, DataError, SourceConfig
 from data_pipeline.manifest import Manifest
+from data_pipeline.packing import open_streams
 from data_pipeline.prepare import prepare
 
 SEED = 7
@@ -38,6 +40,26 @@ def test_a_row_of_the_run_is_found_by_its_number(prepared: DataConfig) -> None:
     assert show(prepared, "letters", seq_len=64, seed=SEED) == show(
         prepared, "letters:0", seq_len=64, seed=SEED
     )
+
+
+def test_every_row_can_be_looked_at(prepared: DataConfig) -> None:
+    """Also one where a document begins with the last target, which is no input."""
+    stream = open_streams(Path(prepared.dir), Manifest.load(Path(prepared.dir)), "train", ["letters"])[
+        "letters"
+    ]
+    [first, second, *_] = next(stream.document_offsets()).tolist()
+    shown = show(prepared, "letters:0", seq_len=second - first, seed=SEED)
+    assert shown.count("\n--- ") == 1
+    for row in range(200):
+        assert f"row {row}: 16 tokens" in show(prepared, f"letters:{row}", seq_len=16, seed=SEED)
+
+
+def test_a_row_of_a_source_under_length_shares(prepared: DataConfig, tmp_path: Path) -> None:
+    copy = shutil.copytree(prepared.dir, tmp_path / "copy")
+    plain = replace(prepared, packing="best_fit", dir=str(copy))
+    joint = replace(plain, length_shares={1: 1.0})
+    expected = show(plain, "letters:3", seq_len=64, seed=SEED)
+    assert show(joint, "letters:3", seq_len=64, seed=SEED) == expected
 
 
 def test_the_targets_of_a_conversation(data_config: DataConfig, tmp_path: Path) -> None:
