@@ -222,13 +222,18 @@ def _conclude_survey(jobs: Jobs, config: DataConfig, folder: Path) -> dict[str, 
                         rejects.write(json.dumps(fields) + "\n")
                 lines_before.update(record["lines"])
             bad = skipped.total() - skipped[BLANK]
-            if not documents or bad > config.max_bad_fraction * (bad + documents):
-                reasons = ", ".join(f"{count} {code}" for code, count in skipped.most_common()) or "no rows"
+            law = None
+            if not documents:
+                law = "it has no document"
+            elif bad > config.max_bad_fraction * (bad + documents):
                 law = f"more than data.max_bad_fraction={config.max_bad_fraction} allows"
+            elif bad and config.on_bad_row == "error":  # the attempt that surveyed them may have had another
+                law = "data.on_bad_row=error allows none"
+            if law is not None:
+                reasons = ", ".join(f"{count} {code}" for code, count in skipped.most_common()) or "no rows"
                 broken.append(
-                    f"data.sources.{name}: {bad} of {bad + documents} rows are bad ({reasons}),"
-                    f" {law if documents else 'it has no document'}; they are listed in"
-                    f" {folder}/rejects.jsonl: mend the files or the source"
+                    f"data.sources.{name}: {bad} of {bad + documents} rows are bad ({reasons}), {law}; they"
+                    f" are listed in {folder}/rejects.jsonl: mend the files or the source"
                 )
             # the files of hashes are empty without data.deduplicate
             repeats = find_duplicates([job.survey / "hashes" for job in of_source])

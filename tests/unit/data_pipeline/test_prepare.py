@@ -294,14 +294,26 @@ def test_bad_rows_are_listed_with_their_place(
     assert len(documents_of(config, "messy", "train")) == 46
 
 
-def test_a_bad_row_can_be_an_error(data_config: DataConfig, tmp_path: Path) -> None:
+def test_a_bad_row_can_be_an_error(
+    data_config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object) -> int:
+        raise KeyboardInterrupt
+
     source = jsonl_source(tmp_path / "a.jsonl", [b'{"text": "good"}', b"", b'{"text": null}'])
     config = replace(data_config, sources={"s": source}, on_bad_row="error")
     with pytest.raises(
         DataError, match=r"a\.jsonl: the row at 18 is bad \(null\): .* mend it, or set data.on"
     ):
         prepare(config, VOCAB_SIZE, SEED)
-    prepare(replace(config, on_bad_row="skip"), VOCAB_SIZE, SEED)  # in the same folder
+    # in the same folder: skip, killed after the survey; error again; skip to the end
+    monkeypatch.setattr("data_pipeline.prepare.write_slice", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(replace(config, on_bad_row="skip"), VOCAB_SIZE, SEED)
+    monkeypatch.undo()
+    with pytest.raises(DataError, match=r"s: 1 of 2 rows .* data\.on_bad_row=error allows none; they are li"):
+        prepare(config, VOCAB_SIZE, SEED)
+    prepare(replace(config, on_bad_row="skip"), VOCAB_SIZE, SEED)
 
 
 def test_a_broken_source_stops_before_anything_is_encoded(data_config: DataConfig, tmp_path: Path) -> None:
