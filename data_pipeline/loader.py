@@ -1,7 +1,7 @@
 """Batches for training: the same global batches for any number of ranks, resumed from one integer."""
 # B rows of a micro-batch, S seq_len, D documents
 
-import math
+import sys
 from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
@@ -91,7 +91,7 @@ class Loader(Iterator[list[Batch]], AbstractContextManager["Loader"]):
             self._end_of_text = tokenizer.end_of_text
         self._rows = open_rows(config, self._streams, self._end_of_text, split, seq_len, seed)
         self._mixture = self._mix(config, seed) if source is None else None
-        self._end_row = math.inf if source is None else len(self._rows[source])  # plain order ends
+        self._end_row = sys.maxsize if source is None else len(self._rows[source])  # plain order ends
         self._skip = config.skip if source is None else []
 
         self._pool = ThreadPoolExecutor(1, "loader")

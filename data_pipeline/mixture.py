@@ -66,14 +66,15 @@ class Mixture:
         self._seed, self._shuffle = seed, shuffle
         later = sorted((changes or {}).items())
         stages = [{name: source.weight for name, source in sources.items()}, *(w for _, w in later)]
-        self.sources = sources
         self._names = sorted({name for stage in stages for name, weight in stage.items() if weight > 0})
-        self._sources = [sources[name] for name in self._names]
-        if empty := [name for name in self._names if sources[name].rows < 1]:
+        self.sources = {name: sources[name] for name in self._names}
+        if empty := [name for name, source in self.sources.items() if source.rows < 1]:
             what = f"data.sources {', '.join(empty)}: no whole row of training text"
             raise DataError(f"{what}; add text, shorten stage.seq_len, or set the weight to 0")
-        limits = [(of.max_epochs, of.rows) for of in self._sources]
-        self._limits = [math.inf if epochs is None else int(epochs * rows) for epochs, rows in limits]
+        self._limits = {
+            name: math.inf if source.max_epochs is None else int(source.max_epochs * source.rows)
+            for name, source in self.sources.items()
+        }
         self._block = lru_cache(maxsize=2)(self._deal_block)
         self._permutation = lru_cache(maxsize=2 * len(self._names))(self._permute_epoch)
         self._stretches: list[_Stretch] = []
@@ -83,7 +84,7 @@ class Mixture:
             if self._stretches:
                 dealt = self._dealt(first)
             weights |= stage
-            row_shares = [weights[name] / sources[name].row_tokens for name in self._names]
+            row_shares = [weights[name] / source.row_tokens for name, source in self.sources.items()]
             quotas = np.array(integer_quotas(row_shares, BLOCK_ROWS))
             self._stretches.append(_Stretch(first, quotas, dealt))
 
@@ -94,11 +95,11 @@ class Mixture:
         block, slot = divmod(row - stretch.first, BLOCK_ROWS)
         sources, ranks = self._block(number, block)
         i = int(sources[slot])
-        index = int(stretch.dealt[i]) + block * int(stretch.quotas[i]) + int(ranks[slot])
-        if index >= self._limits[i]:
+        name, index = self._names[i], int(stretch.dealt[i] + block * stretch.quotas[i] + ranks[slot])
+        if index >= self._limits[name]:
             self.check_budget(row + 1)
-        epoch, index = divmod(index, self._sources[i].rows)
-        return Location(self._names[i], epoch, self._permutation(i, epoch)(index) if self._shuffle else index)
+        epoch, index = divmod(index, self.sources[name].rows)
+        return Location(name, epoch, self._permutation(name, epoch)(index) if self._shuffle else index)
 
     def rows_needed(self, total_rows: int) -> dict[str, int]:
         """How many of the rows 0 .. total_rows - 1 come from each source."""
@@ -107,8 +108,8 @@ class Mixture:
     def check_budget(self, total_rows: int) -> None:
         """Raise a DataError that lists every source which max_epochs keeps from serving `total_rows` rows."""
         exhausted = []
-        needs = self.rows_needed(total_rows).items()
-        for (name, needed), source, limit in zip(needs, self._sources, self._limits, strict=True):
+        for name, needed in self.rows_needed(total_rows).items():
+            source, limit = self.sources[name], self._limits[name]
             if needed > limit:
                 law = f"max_epochs={source.max_epochs} allows {limit} rows of its {source.rows}"
                 need = f"but {total_rows} rows of the run need {needed}"
@@ -143,8 +144,8 @@ class Mixture:
         order = np.argsort(times, kind="stable")
         return dealt[order], ranks[order]
 
-    def _permute_epoch(self, source: int, epoch: int) -> Permutation:
-        return Permutation(self._sources[source].rows, derive_key(self._seed, self._names[source], epoch))
+    def _permute_epoch(self, name: str, epoch: int) -> Permutation:
+        return Permutation(self.sources[name].rows, derive_key(self._seed, name, epoch))
 
 
 def skip_rows(row: int, skip: list[list[int]]) -> int:

@@ -76,7 +76,7 @@ def test_the_targets_of_a_conversation(data_config: DataConfig, tmp_path: Path) 
     assert text.endswith("to 128: padding")
 
 
-@pytest.mark.parametrize("which", ["nobody", "letters:x", "letters:99999"])
+@pytest.mark.parametrize("which", ["nobody", "letters:x", "letters:99999", "9" * 30])
 def test_what_is_no_row(prepared: DataConfig, which: str) -> None:
     with pytest.raises(
         DataError, match=f"{which}.* (is no row: give ROW, SOURCE or|there are not so many rows)"
