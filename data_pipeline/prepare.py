@@ -13,6 +13,7 @@ import os
 import shutil
 import sys
 import time
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
@@ -103,7 +104,7 @@ def _only_one(folder: Path) -> Iterator[None]:
         except BlockingIOError as error:
             raise DataError(f"data.dir={folder} is being prepared by another process; wait for it") from error
         except OSError:
-            pass  # a file system without locks: slices are renamed into place, a second run only wastes work
+            pass  # a file system without locks: a second run fails or wastes work, but harms nothing
         yield
     except OSError as error:  # a full disk, an input without permission
         raise DataError(f"data.dir={folder}: {error}; mend it and run again, which goes on") from error
@@ -117,9 +118,12 @@ def _only_one(folder: Path) -> Iterator[None]:
 def _clean(folder: Path) -> None:
     """Remove what killed workers left half-written."""
     for path in folder.glob(".*.partial"):
-        path.unlink()
+        path.unlink(missing_ok=True)
     for path in [*(folder / "slices").glob(".*"), *(folder / "survey").glob(".*")]:
-        shutil.rmtree(path, ignore_errors=True)  # a dying worker may still write there
+        removed = path.with_name(f".{uuid.uuid4().hex}")
+        with contextlib.suppress(OSError):  # a dying worker may still write there, or has just finished it
+            path.rename(removed)  # first, so that nobody can finish what is half removed
+            shutil.rmtree(removed)
 
 
 def _agree_on_plan(config: DataConfig, seed: int, given: Tokenizer | None, folder: Path) -> Manifest:

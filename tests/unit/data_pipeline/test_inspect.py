@@ -42,16 +42,12 @@ def test_a_row_of_the_run_is_found_by_its_number(prepared: DataConfig) -> None:
     )
 
 
-def test_every_row_can_be_looked_at(prepared: DataConfig) -> None:
-    """Also one where a document begins with the last target, which is no input."""
-    stream = open_streams(Path(prepared.dir), Manifest.load(Path(prepared.dir)), "train", ["letters"])[
-        "letters"
-    ]
-    [first, second, *_] = next(stream.document_offsets()).tolist()
-    shown = show(prepared, "letters:0", seq_len=second - first, seed=SEED)
-    assert shown.count("\n--- ") == 1
-    for row in range(200):
-        assert f"row {row}: 16 tokens" in show(prepared, f"letters:{row}", seq_len=16, seed=SEED)
+def test_a_document_that_begins_with_the_last_target(prepared: DataConfig) -> None:
+    folder = Path(prepared.dir)
+    stream = open_streams(folder, Manifest.load(folder), "train", ["letters"])["letters"]
+    [_, second, *_] = next(stream.document_offsets()).tolist()
+    shown = show(prepared, "letters:0", seq_len=second, seed=SEED)
+    assert shown.count("\n--- ") == 1  # it is no input of the row
 
 
 def test_a_row_of_a_source_under_length_shares(prepared: DataConfig, tmp_path: Path) -> None:

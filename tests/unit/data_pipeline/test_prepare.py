@@ -7,6 +7,7 @@ import os
 import pickle
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -154,6 +155,29 @@ def test_leftovers_of_a_process_of_the_same_number(data_config: DataConfig) -> N
     before, folder = contents(data_config.dir), Path(data_config.dir)
     (folder / "manifest.json").rename(folder / "plan.json")
     (folder / "slices" / "letters-00001").rename(folder / "slices" / f".letters-00001.{os.getpid()}")
+    prepare(data_config, VOCAB_SIZE, SEED)
+    assert contents(folder) == before
+
+
+def test_what_is_half_removed_is_not_finished(
+    data_config: DataConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker that outlives its killed parent cannot give a folder that is being emptied its final name."""
+    prepare(data_config, VOCAB_SIZE, SEED)
+    before, folder = contents(data_config.dir), Path(data_config.dir)
+    (folder / "manifest.json").rename(folder / "plan.json")
+    target, partial = (folder / "slices" / name for name in ("letters-00001", ".letters-00001.1"))
+    target.rename(partial)
+    remove = shutil.rmtree
+
+    def remove_beside_a_worker(path: Path, *args: Any, **options: Any) -> None:
+        for file in path.iterdir() if path.is_dir() and path.parent == target.parent else ():
+            file.unlink()
+        if partial.exists():  # the worker is at its end
+            partial.rename(target)
+        remove(path, *args, **options)
+
+    monkeypatch.setattr("data_pipeline.prepare.shutil.rmtree", remove_beside_a_worker)
     prepare(data_config, VOCAB_SIZE, SEED)
     assert contents(folder) == before
 
