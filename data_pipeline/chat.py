@@ -119,7 +119,7 @@ def samples(row: Mapping[str, Any], think_flag_share: float | None) -> list[list
         if thinks or query == exchanges[-1][0]:
             cut = {"messages": messages[:end], "tools": row.get("tools")}
             pieces = render(cut, {}, loss_from=learned)
-            "".join(piece.text or "" for piece in pieces).encode()
+            "".join(piece.text or "" for piece in pieces).encode()  # fails for a lone surrogate
             found.append(pieces)
             learned = end
     return found

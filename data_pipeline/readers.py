@@ -154,6 +154,8 @@ def _table_rows(part: Part, batches: Iterable["pyarrow.RecordBatch"], first: int
             [value] = single.to_pylist()
         except UnicodeDecodeError as error:
             raw, fault = error.object, f"utf8: byte {error.start} of the text is not UTF-8"
+        except (ValueError, OverflowError) as error:  # a date that Python does not know
+            raw, fault = b"", f"type: {error}"
         yield Row(part, line, first + line - 1, raw, value, fault)
 
 

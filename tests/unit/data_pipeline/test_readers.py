@@ -233,6 +233,17 @@ def test_dates_in_conversations_of_a_table(tmp_path: Path, read: Read) -> None:
         ]
 
 
+def test_a_date_that_python_does_not_know_costs_its_row(tmp_path: Path, read: Read) -> None:
+    messages = [{"role": "user", "content": "2+2"}, {"role": "assistant", "content": "4"}]
+    dates = pa.array([0, 2**60, 1], pa.timestamp("us"))
+    write_table(tmp_path / "a.parquet", pa.table({"messages": [messages] * 3, "at": dates}))
+    documents, rejects = read("sft", tmp_path / "a.parquet")
+    assert len(documents) == 2
+    assert [(reject.row.offset, reject.reason) for reject in rejects] == [
+        (1, "type: date value out of range")
+    ]
+
+
 def test_hub_datasets_are_read_from_the_cache(
     tmp_path: Path, read: Read, monkeypatch: pytest.MonkeyPatch
 ) -> None:
