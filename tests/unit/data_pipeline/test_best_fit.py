@@ -67,6 +67,12 @@ def test_processes_of_one_number_on_two_nodes_make_the_same_plan(
     assert sorted(path.name for path in (tmp_path / "packing").iterdir()) == ["p-16.items", "p-16.npz"]
 
 
+def test_a_plan_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "packing").touch()  # stands for a folder that is read-only, which root may write to
+    with pytest.raises(DataError, match=r"p-16\.npz is missing and cannot be written \(.*; run python -m"):
+        open_rows(tmp_path, {"a": Stream([5, 9])}, 16)
+
+
 def targets_of(rows: BestFitRows) -> Counter:
     found: Counter = Counter()
     for number in range(len(rows)):
