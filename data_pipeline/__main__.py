@@ -64,13 +64,15 @@ def show(config: DataConfig, which: str, *, seq_len: int, seed: int) -> str:
         batch = next((batch for [batch] in loader), None)
         if batch is None:
             raise DataError(f"{which}: there are not so many rows")
+        loader.close()  # the files of the row are read in this thread from here on
         origins, tokenizer = loader.origins(batch.rows[0]), load_tokenizer(config.dir)
     tokens, has_label = batch.input_ids[0].numpy(), batch.labels[0].numpy() != NO_LOSS
     # the target of position t is token t+1; the first token is a target of another row, if of any
     learned, valid = np.append(False, has_label[:-1]), int(batch.token_mask.sum())
     lines = [f"row {batch.rows[0]}: {valid} tokens, {has_label.sum()} targets; [- not learned -]"]
     borders = [border for border in batch.cu_seqlens.tolist() if border <= valid]
-    for (start, stop), origin in zip(itertools.pairwise(borders), origins, strict=True):
+    # a document that begins with the last target has an origin and no input
+    for (start, stop), origin in zip(itertools.pairwise(borders), origins, strict=False):
         lines += [f"--- tokens {start} to {stop}: {origin}", ""]
         changes = np.flatnonzero(np.diff(learned[start:stop])) + start + 1
         for first, end in itertools.pairwise([start, *changes.tolist(), stop]):

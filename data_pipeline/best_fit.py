@@ -10,7 +10,7 @@ it takes memory for histograms and one shard's offsets; using it, for what is re
 
 import bisect
 import itertools
-import os
+import uuid
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -119,7 +119,7 @@ def make_plan(
     bins = pack_lengths(counts, seq_len + 1)
 
     path.parent.mkdir(exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # process numbers repeat on other nodes
     partial.touch()
     if counts.any():
         items = np.memmap(partial, ITEM, "w+", shape=int(counts.sum()))

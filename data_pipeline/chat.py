@@ -68,7 +68,7 @@ def render(row: Mapping[str, Any], options: Mapping[str, Any], *, loss_from: int
             out.text(_content(messages[0]) + "\n\n")
         out.markup(_TOOLS_BEFORE)
         for tool in tools:
-            out.text("\n" + json.dumps(tool, ensure_ascii=False))
+            out.text("\n" + _to_json(tool, ensure_ascii=False))
         out.markup(_TOOLS_AFTER)
     for i, message in enumerate(messages):
         role, content = message["role"], _content(message)
@@ -102,7 +102,8 @@ def samples(row: Mapping[str, Any], think_flag_share: float | None) -> list[list
     The template drops the reasoning of all but the last answer, so an answer with reasoning is learned as the
     last of a sample. Every assistant message is learned in one sample. think_flag_share: None leaves
     questions as they are; a number marks the mode in them (arXiv 2505.09388, section 4.3; docs/data.md).
-    Raises ValueError, with the reason, for a row that is malformed, has no target, or ignores its flags.
+    Raises ValueError, with the reason, for a row that is malformed, has no target, or ignores its flags;
+    UnicodeEncodeError, which is one, for a lone surrogate.
     """
     messages = _checked(row)
     queries = _queries(messages)
@@ -117,7 +118,9 @@ def samples(row: Mapping[str, Any], think_flag_share: float | None) -> list[list
     for query, end, thinks in exchanges:
         if thinks or query == exchanges[-1][0]:
             cut = {"messages": messages[:end], "tools": row.get("tools")}
-            found.append(render(cut, {}, loss_from=learned))
+            pieces = render(cut, {}, loss_from=learned)
+            "".join(piece.text or "" for piece in pieces).encode()  # fails for a lone surrogate
+            found.append(pieces)
             learned = end
     return found
 
@@ -144,11 +147,19 @@ def _render_body(out: _Pieces, message: Mapping[str, Any], thinks: bool, loss: b
         function = call.get("function") or call
         arguments = function["arguments"]
         if not isinstance(arguments, str):
-            arguments = json.dumps(arguments, ensure_ascii=False)
+            arguments = _to_json(arguments, ensure_ascii=False)
         out.markup(("\n" if content or number else "") + '<tool_call>\n{"name": "', loss)
         out.text(function["name"] + '", "arguments": ' + arguments, loss)
         out.markup("}\n</tool_call>", loss)
     out.markup("<|im_end|>", loss)
+
+
+def _to_json(value: object, **options: Any) -> str:
+    """Raises ValueError for what JSON cannot hold, as a date in a table."""
+    try:
+        return json.dumps(value, **options)
+    except (TypeError, RecursionError) as error:
+        raise ValueError(f"json: {error}") from error
 
 
 def _content(message: Mapping[str, Any]) -> str:
@@ -232,7 +243,7 @@ def _apply_flags(
         mode = flags[-1] if flags else mode
         if think_flag_share is not None and not flags:
             wanted = "think" if thinks else "no_think"
-            key = derive_key(0, json.dumps(messages, sort_keys=True), query)
+            key = derive_key(0, _to_json(messages, sort_keys=True, default=str), query)
             if not thinks or mode == "no_think" or key < think_flag_share * 2**64:
                 messages[query]["content"] += f" /{wanted}"
                 mode = wanted

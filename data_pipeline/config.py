@@ -133,7 +133,7 @@ class DataConfig:
                 f"{key}.weight={weight} is not a finite number >= 0": not 0 <= weight < math.inf,
                 f"{key}.weight={weight} of {total_weight} {law}": 0 < weight * BLOCK_ROWS < total_weight,
                 f"{key}.max_epochs={epochs} is not positive; null = no limit": epochs is not None
-                and epochs <= 0,
+                and not 0 < epochs < math.inf,
             }
         return laws
 

@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -63,30 +63,60 @@ def read_documents(
 ) -> Iterator[Document | Reject]:
     """The documents of rows of source `name`, in order, and the rows between them that are none, blank lines
     included. The tokenizer is needed to hold conversations to `max_chat_tokens`."""
-    source, most = config.sources[name], config.max_chat_tokens
-    column, is_chat = column_of(source), source.kind == "sft"
+    source = config.sources[name]
     for row in rows:
-        content = row.value if column is None or row.fault else row.value.get(column)
-        fault = row.fault or _fault(row, column, content, is_chat, config.min_characters)
-        if fault is not None:
-            yield Reject(row, fault)
-        elif not is_chat:
-            yield Document(row, content, None, content.encode())
+        items: list[Document | Reject]
+        try:
+            content = _content(row, column_of(source))
+            if source.kind == "sft":
+                items = _conversations(row, config, tokenizer)
+            else:
+                items = [_text(row, content, config.min_characters)]
+        except UnicodeEncodeError:
+            items = [Reject(row, "utf8: a lone surrogate")]
+        except ValueError as error:
+            items = [Reject(row, str(error))]
+        yield from items
+
+
+def _content(row: Row, column: str | None) -> Any:
+    """What a row holds. Raises ValueError, with the reason, where that is nothing."""
+    if row.fault is not None:
+        raise ValueError(row.fault)
+    if column is not None and column not in row.value:
+        names = ", ".join(map(repr, row.value)) or "nothing"
+        raise ValueError(f"missing: the row has no {column!r}, only {names}")
+    content = row.value if column is None else row.value[column]
+    if content is None:
+        raise ValueError("null")
+    return content
+
+
+def _text(row: Row, content: object, min_characters: int) -> Document:
+    """Raises ValueError, with the reason, for what is no text."""
+    if not isinstance(content, str):
+        raise ValueError(f"type: the text is of type {type(content).__name__}")
+    if not content or content.isspace():
+        raise ValueError("empty")
+    if len(content) < min_characters:
+        raise ValueError(f"too_short: {len(content)} characters")
+    return Document(row, content, None, content.encode())
+
+
+def _conversations(row: Row, config: DataConfig, tokenizer: Tokenizer | None) -> list[Document | Reject]:
+    """Raises ValueError, with the reason, for a row that is malformed."""
+    items: list[Document | Reject] = []
+    most = config.max_chat_tokens
+    for pieces in chat.samples(row.value, config.think_flag_share):
+        data, length = json.dumps(pieces).encode(), 0
+        # a token is at least a byte: most conversations need not be counted
+        if tokenizer and most is not None and len(data) > most:
+            length = len(chat.encode(pieces, tokenizer)[0]) + 1
+        if most is not None and length > most:
+            items.append(Reject(row, f"too_long: {length} tokens"))
         else:
-            try:
-                samples = chat.samples(row.value, config.think_flag_share)
-            except ValueError as error:
-                yield Reject(row, str(error))
-                continue
-            for pieces in samples:
-                data, length = json.dumps(pieces).encode(), 0
-                # a token is at least a byte: most conversations need not be counted
-                if tokenizer and most is not None and len(data) > most:
-                    length = len(chat.encode(pieces, tokenizer)[0]) + 1
-                if most is not None and length > most:
-                    yield Reject(row, f"too_long: {length} tokens")
-                else:
-                    yield Document(row, "", pieces, data)
+            items.append(Document(row, "", pieces, data))
+    return items
 
 
 def encoded(
@@ -117,27 +147,6 @@ def _megabyte(documents: Iterator[Document]) -> Iterator[Document]:
         size += len(document.data)
         if size >= _BATCH_BYTES:
             return
-
-
-def _fault(row: Row, column: str | None, content: object, is_chat: bool, min_characters: int) -> str | None:
-    """Why a row is no document; None if it may be one."""
-    if column is not None and column not in row.value:
-        return f"missing: the row has no {column!r}, only {', '.join(map(repr, row.value)) or 'nothing'}"
-    if content is None:
-        return "null"
-    if is_chat:
-        return None
-    if not isinstance(content, str):
-        return f"type: the text is of type {type(content).__name__}"
-    if not content or content.isspace():
-        return "empty"
-    if len(content) < min_characters:
-        return f"too_short: {len(content)} characters"
-    try:
-        content.encode()
-    except UnicodeEncodeError:
-        return "utf8: a lone surrogate"
-    return None
 
 
 def check_columns(name: str, source: SourceConfig, rows: Iterable[Row]) -> None:

@@ -1,6 +1,7 @@
 """Batches for training: the same global batches for any number of ranks, resumed from one integer."""
 # B rows of a micro-batch, S seq_len, D documents
 
+import sys
 from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
@@ -20,7 +21,6 @@ from data_pipeline.streaming import TextStream
 from data_pipeline.tokenizer import tokenizer_of
 
 _STEPS_AHEAD = 2
-_ENDLESS = 1 << 62
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,8 @@ class Loader(Iterator[list[Batch]], AbstractContextManager["Loader"]):
         self._global_batch_size, self._micro_batch_size = global_batch_size, micro_batch_size
         self._rank, self._world_size, self._source = rank, world_size, source
 
+        if source is not None:  # in plain order: not joined with others to have shares of lengths
+            config = replace(config, length_shares={})
         names = config.trained_sources() if source is None else {source}
         self.manifest: Manifest | None = None
         self._streams: Mapping[str, Stream]
@@ -89,7 +91,7 @@ class Loader(Iterator[list[Batch]], AbstractContextManager["Loader"]):
             self._end_of_text = tokenizer.end_of_text
         self._rows = open_rows(config, self._streams, self._end_of_text, split, seq_len, seed)
         self._mixture = self._mix(config, seed) if source is None else None
-        self._end_row = _ENDLESS if source is None else len(self._rows[source])  # plain order ends
+        self._end_row = sys.maxsize if source is None else len(self._rows[source])  # plain order ends
         self._skip = config.skip if source is None else []
 
         self._pool = ThreadPoolExecutor(1, "loader")
@@ -153,7 +155,7 @@ class Loader(Iterator[list[Batch]], AbstractContextManager["Loader"]):
         return batches
 
     def close(self) -> None:
-        """Stop reading ahead. The iteration ends; nothing waits for it."""
+        """Stop reading ahead, after the step that is being read. The iteration ends."""
         self._end_row, self._ahead = 0, deque()
         self._pool.shutdown(cancel_futures=True)
         for stream in self._streams.values():

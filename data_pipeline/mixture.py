@@ -6,7 +6,7 @@ Weights may change at given rows: a new stretch of blocks begins there, and ever
 """
 
 import bisect
-import itertools
+import math
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -16,8 +16,6 @@ from data_pipeline.config import BLOCK_ROWS, DataError
 from data_pipeline.permutation import Permutation, derive_key, mix
 
 Changes = dict[int, dict[str, float]] | None  # row -> the weights of sources that hold from it on
-_NO_LIMIT = 1 << 62  # rows of a source that may be seen
-_NO_END = 1 << 60  # of the rows of the run
 
 
 class Location(NamedTuple):
@@ -38,10 +36,9 @@ class MixtureSource(NamedTuple):
 
 
 class _Stretch(NamedTuple):
-    """Rows from `first` on have these quotas; `dealt` [source] rows were dealt before. Next one at `end`."""
+    """Rows from `first` on have these quotas; `dealt` [source] rows were dealt before."""
 
     first: int
-    end: int
     quotas: np.ndarray
     dealt: np.ndarray
 
@@ -69,27 +66,27 @@ class Mixture:
         self._seed, self._shuffle = seed, shuffle
         later = sorted((changes or {}).items())
         stages = [{name: source.weight for name, source in sources.items()}, *(w for _, w in later)]
-        self.sources = sources
         self._names = sorted({name for stage in stages for name, weight in stage.items() if weight > 0})
-        self._sources = [sources[name] for name in self._names]
-        if empty := [name for name in self._names if sources[name].rows < 1]:
+        self.sources = {name: sources[name] for name in self._names}
+        if empty := [name for name, source in self.sources.items() if source.rows < 1]:
             what = f"data.sources {', '.join(empty)}: no whole row of training text"
             raise DataError(f"{what}; add text, shorten stage.seq_len, or set the weight to 0")
-        limits = [(of.max_epochs, of.rows) for of in self._sources]
-        self._limits = [_NO_LIMIT if epochs is None else int(epochs * rows) for epochs, rows in limits]
+        self._limits = {
+            name: math.inf if source.max_epochs is None else int(source.max_epochs * source.rows)
+            for name, source in self.sources.items()
+        }
         self._block = lru_cache(maxsize=2)(self._deal_block)
         self._permutation = lru_cache(maxsize=2 * len(self._names))(self._permute_epoch)
         self._stretches: list[_Stretch] = []
         weights: dict[str, float] = {}
         dealt = np.zeros(len(self._names), dtype=np.int64)
-        borders = itertools.pairwise([0, *(row for row, _ in later), _NO_END])
-        for (first, end), stage in zip(borders, stages, strict=True):
+        for first, stage in zip([0, *(row for row, _ in later)], stages, strict=True):
+            if self._stretches:
+                dealt = self._dealt(first)
             weights |= stage
-            row_shares = [weights[name] / sources[name].row_tokens for name in self._names]
+            row_shares = [weights[name] / source.row_tokens for name, source in self.sources.items()]
             quotas = np.array(integer_quotas(row_shares, BLOCK_ROWS))
-            self._stretches.append(_Stretch(first, end, quotas, dealt))
-            if end < _NO_END:
-                dealt = dealt + self._counts(len(self._stretches) - 1, end - first)
+            self._stretches.append(_Stretch(first, quotas, dealt))
 
     def locate(self, row: int) -> Location:
         """Where global row `row` comes from. Raises DataError beyond a source's max_epochs."""
@@ -98,24 +95,21 @@ class Mixture:
         block, slot = divmod(row - stretch.first, BLOCK_ROWS)
         sources, ranks = self._block(number, block)
         i = int(sources[slot])
-        index = int(stretch.dealt[i]) + block * int(stretch.quotas[i]) + int(ranks[slot])
-        if index >= self._limits[i]:
+        name, index = self._names[i], int(stretch.dealt[i] + block * stretch.quotas[i] + ranks[slot])
+        if index >= self._limits[name]:
             self.check_budget(row + 1)
-        epoch, index = divmod(index, self._sources[i].rows)
-        return Location(self._names[i], epoch, self._permutation(i, epoch)(index) if self._shuffle else index)
+        epoch, index = divmod(index, self.sources[name].rows)
+        return Location(name, epoch, self._permutation(name, epoch)(index) if self._shuffle else index)
 
     def rows_needed(self, total_rows: int) -> dict[str, int]:
         """How many of the rows 0 .. total_rows - 1 come from each source."""
-        number = self._stretch_of(total_rows)
-        stretch = self._stretches[number]
-        counts = stretch.dealt + self._counts(number, total_rows - stretch.first)
-        return dict(zip(self._names, counts.tolist(), strict=True))
+        return dict(zip(self._names, self._dealt(total_rows).tolist(), strict=True))
 
     def check_budget(self, total_rows: int) -> None:
         """Raise a DataError that lists every source which max_epochs keeps from serving `total_rows` rows."""
         exhausted = []
-        needs = self.rows_needed(total_rows).items()
-        for (name, needed), source, limit in zip(needs, self._sources, self._limits, strict=True):
+        for name, needed in self.rows_needed(total_rows).items():
+            source, limit = self.sources[name], self._limits[name]
             if needed > limit:
                 law = f"max_epochs={source.max_epochs} allows {limit} rows of its {source.rows}"
                 need = f"but {total_rows} rows of the run need {needed}"
@@ -127,11 +121,13 @@ class Mixture:
     def _stretch_of(self, row: int) -> int:
         return bisect.bisect_right(self._stretches, row, key=lambda stretch: stretch.first) - 1
 
-    def _counts(self, stretch: int, rows: int) -> np.ndarray:
-        """[source] how many of the first `rows` rows of a stretch come from each."""
-        blocks, rest = divmod(rows, BLOCK_ROWS)
-        dealt = self._block(stretch, blocks)[0][:rest]
-        return blocks * self._stretches[stretch].quotas + np.bincount(dealt, minlength=len(self._names))
+    def _dealt(self, rows: int) -> np.ndarray:
+        """[source] how many of the rows 0 .. rows - 1 come from each."""
+        number = self._stretch_of(rows)
+        stretch = self._stretches[number]
+        blocks, rest = divmod(rows - stretch.first, BLOCK_ROWS)
+        of_last_block = np.bincount(self._block(number, blocks)[0][:rest], minlength=len(self._names))
+        return stretch.dealt + blocks * stretch.quotas + of_last_block
 
     def _deal_block(self, stretch: int, block: int) -> tuple[np.ndarray, np.ndarray]:
         """Source number of each slot of a block, and how many earlier slots of it have the same source.
@@ -148,8 +144,8 @@ class Mixture:
         order = np.argsort(times, kind="stable")
         return dealt[order], ranks[order]
 
-    def _permute_epoch(self, source: int, epoch: int) -> Permutation:
-        return Permutation(self._sources[source].rows, derive_key(self._seed, self._names[source], epoch))
+    def _permute_epoch(self, name: str, epoch: int) -> Permutation:
+        return Permutation(self.sources[name].rows, derive_key(self._seed, name, epoch))
 
 
 def skip_rows(row: int, skip: list[list[int]]) -> int:

@@ -129,7 +129,8 @@ class PackedSource(NamedTuple):
 
 class BestFitRows:
     """The rows of one source, or of several together. `name` tells plans of the folder apart; `shares` are
-    length_shares. Raises DataError for a plan that is damaged, and for shares of what no document has.
+    length_shares. Raises DataError for a plan that is damaged or cannot be written, and for shares of what no
+    document has.
     """
 
     def __init__(
@@ -143,7 +144,11 @@ class BestFitRows:
         items_path = path.with_suffix(".items")
         if not path.exists():
             streams, weights = [of.stream for of in self._sources], [of.weight for of in self._sources]
-            make_plan(streams, weights, seq_len, shares, path)
+            try:
+                make_plan(streams, weights, seq_len, shares, path)
+            except OSError as error:  # a folder that others prepared, for rows of another length
+                law = f"is missing and cannot be written ({error}); run python -m data_pipeline where it can"
+                raise DataError(f"{path} {law}") from error
         try:
             with np.load(path) as plan:
                 self.report = PackingReport(*plan["report"].tolist())

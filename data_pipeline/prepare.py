@@ -13,6 +13,7 @@ import os
 import shutil
 import sys
 import time
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
@@ -103,7 +104,7 @@ def _only_one(folder: Path) -> Iterator[None]:
         except BlockingIOError as error:
             raise DataError(f"data.dir={folder} is being prepared by another process; wait for it") from error
         except OSError:
-            pass  # a file system without locks: slices are renamed into place, a second run only wastes work
+            pass  # a file system without locks: a second run fails or wastes work, but harms nothing
         yield
     except OSError as error:  # a full disk, an input without permission
         raise DataError(f"data.dir={folder}: {error}; mend it and run again, which goes on") from error
@@ -117,9 +118,12 @@ def _only_one(folder: Path) -> Iterator[None]:
 def _clean(folder: Path) -> None:
     """Remove what killed workers left half-written."""
     for path in folder.glob(".*.partial"):
-        path.unlink()
+        path.unlink(missing_ok=True)
     for path in [*(folder / "slices").glob(".*"), *(folder / "survey").glob(".*")]:
-        shutil.rmtree(path, ignore_errors=True)  # a dying worker may still write there
+        removed = path.with_name(f".{uuid.uuid4().hex}")
+        with contextlib.suppress(OSError):  # a dying worker may still write there, or has just finished it
+            path.rename(removed)  # first, so that nobody can finish what is half removed
+            shutil.rmtree(removed)
 
 
 def _agree_on_plan(config: DataConfig, seed: int, given: Tokenizer | None, folder: Path) -> Manifest:
@@ -222,13 +226,18 @@ def _conclude_survey(jobs: Jobs, config: DataConfig, folder: Path) -> dict[str, 
                         rejects.write(json.dumps(fields) + "\n")
                 lines_before.update(record["lines"])
             bad = skipped.total() - skipped[BLANK]
-            if not documents or bad > config.max_bad_fraction * (bad + documents):
-                reasons = ", ".join(f"{count} {code}" for code, count in skipped.most_common()) or "no rows"
+            law = None
+            if not documents:
+                law = "it has no document"
+            elif bad > config.max_bad_fraction * (bad + documents):
                 law = f"more than data.max_bad_fraction={config.max_bad_fraction} allows"
+            elif bad and config.on_bad_row == "error":  # the attempt that surveyed them may have had another
+                law = "data.on_bad_row=error allows none"
+            if law is not None:
+                reasons = ", ".join(f"{count} {code}" for code, count in skipped.most_common()) or "no rows"
                 broken.append(
-                    f"data.sources.{name}: {bad} of {bad + documents} rows are bad ({reasons}),"
-                    f" {law if documents else 'it has no document'}; they are listed in"
-                    f" {folder}/rejects.jsonl: mend the files or the source"
+                    f"data.sources.{name}: {bad} of {bad + documents} rows are bad ({reasons}), {law}; they"
+                    f" are listed in {folder}/rejects.jsonl: mend the files or the source"
                 )
             # the files of hashes are empty without data.deduplicate
             repeats = find_duplicates([job.survey / "hashes" for job in of_source])

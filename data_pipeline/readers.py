@@ -113,7 +113,7 @@ def read_rows(source: SourceConfig, part: Part) -> Iterator[Row]:
             schema, sizes, read = _open_table(format, part.path)
             batches = read(part.start, part.stop, _columns(source, part.path, schema))
             first = sum(rows for rows, _ in sizes[: part.start])
-            yield from _numbered(part, (value for batch in batches for value in batch.to_pylist()), first)
+            yield from _table_rows(part, batches, first)
 
 
 def hub_rows(key: str, dataset: str) -> Iterator[Row]:
@@ -144,13 +144,28 @@ def _numbered(part: Part, values: Iterable[Any], first: int) -> Iterator[Row]:
         yield Row(part, line, first + line - 1, None, value, None)
 
 
+def _table_rows(part: Part, batches: Iterable["pyarrow.RecordBatch"], first: int) -> Iterator[Row]:
+    """One row at a time: what writes a table need not check its texts, and one that is not UTF-8 costs its
+    row alone. `raw` is then that text."""
+    singles = (batch.slice(i, 1) for batch in batches for i in range(batch.num_rows))
+    for line, single in enumerate(singles, 1):
+        raw, value, fault = None, None, None
+        try:
+            [value] = single.to_pylist()
+        except UnicodeDecodeError as error:
+            raw, fault = error.object, f"utf8: byte {error.start} of the text is not UTF-8"
+        except (ValueError, OverflowError) as error:  # a date that Python does not know
+            raw, fault = b"", f"type: {error}"
+        yield Row(part, line, first + line - 1, raw, value, fault)
+
+
 def _load_dataset(key: str, dataset: str, streaming: bool) -> Any:
     """A dataset NAME[@REVISION][:CONFIG]:SPLIT. Raises DataError where it cannot be had."""
     from datasets import load_dataset  # slow to import: only for those who read the hub
 
-    name, *config, split = dataset.split(":")
-    name, _, revision = name.partition("@")
     try:
+        name, *config, split = dataset.split(":")
+        name, _, revision = name.partition("@")
         return load_dataset(name, *config, split=split, revision=revision or None, streaming=streaming)
     except Exception as error:  # the library raises whatever its many layers raise
         what = f"{key} cannot be loaded by datasets.load_dataset ({type(error).__name__}: {error})"
@@ -166,7 +181,7 @@ def _tree_files(key: str, folder: str) -> list[str]:
     for parent, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for path in (os.path.join(parent, name) for name in sorted(files) if not name.startswith(".")):
-            if not os.path.islink(path):
+            if os.path.isfile(path) and not os.path.islink(path):  # a pipe would be waited for
                 with open(path, "rb") as file:
                     if b"\0" not in file.read(_PROBED_BYTES):  # as git decides it
                         found.append(path)

@@ -110,9 +110,8 @@ class TokenStream:
         parts = [np.empty(0, dtype=np.bool_)]
         for shard, begin, end in self._shard_spans(start, stop):
             packed = self._elements(shard, "loss", np.dtype(np.uint8), begin // 8, -(-end // 8))
-            parts.append(
-                np.unpackbits(packed, bitorder="little")[begin % 8 :][: end - begin].astype(np.bool_)
-            )
+            bits = np.unpackbits(packed, bitorder="little")[begin % 8 :]
+            parts.append(bits[: end - begin].astype(np.bool_))
         return np.concatenate(parts)
 
     def document_offsets(self) -> Iterator[np.ndarray]:

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import sys
 from collections.abc import Generator, Iterator
 from dataclasses import replace
 from typing import Any
@@ -14,7 +15,6 @@ from data_pipeline.readers import BLANK, Row, format_of, hub_rows, is_hub, list_
 from data_pipeline.tokenizer import Tokenizer
 
 _LEAST_ROWS = 1000  # before a share of bad rows says something
-_ENDLESS = 1 << 62
 
 
 class TextStream:
@@ -32,7 +32,7 @@ class TextStream:
         self._rewind()
 
     def __len__(self) -> int:
-        return _ENDLESS
+        return sys.maxsize
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Tokens [start, stop) as uint32."""

@@ -78,10 +78,15 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     """The tokenizer of a prepared or Hugging Face folder. Raises DataError where it has none."""
     path = Path(folder) / "tokenizer.json"
     try:
-        return Tokenizer(path.read_bytes().decode(), str(path))
+        return Tokenizer(_text_of(path), str(path))
     except OSError as error:
         remedy = "name a folder that holds a tokenizer"
         raise DataError(f"{path} cannot be read ({error.strerror}); {remedy}") from error
+
+
+def _text_of(path: Path) -> str:
+    """Bytes that are no UTF-8 become surrogates, which the library refuses as it does all that is damaged."""
+    return path.read_bytes().decode(errors="surrogateescape")
 
 
 def tokenizer_of(config: DataConfig) -> Tokenizer:
@@ -104,7 +109,7 @@ def fetch_tokenizer(name: str) -> Tokenizer:
     """A tokenizer from a folder, a tokenizer.json, or by its name on the Hugging Face hub."""
     path = Path(name, "tokenizer.json") if Path(name).is_dir() else Path(name)
     if path.is_file():
-        return Tokenizer(path.read_bytes().decode(), name)
+        return Tokenizer(_text_of(path), name)
     try:
         serialized = tokenizers.Tokenizer.from_pretrained(name).to_str()
     except Exception as error:  # the library raises Exception itself

@@ -9,7 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data_pipeline import best_fit
 from data_pipeline.config import DataError
+from data_pipeline.manifest import replace_synced
 from data_pipeline.packing import BestFitRows, PackedSource
 
 END = 0
@@ -46,6 +48,29 @@ class Stream:
 def open_rows(folder: Path, streams: dict[str, Stream], seq_len: int, shares: dict | None = None, **weights):
     sources = {name: PackedSource(s, weights.get(name, 1.0), None) for name, s in streams.items()}
     return BestFitRows(folder, "p", sources, seq_len, shares or {})
+
+
+def test_processes_of_one_number_on_two_nodes_make_the_same_plan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    streams, undisturbed = {"a": Stream([5, 9, 3, 30])}, tmp_path / "undisturbed"
+    undisturbed.mkdir()
+    expected = targets_of(open_rows(undisturbed, streams, 16))
+
+    def while_another_does_it(partial: Path, path: Path) -> None:
+        monkeypatch.setattr(best_fit, "replace_synced", replace_synced)
+        open_rows(tmp_path, streams, 16)
+        replace_synced(partial, path)
+
+    monkeypatch.setattr(best_fit, "replace_synced", while_another_does_it)
+    assert targets_of(open_rows(tmp_path, streams, 16)) == expected
+    assert sorted(path.name for path in (tmp_path / "packing").iterdir()) == ["p-16.items", "p-16.npz"]
+
+
+def test_a_plan_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "packing").touch()  # stands for a folder that is read-only, which root may write to
+    with pytest.raises(DataError, match=r"p-16\.npz is missing and cannot be written \(.*; run python -m"):
+        open_rows(tmp_path, {"a": Stream([5, 9])}, 16)
 
 
 def targets_of(rows: BestFitRows) -> Counter:

@@ -50,6 +50,8 @@ def test_broken_laws(data_config: DataConfig, changes: dict, key: str) -> None:
         ({"weight": float("inf")}, "data.sources.a.weight=inf"),
         ({"weight": 0.5 / BLOCK_ROWS}, "data.sources.a.weight="),
         ({"max_epochs": 0.0}, "data.sources.a.max_epochs=0.0"),
+        ({"max_epochs": float("inf")}, "data.sources.a.max_epochs=inf"),
+        ({"max_epochs": float("nan")}, "data.sources.a.max_epochs=nan"),
     ],
 )
 def test_broken_laws_of_a_source(data_config: DataConfig, changes: dict, key: str) -> None:

@@ -1,6 +1,7 @@
 """A person sees what the model sees: text, borders, origins, and what is learned."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 from data_pipeline.__main__ import main, show
 from data_pipeline.config import DataConfig, DataError, SourceConfig
 from data_pipeline.manifest import Manifest
+from data_pipeline.packing import open_streams
 from data_pipeline.prepare import prepare
 
 SEED = 7
@@ -40,6 +42,22 @@ def test_a_row_of_the_run_is_found_by_its_number(prepared: DataConfig) -> None:
     )
 
 
+def test_a_document_that_begins_with_the_last_target(prepared: DataConfig) -> None:
+    folder = Path(prepared.dir)
+    stream = open_streams(folder, Manifest.load(folder), "train", ["letters"])["letters"]
+    [_, second, *_] = next(stream.document_offsets()).tolist()
+    shown = show(prepared, "letters:0", seq_len=second, seed=SEED)
+    assert shown.count("\n--- ") == 1  # it is no input of the row
+
+
+def test_a_row_of_a_source_under_length_shares(prepared: DataConfig, tmp_path: Path) -> None:
+    copy = shutil.copytree(prepared.dir, tmp_path / "copy")
+    plain = replace(prepared, packing="best_fit", dir=str(copy))
+    joint = replace(plain, length_shares={1: 1.0})
+    expected = show(plain, "letters:3", seq_len=64, seed=SEED)
+    assert show(joint, "letters:3", seq_len=64, seed=SEED) == expected
+
+
 def test_the_targets_of_a_conversation(data_config: DataConfig, tmp_path: Path) -> None:
     path = tmp_path / "chat.jsonl"
     messages = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]
@@ -54,7 +72,7 @@ def test_the_targets_of_a_conversation(data_config: DataConfig, tmp_path: Path) 
     assert text.endswith("to 128: padding")
 
 
-@pytest.mark.parametrize("which", ["nobody", "letters:x", "letters:99999"])
+@pytest.mark.parametrize("which", ["nobody", "letters:x", "letters:99999", "9" * 30])
 def test_what_is_no_row(prepared: DataConfig, which: str) -> None:
     with pytest.raises(
         DataError, match=f"{which}.* (is no row: give ROW, SOURCE or|there are not so many rows)"

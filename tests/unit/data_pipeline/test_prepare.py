@@ -7,6 +7,7 @@ import os
 import pickle
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -158,6 +159,29 @@ def test_leftovers_of_a_process_of_the_same_number(data_config: DataConfig) -> N
     assert contents(folder) == before
 
 
+def test_what_is_half_removed_is_not_finished(
+    data_config: DataConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker that outlives its killed parent cannot give a folder that is being emptied its final name."""
+    prepare(data_config, VOCAB_SIZE, SEED)
+    before, folder = contents(data_config.dir), Path(data_config.dir)
+    (folder / "manifest.json").rename(folder / "plan.json")
+    target, partial = (folder / "slices" / name for name in ("letters-00001", ".letters-00001.1"))
+    target.rename(partial)
+    remove = shutil.rmtree
+
+    def remove_beside_a_worker(path: Path, *args: Any, **options: Any) -> None:
+        for file in path.iterdir() if path.is_dir() and path.parent == target.parent else ():
+            file.unlink()
+        if partial.exists():  # the worker is at its end
+            partial.rename(target)
+        remove(path, *args, **options)
+
+    monkeypatch.setattr("data_pipeline.prepare.shutil.rmtree", remove_beside_a_worker)
+    prepare(data_config, VOCAB_SIZE, SEED)
+    assert contents(folder) == before
+
+
 def test_the_seed_chooses_what_is_held_out(data_config: DataConfig, prepared: DataConfig) -> None:
     prepare(data_config, VOCAB_SIZE, SEED + 1)
     one, two = (set(documents_of(config, "letters", "validation")) for config in (prepared, data_config))
@@ -294,14 +318,26 @@ def test_bad_rows_are_listed_with_their_place(
     assert len(documents_of(config, "messy", "train")) == 46
 
 
-def test_a_bad_row_can_be_an_error(data_config: DataConfig, tmp_path: Path) -> None:
+def test_a_bad_row_can_be_an_error(
+    data_config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object) -> int:
+        raise KeyboardInterrupt
+
     source = jsonl_source(tmp_path / "a.jsonl", [b'{"text": "good"}', b"", b'{"text": null}'])
     config = replace(data_config, sources={"s": source}, on_bad_row="error")
     with pytest.raises(
         DataError, match=r"a\.jsonl: the row at 18 is bad \(null\): .* mend it, or set data.on"
     ):
         prepare(config, VOCAB_SIZE, SEED)
-    prepare(replace(config, on_bad_row="skip"), VOCAB_SIZE, SEED)  # in the same folder
+    # in the same folder: skip, killed after the survey; error again; skip to the end
+    monkeypatch.setattr("data_pipeline.prepare.write_slice", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(replace(config, on_bad_row="skip"), VOCAB_SIZE, SEED)
+    monkeypatch.undo()
+    with pytest.raises(DataError, match=r"s: 1 of 2 rows .* data\.on_bad_row=error allows none; they are li"):
+        prepare(config, VOCAB_SIZE, SEED)
+    prepare(replace(config, on_bad_row="skip"), VOCAB_SIZE, SEED)
 
 
 def test_a_broken_source_stops_before_anything_is_encoded(data_config: DataConfig, tmp_path: Path) -> None:

@@ -2,9 +2,11 @@
 
 import gzip
 import json
+import os
 import random
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 
 import pyarrow as pa
@@ -155,6 +157,7 @@ def test_source_trees(tmp_path: Path, read: Read) -> None:
         (tmp_path / path).write_text(f"text of {path}")
     (tmp_path / "a" / "logo.png").write_bytes(b"\x89PNG\0\0")
     (tmp_path / "a" / "link.py").symlink_to(tmp_path / "b.py")
+    os.mkfifo(tmp_path / "a" / "pipe.py")
     documents, rejects = read("tree", tmp_path)
     assert documents == ["text of b.py", "text of a/z.py", "text of c/Makefile"]
     assert rejects == []
@@ -185,6 +188,62 @@ def test_tables(tmp_path: Path, read: Read, suffix: str, kind: pa.DataType, slic
     assert rejects[0].head() == '{"text": null}'
 
 
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+def test_a_text_of_a_table_that_is_not_utf8_costs_its_row(tmp_path: Path, read: Read, suffix: str) -> None:
+    """Not even pyarrow checks what it writes."""
+    bytes_of = pa.array([b"one", b"tw\xff", b"three"])
+    column = pa.StringArray.from_buffers(3, *bytes_of.buffers()[1:])
+    write_table(tmp_path / f"a.{suffix}", pa.table({"text": column}))
+    documents, rejects = read(suffix, tmp_path / f"a.{suffix}")
+    assert documents == ["one", "three"]
+    [reject] = rejects
+    assert (reject.row.line, reject.row.offset) == (2, 1)
+    assert reject.reason == "utf8: byte 2 of the text is not UTF-8"
+    assert reject.head().encode("utf-8", "surrogateescape") == b"tw\xff"
+
+
+def test_conversations_that_cannot_be_encoded(tmp_path: Path, read: Read) -> None:
+    question, answer = {"role": "user", "content": "2+2"}, {"role": "assistant", "content": "4"}
+    half = [
+        {"messages": [{**question, "content": "\ud83d"}, answer]},
+        {"messages": [question, {**answer, "content": "\ud83d"}]},
+        {"messages": [question, {**answer, "tool_calls": [{"name": "\ud83d", "arguments": {}}]}]},
+        {"messages": [question, answer], "tools": [{"name": "\ud83d"}]},
+    ]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in [{"messages": [question, answer]}, *half]))
+    documents, rejects = read("sft", path)
+    assert len(documents) == 1
+    assert [reject.reason for reject in rejects] == ["utf8: a lone surrogate"] * 4
+
+
+def test_dates_in_conversations_of_a_table(tmp_path: Path, read: Read) -> None:
+    """They matter only where the template would write them."""
+    now = datetime(2020, 1, 1)
+    question, answer = {"role": "user", "content": "2+2", "at": now}, {"role": "assistant", "content": "4"}
+    rows = [
+        {"messages": [question, answer], "tools": tools} for tools in (None, [{"name": "x", "since": now}])
+    ]
+    write_table(tmp_path / "a.parquet", pa.Table.from_pylist(rows))
+    for share in (None, 0.5):
+        documents, rejects = read("sft", tmp_path / "a.parquet", think_flag_share=share)
+        assert len(documents) == 1
+        assert [reject.reason for reject in rejects] == [
+            "json: Object of type datetime is not JSON serializable"
+        ]
+
+
+def test_a_date_that_python_does_not_know_costs_its_row(tmp_path: Path, read: Read) -> None:
+    messages = [{"role": "user", "content": "2+2"}, {"role": "assistant", "content": "4"}]
+    dates = pa.array([0, 2**60, 1], pa.timestamp("us"))
+    write_table(tmp_path / "a.parquet", pa.table({"messages": [messages] * 3, "at": dates}))
+    documents, rejects = read("sft", tmp_path / "a.parquet")
+    assert len(documents) == 2
+    assert [(reject.row.offset, reject.reason) for reject in rejects] == [
+        (1, "type: date value out of range")
+    ]
+
+
 def test_hub_datasets_are_read_from_the_cache(
     tmp_path: Path, read: Read, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -193,8 +252,10 @@ def test_hub_datasets_are_read_from_the_cache(
     (tmp_path / "set").mkdir()
     Dataset.from_dict({"text": ["one", "two"]}).to_parquet(tmp_path / "set" / "train.parquet")
     assert read("hub", f"{tmp_path}/set:train") == (["one", "two"], [])
-    with pytest.raises(DataError, match=r"paths: .*/set:nosplit cannot be loaded by datasets\.load_dataset"):
-        read("hub", f"{tmp_path}/set:nosplit")
+    for name in ("set:nosplit", "set"):
+        law = rf"paths: .*/{name} cannot be loaded by datasets\.load_dataset .*; check name, config, split"
+        with pytest.raises(DataError, match=law):
+            read("hub", f"{tmp_path}/{name}")
 
 
 def test_a_hub_name_without_a_network_says_what_to_do(

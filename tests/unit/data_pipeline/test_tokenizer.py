@@ -59,9 +59,12 @@ def test_fetch_from_folder_and_file(tmp_path: Path) -> None:
 def test_errors(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"tokenizer\.json cannot be read"):
         load_tokenizer(tmp_path)
-    (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(DataError, match=r"is no tokenizer\.json"):
-        load_tokenizer(tmp_path)
+    for damaged in (b"{}", SERIALIZED.encode().replace(b"the", b"th\xff")):
+        (tmp_path / "tokenizer.json").write_bytes(damaged)
+        with pytest.raises(DataError, match=r"is no tokenizer\.json"):
+            load_tokenizer(tmp_path)
+        with pytest.raises(DataError, match=r"is no tokenizer\.json"):
+            fetch_tokenizer(str(tmp_path))
     with pytest.raises(DataError, match=r"has no token <\|endoftext\|>"):
         Tokenizer(tokenizers.Tokenizer(tokenizers.models.BPE()).to_str(), "bare")
     with pytest.raises(DataError, match=r"data\.tokenizer=/no/such/place"):
