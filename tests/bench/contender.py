@@ -103,7 +103,6 @@ def run_config(work: Work, world_size: int) -> Any:
 
     from trainer.config import RunConfig
 
-    stage = work.zero_stage if work.zero_stage >= 0 else int(work.dtype == "bf16" or world_size > 1)
     keys = {f"model.{key}": value for key, value in work.model_keys().items()}
     keys |= {
         "dtype": work.dtype,
@@ -121,7 +120,11 @@ def run_config(work: Work, world_size: int) -> Any:
         "optimizer.weight_decay": DECAY,
         "optimizer.max_grad_norm": CLIP,
     }
-    overrides = ["experiment=demo", f"deepspeed=zero{stage}", *(f"{k}={v}" for k, v in keys.items())]
+    overrides = [
+        "experiment=demo",
+        f"deepspeed=zero{work.zero_stage}",
+        *(f"{k}={v}" for k, v in keys.items()),
+    ]
     with initialize_config_module("conf", version_base="1.3"):
         return RunConfig.load(compose("train", overrides=overrides))
 

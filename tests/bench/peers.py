@@ -43,7 +43,7 @@ def transformers(work: Work, implementation: str = "grouped_mm") -> tuple[Callab
 
 
 def autoep(work: Work) -> tuple[Callable[[], float], Any]:
-    """transformers' model under DeepSpeed AutoEP, ZeRO-1, ep_size = world size."""
+    """transformers' model under DeepSpeed AutoEP, ep_size = world size."""
     import deepspeed
 
     join_deepspeed()
@@ -53,7 +53,7 @@ def autoep(work: Work) -> tuple[Callable[[], float], Any]:
         "train_micro_batch_size_per_gpu": work.rows // world_size,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": CLIP,
-        "zero_optimization": {"stage": 1},
+        "zero_optimization": {"stage": work.zero_stage},
         "bf16": {"enabled": work.dtype == "bf16"},
         "optimizer": {
             "type": "AdamW",

@@ -64,10 +64,10 @@ def _one_rank(found: dict[str, Any]) -> str:
 def _two_ranks(found: dict[str, Any]) -> str:
     blocks = []
     for dtype, contenders in found.items():
-        mine, alone = contenders["ours, EP=2"], contenders["ours, one thread"]
+        mine, alone = contenders["ours"], contenders["ours, one rank"]
         efficiency = alone["seconds"] / mine["seconds"] / 2
         blocks.append(f"Two ranks of one thread, EP=2, {dtype}: scaling efficiency {efficiency:.2f}.")
-        blocks.append(table(HEAD, _contenders(contenders, "ours, EP=2")))
+        blocks.append(table(HEAD, _contenders(contenders, "ours")))
         blocks.append(_parts(mine["parts"]))
     return "\n\n".join(blocks)
 

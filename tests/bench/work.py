@@ -30,7 +30,7 @@ class Work:
     backend: str = "loop"  # ours: experts.backend
     recompute: str = "none"  # ours
     chunks: int = 1  # ours: parallel.dispatch_chunks
-    zero_stage: int = -1  # ours; -1: 1 in bf16 and on several ranks, else 0
+    zero_stage: int = 0  # ours, AutoEP
     parts: int = 0  # ours: 1 to time the parts of the last step
     warm_up: int = 1
     steps: int = 2
