@@ -14,6 +14,10 @@ from trainer.launch import StopRequest
 from trainer.parallel import ParallelPlan
 from trainer.run_folder import read_state, write_state
 
+_OUT_OF_MEMORY = (
+    "Go on with less at a time: python -m trainer.resume RUN_DIR with recompute=full, a smaller "
+    "micro_batch_size, or a higher stage (deepspeed=zero2); python -m trainer.models lists bytes per rank"
+)
 ENVIRONMENT = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -23,6 +27,7 @@ def main(arguments: list[str]) -> int:
         print("usage: python -m trainer.run RUN_DIR (with RANK, WORLD_SIZE and so on set)", file=sys.stderr)
         return 2
     stop = StopRequest()  # before the slow imports: a signal during start-up counts
+    import torch
     import torch.distributed as dist
 
     from trainer.runtime import Ranks, TrainingError, redirect_output
@@ -58,9 +63,12 @@ def main(arguments: list[str]) -> int:
         if _first(logs / f"error-{crc32(str(error).encode()):08x}"):  # most errors are met by all ranks
             print(f"rank {ranks.rank}: {error}", file=terminal)
         state, code = "failed", 1 if isinstance(error, TrainingError) else 2
-    except Exception:
+    except Exception as error:
         logging.exception("rank %s", ranks.rank)
-        print(f"rank {ranks.rank}: {traceback.format_exc()}", file=terminal)
+        said = traceback.format_exc()
+        if isinstance(error, torch.OutOfMemoryError):
+            said = f"{error}\n{_OUT_OF_MEMORY}"
+        print(f"rank {ranks.rank}: {said}", file=terminal)
         state, code = "failed", 1
     if ranks.is_main:
         try:

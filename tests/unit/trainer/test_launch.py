@@ -92,6 +92,32 @@ def test_a_profile_ends_at_the_first_stop_signal(tmp_path, number):
             process.kill()
 
 
+OUT_OF_MEMORY = """
+import sys, torch
+import trainer.train
+from trainer.run import main
+
+def train(*arguments):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+trainer.train.train = train
+sys.exit(main(["."]))
+"""
+
+
+def test_a_gpu_without_memory_is_told_with_what_helps(tmp_path, composed, repository, monkeypatch):
+    freeze(tmp_path, composed("experiment=demo", "parallel.ep_size=1"), [])
+    place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    for key, value in (place | {"MASTER_PORT": "29398"}).items():
+        monkeypatch.setenv(key, value)
+    done = python(OUT_OF_MEMORY, tmp_path, repository)
+    assert done.returncode == 1
+    assert "rank 0: CUDA out of memory. Tried to allocate 2.00 GiB.\nGo on with less at a time" in done.stdout
+    assert "Traceback" not in done.stdout
+    assert "Traceback" in (tmp_path / "logs/attempt-1/rank-0.log").read_text()
+    assert json.loads((tmp_path / "state").read_text()) == {"state": "failed", "attempt": 1}
+
+
 def test_a_state_that_cannot_be_read_is_the_users_to_mend(tmp_path, composed):
     freeze(tmp_path, composed("experiment=demo"), [])
     (tmp_path / "state").write_text("{")
