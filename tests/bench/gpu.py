@@ -15,7 +15,8 @@ from work import Work
 from trainer.throughput import peak_flops
 
 SHAPE = {"hidden": 2048, "heads": 32, "key_value_heads": 4, "head_dim": 128, "width": 768, "vocab": 151936}
-STEP = {"dtype": "bf16", "rows": 1, "seq_len": 4096, "document": 4096, "warm_up": 3, "steps": 10}
+STEP = {"dtype": "bf16", "rows": 1, "seq_len": 4096, "document": 4096}
+STEP |= {"zero_stage": 1, "warm_up": 3, "steps": 10}
 DEPTHS = (14, 12, 10, 8, 6, 4)  # tried from the left until one fits
 LAYERS = 48
 

@@ -12,7 +12,11 @@ def show(results: dict[str, Any]) -> str:
         "scaling": _scaling,
         "startup": _startup,
     }
-    return "\n\n".join(render(results[name]) for name, render in sections.items() if name in results)
+    machine = results["machine"]
+    where = f"On {machine['cpus']} {machine['cpu']} cores with {', '.join(machine['instructions'])}."
+    return "\n\n".join(
+        [where, *(render(results[name]) for name, render in sections.items() if name in results)]
+    )
 
 
 def table(head: list[str], rows: list[list[Any]]) -> str:
