@@ -92,7 +92,8 @@ class AllToAllDispatcher:
 
         there = []
         for n, (tokens, weights, ranks, local_ids, destinations) in enumerate(chunks):
-            grouping = Grouping.by(destinations, self.ep_size, lambda: sum(counts()[n].send))  # noqa: B023 (called at once)
+            # the function is called at once
+            grouping = Grouping.by(destinations, self.ep_size, lambda: sum(counts()[n].send))  # noqa: B023
             weights, ids = self._pack(grouping, ranks, weights, local_ids, absent)
             exchange = _Exchange(self._swap, counts()[n].send, counts()[n].receive)
             (ids,) = exchange.start(ids.int())  # [N',C]

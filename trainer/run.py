@@ -15,7 +15,7 @@ from trainer.parallel import ParallelPlan
 from trainer.run_folder import read_state, write_state
 
 _OUT_OF_MEMORY = (
-    "Go on with less at a time: python -m trainer.resume RUN_DIR with recompute=full, a smaller "
+    "Go on with less at a time: python -m trainer.resume {} with recompute=full, a smaller "
     "micro_batch_size, or a higher stage (deepspeed=zero2); python -m trainer.models lists bytes per rank"
 )
 ENVIRONMENT = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -67,7 +67,7 @@ def main(arguments: list[str]) -> int:
         logging.exception("rank %s", ranks.rank)
         said = traceback.format_exc()
         if isinstance(error, torch.OutOfMemoryError):
-            said = f"{error}\n{_OUT_OF_MEMORY}"
+            said = f"{error}\n{_OUT_OF_MEMORY.format(run_dir)}"
         print(f"rank {ranks.rank}: {said}", file=terminal)
         state, code = "failed", 1
     if ranks.is_main:

@@ -171,8 +171,11 @@ def read_state(run_dir: Path) -> dict[str, Any]:
     """`{"state": running|stopped|finished|failed, "attempt": int}`; attempt 0 before the first start."""
     path = run_dir / "state"
     try:
-        return json.loads(path.read_text()) if path.exists() else {"state": "new", "attempt": 0}
-    except (OSError, ValueError) as error:
+        if not path.exists():
+            return {"state": "new", "attempt": 0}
+        found = json.loads(path.read_text())
+        return {"state": str(found["state"]), "attempt": int(found["attempt"])}
+    except (OSError, ValueError, TypeError, KeyError) as error:
         remedy = "delete it, attempts count from 1 again"
         raise ConfigError(f"{path} cannot be read ({error}); {remedy}") from error
 

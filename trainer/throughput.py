@@ -88,7 +88,7 @@ class StepClock:
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Count the time inside as the part `name` of a measured step; decorates a function, too."""
+        """Count the time inside as the part `name` of a measured step."""
         if not self.measuring or (self._on_gpu and torch.cuda.current_stream(self._device) != self._stream):
             yield
             return

@@ -118,9 +118,10 @@ def test_a_gpu_without_memory_is_told_with_what_helps(tmp_path, composed, reposi
     assert json.loads((tmp_path / "state").read_text()) == {"state": "failed", "attempt": 1}
 
 
-def test_a_state_that_cannot_be_read_is_the_users_to_mend(tmp_path, composed):
+@pytest.mark.parametrize("content", ["{", "{}", "[]"])
+def test_a_state_that_cannot_be_read_is_the_users_to_mend(tmp_path, composed, content):
     freeze(tmp_path, composed("experiment=demo"), [])
-    (tmp_path / "state").write_text("{")
+    (tmp_path / "state").write_text(content)
     with rank("trainer.run", tmp_path, world_size=2) as process:
         try:
             _, said = process.communicate(timeout=60)
