@@ -135,6 +135,7 @@ class RunConfig:
     output_dir: str
     seed: int
     dtype: Literal["fp32", "bf16"]
+    device: Literal["auto", "cuda", "cpu"]
     micro_batch_size: int
     recompute: Literal["none", "experts", "full"]
     mtp_loss_scaling_factor: NotNegative
