@@ -9,9 +9,10 @@ from typing import Annotated, Any, Literal
 from data_pipeline.config import DataConfig
 from moe.config import ConfigError, ModelConfig
 from moe.upcycle import upcycle_problems
+from trainer.deepspeed_section import deepspeed_problems
 from trainer.parallel import ParallelConfig, ParallelPlan
 from trainer.run_folder import hf_folder, read_run
-from trainer.typed import AtLeast0, AtLeast1, NotNegative, similar, typed, value_problems
+from trainer.typed import AtLeast0, AtLeast1, NotNegative, typed, value_problems
 
 
 @dataclass
@@ -183,7 +184,7 @@ class RunConfig:
             *value_problems(self),
             *self._own_problems(),
             *self._init_problems(),
-            *_deepspeed_problems(self.deepspeed),
+            *deepspeed_problems(self.deepspeed, self.dtype),
         ]
         if problems:
             raise ConfigError(problems)
@@ -277,44 +278,3 @@ _FREE_AT_HAND_OVER |= {"router_aux_loss_coef", "num_nextn_predict_layers"}
 # And what makes a mixture of a dense one.
 _FREE_TO_UPCYCLE = {"num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob"}
 _FREE_TO_UPCYCLE |= {"decoder_sparse_step", "mlp_only_layers"}
-# Keys of DeepSpeed that other keys of ours set; a second place for the same number would be a contradiction.
-_OURS = {
-    "train_batch_size": "stage.global_batch_size",
-    "train_micro_batch_size_per_gpu": "micro_batch_size",
-    "gradient_accumulation_steps": "micro_batch_size (accumulation follows)",
-    "gradient_clipping": "optimizer.max_grad_norm",
-    "scheduler": "schedule",
-    "wandb": "tracker",
-    "expert_parallel": "parallel.ep_size",
-    **dict.fromkeys(("bf16", "fp16", "data_types"), "dtype"),
-    **dict.fromkeys(("sequence_parallel_size", "data_parallel_size"), "parallel"),
-    **{key: key for key in ("optimizer", "checkpoint")},
-}
-# DeepSpeed ignores an unknown top-level key in silence: a typo would do nothing.
-_DEEPSPEED = {
-    *("zero_optimization", "zero_force_ds_cpu_optimizer", "communication_data_type", "prescale_gradients"),
-    *("gradient_predivide_factor", "sparse_gradients", "wall_clock_breakdown", "memory_breakdown"),
-    *("comms_logger", "flops_profiler", "activation_checkpointing"),
-}
-
-
-def _deepspeed_problems(section: dict[str, Any]) -> list[str]:
-    """What the section says besides DeepSpeed's own keys, or with keys that others of ours set."""
-    found = []
-    for key in section:
-        if key in _OURS:
-            found.append(f"deepspeed.{key} is set by {_OURS[key]}; remove it")
-        elif key not in _DEEPSPEED:
-            near = similar(key, _DEEPSPEED)
-            found.append(f"deepspeed.{key} is unknown{near}; use one of {sorted(_DEEPSPEED)}")
-    zero = section.get("zero_optimization", {})
-    zero = zero if isinstance(zero, dict) else {"stage": None}
-    stage, offload = zero.get("stage", 0), zero.get("offload_optimizer")
-    if stage not in (0, 1, 2, 3):
-        found.append(f"deepspeed.zero_optimization.stage={stage} is unknown; use 0, 1, 2 or 3")
-    if isinstance(offload, dict) and (offload.get("device") == "nvme" or offload.get("ratio", 1) != 1):
-        found.append(
-            "deepspeed.zero_optimization.offload_optimizer: checkpoints need optimizer states in memory; "
-            "use device=cpu with ratio=1, or none"
-        )
-    return found

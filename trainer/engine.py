@@ -8,7 +8,7 @@ which DeepSpeed reduces, partitions and clips them over the expert-data-parallel
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +33,10 @@ import deepspeed
 import deepspeed.comm
 import deepspeed.ops
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.utils import groups
+
+from trainer.gradients import Fp32Sums, ReduceScatter, all_reduce, clip, square_sum
 
 all_to_all = deepspeed.comm.all_to_all_single  # for dispatchers: DeepSpeed's communication log sees it
 # DeepSpeed's collectives, as its backend names them
@@ -104,6 +107,28 @@ def mark_experts(model: nn.Module, num_experts: int, ep_size: int, ep_rank: int)
             vars(parameter).update(ds_zero_placement_family="autoep_expert")
 
 
+def _settings(config: RunConfig, plan: ParallelPlan) -> dict[str, Any]:
+    """What DeepSpeed is told: the section of the run, and what other keys of ours say."""
+    stage, in_bf16 = config.zero_stage, config.dtype == "bf16"
+    settings: dict[str, Any] = {
+        # torch's AdamW runs on CPU tensors, and DeepSpeed's would have to be compiled
+        "zero_force_ds_cpu_optimizer": False,
+        **config.deepspeed,
+        "train_batch_size": plan.global_batch_size,
+        "train_micro_batch_size_per_gpu": plan.micro_batch_size,
+        "gradient_accumulation_steps": plan.gradient_accumulation_steps,
+        # its own norm is wrong for experts without ZeRO, so stage 0 clips here
+        "gradient_clipping": config.optimizer.max_grad_norm if stage > 0 else 0.0,
+        "steps_per_print": None,
+        # ZeRO-1 frees each bf16 gradient as soon as it is added to the fp32 sum
+        "bf16": {"enabled": in_bf16, "immediate_grad_update": in_bf16 and stage == 1},
+    }
+    if in_bf16 and stage > 0:
+        settings["data_types"] = {"grad_accum_dtype": "fp32"}
+        settings.setdefault("communication_data_type", "fp32")  # else sums over ranks are rounded to bf16
+    return settings
+
+
 @dataclass(frozen=True)
 class Fragment:
     """Consecutive elements of one parameter, with their optimizer state, that this rank holds."""
@@ -120,41 +145,35 @@ class Engine:
     def __init__(
         self, model: nn.Module, optimizer: Optimizer, config: RunConfig, plan: ParallelPlan, ranks: Ranks
     ) -> None:
-        self._world_size = plan.world_size
+        self._device = ranks.device
         self._seed, self._experts = config.seed, config.experts
         self._zero_stage = config.zero_stage
         self._max_grad_norm = config.optimizer.max_grad_norm
         self._ep_rank = plan.ep_rank(ranks.rank)
         self._ep_group = expert_parallel_group(plan.ep_size)
         self._edp_group = groups._get_expert_data_parallel_group(f"ep_size_{plan.ep_size}")
-        settings: dict[str, Any] = {
-            **config.deepspeed,
-            "train_batch_size": plan.global_batch_size,
-            "train_micro_batch_size_per_gpu": plan.micro_batch_size,
-            "gradient_accumulation_steps": plan.gradient_accumulation_steps,
-            # its own norm is wrong for experts without ZeRO, so stage 0 clips here
-            "gradient_clipping": self._max_grad_norm if self._zero_stage > 0 else 0.0,
-            "steps_per_print": None,
-            "bf16": {"enabled": config.dtype == "bf16"},
-        }
-        if config.dtype == "bf16" and self._zero_stage > 0:
-            settings["data_types"] = {"grad_accum_dtype": "fp32"}
-        given = {"model": model, "optimizer": optimizer, "config": settings}
+        given = {"model": model, "optimizer": optimizer, "config": _settings(config, plan)}
         self._engine, *_ = deepspeed.initialize(**given, dist_init_required=False)
         self.module: nn.Module = self._engine.module
         self._masters: dict[nn.Parameter, Tensor] = {}  # bf16 without ZeRO: fp32 masters by parameter
+        self._averaged_over = plan.world_size  # by which DeepSpeed divides a sum over ranks
         self.clock = StepClock(ranks.device)
         backend: Any = deepspeed.comm.comm.cdb
         for name in _COLLECTIVES:  # of the class, because another engine may come later
             collective = getattr(type(backend), name).__get__(backend)
             setattr(backend, name, self.clock.timed("communication", collective))
+        sums = self._engine.optimizer
         if self._zero_stage == 0:
             # It would copy all gradients into a buffer and back, also those that no other rank shares.
-            self._engine.enable_backward_allreduce = False
-            lists = (getattr(self._engine.optimizer, name, []) for name in ("fp16_groups", "fp32_groups"))
-            for parameters, masters in zip(*lists, strict=True):
-                self._masters.update(zip(parameters, masters, strict=True))
-            optimizer.state.clear()  # bf16 without ZeRO would start Adam's bias correction at its second step
+            self._engine.enable_backward_allreduce, self._averaged_over = False, 1
+            optimizer.state.clear()  # in bf16 it would start Adam's bias correction at its second step
+            if config.dtype == "bf16":
+                sums.__class__ = Fp32Sums
+                self._masters = sums.take_over()
+        elif isinstance(sums, BF16_Optimizer):
+            sums.__class__, self._averaged_over = ReduceScatter, 1
+        elif self._zero_stage == 3:
+            _in_one_order(self.module)
 
     def forward(
         self, batch: Batch, selection_bias: Tensor | None = None, routing_only: bool = False
@@ -177,12 +196,11 @@ class Engine:
     def backward(self, loss_share: Tensor) -> None:
         """Accumulate the gradient of this rank's share; shares add up over ranks and micro-batches.
 
-        DeepSpeed would divide by the accumulation steps and under ZeRO averages over ranks; both are undone
-        here, and no other line of the project scales a loss by a number of ranks.
+        DeepSpeed would divide by the accumulation steps, and averages over ranks where it reduces. Both are
+        undone here; no other line of the project scales a loss by a number of ranks.
         """
-        averaged_over = self._world_size if self._zero_stage > 0 else 1
         with self.clock.part("backward"):
-            self._engine.backward(loss_share * averaged_over, scale_wrt_gas=False)
+            self._engine.backward(loss_share * self._averaged_over, scale_wrt_gas=False)
             if not self._engine.is_gradient_accumulation_boundary():
                 self._engine.step()
 
@@ -204,17 +222,17 @@ class Engine:
         shared: list[Tensor] = []
         experts: list[Tensor] = []
         for parameter in self.module.parameters():
-            if parameter.grad is None:  # perhaps on this rank only
-                parameter.grad = torch.zeros_like(parameter)
-            (experts if _is_expert(parameter) else shared).append(parameter.grad)
+            master = self._masters.get(parameter, parameter)
+            if master.grad is None:  # perhaps on this rank only
+                master.grad = torch.zeros_like(master)
+            (experts if _is_expert(parameter) else shared).append(master.grad)
         for gradients, group in ((shared, None), (experts, self._edp_group)):
-            for gradient in gradients if dist.get_world_size(group) > 1 else []:
-                deepspeed.comm.all_reduce(gradient, group=group)
-        squares = torch.stack([_square_sum(shared), _square_sum(experts)])
+            if dist.get_world_size(group) > 1:
+                all_reduce(gradients, group)
+        squares = torch.stack([square_sum(of, self._device) for of in (shared, experts)])
         dist.all_reduce(squares[1], group=self._ep_group)
         norm = float(squares.sum().sqrt())
-        if self._max_grad_norm > 0 and norm > self._max_grad_norm:
-            torch._foreach_mul_(shared + experts, self._max_grad_norm / (norm + 1e-6))
+        clip(shared + experts, norm, self._max_grad_norm)
         return norm
 
     def owned_parameters(self) -> Iterator[tuple[str, Tensor]]:
@@ -305,7 +323,16 @@ def _is_expert(parameter: nn.Parameter) -> bool:
     return not getattr(parameter, "allreduce", True)
 
 
-def _square_sum(tensors: list[Tensor]) -> Tensor:
-    if not tensors:
-        return torch.zeros(())
-    return torch.stack(torch._foreach_norm(tensors, dtype=torch.float32)).square().sum()
+def _in_one_order(model: nn.Module) -> None:
+    """ZeRO-3: have all ranks gather parameters in one order.
+
+    DeepSpeed prefetches a set of parameters, whose order differs between processes, over one group of ranks
+    after another. Collectives of two groups that two ranks start in another order can wait for each other.
+    """
+    for parameter in model.parameters():
+        gather = parameter.all_gather_coalesced
+
+        def ordered(parameters: Iterable[Any], *args: Any, _gather: Any = gather, **kwargs: Any) -> Any:
+            return _gather(sorted(parameters, key=lambda one: one.ds_id), *args, **kwargs)
+
+        parameter.all_gather_coalesced = ordered

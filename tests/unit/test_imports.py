@@ -25,6 +25,7 @@ EXTRA = {
     "data_pipeline/chat.py": {"tokenizers"},
     "slurm/health.py": {"torch"},  # runs on the nodes
     "trainer/engine.py": {"deepspeed"},
+    "trainer/gradients.py": {"deepspeed"},
     "trainer/optimizer_state.py": {"safetensors"},
     "trainer/inspect.py": {"safetensors"},
     "trainer/tracker.py": {"wandb"},

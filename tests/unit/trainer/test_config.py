@@ -82,6 +82,26 @@ def test_laws_come_together(run_config):
             "+deepspeed.zero_optimization.offload_optimizer.device=nvme",
             "offload_optimizer: checkpoints need optimizer states in memory",
         ),
+        (
+            ["deepspeed=zero0", "+deepspeed.zero_optimization.offload_optimizer.device=cpu"],
+            "offload_optimizer.device=cpu needs ZeRO 1, 2 or 3",
+        ),
+        (
+            ["+deepspeed.zero_optimization.offload_optimizer={device:cpu,nvme_path:/scratch}"],
+            "offload_optimizer.nvme_path=/scratch contradicts device=cpu",
+        ),
+        (
+            [
+                "+deepspeed.zero_optimization.offload_optimizer.device=cpu",
+                "+deepspeed.zero_force_ds_cpu_optimizer=true",
+            ],
+            "zero_force_ds_cpu_optimizer=true contradicts offload_optimizer",
+        ),
+        (
+            ["deepspeed=zero3", "+deepspeed.zero_optimization.offload_param.device=cpu"],
+            "offload_param is not supported",
+        ),
+        ("+deepspeed.communication_data_type=bf16", "communication_data_type=bf16 changes nothing but with"),
         ("experts.capacity_factor=0", "experts.capacity_factor=0.0 must be above 0; null drops nothing"),
         ("experts.router_jitter_noise=-0.1", "experts.router_jitter_noise=-0.1 is outside 0 to 1"),
         ("init.router_scale=-1", "init.router_scale=-1.0 is below 0"),
