@@ -123,6 +123,12 @@ class SubmitConfig(RunConfig):
     def check(self, plan: ParallelPlan) -> None:
         """Raises ConfigError with every broken law of the run and of the request."""
         problems = self.slurm.problems(self.parallel.nproc_per_node)
+        gpus = f"slurm.gpus_per_node={self.slurm.gpus_per_node}"
+        if self.device == "cuda" and not self.slurm.gpus_per_node:
+            remedy = f"use slurm.gpus_per_node={self.parallel.nproc_per_node}"
+            problems.append(f"device=cuda but {gpus}: the job asks for no GPU; {remedy}")
+        if self.device == "cpu" and self.slurm.gpus_per_node:
+            problems.append(f"device=cpu but {gpus}: the GPUs would be idle; use slurm.gpus_per_node=0")
         try:
             super().check(plan)
         except ConfigError as error:
