@@ -218,7 +218,7 @@ def _probe(device: torch.device, dtype: torch.dtype, key_dim: int, value_dim: in
         given = DeltaInputs(*(part.to(kind) for part in x))._replace(log_decay=log_decay)
         given = DeltaInputs(*(part.detach().requires_grad_() for part in given))
         mixed, _ = rule(given, documents, log_decay.new_zeros(3, 2, key_dim, value_dim))
-        return [mixed, *torch.autograd.grad(mixed.float().square().sum(), [*given])]
+        return [mixed.detach(), *torch.autograd.grad(mixed.float().square().sum(), [*given])]
 
     try:
         with torch.inference_mode(False), torch.enable_grad():

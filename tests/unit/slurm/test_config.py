@@ -60,10 +60,18 @@ def test_a_cluster_file_leaves_the_partition_to_its_user():
         ("+slurm.env.hf_token=x", "looks like a secret"),
         ("+slurm.env.a-b=x", "no name of an environment variable"),
         ("parallel.ep_size=3", "parallel.ep_size=3 does not divide"),
+        ("device=cuda", "device=cuda but slurm.gpus_per_node=0: the job asks for no GPU; use slurm.gpus"),
     ],
 )
 def test_broken_laws_are_named(override, message):
     assert any(message in problem for problem in problems(override)), problems(override)
+
+
+def test_gpus_for_a_run_on_the_cpu():
+    found = problems("device=cpu", "slurm.gpus_per_node=1")
+    assert found == [
+        "device=cpu but slurm.gpus_per_node=1: the GPUs would be idle; use slurm.gpus_per_node=0"
+    ]
 
 
 def test_what_is_no_secret():
