@@ -26,6 +26,7 @@ class ContainerConfig:
     kind: str
     image: str | None
     mounts: list[str]
+    start_seconds: AtLeast0
 
 
 @dataclass
@@ -68,7 +69,7 @@ class SlurmConfig:
             if value is not None and value is not False
         }
 
-    def problems(self, nproc_per_node: int) -> list[str]:
+    def problems(self, nproc_per_node: int, device: str) -> list[str]:
         """Every broken law that the types of single values do not show, one line each."""
         found = []
         if self.resume not in ("requeue", "chain"):
@@ -80,6 +81,12 @@ class SlurmConfig:
         if (gpus := self.gpus_per_node) not in (0, nproc_per_node):
             different = f"slurm.gpus_per_node={gpus} but parallel.nproc_per_node={nproc_per_node}"
             found.append(f"{different}: a rank is one GPU; give both the same number")
+        if device == "cuda" and gpus == 0:
+            remedy = f"slurm.gpus_per_node={nproc_per_node}, or device=cpu"
+            found.append(f"slurm.gpus_per_node=0 but device=cuda: no node would give a GPU; use {remedy}")
+        if device == "cpu" and gpus > 0:
+            different = f"slurm.gpus_per_node={gpus} but device=cpu"
+            found.append(f"{different}: the GPUs would be idle; use slurm.gpus_per_node=0, or device=auto")
         for flag, value in self.flags().items():
             if flag in _OURS:
                 found.append(f"slurm.sbatch.{flag} is set by {_OURS[flag]}; remove it")
@@ -122,13 +129,7 @@ class SubmitConfig(RunConfig):
 
     def check(self, plan: ParallelPlan) -> None:
         """Raises ConfigError with every broken law of the run and of the request."""
-        problems = self.slurm.problems(self.parallel.nproc_per_node)
-        gpus = f"slurm.gpus_per_node={self.slurm.gpus_per_node}"
-        if self.device == "cuda" and not self.slurm.gpus_per_node:
-            remedy = f"use slurm.gpus_per_node={self.parallel.nproc_per_node}"
-            problems.append(f"device=cuda but {gpus}: the job asks for no GPU; {remedy}")
-        if self.device == "cpu" and self.slurm.gpus_per_node:
-            problems.append(f"device=cpu but {gpus}: the GPUs would be idle; use slurm.gpus_per_node=0")
+        problems = self.slurm.problems(self.parallel.nproc_per_node, self.device)
         try:
             super().check(plan)
         except ConfigError as error:

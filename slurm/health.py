@@ -17,11 +17,24 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+_BOUND = (
+    "health: every task sees one GPU only, and NCCL may not reach the others of a node by NVLink; "
+    "leave out --gpus-per-task and --gpu-bind if training is slow"
+)
+
 
 def check_device(gpus: int, device: torch.device) -> list[str]:
-    """Whether the node has its GPUs, and this rank's device computes a small product right."""
-    if (count := torch.cuda.device_count()) != gpus:
+    """Whether this rank sees the GPUs of its node, or one of its own, and computes a small product right."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    if gpus and "MIG-" in visible and int(os.environ["WORLD_SIZE"]) > 1:
+        return [f"{visible} is a part of a GPU, and NCCL joins whole ones; ask for those, or for one rank"]
+    bound = gpus > 1 and visible != "" and "," not in visible
+    if (count := torch.cuda.device_count()) != (1 if bound else gpus):
         return [f"{count} GPUs, not slurm.gpus_per_node={gpus}"]
+    if bound and os.environ["RANK"] == "0":
+        print(_BOUND, flush=True)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # else a context opens on GPU 0 too
     a = torch.arange(256 * 256).view(256, 256) % 7  # small whole numbers: exact in fp32
     product = (a.to(device, torch.float32) @ a.to(device, torch.float32)).cpu()
     return [] if torch.equal(product, (a @ a).float()) else [f"wrong matrix product on {device}"]

@@ -1,4 +1,4 @@
-# shellcheck shell=bash disable=SC2153,SC2154,SC2329
+# shellcheck shell=bash disable=SC2016,SC2153,SC2154,SC2329
 # One job: check the nodes, run the ranks, decide what comes next. Static text; the lines above it, written by
 # slurm/script.py, set its variables. What happened is read from the run folder, never from an exit code (a crash
 # under --kill-on-bad-exit looks like a kill):
@@ -9,9 +9,8 @@
 set -u
 
 JOB=$SLURM_JOB_ID
-if [[ -n ${SLURM_ARRAY_TASK_ID:-} ]]; then # a point of a sweep; SLURM_JOB_ID may be that of the whole array
+[[ -z ${SLURM_ARRAY_TASK_ID:-} ]] || # a point of a sweep; SLURM_JOB_ID may be that of the whole array
     JOB=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID RUN_DIR=$RUN_DIR/$SLURM_ARRAY_TASK_ID
-fi
 CHILD='' STOPPING=0 TERMINATED=0
 mapfile -t HOSTS < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 
@@ -93,21 +92,23 @@ run() { # COMMAND...: `wait` returns at every signal, so again until the command
     exit 143
 }
 
-# A rank must not die of a signal that comes before it listens.
-# shellcheck disable=SC2016
+# A rank must not die of a signal that comes before it listens. One that sees a single GPU has it as number 0.
 RANK='trap "" USR2 TERM
 export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS LOCAL_WORLD_SIZE=$RANKS_PER_NODE
+[[ ${CUDA_VISIBLE_DEVICES:-,} = *,* ]] || LOCAL_RANK=0 LOCAL_WORLD_SIZE=1
 exec "$@"'
-on_ranks() { # MODULE ARGUMENTS...; blocks of ranks: consecutive ones, an expert group, share a node
-    exec "${STEP[@]}" --mpi=none --distribution=block:block "${SRUN[@]}" \
-        bash -c "$RANK" rank "${WRAP[@]}" "$PYTHON" -m "$@"
+on_ranks() { # STEP ARGUMENTS...: of srun, of python; blocks of ranks: consecutive ones, an expert group, share a node
+    # shellcheck disable=SC2086
+    exec $1 --mpi=none --distribution=block:block "${SRUN[@]}" bash -c "$RANK" rank "${WRAP[@]}" "$PYTHON" "${@:2}"
 }
 
 check_nodes() { # names bad nodes and starts again without them
     local report="$RUN_DIR/logs/health/$JOB.${SLURM_RESTART_COUNT:-0}" host found bad=()
     mkdir -p "$report"
-    STEP=(timeout -k 10 "$HEALTH_SECONDS" srun --kill-on-bad-exit=0)
-    run on_ranks slurm.health "$report" "$((HEALTH_SECONDS / 3))" "${HEALTH[@]}"
+    ((START_SECONDS == 0)) || # a container: how long its image takes to arrive says nothing of the node
+        run on_ranks "timeout -k 10 $START_SECONDS srun -n ${#HOSTS[@]} --ntasks-per-node=1" -c "import torch"
+    run on_ranks "timeout -k 10 $HEALTH_SECONDS srun --kill-on-bad-exit=0" \
+        -m slurm.health "$report" "$((HEALTH_SECONDS / 3))" "${HEALTH[@]}"
     ((STOPPING)) && return
     for host in "${HOSTS[@]}"; do
         found=$(cat "$report/$host".* 2>/dev/null | sort -u | paste -sd' ')
@@ -127,13 +128,13 @@ for line in "${SETUP[@]}"; do eval "$line" || give_up "slurm.setup failed: $line
 export PYTHONPATH="$CODE${PYTHONPATH:+:$PYTHONPATH}" PYTHONSAFEPATH=1 RANKS_PER_NODE MASTER_ADDR="${HOSTS[0]}"
 export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}" OMP_NUM_THREADS="${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}"
 export MASTER_PORT=$((10000 + SLURM_JOB_ID * 2 % 20000))
+export TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-${SCRATCH:-${TMPDIR:-/tmp}}/triton-$JOB}" # not a home that all nodes share
 ((HEALTH_SECONDS == 0)) || MASTER_PORT=$((MASTER_PORT + 1)) check_nodes
 
 before=$(latest) attempt=$(field attempt)
 if ((!STOPPING)); then
     say "training on ${HOSTS[*]}"
-    STEP=(srun --kill-on-bad-exit=1)
-    run on_ranks trainer.run "$RUN_DIR"
+    run on_ranks "srun --kill-on-bad-exit=1" -m trainer.run "$RUN_DIR"
 fi
 state=$(field state)
 [[ $(field attempt) != "$attempt" ]] || state=unstarted

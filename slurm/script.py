@@ -27,16 +27,19 @@ def job_script(folder: Path, configs: list[SubmitConfig], sweep: bool) -> str:
         ("requeue" if slurm.resume == "requeue" else "no-requeue"): None,
     }
     step, wrap = _container(folder, configs)
+    contained = slurm.container.kind != "none"
     variables: dict[str, object] = {
         "RUN_DIR": folder,
         "CODE": folder / "code",
-        "PYTHON": slurm.python or (sys.executable if slurm.container.kind == "none" else "python"),
+        "PYTHON": slurm.python or ("python" if contained else sys.executable),
         "RANKS_PER_NODE": config.parallel.nproc_per_node,
         "RESUME": slurm.resume,
         "MAX_RESTARTS": slurm.max_restarts,
         "EXCLUDE": slurm.exclude or "",
+        "START_SECONDS": slurm.container.start_seconds if contained else 0,
         "HEALTH_SECONDS": slurm.health.seconds,
         "HEALTH": [slurm.gpus_per_node, slurm.health.min_free_gib, slurm.health.max_skew_seconds],
+        "SCRATCH": "/tmp" if contained else "",  # TMPDIR of the node, which need not be there in a container
         "SRUN": step,
         "WRAP": wrap,
         "SETUP": slurm.setup,
@@ -46,7 +49,9 @@ def job_script(folder: Path, configs: list[SubmitConfig], sweep: bool) -> str:
         f"#SBATCH --{flag}" + (f"={shlex.quote(v)}" if v is not None else "") for flag, v in flags.items()
     ]
     lines += [f"{name}={_quoted(value)}" for name, value in variables.items()]
-    lines += [f"export {name}={shlex.quote(value)}" for name, value in slurm.env.items()]
+    # some nodes show their GPUs to every job
+    cpu_only = {} if slurm.gpus_per_node else {"CUDA_VISIBLE_DEVICES": ""}
+    lines += [f"export {name}={shlex.quote(value)}" for name, value in (cpu_only | slurm.env).items()]
     return "\n".join([*lines, "", Path(__file__).with_name("job.sh").read_text()])
 
 

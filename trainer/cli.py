@@ -94,7 +94,7 @@ def check_data(config: RunConfig) -> None:
 
 def start(run_dir: Path, config: RunConfig, held: int) -> int:
     """Start the ranks of a frozen run whose lock is held, and say where to look if they fail."""
-    code = launch(run_dir, config.parallel.nproc_per_node, held)
+    code = launch(run_dir, config.parallel.nproc_per_node, config.device, held)
     if code:
         state = read_state(run_dir)
         if state["state"] == "running":  # killed: no rank could say so itself

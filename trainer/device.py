@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch.utils import deterministic
 
 from moe.config import ConfigError
+from trainer.launch import NO_GPUS, sees_gpu
 
 _OLDER_CUDA = "https://download.pytorch.org/whl/cu126"
 
@@ -33,8 +34,7 @@ def choose_device(
     if obstacle := _obstacle(visible):
         if wanted == "cuda":
             raise ConfigError([f"device=cuda cannot be had: {obstacle}; or use device=cpu"])
-        unexpected = gpu_files() and visible not in ("", "-1")
-        return torch.device("cpu"), f"training on the CPU: {obstacle}" if unexpected else None
+        return torch.device("cpu"), f"training on the CPU: {obstacle}" if sees_gpu(wanted) else None
 
     count, ranks_here = torch.cuda.device_count(), max(ranks_here, local_rank + 1)
     # Some sites show every task one GPU, its own. Whether it is its own, `check_devices` asks.
@@ -57,9 +57,9 @@ def _obstacle(visible: str | None) -> str | None:
         warnings.simplefilter("ignore")  # what torch warns of is told below
         if torch.cuda.is_available():
             return None
-    if visible in ("", "-1"):
+    if visible in NO_GPUS:
         return f"CUDA_VISIBLE_DEVICES={visible} hides every GPU; unset it"
-    if not gpu_files():
+    if not sees_gpu("auto"):
         return "this machine shows no NVIDIA GPU (/dev/nvidia0)"
     version = torch.__version__.partition("+")[0]
     install = f"pip install --force-reinstall torch=={version}"
@@ -75,11 +75,6 @@ def _obstacle(visible: str | None) -> str | None:
     )
     newer = "update the driver (CUDA 13 needs 580 or newer)"
     return f"{built}; {newer}, or `{install} --index-url {_OLDER_CUDA}`"
-
-
-def gpu_files() -> list[Path]:
-    """What the driver shows of this machine's GPUs, whether this torch can use them or not."""
-    return sorted(Path("/dev").glob("nvidia[0-9]*"))
 
 
 def driver_version() -> str | None:

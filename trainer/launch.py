@@ -11,7 +11,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
+_DEVICES = Path("/dev")
+NO_GPUS = ("", "-1", "NoDevFiles")  # values of CUDA_VISIBLE_DEVICES that hide all; the last is SLURM's
 _GRACE_SECONDS = 10.0  # for the other ranks, once one has failed
+# Large blocks are kept instead of returned: page faults cost a fifth of the time of a step on a CPU. Beside a
+# GPU these blocks are the copy of a checkpoint, which every rank would keep.
+_ON_CPU = {"MALLOC_MMAP_THRESHOLD_": str(8 << 30), "MALLOC_TRIM_THRESHOLD_": str(16 << 30)}
+# Rows per expert differ in every step: segments that can grow do not fall to pieces.
+_ON_GPU = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)  # NCCL takes SIGUSR1
 
 
@@ -28,7 +35,15 @@ class StopRequest:
         self.requested = True
 
 
-def launch(run_dir: Path, nproc: int, lock: int, command: Sequence[str] = ("trainer.run",)) -> int:
+def sees_gpu(device: str) -> bool:
+    """Whether a run on `device` (auto, cuda or cpu) finds an NVIDIA GPU here; torch may still refuse it."""
+    hidden = device == "cpu" or os.environ.get("CUDA_VISIBLE_DEVICES") in NO_GPUS
+    return not hidden and any(_DEVICES.glob("nvidia[0-9]*"))
+
+
+def launch(
+    run_dir: Path, nproc: int, device: str, lock: int, command: Sequence[str] = ("trainer.run",)
+) -> int:
     """Run `python -m COMMAND RUN_DIR` on `nproc` ranks; returns the exit code of the first failure, or 0.
 
     SIGINT and SIGTERM become a stop request to every rank (save, exit 0); a second one kills. If this process
@@ -38,10 +53,8 @@ def launch(run_dir: Path, nproc: int, lock: int, command: Sequence[str] = ("trai
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     environment = {
-        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // nproc)),
-        # Large blocks are kept instead of returned: page faults cost a fifth of the time of a step on a CPU.
-        "MALLOC_MMAP_THRESHOLD_": str(8 << 30),
-        "MALLOC_TRIM_THRESHOLD_": str(16 << 30),
+        "OMP_NUM_THREADS": str(max(1, _cpus() // nproc)),
+        **(_ON_GPU if sees_gpu(device) else _ON_CPU),
         **os.environ,
         **dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(nproc)),
         "MASTER_ADDR": "127.0.0.1",
@@ -71,6 +84,11 @@ def launch(run_dir: Path, nproc: int, lock: int, command: Sequence[str] = ("trai
     for number, handler in before.items():
         signal.signal(number, handler)
     return code
+
+
+def _cpus() -> int:
+    """Those that this process may run on: a job or taskset may leave fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def _wait(ranks: list[subprocess.Popen]) -> int:

@@ -41,6 +41,9 @@ def main(arguments: list[str]) -> int:
         config = RunConfig.of_run(run_dir)
         config.check(ParallelPlan.of(config, int(os.environ["WORLD_SIZE"])))
         shared = [read_state(run_dir)["attempt"] + 1]
+        # where NCCL leaves what it was doing when it timed out
+        record = run_dir.absolute() / "logs" / f"attempt-{shared[0]}" / "nccl-rank-"
+        os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", str(record))
     except ConfigError as error:
         if os.environ.get("RANK", "0") == "0":  # every rank meets it
             print(error, file=sys.stderr)

@@ -108,6 +108,11 @@ TOO_MANY_GPUS += ["parallel.ep_size=1", "stage.global_batch_size=18"]
     [
         (["slurm.partition=nowhere"], "invalid partition"),
         (TOO_MANY_GPUS, "sbatch refuses: sbatch: error:"),
+        (["device=cuda"], "slurm.gpus_per_node=0 but device=cuda: no node would give a GPU"),
+        (
+            ["device=cpu", "slurm.gpus_per_node=1"],
+            "slurm.gpus_per_node=1 but device=cpu: the GPUs",
+        ),
         (["slurm.gpus_per_node=4"], "slurm.gpus_per_node=4 but parallel.nproc_per_node=1"),
         ([f"slurm.nodes={NODES + 2}", "stage.global_batch_size=64"], "sbatch refuses: sbatch: error:"),
         (["slurm.nodes=3"], "parallel.ep_size=2 does not divide the 3 ranks"),
@@ -223,6 +228,53 @@ def test_a_run_in_a_container(cluster, submit_command, folder):
     assert len(said) == 2, "one per rank, and nothing else in the container"
     assert all(line.endswith(f"image {sys.executable} -m trainer.run {run.folder}") for line in said)
     assert f"--bind={run.folder}" in said[0]
+
+
+def test_an_image_has_come_to_every_node_before_the_check(cluster, submit_command, folder):
+    """Once per node, not once per rank, in a step of its own; then come the check and the training."""
+    stand_in = folder / "bin/apptainer"
+    stand_in.parent.mkdir()
+    to_image = "until [[ $1 = image ]]; do shift; done; shift 2"
+    said = f'echo "$SLURMD_NODENAME $SLURM_STEP_ID $WORLD_SIZE $*" >>{folder}/said'
+    stand_in.write_text(f'#!/usr/bin/env bash\n{to_image}\n{said}\nexec {sys.executable} "$@"\n')
+    stand_in.chmod(0o755)
+    container = ["slurm.container.kind=apptainer", "slurm.container.image=image"]
+    container.append(f"slurm.setup=['export PATH={folder}/bin:$PATH']")
+    short = ["stage.train_tokens=1024", "schedule.warmup_steps=1", "parallel.nproc_per_node=2"]
+    check = ["slurm.health.seconds=240", "slurm.health.min_free_gib=0.01"]
+    run = cluster.submit(folder, "warm", *container, *short, *check, cluster.only(1, 2)).finish(attempts=1)
+    nodes, ranks = {"node1", "node2"}, ["node1", "node1", "node2", "node2"]
+    steps = [line.split(maxsplit=3) for line in (folder / "said").read_text().splitlines()]
+    first, second, third = (
+        sorted((node, ws, what) for node, at, ws, what in steps if at == step) for step in "012"
+    )
+    assert first == sorted((node, "2", "-c import torch") for node in nodes)
+    assert [node for node, *_ in second] == ranks
+    assert all("-m slurm.health" in what for *_, what in second)
+    assert [node for node, *_ in third] == ranks
+    assert all(f"-m trainer.run {run.folder}" == what for *_, what in third)
+    assert "health: node1 node2: well" in run.log
+
+
+@pytest.mark.parametrize("bound", [False, True], ids=["all GPUs", "one GPU"])
+def test_what_a_rank_is_told_of_its_place(cluster, folder, bound):
+    """A task that SLURM has bound to its own GPU finds it as number 0; Triton's cache is the node's own."""
+    stand_in, temporary = folder / "python", folder / "tmp"
+    names = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "CUDA_VISIBLE_DEVICES", "TRITON_CACHE_DIR")
+    told = " ".join(f"${name}" for name in names)
+    stand_in.write_text(f'#!/usr/bin/env bash\necho "{told}" >>{folder}/told\nexit 1\n')
+    stand_in.chmod(0o755)
+    overrides = ["slurm.nodes=1", "slurm.gpus_per_node=3", "parallel.nproc_per_node=3", "parallel.ep_size=1"]
+    overrides += ["stage.global_batch_size=6", f"slurm.python={stand_in}", f"+slurm.env.TMPDIR={temporary}"]
+    overrides += ["+slurm.sbatch.gpus_per_task=1"] if bound else []
+    run = cluster.submit(folder, "place", *overrides, cluster.only(3))
+    run.wait(lambda run: "saved nothing new" in run.log)
+    cache = f"{temporary}/triton-{run.jobs[0]}"
+    ranks = sorted((folder / "told").read_text().splitlines())
+    if bound:
+        assert ranks == [f"{rank} 0 1 {rank} {cache}" for rank in range(3)]
+    else:
+        assert ranks == [f"{rank} {rank} 3 0,1,2 {cache}" for rank in range(3)]
 
 
 def test_logs(cluster, submit_command, folder):

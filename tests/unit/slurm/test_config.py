@@ -60,18 +60,48 @@ def test_a_cluster_file_leaves_the_partition_to_its_user():
         ("+slurm.env.hf_token=x", "looks like a secret"),
         ("+slurm.env.a-b=x", "no name of an environment variable"),
         ("parallel.ep_size=3", "parallel.ep_size=3 does not divide"),
-        ("device=cuda", "device=cuda but slurm.gpus_per_node=0: the job asks for no GPU; use slurm.gpus"),
     ],
 )
 def test_broken_laws_are_named(override, message):
     assert any(message in problem for problem in problems(override)), problems(override)
 
 
-def test_gpus_for_a_run_on_the_cpu():
-    found = problems("device=cpu", "slurm.gpus_per_node=1")
-    assert found == [
-        "device=cpu but slurm.gpus_per_node=1: the GPUs would be idle; use slurm.gpus_per_node=0"
-    ]
+@pytest.mark.parametrize(
+    ("device", "gpus", "message"),
+    [
+        (
+            "cuda",
+            0,
+            "slurm.gpus_per_node=0 but device=cuda: no node would give a GPU; use slurm.gpus_per",
+        ),
+        ("cpu", 2, "slurm.gpus_per_node=2 but device=cpu: the GPUs would be idle; use slurm.gpus_per_node=0"),
+        ("auto", 0, None),
+        ("auto", 2, None),
+        ("cuda", 2, None),
+        ("cpu", 0, None),
+    ],
+)
+def test_the_device_and_the_gpus_that_are_asked_for(device, gpus, message):
+    request = [f"device={device}", f"slurm.gpus_per_node={gpus}", "parallel.nproc_per_node=2"]
+    if message is None:
+        config = submission(*request)
+        config.check(config.plan)
+    else:
+        (problem,) = problems(*request)
+        assert problem.startswith(message)
+
+
+@pytest.mark.parametrize("cluster", [name for name in CLUSTERS if name != "local"])
+def test_a_gpu_cluster_keeps_memory_whole_and_tells_of_hangs(cluster):
+    env = submission(f"slurm={cluster}", "slurm.partition=p").slurm.env
+    assert env["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+    assert env["TORCH_NCCL_DUMP_ON_TIMEOUT"] == "1"
+    assert int(env["TORCH_FR_BUFFER_SIZE"]) > 0
+
+
+def test_a_misplaced_expert_group_is_an_error_in_the_large_experiments():
+    for stage in ("general_4k", "stem_code_4k", "long_context_32k", "sft"):
+        assert submission(f"experiment=qwen3_30b_a3b_{stage}").parallel.ep_within_node
 
 
 def test_what_is_no_secret():

@@ -6,6 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import torch
+
+from slurm.health import check_device
+
 # one rank on a node of its own; `late` seconds are added to its clock
 RANK = """
 import sys, time, pathlib
@@ -24,7 +29,7 @@ def check(
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     shared = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    shared |= {"WORLD_SIZE": str(len(lateness)), "LOCAL_RANK": "0"}
+    shared |= {"WORLD_SIZE": str(len(lateness)), "LOCAL_RANK": "0", "CUDA_VISIBLE_DEVICES": ""}
     ranks = [
         subprocess.Popen(
             [sys.executable, "-c", RANK, *map(str, (late, folder, seconds, gpus, free))],
@@ -61,3 +66,58 @@ def test_missing_gpus_and_a_full_disk(tmp_path):
     reports = check(tmp_path, [0], gpus=7, free=1e9)
     assert "GPUs, not slurm.gpus_per_node=7" in reports["node0.0"]
     assert f"GiB free in {tmp_path}, below slurm.health.min_free_gib" in reports["node0.0"]
+
+
+MIG = "is a part of a GPU, and NCCL joins whole ones; ask for those, or for one rank"
+CPU = torch.device("cpu")  # computes in place of a GPU that is not here
+
+
+@pytest.mark.parametrize(
+    ("visible", "seen", "problem"),
+    [
+        ("0,1,2,3,4,5,6,7", 8, None),
+        ("0,1,2,3,4,5,6,7", 7, "7 GPUs, not slurm.gpus_per_node=8"),
+        ("", 8, None),
+        ("", 1, "1 GPUs, not slurm.gpus_per_node=8"),
+        ("3", 1, None),
+        ("GPU-5fd4", 1, None),
+        ("3", 0, "0 GPUs, not slurm.gpus_per_node=8"),
+        (
+            "MIG-5fd4",
+            1,
+            f"MIG-5fd4 {MIG}",
+        ),
+    ],
+)
+def test_the_gpus_that_a_rank_must_see(visible, seen, problem, monkeypatch, capsys):
+    """All of the node, or the one to which SLURM has bound its task: the user is told so, once."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: seen)
+    monkeypatch.setenv("WORLD_SIZE", "16")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        assert check_device(8, CPU) == ([problem] if problem else [])
+    bound = seen == 1 and problem is None
+    assert capsys.readouterr().out.count("leave out --gpus-per-task and --gpu-bind") == int(bound)
+
+
+def test_a_single_rank_may_use_a_part_of_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for key, value in {"WORLD_SIZE": "1", "RANK": "0", "CUDA_VISIBLE_DEVICES": "MIG-5fd4"}.items():
+        monkeypatch.setenv(key, value)
+    assert check_device(1, CPU) == []
+
+
+def test_a_rank_opens_no_context_on_the_gpu_of_another(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    chosen = []
+
+    def choose(device: torch.device) -> None:
+        chosen.append(device)
+        raise InterruptedError
+
+    monkeypatch.setattr(torch.cuda, "set_device", choose)
+    with pytest.raises(InterruptedError):
+        check_device(8, torch.device("cuda", 3))
+    assert chosen == [torch.device("cuda", 3)]

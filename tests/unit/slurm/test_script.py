@@ -1,4 +1,6 @@
-"""What the job script mounts into a container."""
+"""The variables of the job script, and what it mounts into a container."""
+
+from pathlib import Path
 
 from hydra import compose, initialize_config_module
 
@@ -7,20 +9,40 @@ from slurm.script import job_script
 from trainer.typed import typed
 
 
+def script(folder: Path, *overrides: str) -> list[str]:
+    with initialize_config_module("conf", version_base="1.3"):
+        config = typed(SubmitConfig, compose("submit", overrides=["name=t", *overrides]))
+    return job_script(folder, [config], False).splitlines()
+
+
+CONTAINER = ["slurm.container.kind=pyxis", "slurm.container.image=image"]
+
+
+def test_a_container_is_started_before_the_nodes_are_checked(tmp_path):
+    """With a time of its own; its kernels are compiled in the /tmp that every image has."""
+    assert {"START_SECONDS=1800", "SCRATCH=/tmp"} <= set(script(tmp_path, *CONTAINER))
+    assert "START_SECONDS=7" in script(tmp_path, *CONTAINER, "slurm.container.start_seconds=7")
+    assert {"START_SECONDS=0", "SCRATCH=''"} <= set(script(tmp_path))
+
+
+def test_a_run_that_asks_for_no_gpu_sees_none(tmp_path):
+    hidden = "export CUDA_VISIBLE_DEVICES=''"
+    assert hidden in script(tmp_path)
+    assert hidden not in script(tmp_path, "slurm.gpus_per_node=2", "parallel.nproc_per_node=2")
+
+
 def test_a_streaming_run_sees_its_text_in_the_container(tmp_path):
     """Files, the folder of a pattern, and the tokenizer; nothing of the hub, each once."""
     (tmp_path / "texts").mkdir()
     (tmp_path / "one.jsonl").write_text("")
     overrides = [
-        *("name=t", "data=jsonl", "data.mode=streaming", f"data.tokenizer={tmp_path}/tokenizer/of/ours"),
+        *("data=jsonl", "data.mode=streaming", f"data.tokenizer={tmp_path}/tokenizer/of/ours"),
         f"data.dir={tmp_path}/never/prepared",
         f"data.sources.text.paths=[{tmp_path}/one.jsonl,{tmp_path}/texts/*.jsonl,{tmp_path}/texts/a*.jsonl]",
         *("slurm.container.kind=apptainer", "slurm.container.image=image"),
     ]
     (tmp_path / "tokenizer/of/ours").mkdir(parents=True)
-    with initialize_config_module("conf", version_base="1.3"):
-        config = typed(SubmitConfig, compose("submit", overrides=overrides))
-    (wrap,) = (line for line in job_script(tmp_path, [config], False).splitlines() if "WRAP" in line[:4])
+    (wrap,) = (line for line in script(tmp_path, *overrides) if "WRAP" in line[:4])
     for place in ("one.jsonl", "texts", "tokenizer/of/ours"):
         assert wrap.count(f"--bind={tmp_path}/{place} ") == 1, wrap
     assert "never" not in wrap, "a place that does not exist cannot be mounted"

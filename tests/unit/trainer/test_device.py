@@ -8,13 +8,14 @@ import torch
 
 from moe.config import ConfigError
 from trainer import device as device_module
+from trainer import launch
 from trainer.device import choose_device, device_facts, device_name
 
 TOO_OLD = "The NVIDIA driver on your system is too old (found version 12040). Please update\nyour GPU driver."
 
 
 @pytest.fixture
-def machine(monkeypatch: pytest.MonkeyPatch):
+def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """`machine(gpus=8, usable=True, ...)`: what torch and the kernel say of this machine."""
 
     def fake(
@@ -31,9 +32,10 @@ def machine(monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus if usable else 0)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
         monkeypatch.setattr(torch.cuda, "init", init)
-        monkeypatch.setattr(
-            device_module, "gpu_files", lambda: [Path(f"/dev/nvidia{n}") for n in range(gpus)]
-        )
+        (devices := tmp_path / f"{gpus} GPUs").mkdir(exist_ok=True)
+        for number in range(gpus):
+            (devices / f"nvidia{number}").touch()
+        monkeypatch.setattr(launch, "_DEVICES", devices)
         monkeypatch.setattr(device_module, "driver_version", lambda: "550.54.15")
 
     return fake
@@ -92,7 +94,7 @@ def test_a_build_without_cuda_on_a_machine_with_a_gpu(machine, monkeypatch):
     assert "is built without CUDA; `pip install" in str(choose_device("auto")[1])
 
 
-@pytest.mark.parametrize("visible", ["", "-1"])
+@pytest.mark.parametrize("visible", ["", "-1", "NoDevFiles"])
 def test_gpus_that_the_user_hides_are_no_surprise(machine, visible):
     machine(gpus=8, usable=False, visible=visible)
     assert choose_device("auto", 0, 2, 2) == (torch.device("cpu"), None)
