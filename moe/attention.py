@@ -2,7 +2,7 @@
 # B rows, S tokens per row, T = B*S tokens, D documents, H hidden
 # N query heads, G key/value heads, C head_dim, P cached tokens per row
 
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import pairwise
 from typing import cast
 
@@ -122,12 +122,26 @@ class Attention(nn.Module):
                 self.layer, key.unflatten(0, (rows, -1)), value.unflatten(0, (rows, -1))
             )
             mixed = attend_cached(query.unflatten(0, (rows, -1)), keys, values)
-        elif varlen_attn is not None and query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
+        elif varlen_obstacle(query.device, query.dtype) is None:
             mixed = attend_varlen(query, key, value, documents)
         else:
             mixed = attend_per_document(query, key, value, documents)
         mixed = mixed.reshape(rows, seq_len, -1)
         return self.o_proj(mixed * gate.flatten(2).sigmoid() if self.gated else mixed)
+
+
+@cache
+def varlen_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why `attend_varlen` cannot run on `device` in `dtype`, and a remedy; None if it can, and is taken."""
+    if device.type != "cuda":
+        return f"flash attention has no kernel on {device.type}; use a CUDA device"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"flash attention has none in {dtype}, and memory grows as length squared; use dtype=bf16"
+    if varlen_attn is None:
+        return f"torch {torch.__version__} has no torch.nn.attention.varlen; use 2.10 or newer"
+    if (capability := torch.cuda.get_device_capability(device)) < (8, 0):
+        return f"flash attention wants compute capability 8.0, not {capability[0]}.{capability[1]}"
+    return None
 
 
 def attend_per_document(query: Tensor, key: Tensor, value: Tensor, documents: Documents) -> Tensor:

@@ -66,6 +66,11 @@ class ModelConfig:
         placed = layer not in self.mlp_only_layers and (layer + 1) % self.decoder_sparse_step == 0
         return self.num_experts > 0 and (placed or layer == self.num_hidden_layers)
 
+    def unaligned_keys(self, bytes_per_value: int) -> list[str]:
+        """Sizes that leave rows of no multiple of 16 bytes, which torch's grouped product does not take."""
+        sizes = ("hidden_size", "moe_intermediate_size")
+        return [key for key in sizes if getattr(self, key) * bytes_per_value % 16]
+
     def layer_type(self, layer: int) -> str:
         """The sequence mixer of decoder layer `layer` (from 0); num_hidden_layers = MTP's layer."""
         return FULL if layer == self.num_hidden_layers else self.layer_types[layer % len(self.layer_types)]

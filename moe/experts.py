@@ -1,7 +1,7 @@
 """SwiGLU experts: the weighted sum of this rank's experts for every token.
 
 `reference` is the slow obvious version and the oracle. `loop` and `grouped` run one autograd function on two
-different grouped matrix products. `megablocks` and `liger` are optional packages.
+different grouped matrix products. `megablocks` and `liger` are optional packages. `choose_backend` picks one.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from moe import experts_optional
-from moe.config import ConfigError
+from moe.config import ConfigError, ModelConfig
 from moe.grouping import Grouping
 
 # T tokens, K slots per token, E local experts, H hidden, I intermediate
@@ -61,6 +61,49 @@ def supports(backend: str, device: torch.device | str, dtype: torch.dtype) -> st
         return f"experts.backend=grouped has no kernel on {kind}; use loop or reference"
     if backend in ("megablocks", "liger"):
         return experts_optional.obstacle(backend, kind, dtype)
+    return None
+
+
+def choose_backend(
+    wanted: str, device: torch.device, dtype: torch.dtype, model: ModelConfig, deterministic: bool = False
+) -> tuple[str, str | None]:
+    """The name in BACKENDS that `wanted` stands for here, and why it is slow, where it is known to be.
+
+    "auto": grouped on CUDA where torch has kernels for it, liger on other GPUs where it is installed and need
+    not be `deterministic`, else loop. Raises ConfigError for a backend that cannot run here.
+    """
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    slow = None if capability is None else _no_grouped(capability, dtype, model, deterministic)
+    backend = wanted
+    if wanted == "auto" and capability is not None and slow is None:
+        backend = "grouped"
+    elif wanted == "auto":
+        liger = capability is not None and not deterministic and supports("liger", device, dtype) is None
+        backend = "liger" if liger else "loop"
+    if (why_not := supports(backend, device, dtype)) is not None:
+        raise ConfigError([why_not])
+    if backend == "loop" and capability is not None:
+        what = "experts.backend=loop is about ten times slower on a GPU than grouped products"
+        return backend, f"{what}: {slow}" if slow else f"{what}; use experts.backend=auto"
+    if backend == "grouped" and slow is not None:
+        return backend, f"experts.backend=grouped waits for the GPU at every product here: {slow}"
+    return backend, None
+
+
+def _no_grouped(
+    capability: tuple[int, int], dtype: torch.dtype, model: ModelConfig, deterministic: bool
+) -> str | None:
+    """Why torch has no grouped kernel on a GPU of this compute capability, and a remedy; None if it has."""
+    if unaligned := model.unaligned_keys(dtype.itemsize):
+        sizes = ", ".join(f"model.{key}={getattr(model, key)}" for key in unaligned)
+        return f"they want rows of a multiple of 16 bytes, not {sizes}; round up to a multiple of 8"
+    if dtype != torch.bfloat16:
+        return f"there are none in {dtype}; use dtype=bf16"
+    if capability[0] not in (9, 10):  # Hopper and data-center Blackwell
+        missing = experts_optional.obstacle("liger", "cuda", dtype)
+        remedy = "use experts.backend=liger" if missing is None else missing
+        remedy = "nothing faster is deterministic here" if deterministic else remedy
+        return f"there are none for compute capability {capability[0]}.{capability[1]}; {remedy}"
     return None
 
 

@@ -3,13 +3,15 @@
 Per value head, with a state S [K,V] that starts at zero in every document:
     S_t = a_t S_(t-1);  S_t += k_t (b_t (v_t - k_t^T S_t))^T;  y_t = q_t^T S_t
 `recurrent_delta_rule` is this, token by token, and the oracle. `chunked_delta_rule` computes it in chunks of
-tokens by matrix products (section 3.3). On CUDA flash-linear-attention takes over where it is installed.
+tokens by matrix products (section 3.3). On CUDA flash-linear-attention takes over where it is installed and
+found to compute the same (`kernel_obstacle`).
 """
 # B rows, S tokens per row, T = B*S tokens, D documents, H hidden
 # G key heads, N value heads, K and V their dims, F = 2GK + NV features of the convolution
 # W width of the convolution, C tokens per chunk, M chunks
 
-from functools import lru_cache
+from collections.abc import Callable
+from functools import cache, lru_cache
 from importlib.util import find_spec
 from itertools import accumulate, islice
 from typing import NamedTuple
@@ -69,7 +71,7 @@ class GatedDeltaNet(nn.Module):
         query, key = (x.repeat_interleave(per_key, dim=1) for x in (query, key))  # [T, N, K]
         value = value.unflatten(-1, (self.value_heads, -1))  # [T, N, V]
         rule = recurrent_delta_rule if documents.max_length == 1 else chunked_delta_rule
-        if HAS_KERNEL and hidden.is_cuda and hidden.dtype in (torch.bfloat16, torch.float16):
+        if kernel_obstacle(hidden.device, hidden.dtype, *self.state_shape[1:]) is None:
             rule = fused_delta_rule
         mixed, state = rule(DeltaInputs(query, key, value, log_decay, beta.sigmoid()), documents, state)
         if cache is not None and seen is not None:
@@ -143,9 +145,11 @@ def chunked_delta_rule(x: DeltaInputs, documents: Documents, state: Tensor) -> t
     """
     chunks = _chunks(documents)
     q, k, v, g, b = (chunks.fill(part).transpose(1, 2) for part in x.precise())  # [M, N, C, ...]
-    g = g.double().cumsum(-1)  # up to hundreds: differences of fp32 sums would lose the digits
-    # decay from token j to token i of the chunk, 0 above the diagonal, where exp could overflow
     upper = torch.ones(CHUNK, CHUNK, dtype=torch.bool, device=q.device).triu(1)
+    # Running sums, by a product because cumsum is not deterministic on CUDA. They are up to hundreds, so that
+    # differences of fp32 sums would lose the digits.
+    g = g.double() @ (~upper.mT).double()
+    # decay from token j to token i of the chunk, 0 above the diagonal, where exp could overflow
     decay = (g.unsqueeze(-1) - g.unsqueeze(-2)).masked_fill(upper, -torch.inf)  # [M, N, C, C]
     decay = decay.to(q.dtype).exp()
     from_start, to_end = (log.exp().to(q.dtype).unsqueeze(-1) for log in (g, g[..., -1:] - g))  # [M, N, C, 1]
@@ -178,6 +182,59 @@ def fused_delta_rule(x: DeltaInputs, documents: Documents, state: Tensor) -> tup
     states = {"initial_state": state, "output_final_state": True}
     mixed, last = chunk_gated_delta_rule(*batch, **states, cu_seqlens=borders)
     return mixed[0], last
+
+
+def kernel_obstacle(device: torch.device, dtype: torch.dtype, key_dim: int, value_dim: int) -> str | None:
+    """Why `fused_delta_rule` is not taken for heads of these dims, and a remedy; None where it is.
+
+    Where the kernel could run, it is tried once per process: see `_probe`.
+    """
+    if device.type != "cuda":
+        return f"flash-linear-attention has no kernel on {device.type}; use a CUDA device"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"flash-linear-attention is taken in 16 bits, not in {dtype}; use dtype=bf16"
+    if torch.are_deterministic_algorithms_enabled():
+        return "flash-linear-attention does not promise equal bits, as deterministic=true wants"
+    if not HAS_KERNEL:
+        return "flash-linear-attention is not installed; `pip install flash-linear-attention`"
+    return _probe(device, dtype, key_dim, value_dim)
+
+
+@cache
+def _probe(device: torch.device, dtype: torch.dtype, key_dim: int, value_dim: int) -> str | None:
+    """What is wrong with `fused_delta_rule`, forward or backward, on a few tokens; None if nothing is.
+
+    Versions of Triton fail in the backward on some GPUs, or give NaN without a word.
+    """
+    remedy = "update flash-linear-attention and Triton (3.4.0 to 3.7.0 fail on Hopper)"
+    generator = torch.Generator().manual_seed(0)
+    documents = Documents(torch.tensor([0, 70, 71, 200], dtype=torch.int32, device=device))
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(200, 2, *shape, generator=generator).to(device)  # two heads
+
+    def results(rule: Callable[..., tuple[Tensor, Tensor]], kind: torch.dtype) -> list[Tensor]:
+        log_decay = x.log_decay.float()
+        given = DeltaInputs(*(part.to(kind) for part in x))._replace(log_decay=log_decay)
+        given = DeltaInputs(*(part.detach().requires_grad_() for part in given))
+        mixed, _ = rule(given, documents, log_decay.new_zeros(3, 2, key_dim, value_dim))
+        return [mixed.detach(), *torch.autograd.grad(mixed.float().square().sum(), [*given])]
+
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            query, key = _unit(draw(key_dim)), _unit(draw(key_dim))
+            x = DeltaInputs(query, key, draw(value_dim), -draw().abs(), draw().sigmoid())
+            x = DeltaInputs(*(part.to(dtype) for part in x))
+            fused, chunked = results(fused_delta_rule, dtype), results(chunked_delta_rule, torch.float32)
+            differences = [(a.float() - b, b) for a, b in zip(fused, chunked, strict=True)]
+            errors = [float(d.abs().max() / b.abs().max()) for d, b in differences]
+    except Exception as error:  # whatever it is, training goes on without the kernel
+        said = " ".join(f"{type(error).__name__}: {error}".split())
+        return f"flash-linear-attention fails here ({said}); {remedy}"
+    if all(error <= 2**-5 for error in errors):  # not so for NaN
+        return None
+    shown = ", ".join(f"{error:.1e}" for error in errors)
+    return f"flash-linear-attention computes wrong here (relative errors {shown}); {remedy}"
 
 
 class Chunks:

@@ -20,6 +20,8 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 ROUTER = ".mlp.gate.weight"  # how the hub's name of a router ends
 MAX_SHARD_BYTES = 5 * 10**9
+# dtypes as safetensors names them
+TORCH = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 
 # our stacked tensor -> the projection of one expert on the hub
 _PROJECTIONS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
@@ -206,6 +208,12 @@ def locate(config: ModelConfig, folder: Path, dense_slices: int = 0) -> dict[str
     if problems := [f"{folder}: {_listed(kind, names)}" for kind, names in kinds.items() if names]:
         raise ConfigError(problems)
     return places
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """The dtype of a folder's token embedding; fp32 where it has none, or one that is not in TORCH."""
+    place = _headers(folder).get("model.embed_tokens.weight")
+    return torch.float32 if place is None else TORCH.get(place.dtype, torch.float32)
 
 
 def _headers(folder: Path) -> dict[str, Place]:

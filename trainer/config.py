@@ -1,5 +1,6 @@
 """What a run is: typed, checked as a whole before anything starts. Torch-free, for login nodes."""
 
+import os
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
@@ -78,7 +79,7 @@ class BalanceConfig:
 class ExpertsConfig:
     """How a rank computes its experts, and what routing does in training alone."""
 
-    backend: Literal["reference", "loop", "grouped", "megablocks", "liger"]
+    backend: Literal["auto", "reference", "loop", "grouped", "megablocks", "liger"]
     capacity_factor: float | None
     router_jitter_noise: float
 
@@ -138,6 +139,7 @@ class RunConfig:
     device: Literal["auto", "cuda", "cpu"]
     micro_batch_size: int
     recompute: Literal["none", "experts", "full"]
+    deterministic: bool
     mtp_loss_scaling_factor: NotNegative
     model: ModelConfig
     stage: StageConfig
@@ -223,13 +225,19 @@ class RunConfig:
             )
         if not self.optimizer.lr > 0:
             found.append(f"optimizer.lr={self.optimizer.lr} must be above 0")
-        values = 8 if self.dtype == "bf16" else 4  # rows of 16 bytes
-        for key in ("hidden_size", "moe_intermediate_size"):
-            if self.experts.backend == "grouped" and (size := getattr(model, key)) % values:
-                found.append(
-                    f"model.{key}={size} is not a multiple of {values}, which experts.backend=grouped "
-                    f"needs in {self.dtype}; round it up or use experts.backend=loop"
-                )
+        backend, size = self.experts.backend, 2 if self.dtype == "bf16" else 4
+        for key in model.unaligned_keys(size) if backend == "grouped" else ():
+            found.append(
+                f"model.{key}={getattr(model, key)} is not a multiple of {16 // size}, which "
+                f"experts.backend=grouped needs in {self.dtype}; round it up or use experts.backend=loop"
+            )
+        if backend in ("megablocks", "liger"):
+            if self.deterministic:
+                why = "its kernels promise no equal bits, as deterministic=true wants"
+                found.append(f"experts.backend={backend}: {why}; use auto, or deterministic=false")
+            if self.device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+                why = "its Triton kernels need a CUDA device, not device=cpu"
+                found.append(f"experts.backend={backend}: {why}; use auto")
         if stage.seq_len > model.max_position_embeddings:
             found.append(
                 f"stage.seq_len={stage.seq_len} exceeds model.max_position_embeddings="

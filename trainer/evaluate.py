@@ -18,9 +18,9 @@ from moe.config import ConfigError
 from moe.model import ModelOutput
 from trainer.config import RunConfig
 from trainer.cpu_products import fast_products
-from trainer.generate import load_model, selection_bias
-from trainer.run_folder import hf_folder
-from trainer.runtime import DTYPES, Ranks
+from trainer.generate import device_for, load_model, selection_bias
+from trainer.run_folder import hf_folder, run_of
+from trainer.runtime import Ranks
 
 
 def open_loader(config: RunConfig, ranks: Ranks, **settings: Any) -> Loader:
@@ -65,21 +65,19 @@ def evaluate_checkpoint(source: Path) -> dict[str, float]:
 
     Raises ConfigError or DataError for a source that is neither, or whose data is not there.
     """
-    run_dir = source if (source / "config.yaml").is_file() else source.resolve().parent.parent
+    run_dir = run_of(source)
     config, folder = RunConfig.of_run(run_dir), hf_folder(source)
     if config.data.mode == "streaming":
         why = f"{run_dir} was trained with data.mode=streaming, which keeps no held-out rows"
         raise ConfigError([f"{why}; prepare the data and train with data.mode=prepared to evaluate"])
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = DTYPES[config.dtype]
-    model = load_model(folder, device).to(dtype)
-    bias = selection_bias(folder, device)
+    device = device_for(source)
+    model, bias = load_model(folder, device), selection_bias(folder, device)
 
     def forward(batch: Batch) -> ModelOutput:
         rows = (batch.input_ids, batch.position_ids, batch.cu_seqlens)
         return model(*rows, labels=batch.labels, selection_bias=bias)
 
-    with fast_products(device, dtype):
+    with fast_products(device, model.lm_head.weight.dtype):
         return evaluate(forward, config, Ranks(0, 0, 1, device))
 
 

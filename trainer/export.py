@@ -24,14 +24,13 @@ from data_pipeline.manifest import sync, to_json, write_atomically
 from data_pipeline.tokenizer import END_OF_TEXT, load_tokenizer
 from moe.config import ConfigError, ModelConfig
 from moe.formats import MTP_FORMATS
-from moe.hf import INDEX, SINGLE, Place, SafetensorError, locate, safe_open, save_file, write_config
+from moe.hf import INDEX, SINGLE, TORCH, Place, SafetensorError, locate, safe_open, save_file, write_config
 from trainer.checkpoint_folder import reading
 from trainer.command import tells_mistakes
 from trainer.generate import selection_bias
 from trainer.run_folder import hf_folder
 from trainer.terminal import duration
 
-TORCH = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 DTYPES = {"fp32": "F32", "bf16": "BF16"}
 IM_END = "<|im_end|>"
 

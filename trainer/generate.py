@@ -11,17 +11,35 @@ from torch import Tensor
 from data_pipeline.tokenizer import load_tokenizer
 from moe.attention import Cache
 from moe.config import ConfigError, ModelConfig
-from moe.hf import load_hf
+from moe.hf import load_hf, stored_dtype
 from moe.model import CausalLM
+from trainer.backends import choose_backends
 from trainer.checkpoint_folder import reading
 from trainer.command import tells_mistakes
-from trainer.run_folder import hf_folder
+from trainer.cpu_products import fast_products
+from trainer.device import choose_device
+from trainer.run_folder import hf_folder, read_run, run_of
+
+
+def device_for(source: Path) -> torch.device:
+    """Where a command computes the model of `source`: on CUDA where usable, unless the run has device=cpu."""
+    run_dir = run_of(source)
+    ruled_out = (run_dir / "config.yaml").is_file() and read_run(run_dir).get("device") == "cpu"
+    device, warning = choose_device("cpu" if ruled_out else "auto")
+    if warning:
+        print(f"warning: {warning}", file=sys.stderr)
+    return device
 
 
 def load_model(folder: Path, device: torch.device) -> CausalLM:
-    """The model of a Hugging Face folder in fp32, whole on one device. Raises ConfigError if it has none."""
+    """The model of a Hugging Face folder, in its dtype, whole on one device.
+
+    Raises ConfigError if the folder has none.
+    """
+    config, dtype = ModelConfig.of_folder(folder), stored_dtype(folder)
+    backend = choose_backends(config, "auto", device, dtype).names.get("experts", "loop")
     with torch.device("meta"):
-        model = CausalLM(ModelConfig.of_folder(folder))
+        model = CausalLM(config, backend=backend).to(dtype)
     model.to_empty(device=device)
     with reading(folder):
         load_hf(model, folder)
@@ -81,7 +99,7 @@ def main(arguments: list[str]) -> int:
         parser.error("--tokens must be above 0 and --temperature a finite number from 0 on")
     torch.manual_seed(options.seed)
     folder = hf_folder(options.source)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device_for(options.source)
     model, bias = load_model(folder, device), selection_bias(folder, device)
     tokenizer = load_tokenizer(folder)
     if not (prompt := tokenizer.encode(options.prompt)):
@@ -92,12 +110,14 @@ def main(arguments: list[str]) -> int:
     shown = options.prompt
     print(shown, end="", flush=True)
     new: list[int] = []
-    for token in generate(model, prompt, options.tokens, options.temperature, tokenizer.end_of_text, bias):
-        new.append(token)
-        text = options.prompt + tokenizer.decode(new)
-        if not text.endswith("�"):  # wait for the rest of a character that spans tokens
-            print(text[len(shown) :], end="", flush=True)
-            shown = text
+    how = (options.tokens, options.temperature, tokenizer.end_of_text, bias)
+    with fast_products(device, model.lm_head.weight.dtype):
+        for token in generate(model, prompt, *how):
+            new.append(token)
+            text = options.prompt + tokenizer.decode(new)
+            if not text.endswith("�"):  # wait for the rest of a character that spans tokens
+                print(text[len(shown) :], end="", flush=True)
+                shown = text
     print()
     return 0
 

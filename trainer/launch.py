@@ -12,6 +12,7 @@ from pathlib import Path
 from types import FrameType
 
 _DEVICES = Path("/dev")
+NO_GPUS = ("", "-1", "NoDevFiles")  # values of CUDA_VISIBLE_DEVICES that hide all; the last is SLURM's
 _GRACE_SECONDS = 10.0  # for the other ranks, once one has failed
 # Large blocks are kept instead of returned: page faults cost a fifth of the time of a step on a CPU. Beside a
 # GPU these blocks are the copy of a checkpoint, which every rank would keep.
@@ -36,8 +37,7 @@ class StopRequest:
 
 def sees_gpu(device: str) -> bool:
     """Whether a run on `device` (auto, cuda or cpu) finds an NVIDIA GPU here; torch may still refuse it."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "all")
-    hidden = device == "cpu" or visible in ("", "-1", "NoDevFiles")  # the last is SLURM's word for none
+    hidden = device == "cpu" or os.environ.get("CUDA_VISIBLE_DEVICES") in NO_GPUS
     return not hidden and any(_DEVICES.glob("nvidia[0-9]*"))
 
 

@@ -125,9 +125,7 @@ class OptimizerNorms:
                 self.squares[kind, 0] += _square(parameter.grad)
                 self._old.append((kind, parameter, parameter.detach().clone()))
                 if self._with_histograms:
-                    first, last = HISTOGRAM_LOG2
-                    exponents = parameter.grad.float().abs().log2()
-                    self.histograms[kind] += torch.histc(exponents, last - first, first, last)
+                    self.histograms[kind] += _histogram(parameter.grad)
 
     def _after(self, *_: Any) -> None:
         for kind, parameter, old in self._old:
@@ -247,3 +245,11 @@ class Meter:
 
 def _square(tensor: Tensor) -> Tensor:
     return torch.linalg.vector_norm(tensor, dtype=torch.float32).square()
+
+
+def _histogram(gradient: Tensor) -> Tensor:
+    """How many values lie in each bin of HISTOGRAM_LOG2. (torch.histc is not deterministic on CUDA.)"""
+    first, last = HISTOGRAM_LOG2
+    exponents = gradient.float().abs().log2().floor()
+    inside = exponents[(exponents >= first) & (exponents < last)]
+    return torch.bincount((inside - first).long(), minlength=last - first)

@@ -24,19 +24,25 @@ def profile_rank(run_dir: Path, steps: int) -> None:
     """One rank's part: the steps under torch's profiler, then again under the communication log."""
     import torch
 
+    from trainer.device import use_deterministic_algorithms
+    from trainer.runtime import DTYPES, Ranks, redirect_output, seed_everything
+
+    config = RunConfig.of_run(run_dir)
+    ranks = Ranks.join(config.device)  # before DeepSpeed looks for devices
+
     from trainer.checkpoint import Checkpoints
     from trainer.cpu_products import fast_products
     from trainer.engine import Engine, communication_log, init_deepspeed
     from trainer.evaluate import open_loader
     from trainer.loss import agree_on_totals
     from trainer.optimizer import build_optimizer
-    from trainer.runtime import DTYPES, Ranks, redirect_output, seed_everything
     from trainer.train import build_balance, build_model, train_step
 
-    ranks, config = Ranks.join(), RunConfig.of_run(run_dir)
     plan, folder = ParallelPlan.of(config, ranks.world_size), run_dir / "profile"
     redirect_output(folder / f"rank-{ranks.rank}.log")
     seed_everything(config.seed, ranks.rank)
+    if config.deterministic:
+        use_deterministic_algorithms()
     init_deepspeed(ranks.device)
     model = build_model(config, plan, ranks)
     engine = Engine(model, build_optimizer(model, config.optimizer), config, plan, ranks)

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import socket
 import sys
 import traceback
 from contextlib import ExitStack, suppress
@@ -47,7 +48,12 @@ def main(arguments: list[str]) -> int:
         if os.environ.get("RANK", "0") == "0":  # every rank meets it
             print(error, file=sys.stderr)
         return 2
-    ranks = Ranks.join()
+    try:
+        ranks = Ranks.join(config.device)
+    except ConfigError as error:
+        if os.environ["LOCAL_RANK"] == "0":  # every rank of this machine meets it
+            print(f"{socket.gethostname()}: {error}", file=sys.stderr)
+        return 2
     dist.broadcast_object_list(shared)
     (attempt,) = shared
     if ranks.is_main:

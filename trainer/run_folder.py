@@ -21,9 +21,9 @@ from moe.config import ConfigError
 from trainer.checkpoint_folder import checkpoints, read_manifest
 
 _ROOT = Path(__file__).parents[1]
-# What a resume may change: how the ranks are laid out and what is kept, never what is computed.
+# What a resume may change: where and how the ranks compute and what is kept, never what is computed.
 _LAYOUT_KEYS = (
-    *("parallel", "deepspeed", "micro_batch_size", "recompute", "experts.backend"),
+    *("device", "parallel", "deepspeed", "micro_batch_size", "recompute", "deterministic", "experts.backend"),
     *("checkpoint", "evaluate", "tracker"),
 )
 
@@ -167,6 +167,11 @@ def hf_folder(source: Path) -> Path:
     return source / "hf" if (source / "hf").is_dir() else source
 
 
+def run_of(source: Path) -> Path:
+    """The run folder that `source` is, or that holds the checkpoint `source`."""
+    return source if (source / "config.yaml").is_file() else source.resolve().parent.parent
+
+
 def read_state(run_dir: Path) -> dict[str, Any]:
     """`{"state": running|stopped|finished|failed, "attempt": int}`; attempt 0 before the first start."""
     path = run_dir / "state"
@@ -184,6 +189,16 @@ def write_state(run_dir: Path, state: str, attempt: int) -> None:
     """Replace the state of a run, unless a later attempt has taken over."""
     if read_state(run_dir)["attempt"] <= attempt:
         write_atomically(run_dir / "state", to_json({"state": state, "attempt": attempt}))
+
+
+def record_attempt(run_dir: Path, attempt: int, facts: dict[str, Any]) -> None:
+    """Add what an attempt runs on to environment.json: {"attempts": {"1": facts, ...}}. Rank 0 only."""
+    path = run_dir / "environment.json"
+    environment: dict[str, Any] = {}
+    with suppress(OSError, ValueError):  # lost or damaged: it is for people to read
+        environment = json.loads(path.read_text())
+    environment.setdefault("attempts", {})[str(attempt)] = facts
+    write_atomically(path, json.dumps(environment, indent=1).encode())
 
 
 def flat(cfg: Any) -> dict[str, Any]:

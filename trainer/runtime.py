@@ -14,6 +14,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from trainer.device import check_devices, choose_device
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Collectives that wait longer than this belong to a dead run.
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
@@ -31,6 +33,7 @@ class Ranks:
     local_rank: int
     world_size: int
     device: torch.device
+    warning: str | None = None  # of the choice of the device
 
     @property
     def is_main(self) -> bool:
@@ -38,22 +41,26 @@ class Ranks:
         return self.rank == 0
 
     @classmethod
-    def join(cls) -> "Ranks":
-        """Join the process group named by RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT."""
+    def join(cls, wanted: str = "auto") -> "Ranks":
+        """Join the process group named by RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
+
+        `wanted` is the key `device`. Raises ConfigError where a rank cannot have it, or not one of its own.
+        """
         rank, local_rank, world_size = (int(os.environ[key]) for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
-        if torch.cuda.is_available():
-            device = torch.device("cuda", local_rank)
+        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        device, warning = choose_device(wanted, local_rank, ranks_here, world_size)
+        gpu = None
+        if device.type == "cuda":
             torch.cuda.set_device(device)
-        else:
-            device = torch.device("cpu")
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=COLLECTIVE_TIMEOUT
-        )
-        return cls(rank, local_rank, world_size, device)
+            os.environ["LOCAL_RANK"] = str(device.index)  # by which DeepSpeed sets the device again
+            gpu = str(torch.cuda.get_device_properties(device).uuid)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=COLLECTIVE_TIMEOUT)
+        check_devices(gpu)
+        return cls(rank, local_rank, world_size, device, warning)
 
     def leave(self) -> None:
         """Leave the process group, all ranks together: one that goes early may abort the others."""
-        dist.barrier(device_ids=[self.local_rank] if self.device.type == "cuda" else None)
+        dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
         dist.destroy_process_group()
 
 
@@ -85,7 +92,7 @@ def set_random_state(state: dict) -> None:
     np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
-    if "cuda" in state:
+    if "cuda" in state and torch.cuda.is_available():  # a run may go on with another `device`
         torch.cuda.set_rng_state(state["cuda"])
 
 

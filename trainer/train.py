@@ -14,16 +14,17 @@ from data_pipeline.loader import Batch
 from moe.balance import Balance
 from moe.config import ConfigError
 from moe.dispatch import AllToAllDispatcher, DeduplicatedAllToAllDispatcher
-from moe.experts import supports
 from moe.hf import load_hf
 from moe.init import init_weights, upcycle_weights
 from moe.model import CausalLM, ModelOutput
 from moe.parallelize import apply_expert_parallel
 from trainer.alarms import Alarm, Alarms, first_not_finite
+from trainer.backends import Backends, choose_backends
 from trainer.checkpoint import Checkpoints, check_tokenizer
 from trainer.checkpoint_folder import reading
 from trainer.config import RunConfig
 from trainer.cpu_products import fast_products
+from trainer.device import device_facts, device_name, use_deterministic_algorithms
 from trainer.engine import Engine, all_to_all, expert_parallel_group, init_deepspeed, mark_experts
 from trainer.evaluate import evaluate, open_loader
 from trainer.launch import StopRequest
@@ -31,7 +32,7 @@ from trainer.loss import Totals, agree_on_totals, loss_shares
 from trainer.metrics import Meter, StepSums
 from trainer.optimizer import build_optimizer, learning_rate
 from trainer.parallel import ParallelPlan
-from trainer.run_folder import hf_folder
+from trainer.run_folder import hf_folder, record_attempt
 from trainer.runtime import DTYPES, Ranks, TrainingError, seed_everything
 from trainer.terminal import Terminal, closing
 from trainer.tracker import Tracker
@@ -59,9 +60,16 @@ def train(
     screen = Terminal(terminal if ranks.is_main else None, total_steps)
     cleanup.callback(screen.close)
 
+    if config.deterministic:
+        use_deterministic_algorithms()
     init_deepspeed(ranks.device)
     cleanup.enter_context(fast_products(ranks.device, DTYPES[config.dtype]))
     hosts = check_hosts(config, plan, screen)
+    backends = backends_of(config, ranks)
+    for warning in filter(None, (ranks.warning, *backends.warnings)):
+        screen.say(f"warning: {warning}")
+    if ranks.is_main:
+        record_attempt(run_dir, attempt, {**device_facts(ranks.device), "backends": backends.names})
     model = build_model(config, plan, ranks)
     optimizer = build_optimizer(model, config.optimizer)
     engine = Engine(model, optimizer, config, plan, ranks)
@@ -75,7 +83,7 @@ def train(
     tracker = cleanup.enter_context(Tracker(config, run_dir, attempt, screen.say, ranks.is_main))
     alarms = Alarms(config.tracker.alarms, hosts)
     meter, clock = Meter(config, ranks, engine, optimizer, step), engine.clock
-    screen.say("\n  ".join([describe(config, plan, step), *loader.describe()]))
+    screen.say("\n  ".join([describe(config, plan, ranks.device, backends, step), *loader.describe()]))
 
     metrics: dict = {}
     saved_step, outcome = step, "finished"
@@ -186,16 +194,16 @@ def build_balance(config: RunConfig, plan: ParallelPlan, device: torch.device) -
 
 def build_model(config: RunConfig, plan: ParallelPlan, ranks: Ranks) -> CausalLM:
     """The model with this rank's experts only, weights read from `stage.init_from` or drawn from the seed."""
-    why_not = supports(config.experts.backend, ranks.device, DTYPES[config.dtype])
-    if config.model.num_experts and why_not:
-        raise ConfigError([why_not])
-    ep_rank = plan.ep_rank(ranks.rank)
+    backend = backends_of(config, ranks).names.get("experts", "loop")
+    ep_rank, upcycles = plan.ep_rank(ranks.rank), config.init.upcycle != "none"
     with torch.device("meta"):
-        model = CausalLM(config.model, backend=config.experts.backend, recompute=config.recompute)
+        model = CausalLM(config.model, backend=backend, recompute=config.recompute)
     if plan.ep_size > 1:
         kind, chunks = DISPATCHERS[config.parallel.dispatcher], config.parallel.dispatch_chunks
         dispatcher = kind(expert_parallel_group(plan.ep_size), all_to_all, chunks)
         apply_expert_parallel(model, ep_rank=ep_rank, ep_size=plan.ep_size, dispatcher=dispatcher)
+    if not upcycles:  # whose arithmetic wants fp32
+        model.to(DTYPES[config.dtype])
     model.to_empty(device=ranks.device)
     if config.stage.init_from is None:
         init_weights(model, config.seed, ep_rank=ep_rank, router_scale=config.init.router_scale)
@@ -205,17 +213,23 @@ def build_model(config: RunConfig, plan: ParallelPlan, ranks: Ranks) -> CausalLM
         (weights,) = found
         check_tokenizer(weights, config.data)
         with reading(weights):
-            if config.init.upcycle == "none":
+            if not upcycles:
                 load_hf(model, weights, ep_rank=ep_rank)
             else:
                 noise, scale = config.init.upcycle_noise, config.init.router_scale
                 upcycle_weights(
                     model, weights, seed=config.seed, noise=noise, ep_rank=ep_rank, router_scale=scale
                 )
-    model.to(DTYPES[config.dtype])
+                model.to(DTYPES[config.dtype])
     # Last: a parameter that is made anew loses its marks.
     mark_experts(model, config.model.num_experts, plan.ep_size, ep_rank)
     return model
+
+
+def backends_of(config: RunConfig, ranks: Ranks) -> Backends:
+    """What computes the layers on the device of this rank."""
+    dtype = DTYPES[config.dtype]
+    return choose_backends(config.model, config.experts.backend, ranks.device, dtype, config.deterministic)
 
 
 def check_hosts(config: RunConfig, plan: ParallelPlan, screen: Terminal) -> list[str]:
@@ -234,11 +248,15 @@ def check_hosts(config: RunConfig, plan: ParallelPlan, screen: Terminal) -> list
     return hosts
 
 
-def describe(config: RunConfig, plan: ParallelPlan, step: int) -> str:
-    """What is about to be trained, in one line."""
+def describe(
+    config: RunConfig, plan: ParallelPlan, device: torch.device, backends: Backends, step: int
+) -> str:
+    """What is about to be trained, and on what, in one line."""
     total, active = config.model.num_parameters(), config.model.num_active_parameters()
+    devices = f"{plan.world_size} " if device.type == "cuda" else ""
     return (
-        f"{config.name}: {total / 1e6:,.1f}M parameters ({active / 1e6:,.1f}M active), "
+        f"{config.name}: {total / 1e6:,.1f}M parameters ({active / 1e6:,.1f}M active) "
+        f"on {devices}{device_name(device)} ({', '.join(map(' '.join, backends.names.items()))}), "
         f"{plan.world_size} ranks, ep_size {plan.ep_size}, ZeRO {config.zero_stage}, "
         f"{plan.gradient_accumulation_steps} micro-batches per step, "
         f"{config.stage.step_tokens:,} tokens per step, {config.stage.total_steps:,} steps"

@@ -236,6 +236,7 @@ def main(sections: list[str]) -> None:
     known = {function.__name__: function for function in (equality, startup, one_rank, two_ranks, scaling)}
     if unknown := set(sections) - set(known):
         sys.exit(f"unknown: {', '.join(unknown)}; sections are {', '.join(known)}")
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the figures of the page are a CPU's
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     for name in sections or known:
         print(f"{name} ...", flush=True)

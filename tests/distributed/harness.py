@@ -56,7 +56,8 @@ def _start(command: list[str], folder: Path, rank: int, world_size: int) -> subp
         "WORLD_SIZE": str(world_size),
         "OMP_NUM_THREADS": "1",
         "GLOO_SOCKET_IFNAME": "lo",
-        "DS_ACCELERATOR": "cpu",
+        "CUDA_VISIBLE_DEVICES": "",  # the ranks are gloo's, on the CPU, however many GPUs there are
+        "DS_ACCELERATOR": "cpu",  # also where a test imports DeepSpeed itself
         "PYTHONPATH": f"{ROOT}:{ROOT}/tests/integration:{os.environ.get('PYTHONPATH', '')}",
     }
     with _log(folder, rank).open("wb") as log:

@@ -2,14 +2,18 @@
 
 from pathlib import Path
 
+import torch
+import torch.distributed as dist
 from harness import run_ranks
-from layouts import SmallRun, small_config
+from layouts import DENSE, FAMILY, SmallRun, small_config
 
 import trainer.train
 from moe.hf import save_hf
 from moe.init import init_weights
 from moe.model import CausalLM
+from trainer.engine import init_deepspeed
 from trainer.parallel import ParallelPlan
+from trainer.runtime import Ranks
 from trainer.train import build_model
 
 
@@ -30,3 +34,49 @@ def test_all_ranks_start_from_the_same_checkpoint(tmp_path: Path):
         save_hf(model, tmp_path / str(rank))
     first, second = run_ranks(first_weight, 2, str(tmp_path))
     assert first == second
+
+
+def built(*overrides: str) -> tuple[list[torch.Tensor], set[torch.dtype]]:
+    """The parameters that a rank starts with, and the dtypes in which it took memory for them."""
+    init_deepspeed(torch.device("cpu"))
+    taken: set[torch.dtype] = set()
+    to_empty = CausalLM.to_empty
+
+    def recording(model: CausalLM, **keywords: object) -> CausalLM:
+        taken.update(parameter.dtype for parameter in model.parameters())
+        return to_empty(model, **keywords)
+
+    CausalLM.to_empty = recording
+    config = small_config(*overrides)
+    ranks = Ranks(dist.get_rank(), dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
+    model = build_model(config, ParallelPlan.of(config, ranks.world_size), ranks)
+    CausalLM.to_empty = to_empty
+    return list(model.parameters()), taken
+
+
+def same_in_bf16(dense: str) -> list[tuple[bool, set[torch.dtype]]]:
+    """Of each way to first weights: whether those in bf16 are the rounded ones in fp32; dtypes taken."""
+    upcycle = ["model.moe_intermediate_size=16", "model.num_experts_per_tok=4"]
+    upcycle += ["init.upcycle=split", "init.upcycle_noise=0.1"]
+    ways = [
+        ["parallel.ep_size=2"],
+        FAMILY["qwen3_next"],
+        ["model=tiny_dense", *DENSE, "model.intermediate_size=32", f"stage.init_from={dense}"],
+        [*upcycle, "parallel.ep_size=2", f"stage.init_from={dense}"],
+    ]
+    found = []
+    for way in ways:
+        (exact, _), (rounded, taken) = (built(*way, f"dtype={dtype}") for dtype in ("fp32", "bf16"))
+        pairs = zip(rounded, exact, strict=True)
+        found.append((all(torch.equal(ours, oracle.bfloat16()) for ours, oracle in pairs), taken))
+    return found
+
+
+def test_a_model_takes_the_memory_of_its_dtype_and_the_values_of_fp32(tmp_path: Path):
+    model = CausalLM(small_config("model=tiny_dense", *DENSE, "model.intermediate_size=32").model)
+    init_weights(model, seed=3)
+    save_hf(model, tmp_path)
+    for found in run_ranks(same_in_bf16, 2, str(tmp_path)):
+        *others, upcycled = found
+        assert others == [(True, {torch.bfloat16})] * 3
+        assert upcycled == (True, {torch.float32}), "its arithmetic is done before values are rounded"

@@ -34,7 +34,8 @@ SMALL = [
 ]
 
 
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
+# Two ranks of bit-equal runs in fp32: on the CPU, however many GPUs the machine has.
+ENVIRONMENT = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
 
 
 def python(

@@ -63,6 +63,7 @@ class Cluster:
             pytest.skip("the slurm packages of Debian or Ubuntu cannot be installed here")
         assert up.returncode == 0, up.stderr
         environment = {**os.environ, **lab, "SLURM_CONF": f"/tmp/slurm-lab-{lab['SLURM_LAB_ID']}/slurm.conf"}
+        environment["CUDA_VISIBLE_DEVICES"] = ""  # the nodes share this machine: no job may take its GPUs
         environment |= {"OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled", "PYTHONPATH": str(HERE.parents[1])}
         return cls(environment, data)
 

@@ -108,3 +108,19 @@ def test_cached_attention_sees_all_that_came_before() -> None:
         torch.testing.assert_close(
             attend_cached(query[:, part], keys, values), whole[:, part], rtol=0, atol=2e-6
         )
+
+
+def test_which_attention_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu, bf16 = torch.device("cuda", 0), torch.bfloat16
+
+    def obstacle(*what: object, capability: tuple[int, int] = (9, 0)) -> str | None:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        return attention.varlen_obstacle.__wrapped__(*what)
+
+    assert obstacle(gpu, bf16) is None
+    assert obstacle(gpu, torch.float16, capability=(8, 0)) is None
+    assert "no kernel on cpu" in str(obstacle(torch.device("cpu"), bf16))
+    assert "none in torch.float32, and memory grows as length squared" in str(obstacle(gpu, torch.float32))
+    assert "wants compute capability 8.0, not 7.5" in str(obstacle(gpu, bf16, capability=(7, 5)))
+    monkeypatch.setattr(attention, "varlen_attn", None)
+    assert "has no torch.nn.attention.varlen; use 2.10 or newer" in str(obstacle(gpu, bf16))

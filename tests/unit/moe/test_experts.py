@@ -1,13 +1,16 @@
 """The fast experts against the reference, and the memory they keep."""
 
+import re
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from moe.config import ConfigError
-from moe.experts import Experts, supports
+from moe import experts_optional
+from moe.config import ConfigError, ModelConfig
+from moe.experts import Experts, choose_backend, supports
 
 # T tokens, H hidden, I intermediate, E local experts, K slots per token
 
@@ -159,3 +162,83 @@ def test_supports() -> None:
 def test_unknown_backend() -> None:
     with pytest.raises(ConfigError, match=r"experts.backend=groupd is unknown; use one of reference, loop"):
         Experts(4, H, INTERMEDIATE, "groupd")
+
+
+BF16, FP32 = torch.bfloat16, torch.float32
+LIGER = "use experts.backend=liger"
+INSTALL = "experts.backend=liger needs liger_kernel, triton, not installed here; run `.venv/bin/python -m pip"
+
+
+@pytest.fixture
+def aligned(moe_config: ModelConfig) -> ModelConfig:
+    return replace(moe_config, moe_intermediate_size=16)
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch):
+    """`gpu((9, 0), liger=True)`: a device of that compute capability, on a machine with liger or without."""
+
+    def fake(capability: tuple[int, int], liger: bool = True) -> torch.device:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        monkeypatch.setattr(experts_optional, "find_spec", lambda name: True if liger else None)
+        return torch.device("cuda", 0)
+
+    return fake
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+@pytest.mark.parametrize(
+    ("wanted", "chosen"), [("auto", "loop"), ("grouped", "grouped"), ("reference", "reference")]
+)
+def test_on_a_cpu_auto_is_the_loop(moe_config, wanted: str, chosen: str, dtype: torch.dtype) -> None:
+    assert choose_backend(wanted, torch.device("cpu"), dtype, moe_config) == (chosen, None)
+
+
+@pytest.mark.parametrize(
+    ("capability", "liger", "dtype", "deterministic", "chosen", "slow"),
+    [
+        ((9, 0), True, BF16, False, "grouped", None),
+        ((10, 3), False, BF16, True, "grouped", None),
+        ((8, 0), True, BF16, False, "liger", None),
+        ((12, 0), True, BF16, False, "liger", None),  # Blackwell, but not that of data centers
+        ((8, 9), False, BF16, False, "loop", f"none for compute capability 8.9; {INSTALL}"),
+        ((8, 0), True, BF16, True, "loop", "capability 8.0; nothing faster is deterministic here"),
+        ((9, 0), True, FP32, False, "loop", "there are none in torch.float32; use dtype=bf16"),
+    ],
+)
+def test_auto_on_a_gpu(aligned, gpu, capability, liger, dtype, deterministic, chosen, slow) -> None:
+    found = choose_backend("auto", gpu(capability, liger), dtype, aligned, deterministic)
+    assert found[0] == chosen
+    assert found[1] is None if slow is None else slow in str(found[1])
+
+
+@pytest.mark.parametrize(
+    ("wanted", "capability", "slow"),
+    [
+        ("loop", (9, 0), "ten times slower on a GPU than grouped products; use experts.backend=auto"),
+        ("grouped", (8, 0), f"waits for the GPU at every product here: there are none for .* 8.0; {LIGER}"),
+        ("grouped", (9, 0), None),
+        ("liger", (9, 0), None),
+    ],
+)
+def test_a_choice_that_is_slow_is_told(aligned, gpu, wanted, capability, slow) -> None:
+    chosen, said = choose_backend(wanted, gpu(capability), BF16, aligned)
+    assert chosen == wanted
+    assert said is None if slow is None else re.search(slow, str(said))
+
+
+def test_sizes_that_the_kernel_does_not_take(moe_config, gpu) -> None:
+    """12 values of an expert in bf16 are 24 bytes, not a multiple of 16."""
+    chosen, slow = choose_backend("auto", gpu((9, 0), liger=False), BF16, moe_config)
+    assert chosen == "loop"
+    assert "multiple of 16 bytes, not model.moe_intermediate_size=12; round up to a multiple of 8" in str(
+        slow
+    )
+
+
+def test_a_backend_that_cannot_run_is_refused(moe_config, gpu) -> None:
+    with pytest.raises(ConfigError, match="liger needs liger_kernel, triton, not installed here"):
+        choose_backend("liger", gpu((9, 0), liger=False), BF16, moe_config)
+    gpu((9, 0))
+    with pytest.raises(ConfigError, match="need a CUDA device, not cpu"):
+        choose_backend("megablocks", torch.device("cpu"), BF16, moe_config)

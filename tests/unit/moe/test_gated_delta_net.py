@@ -1,6 +1,8 @@
 """Linear attention: the chunked rule against the rule itself, in fp64, and what stays inside documents."""
 
+from collections.abc import Callable
 from itertools import accumulate
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from moe.gated_delta_net import (
     recurrent_delta_rule,
 )
 
+Rule = Callable[..., tuple[Tensor, Tensor]]
 HEADS, KEY, VALUE = 3, 8, 10
 LAYOUTS = [[5], [64], [65], [1, 1, 1], [3, 130, 64, 7], [200, 1, 63, 128]]
 
@@ -129,6 +132,67 @@ def test_a_convolution_goes_on() -> None:
     torch.testing.assert_close(last.unflatten(0, (2, -1)), whole[:, 5:])
     first = convolution(x[:, :5].flatten(0, 1), _documents([5, 5]), torch.zeros(2, 3, 3))
     torch.testing.assert_close(first.unflatten(0, (2, -1)), whole[:, :5])
+
+
+def _rounding(x: DeltaInputs, documents: Documents, state: Tensor) -> tuple[Tensor, Tensor]:
+    """As the kernel in 16 bits."""
+    mixed, last = chunked_delta_rule(x, documents, state)
+    return mixed.to(x.value.dtype), last
+
+
+def _failing(x: DeltaInputs, documents: Documents, state: Tensor) -> tuple[Tensor, Tensor]:
+    raise ImportError("cannot import name\n'chunk_gated_delta_rule'")
+
+
+class _BrokenBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad * ctx.factor, None
+
+
+def _with_gradients(factor: float) -> Rule:
+    return lambda x, *rest: _rounding(x._replace(key=_BrokenBackward.apply(x.key, factor)), *rest)
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        (_rounding, None),
+        (_failing, "fails here (ImportError: cannot import name 'chunk_gated_delta_rule'); update"),
+        (lambda x, *rest: (_rounding(x, *rest)[0] * 1.1, rest[1]), "computes wrong here"),
+        (_with_gradients(1.0), None),
+        (_with_gradients(1.1), "computes wrong here"),
+        (_with_gradients(float("nan")), "computes wrong here (relative errors "),
+    ],
+    ids=["right", "raises", "forward", "right backward", "backward", "NaN"],
+)
+def test_a_kernel_is_taken_only_where_it_computes_the_same(
+    monkeypatch: pytest.MonkeyPatch, rule: Rule, message: str | None
+) -> None:
+    monkeypatch.setattr(gated_delta_net, "fused_delta_rule", rule)
+    with torch.inference_mode():  # the first forward may be one
+        found = gated_delta_net._probe.__wrapped__(torch.device("cpu"), torch.bfloat16, 16, 12)
+    assert found is None if message is None else message in str(found)
+
+
+def test_where_the_kernel_is_not_even_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(gated_delta_net, "_probe", lambda *what: f"tried {what}")
+    monkeypatch.setattr(gated_delta_net, "HAS_KERNEL", True)
+    obstacle = gated_delta_net.kernel_obstacle
+    assert "no kernel on cpu" in str(obstacle(torch.device("cpu"), torch.bfloat16, 8, 8))
+    assert "16 bits, not in torch.float32" in str(obstacle(gpu, torch.float32, 8, 8))
+    assert str(obstacle(gpu, torch.bfloat16, 8, 16)).startswith("tried")
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    assert "deterministic=true" in str(obstacle(gpu, torch.bfloat16, 8, 8))
+    monkeypatch.undo()
+    monkeypatch.setattr(gated_delta_net, "HAS_KERNEL", False)
+    assert "pip install flash-linear-attention" in str(obstacle(gpu, torch.bfloat16, 8, 8))
 
 
 @pytest.mark.skipif(

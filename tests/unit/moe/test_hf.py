@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moe.config import ConfigError, ModelConfig
 from moe.dispatch import LocalDispatcher
-from moe.hf import from_hub, hub_tensors, load_hf, save_hf, to_hub
+from moe.hf import from_hub, hub_tensors, load_hf, save_hf, stored_dtype, to_hub
 from moe.model import CausalLM
 from moe.parallelize import apply_expert_parallel
 
@@ -97,6 +97,7 @@ def test_dtypes_are_cast_on_load(
     model = build(config).to(getattr(torch, stored))
     save_hf(model, tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["torch_dtype"] == stored
+    assert stored_dtype(tmp_path) == getattr(torch, stored)
     back = CausalLM(config).to(getattr(torch, held))
     load_hf(back, tmp_path)
     for ours, original in zip(back.parameters(), model.parameters(), strict=True):

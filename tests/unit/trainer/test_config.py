@@ -107,6 +107,15 @@ def test_laws_come_together(run_config):
         ("init.router_scale=-1", "init.router_scale=-1.0 is below 0"),
         ("mtp_loss_scaling_factor=-1", "mtp_loss_scaling_factor=-1.0 is below 0"),
         ("parallel.dispatch_chunks=0", "parallel.dispatch_chunks=0"),
+        ("device=cuda:1", "device=cuda:1 is unknown; use auto, cuda, cpu"),
+        (
+            ["experts.backend=liger", "deterministic=true"],
+            "experts.backend=liger: its kernels promise no equal bits, as deterministic=true wants; use auto",
+        ),
+        (
+            ["experts.backend=megablocks", "device=cpu"],
+            "experts.backend=megablocks: its Triton kernels need a CUDA device, not device=cpu; use auto",
+        ),
         ("parallel.dispatcher=magic", "parallel.dispatcher=magic is unknown"),
     ],
 )

@@ -1,10 +1,12 @@
 """Text comes from the model as it was trained."""
 
+import pytest
 import torch
 
+from moe.hf import save_hf
 from moe.init import init_weights
 from moe.model import CausalLM
-from trainer.generate import generate, selection_bias
+from trainer.generate import generate, load_model, selection_bias
 
 
 def test_a_run_that_was_balanced_by_a_bias_generates_with_it(run_config, tmp_path):
@@ -25,3 +27,21 @@ def test_a_run_that_was_balanced_by_a_bias_generates_with_it(run_config, tmp_pat
         expected, other = (model(*rows, selection_bias=b).logits[0, -1].argmax().item() for b in (bias, None))
     assert next(generate(model, prompt, 1, 0.0, None, found)) == expected
     assert next(generate(model, prompt, 1, 0.0, None, None)) == other != expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_is_loaded_in_the_dtype_of_its_folder(run_config, tmp_path, monkeypatch, dtype):
+    model = CausalLM(run_config("model=tiny_moe", "model.vocab_size=64").model).to(dtype)
+    init_weights(model, 0)
+    save_hf(model, tmp_path)
+    taken = set()
+    to_empty = CausalLM.to_empty
+
+    def recording(self, **keywords):
+        taken.update(parameter.dtype for parameter in self.parameters())
+        return to_empty(self, **keywords)
+
+    monkeypatch.setattr(CausalLM, "to_empty", recording)
+    back = load_model(tmp_path, torch.device("cpu"))
+    assert taken == {dtype}
+    assert all(torch.equal(*pair) for pair in zip(back.parameters(), model.parameters(), strict=True))

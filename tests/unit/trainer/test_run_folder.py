@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import json
 import os
 import subprocess
 
@@ -10,7 +11,16 @@ from omegaconf import OmegaConf
 
 from moe.config import ConfigError
 from trainer.config import RunConfig
-from trainer.run_folder import change_layout, freeze, git, lock, read_run, record_layout, write_state
+from trainer.run_folder import (
+    change_layout,
+    freeze,
+    git,
+    lock,
+    read_run,
+    record_attempt,
+    record_layout,
+    write_state,
+)
 
 
 @pytest.fixture
@@ -77,3 +87,25 @@ def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(fcntl, "flock", refuse)
     os.close(lock(tmp_path))
     assert f"warning: {tmp_path} may be running already" in capsys.readouterr().err
+
+
+def test_each_attempt_is_recorded_beside_what_was_frozen(run_dir):
+    frozen = json.loads((run_dir / "environment.json").read_text())
+    record_attempt(run_dir, 1, {"device": "NVIDIA H100", "backends": {"experts": "grouped"}})
+    record_attempt(run_dir, 3, {"device": "the CPU"})
+    found = json.loads((run_dir / "environment.json").read_text())
+    attempts = {
+        "1": {"device": "NVIDIA H100", "backends": {"experts": "grouped"}},
+        "3": {"device": "the CPU"},
+    }
+    assert found == {**frozen, "attempts": attempts}
+    (run_dir / "environment.json").write_text("{")
+    record_attempt(run_dir, 4, {})
+    assert json.loads((run_dir / "environment.json").read_text()) == {"attempts": {"4": {}}}
+
+
+def test_a_resume_may_change_the_device(run_dir):
+    overrides = ["device=cpu", "deterministic=true", "experts.backend=loop"]
+    record_layout(run_dir, change_layout(read_run(run_dir), overrides), overrides)
+    config = RunConfig.of_run(run_dir)
+    assert (config.device, config.deterministic, config.experts.backend) == ("cpu", True, "loop")

@@ -1,0 +1,36 @@
+"""What ranks must agree on before a model is built: a device each, of one kind."""
+
+import os
+
+import torch.distributed as dist
+from harness import run_ranks
+
+from moe.config import ConfigError
+from trainer.device import check_devices
+
+CASES: dict[str, list[str | None]] = {
+    "one each": ["GPU-a", "GPU-b"],
+    "none": [None, None],
+    "shared": ["GPU-a", "GPU-a"],
+    "mixed": ["GPU-a", None],
+}
+
+
+def problems() -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for name, gpus in CASES.items():
+        try:
+            check_devices(gpus[dist.get_rank()])
+        except ConfigError as error:
+            found[name] = error.problems
+    return found
+
+
+def test_ranks_share_no_gpu_and_all_or_none_have_one():
+    first, second = run_ranks(problems, 2)
+    assert first == second, "every rank says it, none waits for the others"
+    assert first.keys() == {"shared", "mixed"}
+    host = os.uname().nodename
+    (shared,), (mixed,) = first["shared"], first["mixed"]
+    assert shared.startswith(f"parallel.nproc_per_node: ranks 0, 1 share one GPU of {host}; use as many")
+    assert mixed.startswith(f"device: CUDA cannot be used on {host}, but on other machines of this run; mend")

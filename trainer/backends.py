@@ -1,0 +1,44 @@
+"""Which kernels compute a model's layers on a device: chosen by rules of moe/, told by the trainer."""
+
+from typing import NamedTuple
+
+import torch
+
+from moe.attention import varlen_obstacle
+from moe.config import ModelConfig
+from moe.experts import choose_backend
+from moe.formats import FULL, LINEAR
+from moe.gated_delta_net import kernel_obstacle
+
+
+class Backends(NamedTuple):
+    """What computes the layers of each kind that the model has, and warnings of what is slow."""
+
+    names: dict[str, str]  # "experts", "attention", "linear attention" -> e.g. "grouped", "varlen", "fla"
+    warnings: list[str]
+
+
+def choose_backends(
+    model: ModelConfig, experts: str, device: torch.device, dtype: torch.dtype, deterministic: bool = False
+) -> Backends:
+    """What the layers run on; `experts` is the key experts.backend. Raises ConfigError where it cannot run.
+
+    Of a model with linear attention, flash-linear-attention is tried on a CUDA device, once per process.
+    """
+    names: dict[str, str] = {}
+    warnings: list[str] = []
+    if model.num_experts:
+        names["experts"], slow = choose_backend(experts, device, dtype, model, deterministic)
+        warnings += [slow] if slow else []
+    if FULL in model.layer_types or model.num_nextn_predict_layers:
+        obstacle = varlen_obstacle(device, dtype)
+        names["attention"] = "per document" if obstacle else "varlen"
+        if obstacle and device.type == "cuda":
+            warnings.append(f"attention computes document by document: {obstacle}")
+    if LINEAR in model.layer_types:
+        key_dim, value_dim = model.linear_key_head_dim, model.linear_value_head_dim
+        obstacle = kernel_obstacle(device, dtype, key_dim, value_dim)
+        names["linear attention"] = "chunked" if obstacle else "fla"
+        if obstacle and device.type == "cuda":
+            warnings.append(f"linear attention computes in chunks by torch, which is slower: {obstacle}")
+    return Backends(names, warnings)
