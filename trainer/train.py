@@ -81,10 +81,10 @@ def train(
     saved_step, outcome = step, "finished"
     while step < total_steps:
         with clock.wait("data"):
-            micro_batches = [batch.to(ranks.device) for batch in next(loader)]
+            micro_batches = next(loader)
         meter.begin(step + 1)
         with clock.part("communication"):
-            totals = agree_on_totals(micro_batches, stop.requested, ranks.device, checkpoints.written)
+            totals = agree_on_totals(micro_batches, stop.requested, checkpoints.written)
         with clock.wait("save"):
             if totals.written:
                 checkpoints.finish()
@@ -92,6 +92,7 @@ def train(
             outcome = "stopped"
             break
 
+        micro_batches = [batch.to(ranks.device) for batch in micro_batches]
         rate = learning_rate(config.schedule, config.optimizer.lr, step, total_steps)
         sums, losses, grad_norm = train_step(engine, micro_batches, totals, balance, config, rate)
         if not math.isfinite(grad_norm):  # the same on every rank: the norm is global

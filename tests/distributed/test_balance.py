@@ -92,7 +92,7 @@ def measure(*overrides: str) -> dict[str, Any]:
     engine = Engine(model, torch.optim.SGD(list(groups.values()), lr=1.0), config, plan, ranks)
     before = layouts.gather_parameters(engine, plan, ranks)
     batches = layouts.micro_batches(plan, ranks.rank, 0)
-    totals = agree_on_totals(batches, False, ranks.device)
+    totals = agree_on_totals(batches, False)
     sums, _, _ = train_step(engine, batches, totals, build_balance(config, plan, ranks.device), config, 1.0)
     after = layouts.gather_parameters(engine, plan, ranks)
     balance = sums.over_ranks().describe(totals)["balance_loss"]
