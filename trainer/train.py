@@ -38,6 +38,8 @@ from trainer.tracker import Tracker
 
 DISPATCHERS = {"all_to_all": AllToAllDispatcher, "deduplicated": DeduplicatedAllToAllDispatcher}
 
+KEPT = 4  # forwards that wait for the counts of a step: each holds its layers' inputs and the head's gradient
+
 
 def train(
     config: RunConfig,
@@ -146,8 +148,8 @@ def train_step(
     model, bias = config.model, balance.bias
     kept: list[ModelOutput] = []
     if balance.counts_first:
-        # Full recompute keeps little of a forward: all wait for the counts. ZeRO-3 would lose gradients.
-        if config.recompute == "full" and config.zero_stage < 3:
+        # Full recompute keeps little of a forward: a few wait for the counts. ZeRO-3 would lose gradients.
+        if config.recompute == "full" and config.zero_stage < 3 and len(batches) <= KEPT:
             kept = counted = [engine.forward(batch, bias) for batch in batches]
         else:
             with torch.no_grad():
