@@ -4,6 +4,7 @@ Each rank writes what it holds under a temporary name that carries the attempt. 
 the manifest, renames the folder and replaces `latest`. `trainer/checkpoint_folder.py` says what is in it.
 """
 
+import gc
 import logging
 import shutil
 import time
@@ -104,6 +105,7 @@ class Checkpoints:
             return
         self.finish()
         self._saved, started = step, time.perf_counter()
+        gc.collect()  # on all ranks at once
         folder = self._folder / f".step-{step:08d}.attempt-{self._attempt}"
         self._agree(f"write the checkpoint of step {step}", self._make, folder)
         generators = self._agree("read the random generators", random_state)
