@@ -1,11 +1,14 @@
 """Garbage is collected where a checkpoint is saved, so no tensor may wait for the collector."""
 
 import gc
+from contextlib import suppress
 
 import pytest
 import torch
 from harness import run_ranks
 from layouts import FAMILY, SmallRun
+
+from trainer.runtime import garbage_collected_by_hand
 
 
 def tensors_in_cycles(*overrides: str) -> tuple[int, list[tuple[int, ...]]]:
@@ -41,3 +44,11 @@ def test_no_tensor_waits_for_the_collector(overrides: list[str]) -> None:
     for objects, tensors in run_ranks(tensors_in_cycles, 2, *overrides):
         assert tensors == []
         assert objects < 10_000, "some megabytes in the thousands of steps between checkpoints"
+
+
+def test_the_collector_is_as_before_however_training_ends() -> None:
+    with suppress(KeyError), garbage_collected_by_hand():
+        assert not gc.isenabled()
+        raise KeyError
+    assert gc.isenabled()
+    assert gc.get_freeze_count() == 0
