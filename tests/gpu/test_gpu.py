@@ -3,6 +3,7 @@
 GPU_TESTS_ON=cpu runs the same bodies on the CPU, where that makes sense: a rehearsal, not a proof.
 """
 
+import gc
 import json
 import os
 import subprocess
@@ -58,7 +59,7 @@ def one_rank() -> Iterator[None]:
 
 def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """The norm of the difference, relative to that of what is expected."""
-    actual, expected = actual.double(), expected.double()
+    actual, expected = actual.detach().double(), expected.detach().double()
     return float((actual - expected).norm() / expected.norm().clamp(min=1e-30))
 
 
@@ -301,7 +302,7 @@ NO_BUFFERS += [f"{ZERO}.stage3_param_persistence_threshold=1000"]
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 @pytest.mark.parametrize("stage", STAGES)
 def test_memory_is_what_the_table_says(stage, dtype):
-    torch.cuda.synchronize()
+    gc.collect()  # engines before this one
     before, seen = torch.cuda.memory_allocated(), []
     buffers = [] if stage.endswith("0") else NO_BUFFERS
     run = SmallRun(*BIG, stage, f"dtype={dtype}", "micro_batch_size=4", *buffers, device=PLACE)
@@ -344,9 +345,9 @@ def test_a_step_waits_for_its_norm_alone(keys):
         waits.append((str(Path(ours[-1].filename).relative_to(ROOT)), ours[-1].name))
 
     with warnings.catch_warnings():
+        torch.cuda.set_sync_debug_mode("warn")  # itself it warns of being a prototype
         warnings.simplefilter("always")
         warnings.showwarning = listen
-        torch.cuda.set_sync_debug_mode("warn")
         train_step(run.engine, batches, totals, run.balance, run.config, 1e-3)
         torch.cuda.set_sync_debug_mode("default")
     run.engine.close()
