@@ -55,6 +55,11 @@ class Documents:
         return torch.repeat_interleave(self.cu_seqlens.diff().long(), output_size=sum(self.lengths))
 
     @cached_property
+    def borders(self) -> Tensor:
+        """[D+1] int64 `cu_seqlens`, as one tensor for all layers: flash-linear-attention reads each once."""
+        return self.cu_seqlens.long()
+
+    @cached_property
     def position(self) -> Tensor:
         """[T] the place of each token in its document, from 0."""
         return torch.arange(len(self.number), device=self.number.device) - self.cu_seqlens[self.number]
