@@ -3,11 +3,12 @@
 
 import sys
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,16 @@ from torch import Tensor
 from data_pipeline.config import DataConfig
 from data_pipeline.manifest import Manifest
 from data_pipeline.mixture import Mixture, MixtureSource, skip_rows
-from data_pipeline.packing import JOINT, BestFitRows, ConcatRows, Stream, open_rows, open_streams, pack_rows
+from data_pipeline.packing import (
+    JOINT,
+    NO_LOSS,
+    BestFitRows,
+    ConcatRows,
+    Stream,
+    open_rows,
+    open_streams,
+    pack_rows,
+)
 from data_pipeline.shards import TokenStream, open_prepared
 from data_pipeline.streaming import TextStream
 from data_pipeline.tokenizer import tokenizer_of
@@ -33,11 +43,38 @@ class Batch:
     cu_seqlens: Tensor  # [D+1] int32: document borders over the flattened B*S tokens, first 0, last B*S
     token_mask: Tensor  # [B,S] bool: False on padding
     rows: tuple[int, ...]  # global row numbers, as data.skip counts them
+    lengths: tuple[int, ...]  # [D] of the documents
+    label_tokens: int  # tokens with a label
+    tokens: int  # tokens that are not padding
+
+    @classmethod
+    def of(
+        cls,
+        input_ids: Tensor,
+        labels: Tensor,
+        position_ids: Tensor,
+        cu_seqlens: Tensor,
+        token_mask: Tensor,
+        rows: tuple[int, ...],
+    ) -> "Batch":
+        """A batch of tensors that lie on the host; what the host needs of them is counted here, once."""
+        lengths, label_tokens = tuple(cu_seqlens.diff().tolist()), int((labels != NO_LOSS).sum())
+        tensors = (input_ids, labels, position_ids, cu_seqlens, token_mask)
+        return cls(*tensors, rows, lengths, label_tokens, int(token_mask.sum()))
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The same batch on a device."""
-        tensors = {key: value for key, value in vars(self).items() if key != "rows"}
-        return replace(self, **{key: value.to(device, non_blocking=True) for key, value in tensors.items()})
+        """The same batch on a device. From pinned memory the host does not wait for the copies."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> "Batch":
+        """The same batch in pinned memory of the host."""
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, function: Callable[[Tensor], Tensor]) -> "Batch":
+        changed: dict[str, Any] = {
+            key: function(value) for key, value in vars(self).items() if isinstance(value, Tensor)
+        }
+        return replace(self, **changed)
 
 
 class Loader(Iterator[list[Batch]], AbstractContextManager["Loader"]):
@@ -49,7 +86,8 @@ class Loader(Iterator[list[Batch]], AbstractContextManager["Loader"]):
 
     source=None: the endless mixture of the sources. source=NAME: that source alone, in plain order, once; the
     last step is filled up with rows of padding, so every rank has as many micro-batches. Batches are read
-    ahead in a thread. Raises DataError for a folder that is not prepared as configured, or is damaged.
+    ahead in a thread; with `pin` into pinned memory, which a GPU copies while the host goes on. Raises
+    DataError for a folder that is not prepared as configured, or is damaged.
     """
 
     def __init__(
@@ -65,6 +103,7 @@ class Loader(Iterator[list[Batch]], AbstractContextManager["Loader"]):
         next_row: int = 0,
         split: str = "train",
         source: str | None = None,
+        pin: bool = False,
     ) -> None:
         assert global_batch_size % (world_size * micro_batch_size) == 0, (global_batch_size, world_size)
         assert split == "train" or source is not None, "validation rows are read source by source"
@@ -72,7 +111,7 @@ class Loader(Iterator[list[Batch]], AbstractContextManager["Loader"]):
         self.next_row = self._read_row = next_row
         self._seq_len, self._predict_first_token = seq_len, config.predict_first_token
         self._global_batch_size, self._micro_batch_size = global_batch_size, micro_batch_size
-        self._rank, self._world_size, self._source = rank, world_size, source
+        self._rank, self._world_size, self._source, self._pin = rank, world_size, source, pin
 
         if source is not None:  # in plain order: not joined with others to have shares of lengths
             config = replace(config, length_shares={})
@@ -189,7 +228,8 @@ class Loader(Iterator[list[Batch]], AbstractContextManager["Loader"]):
         found = [rows.read(local_row) for rows, local_row in located]
         packed = pack_rows(found, self._seq_len, self._end_of_text, self._predict_first_token)
         input_ids, labels, position_ids, cu_seqlens, token_mask = map(torch.from_numpy, packed)
-        return Batch(input_ids, labels, position_ids, cu_seqlens, token_mask, numbers)
+        batch = Batch.of(input_ids, labels, position_ids, cu_seqlens, token_mask, numbers)
+        return batch.pinned() if self._pin else batch
 
     def _locate(self, row: int) -> tuple[ConcatRows | BestFitRows, int]:
         if self._mixture is None:

@@ -2,8 +2,8 @@
 # B rows, S tokens per row, T = B*S tokens, D documents, H hidden
 # N query heads, G key/value heads, C head_dim, P cached tokens per row
 
+from collections.abc import Sequence
 from functools import cache, cached_property
-from itertools import pairwise
 from typing import cast
 
 import torch
@@ -21,15 +21,15 @@ except ImportError:  # older torch: the path per document serves every device
 
 
 class Documents:
-    """Borders of the documents in a batch, brought to the host once per forward and shared by all layers.
+    """Borders of the documents in a batch, shared by all layers of a forward.
 
-    cu_seqlens: [D+1] int32, the first 0, the last T.
+    cu_seqlens: [D+1] int32, the first 0, the last T. lengths: the same on the host, as the length of each
+    document; without them the host waits for the device to have `cu_seqlens`. Nothing else here waits.
     """
 
-    def __init__(self, cu_seqlens: Tensor) -> None:
+    def __init__(self, cu_seqlens: Tensor, lengths: Sequence[int] | None = None) -> None:
         self.cu_seqlens = cu_seqlens
-        borders = cu_seqlens.tolist()
-        self.lengths = [stop - start for start, stop in pairwise(borders)]
+        self.lengths: Sequence[int] = cu_seqlens.diff().tolist() if lengths is None else lengths
         self.max_length = max(self.lengths)
 
     @cached_property
@@ -40,16 +40,14 @@ class Documents:
     @cached_property
     def order(self) -> Tensor | None:
         """[T] tokens sorted by the length of their document, stably; None where they lie so already."""
-        lengths = torch.tensor(self.lengths, device=self.cu_seqlens.device)
-        if self.lengths == sorted(self.lengths):
+        if list(self.lengths) == sorted(self.lengths):
             return None
-        return lengths.repeat_interleave(lengths).argsort(stable=True)
+        return self.cu_seqlens.diff()[self.number].argsort(stable=True)
 
     @cached_property
     def number(self) -> Tensor:
         """[T] the number of each token's document, from 0."""
-        lengths = torch.tensor(self.lengths, device=self.cu_seqlens.device)
-        return torch.repeat_interleave(lengths, output_size=sum(self.lengths))
+        return torch.repeat_interleave(self.cu_seqlens.diff().long(), output_size=sum(self.lengths))
 
     @cached_property
     def position(self) -> Tensor:

@@ -10,6 +10,7 @@ found to compute the same (`kernel_obstacle`).
 # G key heads, N value heads, K and V their dims, F = 2GK + NV features of the convolution
 # W width of the convolution, C tokens per chunk, M chunks
 
+from collections import Counter
 from collections.abc import Callable
 from functools import cache, lru_cache
 from importlib.util import find_spec
@@ -242,14 +243,16 @@ class Chunks:
 
     def __init__(self, documents: Documents) -> None:
         number, position = documents.number, documents.position
-        counts = -(-torch.tensor(documents.lengths) // CHUNK)  # [D] chunks of each document
-        active = [int((counts > step).sum()) for step in range(int(counts.max()))]
+        counts = [-(-length // CHUNK) for length in documents.lengths]  # [D] chunks of each document
+        ended = Counter(counts)
+        active = list(accumulate((-ended[step] for step in range(1, max(counts))), initial=len(counts)))
         starts = list(accumulate(active, initial=0))
         # first chunk and number of chunks of each step through the documents
         self.steps = list(zip(starts, active, strict=False))
         self.size = starts[-1] * CHUNK
-        self.by_length = counts.argsort(descending=True, stable=True).to(number.device)  # [D]
-        first = torch.tensor(starts, device=number.device)[position // CHUNK]
+        by_length = sorted(range(len(counts)), key=counts.__getitem__, reverse=True)  # stable
+        self.by_length = _without_waiting(by_length, number.device)  # [D]
+        first = _without_waiting(starts, number.device)[position // CHUNK]
         self.place = (first + self.by_length.argsort()[number]) * CHUNK + position % CHUNK  # [T]
 
     def fill(self, x: Tensor) -> Tensor:
@@ -260,6 +263,11 @@ class Chunks:
     def take(self, x: Tensor) -> Tensor:
         """[M, C, ...] -> [T, ...], the inverse of `fill`."""
         return x.flatten(0, 1).index_select(0, self.place)
+
+
+def _without_waiting(numbers: list[int], device: torch.device) -> Tensor:
+    """[N] int64 on a device; from pinned memory, for whose copy the host does not wait."""
+    return torch.tensor(numbers, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
 
 _chunks = lru_cache(maxsize=1)(Chunks)  # the layers of a forward share them

@@ -1,7 +1,7 @@
 """The language model, dense or sparse: arithmetic on one rank, modules named as in Hugging Face."""
 # B rows, S tokens per row, T = B*S tokens, D documents, H hidden, V vocabulary, L sparse layers
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -204,6 +204,7 @@ class CausalLM(nn.Module):
         selection_bias: Tensor | None = None,
         routing_only: bool = False,
         routing: TrainingRouting | None = None,
+        lengths: Sequence[int] | None = None,
     ) -> ModelOutput:
         """Logits, or with labels the summed cross entropy; and the router statistics.
 
@@ -216,9 +217,10 @@ class CausalLM(nn.Module):
         selection_bias [L, E] fp32: added to the routers' scores for the choice of experts only.
         routing_only: the router statistics are all that is wanted; the head does not run.
         routing: what routing does in training alone.
+        lengths: of the documents, on the host; without them they are read back from cu_seqlens' device.
         Ids must lie in the vocabulary: nothing checks them here.
         """
-        documents, hidden = Documents(cu_seqlens), self.model.embed_tokens(input_ids)
+        documents, hidden = Documents(cu_seqlens, lengths), self.model.embed_tokens(input_ids)
         rotary = rotary_tables(position_ids.flatten(), self.config, hidden.dtype)
         inputs = (rotary, documents, token_mask, cache, selection_bias, routing)
         hidden, statistics = self.model(hidden, *inputs)

@@ -191,6 +191,7 @@ class Engine:
                 selection_bias=selection_bias,
                 routing_only=routing_only,
                 routing=routing if self.module.training else None,
+                lengths=batch.lengths,
             )
 
     def backward(self, loss_share: Tensor) -> None:

@@ -32,6 +32,7 @@ def open_loader(config: RunConfig, ranks: Ranks, **settings: Any) -> Loader:
         "rank": ranks.rank,
         "world_size": ranks.world_size,
         "seed": config.seed,
+        "pin": ranks.device.type == "cuda",
     }
     return Loader(config.data, **(of_run | settings))
 
@@ -75,7 +76,7 @@ def evaluate_checkpoint(source: Path) -> dict[str, float]:
 
     def forward(batch: Batch) -> ModelOutput:
         rows = (batch.input_ids, batch.position_ids, batch.cu_seqlens)
-        return model(*rows, labels=batch.labels, selection_bias=bias)
+        return model(*rows, labels=batch.labels, selection_bias=bias, lengths=batch.lengths)
 
     with fast_products(device, model.lm_head.weight.dtype):
         return evaluate(forward, config, Ranks(0, 0, 1, device))

@@ -74,7 +74,7 @@ def generate(
         seen, new = cache.length, tokens.shape[1]
         positions = torch.arange(seen, seen + new, device=device).unsqueeze(0)
         borders = torch.tensor([0, new], dtype=torch.int32, device=device)
-        output = model(tokens, positions, borders, cache=cache, selection_bias=bias)
+        output = model(tokens, positions, borders, cache=cache, selection_bias=bias, lengths=[new])
         logits = output.logits[0, -1]  # [V]
         chosen = logits.argmax(-1, keepdim=True)
         if temperature > 0:

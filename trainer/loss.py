@@ -27,20 +27,14 @@ class Totals:
     written: bool  # all ranks have written their part of a checkpoint
 
 
-def agree_on_totals(
-    micro_batches: list[Batch], stop: bool, device: torch.device, written: bool = False
-) -> Totals:
-    """One all-reduce of four integers; every rank must call it once a step."""
-    packed = torch.tensor(
-        [
-            sum(int((batch.labels != -100).sum()) for batch in micro_batches),
-            sum(int(batch.token_mask.sum()) for batch in micro_batches),
-            int(stop),
-            int(written),
-        ],
-        dtype=torch.int64,
-        device=device,
-    )
+def agree_on_totals(micro_batches: list[Batch], stop: bool, written: bool = False) -> Totals:
+    """One all-reduce of four integers; every rank must call it once a step.
+
+    They travel between the hosts, so that nobody waits for a device that still works on the last step.
+    """
+    counts = [sum(batch.label_tokens for batch in micro_batches)]
+    counts += [sum(batch.tokens for batch in micro_batches), int(stop), int(written)]
+    packed = torch.tensor(counts, dtype=torch.int64)
     dist.all_reduce(packed)
     label_tokens, tokens, stops, writers = packed.tolist()
     return Totals(label_tokens, tokens, stops > 0, writers == dist.get_world_size())

@@ -52,7 +52,7 @@ def profile_rank(run_dir: Path, steps: int) -> None:
 
     def step() -> None:
         micro_batches = [batch.to(ranks.device) for batch in next(loader)]
-        totals = agree_on_totals(micro_batches, False, ranks.device)
+        totals = agree_on_totals(micro_batches, False)
         train_step(engine, micro_batches, totals, balance, config, rate=0.0)
 
     schedule = torch.profiler.schedule(wait=0, warmup=_WARM_UP, active=steps, repeat=1)

@@ -39,6 +39,8 @@ from trainer.tracker import Tracker
 
 DISPATCHERS = {"all_to_all": AllToAllDispatcher, "deduplicated": DeduplicatedAllToAllDispatcher}
 
+KEPT = 4  # forwards that wait for the counts of a step: each holds its layers' inputs and the head's gradient
+
 
 def train(
     config: RunConfig,
@@ -89,10 +91,10 @@ def train(
     saved_step, outcome = step, "finished"
     while step < total_steps:
         with clock.wait("data"):
-            micro_batches = [batch.to(ranks.device) for batch in next(loader)]
+            micro_batches = next(loader)
         meter.begin(step + 1)
         with clock.part("communication"):
-            totals = agree_on_totals(micro_batches, stop.requested, ranks.device, checkpoints.written)
+            totals = agree_on_totals(micro_batches, stop.requested, checkpoints.written)
         with clock.wait("save"):
             if totals.written:
                 checkpoints.finish()
@@ -100,6 +102,7 @@ def train(
             outcome = "stopped"
             break
 
+        micro_batches = [batch.to(ranks.device) for batch in micro_batches]
         rate = learning_rate(config.schedule, config.optimizer.lr, step, total_steps)
         sums, losses, grad_norm = train_step(engine, micro_batches, totals, balance, config, rate)
         if not math.isfinite(grad_norm):  # the same on every rank: the norm is global
@@ -153,8 +156,8 @@ def train_step(
     model, bias = config.model, balance.bias
     kept: list[ModelOutput] = []
     if balance.counts_first:
-        # Full recompute keeps little of a forward: all wait for the counts. ZeRO-3 would lose gradients.
-        if config.recompute == "full" and config.zero_stage < 3:
+        # Full recompute keeps little of a forward: a few wait for the counts. ZeRO-3 would lose gradients.
+        if config.recompute == "full" and config.zero_stage < 3 and len(batches) <= KEPT:
             kept = counted = [engine.forward(batch, bias) for batch in batches]
         else:
             with torch.no_grad():

@@ -66,7 +66,7 @@ def router_gradients(
 ) -> torch.Tensor:
     """Gradient of the balance loss alone with respect to all routers, [L, E*H]."""
     weights = [p for name, p in engine.module.named_parameters() if name.endswith("mlp.gate.weight")]
-    totals = agree_on_totals(batches, False, torch.device("cpu"))
+    totals = agree_on_totals(batches, False)
     slots = totals.tokens * config.model.num_experts_per_tok
     with torch.no_grad():
         counts = [engine.forward(batch, routing_only=True).router.tokens_per_expert for batch in batches]
@@ -101,7 +101,7 @@ def main(folder: str = "data/embedded", weights: str = "") -> None:
     errors: dict[str, list[float]] = {mode: [] for mode in MODES}
     for number, batches in enumerate(steps):
         if number < STEPS - MEASURED - 1:  # the step before the measured ones gives the prior
-            train_step(engine, batches, agree_on_totals(batches, False, ranks.device), training, config, 1e-4)
+            train_step(engine, batches, agree_on_totals(batches, False), training, config, 1e-4)
             continue
         gradients = {
             mode: router_gradients(engine, batches, balance, config) for mode, balance in watched.items()
@@ -110,7 +110,7 @@ def main(folder: str = "data/embedded", weights: str = "") -> None:
             exact = gradients["exact"]
             for mode in MODES:
                 errors[mode].append(((gradients[mode] - exact).norm(dim=1) / exact.norm(dim=1)).mean().item())
-        train_step(engine, batches, agree_on_totals(batches, False, ranks.device), training, config, 1e-4)
+        train_step(engine, batches, agree_on_totals(batches, False), training, config, 1e-4)
     engine.close()
 
     seconds: dict[tuple[str, str], list[float]] = {}
@@ -123,7 +123,7 @@ def main(folder: str = "data/embedded", weights: str = "") -> None:
             runs[mode] = (engine, build_balance(chosen, plan, ranks.device), chosen)
         for batches in steps[:4]:
             for mode, (engine, balance, chosen) in runs.items():
-                totals = agree_on_totals(batches, False, ranks.device)
+                totals = agree_on_totals(batches, False)
                 start = time.perf_counter()
                 train_step(engine, batches, totals, balance, chosen, 1e-4)
                 seconds.setdefault((recompute, mode), []).append(time.perf_counter() - start)

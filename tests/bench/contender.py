@@ -42,7 +42,7 @@ def ours(work: Work) -> tuple[Callable[[], float], Any]:
     balance = build_balance(config, plan, ranks.device)
     tokens = work.tokens(ranks.rank, ranks.world_size)
     rows = len(tokens)
-    batch = Batch(
+    batch = Batch.of(
         input_ids=tokens[:, :-1].contiguous(),
         labels=tokens[:, 1:].contiguous(),
         position_ids=(torch.arange(work.seq_len) % work.document).repeat(rows, 1),
@@ -52,7 +52,7 @@ def ours(work: Work) -> tuple[Callable[[], float], Any]:
     ).to(ranks.device)
 
     def step() -> float:
-        totals = agree_on_totals([batch], False, ranks.device)
+        totals = agree_on_totals([batch], False)
         sums, _, _ = train_step(engine, [batch], totals, balance, config, LEARNING_RATE)
         return float(sums.cross_entropy)
 

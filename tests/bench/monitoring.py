@@ -68,7 +68,7 @@ def main(folder: str = "data/embedded", steps: str = "40") -> None:
                 start = time.perf_counter()
                 looking.append(0.0)
                 meter.begin(step)
-                totals = agree_on_totals(micro_batches, False, ranks.device)
+                totals = agree_on_totals(micro_batches, False)
                 sums, _, grad_norm = train_step(engine, micro_batches, totals, balance, config, 1e-4)
                 if meter.due:
                     tracker.log(meter.measure(step, sums, totals, grad_norm, 1e-4, 0.0))

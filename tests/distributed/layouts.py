@@ -99,7 +99,7 @@ def micro_batches(plan: ParallelPlan, rank: int, step: int) -> list[Batch]:
         for slot, number in enumerate(numbers):
             if number % 7 == 1:
                 labels[slot, 5:25] = -100
-        batches.append(Batch(input_ids, labels, *rest, rows=numbers))
+        batches.append(Batch.of(input_ids, labels, *rest, rows=numbers))
     return batches
 
 
@@ -123,7 +123,7 @@ class SmallRun:
         outcome: Outcome = {"losses": [], "balance_losses": [], "grad_norms": [], "mtp_losses": []}
         for step in steps:
             batches = micro_batches(self.plan, self.ranks.rank, 0 if same_rows else step)
-            totals = agree_on_totals(batches, False, self.ranks.device)
+            totals = agree_on_totals(batches, False)
             sums, _, grad_norm = train_step(self.engine, batches, totals, self.balance, self.config, RATE)
             metrics = sums.over_ranks().describe(totals)
             outcome["losses"].append(metrics["loss"])

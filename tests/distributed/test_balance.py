@@ -22,7 +22,7 @@ from trainer.engine import Engine, init_deepspeed
 from trainer.loss import agree_on_totals
 from trainer.parallel import ParallelPlan
 from trainer.runtime import Ranks
-from trainer.train import build_balance, build_model, train_step
+from trainer.train import KEPT, build_balance, build_model, train_step
 
 TOLERANCE = 1e-6
 WEIGHTS = ["model.router_aux_loss_coef=1000", "balance.z_loss_coef=10", "optimizer.max_grad_norm=0"]
@@ -55,6 +55,9 @@ COVERING = [
     layout(4, 2, 2, 1, "full"),
     layout(4, 3, 1, 2, "none"),
     layout(4, 0, 4, 2, "full"),
+    # more micro-batches than wait for the counts with what their forward keeps
+    layout(2, 0, 8, 1, "full"),
+    layout(2, 2, 8, 2, "full"),
 ]
 
 
@@ -92,7 +95,7 @@ def measure(*overrides: str) -> dict[str, Any]:
     engine = Engine(model, torch.optim.SGD(list(groups.values()), lr=1.0), config, plan, ranks)
     before = layouts.gather_parameters(engine, plan, ranks)
     batches = layouts.micro_batches(plan, ranks.rank, 0)
-    totals = agree_on_totals(batches, False, ranks.device)
+    totals = agree_on_totals(batches, False)
     sums, _, _ = train_step(engine, batches, totals, build_balance(config, plan, ranks.device), config, 1.0)
     after = layouts.gather_parameters(engine, plan, ranks)
     balance = sums.over_ranks().describe(totals)["balance_loss"]
@@ -149,6 +152,29 @@ def test_the_other_modes_are_approximations(expected, mode):
     _, overrides = layout(1, 1, 4, 1, "none")
     measured = run_ranks(measure_many, 1, [[*overrides, f"balance.mode={mode}"]])[0][0]
     assert deviation(measured, expected) > 1e-3
+
+
+def forwards(overrides: list[str], micro_batches: list[int]) -> dict[int, list[bool]]:
+    """For so many micro-batches, each forward of a step in turn: whether it is for routing only."""
+    seen: list[bool] = []
+    forward = Engine.forward
+
+    def noted(self: Any, batch: Any, bias: Any = None, routing_only: bool = False) -> Any:
+        seen.append(routing_only)
+        return forward(self, batch, bias, routing_only)
+
+    Engine.forward = noted  # type: ignore
+    found = {}
+    for count in micro_batches:
+        measure(*overrides, *layout(dist.get_world_size(), 1, count, 1, "full")[1])
+        found[count], seen[:] = list(seen), []
+    return found
+
+
+def test_few_forwards_wait_for_the_counts() -> None:
+    """With more micro-batches the counts have a pass of their own, on every rank."""
+    expected = {KEPT: [False] * KEPT, 2 * KEPT: [True] * 2 * KEPT + [False] * 2 * KEPT}
+    assert run_ranks(forwards, 2, [], list(expected)) == [expected] * 2
 
 
 def divide_twice_by_the_ranks() -> None:

@@ -42,7 +42,7 @@ def measure(*overrides: str) -> dict:
     engine.clock.lap()
     engine.clock.measuring = True
     batches = micro_batches(plan, ranks.rank, 0)
-    totals = agree_on_totals(batches, False, ranks.device)
+    totals = agree_on_totals(batches, False)
     balance = build_balance(config, plan, ranks.device)
     sums, _, grad_norm = train_step(engine, batches, totals, balance, config, RATE)
     elapsed, _, parts = engine.clock.lap()

@@ -114,7 +114,16 @@ def test_shapes_and_types(prepared: DataConfig) -> None:
     assert batch.cu_seqlens.dtype == torch.int32
     assert (batch.cu_seqlens[0], batch.cu_seqlens[-1]) == (0, GLOBAL_BATCH * SEQ_LEN)
     assert batch.token_mask.dtype == torch.bool
+    borders = batch.cu_seqlens.tolist()
+    assert batch.lengths == tuple(stop - start for start, stop in itertools.pairwise(borders))
+    assert batch.label_tokens == (batch.labels != -100).sum()
+    assert batch.tokens == batch.token_mask.sum()
     moved = batch.to("meta")
+    assert (moved.lengths, moved.label_tokens, moved.tokens) == (
+        batch.lengths,
+        batch.label_tokens,
+        batch.tokens,
+    )
     assert moved.rows == batch.rows
     assert all(value.is_meta for value in vars(moved).values() if isinstance(value, torch.Tensor))
 
