@@ -106,8 +106,8 @@ check_nodes() { # names bad nodes and starts again without them
     local report="$RUN_DIR/logs/health/$JOB.${SLURM_RESTART_COUNT:-0}" host found bad=()
     mkdir -p "$report"
     ((START_SECONDS == 0)) || # a container: how long its image takes to arrive says nothing of the node
-        run on_ranks "timeout -k 10 $START_SECONDS srun -n ${#HOSTS[@]} --ntasks-per-node=1" -c "import torch"
-    run on_ranks "timeout -k 10 $HEALTH_SECONDS srun --kill-on-bad-exit=0" \
+        run on_ranks "timeout -k 10 $START_SECONDS srun -K0 -n ${#HOSTS[@]} --ntasks-per-node=1" -c "import torch"
+    ((STOPPING)) || run on_ranks "timeout -k 10 $HEALTH_SECONDS srun --kill-on-bad-exit=0" \
         -m slurm.health "$report" "$((HEALTH_SECONDS / 3))" "${HEALTH[@]}"
     ((STOPPING)) && return
     for host in "${HOSTS[@]}"; do

@@ -77,7 +77,14 @@ def expert_parallel_group(ep_size: int) -> dist.ProcessGroup:
     """The expert-parallel group of this rank: `ep_size` consecutive ranks. Every rank must call it."""
     name = f"ep_size_{ep_size}"
     if name not in groups._get_expert_parallel_group_dict():
-        groups._create_expert_and_data_parallel(ep_size)
+        if ep_size > 1:
+            groups._create_expert_and_data_parallel(ep_size)
+        else:  # it would make a group for each rank, one after another, and all ranks wait for each
+            alone = dist.new_group([dist.get_rank()], use_local_synchronization=True)
+            groups._EXPERT_PARALLEL_GROUP[name] = alone
+            groups._EXPERT_PARALLEL_GROUP_RANKS[name] = [dist.get_rank()]
+            groups._EXPERT_DATA_PARALLEL_GROUP[name] = dist.group.WORLD
+            groups._EXPERT_DATA_PARALLEL_GROUP_RANKS[name] = list(range(dist.get_world_size()))
     return groups._get_expert_parallel_group(name)
 
 
@@ -330,6 +337,7 @@ def _in_one_order(model: nn.Module) -> None:
     DeepSpeed prefetches a set of parameters, whose order differs between processes, over one group of ranks
     after another. Collectives of two groups that two ranks start in another order can wait for each other.
     """
+    parameter: Any
     for parameter in model.parameters():
         gather = parameter.all_gather_coalesced
 

@@ -1,7 +1,7 @@
 """What a logged step says, from sums kept on the device and one packed all-reduce: docs/monitoring.md."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +20,7 @@ from trainer.throughput import memory_gib, peak_flops
 
 # L MoE layers, E experts, R ranks, N kinds of parameters
 
+SLICE = 2**24  # elements that are looked at together: a few times 64 MiB
 HISTOGRAM_LOG2 = (-40, 8)  # |gradient| from 2^-40 to 2^8, a bin per power of two
 
 
@@ -93,15 +94,16 @@ class StepSums(NamedTuple):
 
 
 class OptimizerNorms:
-    """Squares of gradients, weights and updates by kind of parameter, taken while the optimizer steps.
+    """Squares of gradients, weights and updates by kind of parameter, taken while AdamW steps.
 
     The optimizer sees flat fp32 partitions under ZeRO, in groups of one kind each, so that a sum over what
     every rank steps counts each element once; without ZeRO a sum over replicas is divided by their number.
+    A partition may fill much of a GPU: nothing of its size is copied. What a step changed follows from Adam's
+    moments after it, slice by slice.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, config: RunConfig, plan: ParallelPlan) -> None:
         self._armed = self._with_histograms = False
-        self._old: list[tuple[int, Tensor, Tensor]] = []
         replicas = [plan.world_size // (plan.ep_size if kind == "experts" else 1) for kind in KINDS]
         self._replicas = torch.tensor(replicas if config.zero_stage == 0 else [1] * len(KINDS))
         self._max_grad_norm = config.optimizer.max_grad_norm
@@ -109,29 +111,32 @@ class OptimizerNorms:
         optimizer.register_step_post_hook(self._after)
 
     def arm(self, device: torch.device, histograms: bool) -> None:
-        """Measure at the next step."""
+        """Measure at the next step; the sums lie on `device`, wherever the optimizer's states are."""
         self._armed, self._with_histograms = True, histograms
         self.squares = torch.zeros(len(KINDS), 3, device=device, dtype=torch.float64)
         self.histograms = torch.zeros(len(KINDS), HISTOGRAM_LOG2[1] - HISTOGRAM_LOG2[0], device=device)
 
     def _before(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        if not self._armed:
-            return
-        for group in optimizer.param_groups:
+        for group, parameter in self._stepped(optimizer):
             kind = KINDS.index(group["kind"])
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                self.squares[kind, 0] += _square(parameter.grad)
-                self._old.append((kind, parameter, parameter.detach().clone()))
-                if self._with_histograms:
-                    self.histograms[kind] += _histogram(parameter.grad)
+            _add(self.squares[kind, 0], _square(parameter.grad))
+            _add(self.squares[kind, 1], _square(parameter.detach()))
+            for part in parameter.grad.flatten().split(SLICE) if self._with_histograms else ():
+                _add(self.histograms[kind], _histogram(part))
 
-    def _after(self, *_: Any) -> None:
-        for kind, parameter, old in self._old:
-            self.squares[kind, 1] += _square(old)
-            self.squares[kind, 2] += _square(old.sub_(parameter.detach()))
-        self._old.clear()
+    def _after(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        for group, parameter in self._stepped(optimizer):
+            kind, state = KINDS.index(group["kind"]), optimizer.state[parameter]
+            tensors = (parameter.detach(), state["exp_avg"], state["exp_avg_sq"])
+            for parts in zip(*(tensor.flatten().split(SLICE) for tensor in tensors), strict=True):
+                _add(self.squares[kind, 2], _square(_change(group, state["step"], *parts)))
+
+    def _stepped(self, optimizer: torch.optim.Optimizer) -> Iterator[tuple[dict[str, Any], Any]]:
+        """Group and parameter of what an armed step updates."""
+        for group in optimizer.param_groups if self._armed else ():
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    yield group, parameter
 
     def describe(self, grad_norm: float) -> dict[str, Any]:
         """The metrics by kind from sums over all ranks; `grad_norm` is the global norm before clipping."""
@@ -241,6 +246,21 @@ class Meter:
     def _crossed(self, step: int, every: int) -> bool:
         """Whether a multiple of `every` lies between the last logged step and this one; 0 = never."""
         return every > 0 and step // every > self._logged_step // every
+
+
+def _change(group: dict[str, Any], step: Tensor, new: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+    """What AdamW has taken off weights, `new` by now, from its moments, all [n] (arXiv 1711.05101)."""
+    beta1, beta2 = group["betas"]
+    rate, decay = group["lr"], group["lr"] * group["weight_decay"]
+    scale1, scale2 = ((1 - beta ** step.double()).to(new.dtype) for beta in (beta1, beta2))
+    change = (variance / scale2).sqrt_().add_(group["eps"])
+    # new = old (1 - decay) - rate mean / ...
+    return torch.div(mean / scale1, change, out=change).mul_(rate).add_(new, alpha=decay).div_(1 - decay)
+
+
+def _add(total: Tensor, value: Tensor) -> None:
+    """Add in place what may lie on another device."""
+    total += value.to(total.device, non_blocking=True)
 
 
 def _square(tensor: Tensor) -> Tensor:

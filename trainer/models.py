@@ -19,25 +19,46 @@ def shipped_models() -> dict[str, ModelConfig]:
     return dict(sorted(models.items(), key=lambda item: item[1].num_parameters()))
 
 
-def bytes_per_rank(model: ModelConfig, *, zero_stage: int, ep_size: int, world_size: int) -> list[float]:
-    """Bytes of weights (bf16), gradient sums (fp32) and optimizer (fp32 master and two moments) on one rank.
+def bytes_per_rank(
+    model: ModelConfig, *, zero_stage: int, ep_size: int, world_size: int, dtype: str = "bf16"
+) -> list[float]:
+    """Bytes of weights, gradient sums and optimizer (master weights and two moments) on one rank.
 
-    ZeRO cuts the optimizer (from stage 1 on), gradients (2) and weights (3) over the ranks that hold the same
-    parameter: all of them, or for routed experts every ep_size-th.
+    All but the weights are fp32; in fp32 without ZeRO the weights are their own masters. ZeRO cuts the
+    optimizer (from stage 1 on), gradients (2) and weights (3) over the ranks that hold the same parameter:
+    all of them, or for routed experts every ep_size-th.
     """
     experts = model.num_expert_parameters()
     shared, local = model.num_parameters() - experts, experts / ep_size
     whole, cut = shared + local, shared / world_size + local * ep_size / world_size
-    return [size * (cut if zero_stage >= stage else whole) for size, stage in ((2, 3), (4, 2), (12, 1))]
+    weight, states = (2, 12) if dtype == "bf16" else (4, 12 if zero_stage else 8)
+    return [
+        size * (cut if zero_stage >= stage else whole) for size, stage in ((weight, 3), (4, 2), (states, 1))
+    ]
+
+
+def buffer_bytes(zero_stage: int, dtype: str) -> float:
+    """Bytes of the buffers in which DeepSpeed reduces gradients and steps, as conf/deepspeed sizes them."""
+    with initialize_config_module("conf", version_base="1.3"):
+        zero = compose(overrides=[f"+deepspeed=zero{zero_stage}"]).deepspeed.zero_optimization
+    if zero_stage < 2:
+        return 0
+    bucket, in_bf16 = zero.reduce_bucket_size, dtype == "bf16"
+    if zero_stage == 2:  # one is filled while the other is reduced, in an fp32 copy
+        return bucket * (2 * 2 + 4 if in_bf16 else 2 * 4)
+    return (
+        bucket * 4 * 2 + zero.sub_group_size * 4
+    )  # filled, reduced; the gradients of what is stepped at once
 
 
 def table(options: argparse.Namespace) -> list[str]:
     """The lines of the table."""
-    zero, ep_size, world = options.zero_stage, options.ep_size, options.world_size
+    zero, ep_size, world, dtype = options.zero_stage, options.ep_size, options.world_size, options.dtype
+    buffers = buffer_bytes(zero, dtype) / 2**30
     lines = [
-        f"per rank: GiB in bf16 with fp32 gradients and AdamW; ZeRO {zero}, {world} ranks, ep_size {ep_size}",
+        f"per rank: GiB in {dtype}, fp32 gradient sums, AdamW; ZeRO {zero}, {world} ranks, ep_size {ep_size}",
         f"{'model':20}{'total B':>10}{'active B':>10}{'GFLOP/token':>13}{'at length':>11}"
-        f"{'weights':>10}{'gradients':>11}{'optimizer':>11}{'sum':>9}",
+        f"{'weights':>10}{'gradients':>11}{'optimizer':>11}{'buffers':>9}{'sum':>9}",
     ]
     for name, model in shipped_models().items():
         seq_len = min(options.seq_len, model.max_position_embeddings)
@@ -47,9 +68,11 @@ def table(options: argparse.Namespace) -> list[str]:
         if model.num_experts % ep:
             lines.append(f"{line}   ep_size {ep} does not divide {model.num_experts} experts")
             continue
-        sizes = bytes_per_rank(model, zero_stage=zero, ep_size=ep, world_size=world)
+        sizes = bytes_per_rank(model, zero_stage=zero, ep_size=ep, world_size=world, dtype=dtype)
         weights, gradients, optimizer = (size / 2**30 for size in sizes)
-        lines.append(f"{line}{weights:10.2f}{gradients:11.2f}{optimizer:11.2f}{sum(sizes) / 2**30:9.2f}")
+        held = f"{weights:10.2f}{gradients:11.2f}{optimizer:11.2f}{buffers:9.2f}"
+        lines.append(f"{line}{held}{weights + gradients + optimizer + buffers:9.2f}")
+    lines.append("Activations, kept forwards and what CUDA and NCCL take (1 to 3 GiB) come besides.")
     return lines
 
 
@@ -57,6 +80,7 @@ def main(arguments: list[str]) -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m trainer.models", description=__doc__)
     parser.add_argument("--zero-stage", type=int, default=1, choices=range(4))
+    parser.add_argument("--dtype", default="bf16", choices=("bf16", "fp32"), help="of weights")
     parser.add_argument("--ep-size", type=int, default=1, help="ranks over which experts are dealt out")
     parser.add_argument("--world-size", type=int, default=8, help="ranks in all")
     parser.add_argument("--seq-len", type=int, default=4096, help="of a row, at most what the model takes")

@@ -93,7 +93,20 @@ def told() -> dict[str, str]:
     return said
 
 
+def step_on_the_host() -> None:
+    """AdamW's states are offloaded, what a logged step sums up is on the device."""
+    config = small_config()
+    weights = torch.nn.Linear(3, 4)
+    optimizer = build_optimizer(weights, config.optimizer)
+    norms = OptimizerNorms(optimizer, config, ParallelPlan.of(config, 1))
+    with stand_in() as device:
+        norms.arm(torch.device(device.name), histograms=True)
+        weights(torch.ones(2, 3)).sum().backward()
+        optimizer.step()
+
+
 def everything() -> tuple[dict[str, str], dict[str, list[str]], list[str], list[str]]:
+    step_on_the_host()
     steps = {name: step_on_stand_in(overrides) for name, overrides in CASES.items()}
     spread = step_on_stand_in([], SLOTS // 2, dispatch=True)  # all experts are here: a chunk is half of it
     return told(), steps, spread, step_on_stand_in(["experts.capacity_factor=1.0"], SLOTS)

@@ -9,6 +9,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from harness import run_ranks
 from layouts import RATE, ROWS, gather_parameters, micro_batches, oracle_model, small_config
+from torch import Tensor
 
 from moe.parallelize import dispatched
 from trainer.engine import Engine, init_deepspeed
@@ -27,6 +28,27 @@ LAYOUTS = [
 ]
 
 
+class Clones:
+    """Squares of what the optimizer changes, by kind, from copies of all that it steps."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.squares = torch.zeros(len(KINDS), dtype=torch.float64)
+        self._old: list[tuple[int, Tensor, Tensor]] = []
+        optimizer.register_step_pre_hook(self._copy)
+        optimizer.register_step_post_hook(self._compare)
+
+    def _copy(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+        for group in optimizer.param_groups:
+            for tensor in group["params"]:
+                if tensor.grad is not None:
+                    self._old.append((KINDS.index(group["kind"]), tensor.detach().double(), tensor))
+
+    def _compare(self, *_: object) -> None:
+        for kind, old, tensor in self._old:
+            self.squares[kind] += (old - tensor.detach()).square().sum()
+        self._old.clear()
+
+
 def measure(*overrides: str) -> dict:
     """One step on this rank's share: norms by kind, histograms, statistics, traffic."""
     init_deepspeed(torch.device("cpu"))
@@ -36,7 +58,7 @@ def measure(*overrides: str) -> dict:
     model = build_model(config, plan, ranks)
     optimizer = build_optimizer(model, config.optimizer)
     engine = Engine(model, optimizer, config, plan, ranks)
-    norms = OptimizerNorms(optimizer, config, plan)
+    norms, clones = OptimizerNorms(optimizer, config, plan), Clones(optimizer)
     before = gather_parameters(engine, plan, ranks)
     norms.arm(ranks.device, histograms=True)
     engine.clock.lap()
@@ -57,6 +79,9 @@ def measure(*overrides: str) -> dict:
         changed = sum((after[name] - before[name]).double().square().sum().item() for name in names)
         found[f"size/{kind}"] = sum(before[name].numel() for name in names)
         found[f"changed/{kind}"] = changed**0.5
+    dist.all_reduce(clones.squares)
+    squares = (clones.squares / norms._replicas).tolist()
+    found |= {f"cloned/{kind}": square**0.5 for kind, square in zip(KINDS, squares, strict=True)}
     found |= {"sums": whole.describe(totals), "load": whole.tokens_per_expert}
     engine.close()
     return found
@@ -104,6 +129,8 @@ def test_every_layout_measures_the_same(oracle: dict, world_size: int) -> None:
                 assert found[key] == pytest.approx(oracle[key], rel=TOLERANCE), (overrides, key)
             ratio = found[f"changed/{kind}"] / found[f"param_norm/{kind}"]
             assert found[f"update_ratio/{kind}"] == pytest.approx(ratio, rel=1e-4), (overrides, kind)
+            ratio = found[f"cloned/{kind}"] / found[f"param_norm/{kind}"]
+            assert found[f"update_ratio/{kind}"] == pytest.approx(ratio, rel=TOLERANCE), (overrides, kind)
         assert found["mine"] == [rank + 1 for rank in range(world_size)]
         assert found["sums"]["layers"]["logit_range"] == pytest.approx(oracle["range"], rel=TOLERANCE)
         assert torch.equal(found["load"].float(), oracle["load"].float())
@@ -121,3 +148,14 @@ def test_every_layout_measures_the_same(oracle: dict, world_size: int) -> None:
             sum(values) for values in zip(*(r[number]["traffic"] for r in ranks), strict=True)
         )
         assert routed == received > 0
+
+
+def test_bf16_measures_the_update_of_the_fp32_weights() -> None:
+    chosen = [
+        ["dtype=bf16", f"deepspeed=zero{stage}", f"micro_batch_size={ROWS // 4}", "parallel.ep_size=2"]
+        for stage in range(4)
+    ]
+    for found, overrides in zip(run_ranks(measure_all, 2, chosen)[0], chosen, strict=True):
+        for kind in KINDS:
+            ratio = found[f"cloned/{kind}"] / found[f"param_norm/{kind}"]
+            assert found[f"update_ratio/{kind}"] == pytest.approx(ratio, rel=TOLERANCE), (overrides, kind)

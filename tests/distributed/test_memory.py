@@ -1,0 +1,77 @@
+"""The table of `python -m trainer.models` against the tensors that a real engine holds."""
+
+import gc
+import weakref
+from itertools import product
+
+import pytest
+import torch
+from harness import run_ranks
+from layouts import SmallRun, micro_batches
+
+from trainer.loss import agree_on_totals
+from trainer.models import bytes_per_rank
+from trainer.train import train_step
+
+# large enough that batches and counters are nothing beside it
+LARGER = ["model.hidden_size=256", "model.num_attention_heads=4", "model.head_dim=64"]
+LARGER += ["model.num_experts=16", "model.moe_intermediate_size=128", "model.vocab_size=1024"]
+# the table counts DeepSpeed's buffers apart
+ZERO = "++deepspeed.zero_optimization"
+NO_BUFFERS = [f"{ZERO}.reduce_bucket_size=10000", f"{ZERO}.sub_group_size=10000"]
+NO_BUFFERS += [f"{ZERO}.stage3_param_persistence_threshold=1000"]
+
+
+def tensors() -> list[torch.Tensor]:
+    """All tensors of this process."""
+    gc.collect()
+    return [thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor)]
+
+
+def bytes_of(found: list[torch.Tensor], but: list[torch.Tensor]) -> int:
+    """Bytes of the storages of tensors, without the storages of others."""
+    storages, others = (
+        {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in some}
+        for some in (found, but)
+    )
+    return sum(nbytes for place, nbytes in storages.items() if place not in others)
+
+
+def held_at_most(dtype: str, stage: int, ep_size: int) -> tuple[int, float]:
+    """Bytes that this rank's second step holds outside forward and backward, and what the table says."""
+    before = [weakref.ref(tensor) for tensor in tensors()]  # some of an earlier engine may go meanwhile
+    layout = [f"dtype={dtype}", f"deepspeed=zero{stage}", f"parallel.ep_size={ep_size}", "micro_batch_size=4"]
+    run = SmallRun(*LARGER, *layout, *(NO_BUFFERS if stage else []))
+    step, seen = run.engine._engine.step, []
+
+    def look(*_: object) -> None:
+        still = [tensor for ref in before if (tensor := ref()) is not None]
+        seen.append(bytes_of(tensors(), still))
+
+    def look_and_step() -> None:  # called after every micro-batch
+        look()
+        step()
+
+    run.engine._engine.step = look_and_step
+    run.engine._engine.basic_optimizer.register_step_pre_hook(look)
+    for number in range(2):
+        seen.clear()
+        batches = micro_batches(run.plan, run.ranks.rank, number)
+        totals = agree_on_totals(batches, False, run.ranks.device)
+        train_step(run.engine, batches, totals, run.balance, run.config, rate=1e-3)
+    model, world_size = run.config.model, run.ranks.world_size
+    sizes = bytes_per_rank(model, zero_stage=stage, ep_size=ep_size, world_size=world_size, dtype=dtype)
+    run.engine.close()
+    return max(seen), sum(sizes)
+
+
+def held_by_all(cases: list[tuple]) -> list[tuple[int, float]]:
+    return [held_at_most(*case) for case in cases]
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_a_rank_holds_what_the_table_says(dtype):
+    cases = list(product([dtype], (0, 1, 2, 3), (1, 2)))
+    for rank in run_ranks(held_by_all, 2, cases, timeout=240):
+        for case, (held, said) in zip(cases, rank, strict=True):
+            assert abs(held / said - 1) < 0.02, (case, held, said)
