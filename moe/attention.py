@@ -4,7 +4,8 @@
 
 from collections.abc import Sequence
 from functools import cache, cached_property
-from typing import cast
+from inspect import signature
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,10 @@ try:
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:  # older torch: the path per document serves every device
     varlen_attn = None  # type: ignore[assignment]
+# An older one groups query heads without being told.
+_GROUPED: dict[str, Any] = (
+    {"enable_gqa": True} if varlen_attn and "enable_gqa" in signature(varlen_attn).parameters else {}
+)
 
 
 class Documents:
@@ -162,7 +167,7 @@ def attend_varlen(query: Tensor, key: Tensor, value: Tensor, documents: Document
     borders, longest = documents.cu_seqlens, documents.max_length
     lengths = (borders, borders, longest, longest)  # of queries, of keys
     causal = (-1, 0)  # the window: everything to the left, nothing to the right
-    return cast(Tensor, varlen_attn(query, key, value, *lengths, window_size=causal, enable_gqa=True))
+    return cast(Tensor, varlen_attn(query, key, value, *lengths, window_size=causal, **_GROUPED))
 
 
 def attend_cached(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
