@@ -106,10 +106,11 @@ def micro_batches(plan: ParallelPlan, rank: int, step: int) -> list[Batch]:
 class SmallRun:
     """The small model on this process's ranks, under the configuration that the overrides name."""
 
-    def __init__(self, *overrides: str) -> None:
-        init_deepspeed(torch.device("cpu"))
+    def __init__(self, *overrides: str, device: str = "cpu") -> None:
+        place = torch.device(device)
+        init_deepspeed(place)
         rank, world_size = dist.get_rank(), dist.get_world_size()
-        self.ranks = Ranks(rank, rank, world_size, torch.device("cpu"))
+        self.ranks = Ranks(rank, rank, world_size, place)
         self.config = small_config(*overrides)
         self.plan = ParallelPlan.of(self.config, world_size)
         self.config.check(self.plan)
@@ -124,6 +125,7 @@ class SmallRun:
         for step in steps:
             batches = micro_batches(self.plan, self.ranks.rank, 0 if same_rows else step)
             totals = agree_on_totals(batches, False)
+            batches = [batch.to(self.ranks.device) for batch in batches]
             sums, _, grad_norm = train_step(self.engine, batches, totals, self.balance, self.config, RATE)
             metrics = sums.over_ranks().describe(totals)
             outcome["losses"].append(metrics["loss"])
@@ -133,9 +135,9 @@ class SmallRun:
         return outcome | {"parameters": gather_parameters(self.engine, self.plan, self.ranks)}
 
 
-def train_small(*overrides: str, steps: int = STEPS, same_rows: bool = False) -> Outcome:
+def train_small(*overrides: str, steps: int = STEPS, same_rows: bool = False, device: str = "cpu") -> Outcome:
     """So many steps under the configuration that the overrides name, on new rows or on the same."""
-    run = SmallRun(*overrides)
+    run = SmallRun(*overrides, device=device)
     outcome = run.train(range(steps), same_rows)
     run.engine.close()
     return outcome
@@ -217,7 +219,7 @@ def deviation(outcome: Outcome, oracle: Outcome) -> dict[str, float]:
 
 def gather_parameters(engine: Engine, plan: ParallelPlan, ranks: Ranks) -> dict[str, Tensor]:
     """All parameters, expert slices put together in order."""
-    mine = {name: tensor.float().clone() for name, tensor in engine.owned_parameters()}
+    mine = {name: tensor.float().cpu().clone() for name, tensor in engine.owned_parameters()}
     everywhere: list = [None] * ranks.world_size
     dist.all_gather_object(everywhere, mine)
     order = sorted(range(ranks.world_size), key=plan.ep_rank)
