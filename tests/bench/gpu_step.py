@@ -158,8 +158,9 @@ class Transformers:
             torch.nn.utils.clip_grad_norm_(self.stepped, CLIP)
             self.optimizer.step()
             self.optimizer.zero_grad()
-            if self.masters:
-                torch._foreach_copy_(self.weights, [master.detach() for master in self.stepped])
+            with torch.no_grad():
+                if self.masters:
+                    torch._foreach_copy_(self.weights, self.stepped)
 
         return step
 
