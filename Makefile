@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all check bench bench-gpu megablocks clean
+.PHONY: demo test test-all test-gpu check bench bench-gpu megablocks clean
 
 demo: .venv/installed
 	$(BIN)/python -m data_pipeline experiment=demo
@@ -15,6 +15,10 @@ test: check
 
 test-all: check
 	$(BIN)/python -m pytest tests
+
+# What only a GPU can show, on one of them, in two minutes.
+test-gpu: .venv/installed
+	$(BIN)/python -m pytest -s tests/gpu
 
 # Speed against transformers, DeepSpeed AutoEP and deepspeed.moe, for half an hour on a quiet machine; AutoEP
 # needs an older transformers beside ours.

@@ -4,12 +4,14 @@ Each rank writes what it holds under a temporary name that carries the attempt. 
 the manifest, renames the folder and replaces `latest`. `trainer/checkpoint_folder.py` says what is in it.
 """
 
+import gc
 import logging
 import shutil
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -104,6 +106,7 @@ class Checkpoints:
             return
         self.finish()
         self._saved, started = step, time.perf_counter()
+        gc.collect()  # on all ranks at once
         folder = self._folder / f".step-{step:08d}.attempt-{self._attempt}"
         self._agree(f"write the checkpoint of step {step}", self._make, folder)
         generators = self._agree("read the random generators", random_state)
@@ -313,7 +316,23 @@ def _load(path: Path) -> Any:
 
 
 def _on_host(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", copy=True)
+    """A copy on the host; a GPU's tensor goes by way of pinned memory, which it fills much faster."""
+    return staged(tensor, _pinned()) if tensor.is_cuda else tensor.detach().to("cpu", copy=True)
+
+
+@cache
+def _pinned() -> Tensor:
+    return torch.empty(2**26, dtype=torch.uint8, pin_memory=True)
+
+
+def staged(tensor: Tensor, buffer: Tensor) -> Tensor:
+    """A copy on the host that passes through a buffer of bytes there, as often as it takes."""
+    copy = torch.empty_like(tensor, device="cpu", memory_format=torch.contiguous_format)
+    stage = buffer.view(tensor.dtype)
+    parts = (whole.detach().flatten().split(len(stage)) for whole in (tensor, copy))
+    for source, target in zip(*parts, strict=True):
+        target.copy_(stage[: len(source)].copy_(source))
+    return copy
 
 
 def check_tokenizer(weights: Path, data: DataConfig) -> None:

@@ -36,7 +36,7 @@ from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.utils import groups
 
-from trainer.gradients import Fp32Sums, ReduceScatter, all_reduce, clip, square_sum
+from trainer.gradients import Fp32Sums, ReduceScatter, reduce_and_clip
 
 all_to_all = deepspeed.comm.all_to_all_single  # for dispatchers: DeepSpeed's communication log sees it
 # DeepSpeed's collectives, as its backend names them
@@ -152,7 +152,6 @@ class Engine:
     def __init__(
         self, model: nn.Module, optimizer: Optimizer, config: RunConfig, plan: ParallelPlan, ranks: Ranks
     ) -> None:
-        self._device = ranks.device
         self._seed, self._experts = config.seed, config.experts
         self._zero_stage = config.zero_stage
         self._max_grad_norm = config.optimizer.max_grad_norm
@@ -234,14 +233,7 @@ class Engine:
             if master.grad is None:  # perhaps on this rank only
                 master.grad = torch.zeros_like(master)
             (experts if _is_expert(parameter) else shared).append(master.grad)
-        for gradients, group in ((shared, None), (experts, self._edp_group)):
-            if dist.get_world_size(group) > 1:
-                all_reduce(gradients, group)
-        squares = torch.stack([square_sum(of, self._device) for of in (shared, experts)])
-        dist.all_reduce(squares[1], group=self._ep_group)
-        norm = float(squares.sum().sqrt())
-        clip(shared + experts, norm, self._max_grad_norm)
-        return norm
+        return reduce_and_clip(shared, experts, self._edp_group, self._ep_group, self._max_grad_norm)
 
     def owned_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """(name, whole tensor) of what this rank writes to disk, one at a time; all ranks must iterate.

@@ -91,6 +91,28 @@ class ReduceScatter(BF16_Optimizer):
         self.fp32_groups_gradients[group_idx][param_idx].view_as(lp).add_(lp.grad)
 
 
+def reduce_and_clip(
+    shared: list[Tensor],
+    experts: list[Tensor],
+    edp_group: dist.ProcessGroup | None,
+    ep_group: dist.ProcessGroup | None,
+    max_norm: float,
+) -> float:
+    """Without ZeRO: sum gradients over the ranks that hold the same weights, in place, and clip them.
+
+    shared: of weights that all ranks hold; experts: of those that the ranks of `edp_group` hold, the other
+    experts being spread over `ep_group`. Returns the global norm before clipping. Every rank must call it.
+    """
+    for gradients, group in ((shared, None), (experts, edp_group)):
+        if dist.get_world_size(group) > 1:
+            all_reduce(gradients, group)
+    squares = torch.stack([square_sum(gradients, shared[0].device) for gradients in (shared, experts)])
+    dist.all_reduce(squares[1], group=ep_group)
+    norm = float(squares.sum().sqrt())
+    clip(shared + experts, norm, max_norm)
+    return norm
+
+
 def all_reduce(gradients: list[Tensor], group: dist.ProcessGroup | None) -> None:
     """Sum gradients over the ranks of `group` in place; the many small ones travel together."""
     large = [gradient for gradient in gradients if gradient.numel() >= SMALL]

@@ -254,7 +254,7 @@ def _change(group: dict[str, Any], step: Tensor, new: Tensor, mean: Tensor, vari
     rate, decay = group["lr"], group["lr"] * group["weight_decay"]
     scale1, scale2 = ((1 - beta ** step.double()).to(new.dtype) for beta in (beta1, beta2))
     change = (variance / scale2).sqrt_().add_(group["eps"])
-    # new = old (1 - decay) - rate mean / ...
+    # new = old (1 - decay) - adam, so that old - new = (adam + decay new) / (1 - decay)
     return torch.div(mean / scale1, change, out=change).mul_(rate).add_(new, alpha=decay).div_(1 - decay)
 
 

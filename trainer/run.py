@@ -17,7 +17,7 @@ from trainer.run_folder import read_state, write_state
 
 _OUT_OF_MEMORY = (
     "Go on with less at a time: python -m trainer.resume {} with recompute=full, a smaller "
-    "micro_batch_size, or a higher stage (deepspeed=zero2); python -m trainer.models lists bytes per rank"
+    "micro_batch_size, deepspeed=zero3, or on more ranks; python -m trainer.models lists bytes per rank"
 )
 ENVIRONMENT = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 

@@ -1,10 +1,13 @@
 """One rank's place in the world: process group, device, seeds, stop signals, and where its output goes."""
 
+import gc
 import io
 import logging
 import os
 import random
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -123,3 +126,19 @@ def redirect_output(log_file: Path) -> TextIO:
         level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
     )
     return terminal
+
+
+@contextmanager
+def garbage_collected_by_hand() -> Iterator[None]:
+    """Inside, Python frees cycles of objects only where gc.collect is called: all ranks do it at one place.
+
+    Left to itself it stops each rank at another step, a fraction of a second that all others wait for.
+    """
+    gc.collect()
+    gc.freeze()  # what is there stays, and need not be looked at again
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.unfreeze()

@@ -33,7 +33,7 @@ from trainer.metrics import Meter, StepSums
 from trainer.optimizer import build_optimizer, learning_rate
 from trainer.parallel import ParallelPlan
 from trainer.run_folder import hf_folder, record_attempt
-from trainer.runtime import DTYPES, Ranks, TrainingError, seed_everything
+from trainer.runtime import DTYPES, Ranks, TrainingError, garbage_collected_by_hand, seed_everything
 from trainer.terminal import Terminal, closing
 from trainer.tracker import Tracker
 
@@ -87,6 +87,7 @@ def train(
     meter, clock = Meter(config, ranks, engine, optimizer, step), engine.clock
     screen.say("\n  ".join([describe(config, plan, ranks.device, backends, step), *loader.describe()]))
 
+    cleanup.enter_context(garbage_collected_by_hand())  # where a checkpoint is saved
     metrics: dict = {}
     saved_step, outcome = step, "finished"
     while step < total_steps:

@@ -8,11 +8,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from harness import run_ranks
-from layouts import SmallRun, micro_batches
+from layouts import SmallRun
 
-from trainer.loss import agree_on_totals
 from trainer.optimizer import KINDS
-from trainer.train import train_step
 
 LARGE, MICRO_BATCHES = 256, 4
 OVERRIDES = ["dtype=bf16", "micro_batch_size=2", "optimizer.max_grad_norm=0"]
@@ -44,10 +42,8 @@ def sums_of_a_step(*overrides: str) -> dict[str, list[float]]:
         parameter.register_hook(replaced)
     run.engine.module.register_forward_pre_hook(count)
     run.engine._engine.basic_optimizer.register_step_pre_hook(look)
-    batches = micro_batches(run.plan, run.ranks.rank, 0)
-    assert len(batches) == MICRO_BATCHES
-    totals = agree_on_totals(batches, False, run.ranks.device)
-    _, _, norm = train_step(run.engine, batches, totals, run.balance, run.config, rate=1e-3)
+    assert run.plan.gradient_accumulation_steps == MICRO_BATCHES
+    (norm,) = run.train(range(1))["grad_norms"]
     leftovers = [name for name, p in run.engine.module.named_parameters() if p.grad is not None]
     run.engine.close()
     assert not leftovers

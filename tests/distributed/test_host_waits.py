@@ -12,6 +12,7 @@ from moe.dispatch import AllToAllDispatcher
 from moe.model import CausalLM
 from moe.parallelize import apply_expert_parallel
 from moe.router import TrainingRouting
+from trainer.gradients import reduce_and_clip
 from trainer.loss import agree_on_totals, loss_shares
 from trainer.metrics import OptimizerNorms, StepSums
 from trainer.optimizer import build_optimizer
@@ -105,7 +106,15 @@ def step_on_the_host() -> None:
         optimizer.step()
 
 
+def norm_of_a_dense_model() -> list[str]:
+    """Without ZeRO: no gradient of experts, and the norm is all that the host reads."""
+    with stand_in(answer=1) as device:
+        reduce_and_clip([torch.ones(3, device=device.name)], [], None, None, max_norm=0.5)
+    return device.reads
+
+
 def everything() -> tuple[dict[str, str], dict[str, list[str]], list[str], list[str]]:
+    assert norm_of_a_dense_model() == ["trainer/gradients.py reduce_and_clip"]
     step_on_the_host()
     steps = {name: step_on_stand_in(overrides) for name, overrides in CASES.items()}
     spread = step_on_stand_in([], SLOTS // 2, dispatch=True)  # all experts are here: a chunk is half of it

@@ -7,11 +7,9 @@ from itertools import product
 import pytest
 import torch
 from harness import run_ranks
-from layouts import SmallRun, micro_batches
+from layouts import SmallRun
 
-from trainer.loss import agree_on_totals
 from trainer.models import bytes_per_rank
-from trainer.train import train_step
 
 # large enough that batches and counters are nothing beside it
 LARGER = ["model.hidden_size=256", "model.num_attention_heads=4", "model.head_dim=64"]
@@ -56,9 +54,7 @@ def held_at_most(dtype: str, stage: int, ep_size: int) -> tuple[int, float]:
     run.engine._engine.basic_optimizer.register_step_pre_hook(look)
     for number in range(2):
         seen.clear()
-        batches = micro_batches(run.plan, run.ranks.rank, number)
-        totals = agree_on_totals(batches, False, run.ranks.device)
-        train_step(run.engine, batches, totals, run.balance, run.config, rate=1e-3)
+        run.train(range(number, number + 1))
     model, world_size = run.config.model, run.ranks.world_size
     sizes = bytes_per_rank(model, zero_stage=stage, ep_size=ep_size, world_size=world_size, dtype=dtype)
     run.engine.close()

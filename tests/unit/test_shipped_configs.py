@@ -7,9 +7,12 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_module
 
+from moe.cross_entropy import LOGITS_PER_CHUNK
 from slurm.config import SubmitConfig
 from trainer.config import RunConfig
+from trainer.models import bytes_per_rank
 from trainer.parallel import ParallelPlan
+from trainer.train import KEPT
 from trainer.typed import typed
 
 ROOT = Path(__file__).parents[2]
@@ -52,6 +55,29 @@ def test_every_file_composes_and_is_lawful(group, name):
     named = [] if group == "experiment" else ["name=t"]
     config = load("train", [*named, choice, *NEEDED.get(choice, [])])
     config.check(ParallelPlan.of(config, config.parallel.nproc_per_node))
+
+
+@pytest.mark.parametrize("name", ["general_4k", "stem_code_4k", "long_context_32k", "sft"])
+def test_the_30b_experiments_fit_the_gpus_that_their_files_name(name):
+    """What the table of models says, the forwards that are kept, and a generous layer at work."""
+    comment = (ROOT / f"conf/experiment/qwen3_30b_a3b_{name}.yaml").read_text()
+    named = re.findall(r"(?:Fits|or) (\d+) (?:or (?:\d+|more)|to \d+)? ?H\d00 \((\d+) GB\)", comment)
+    assert len(named) == 2, "H100 and H200"
+    for ranks, memory in named:
+        config = load("train", [f"experiment=qwen3_30b_a3b_{name}", *NO_START])
+        model, plan = config.model, ParallelPlan.of(config, int(ranks))
+        config.check(plan)
+        layout = {"zero_stage": config.zero_stage, "ep_size": plan.ep_size, "world_size": plan.world_size}
+        hidden, tokens = model.hidden_size, config.micro_batch_size * config.stage.seq_len
+        head = 2 * hidden * (model.vocab_size + tokens)  # its gradients, computed in the forward
+        forward = 2 * model.num_hidden_layers * tokens * hidden + head  # what full recompute keeps of one
+        steps = plan.gradient_accumulation_steps
+        kept = forward * (steps if steps <= KEPT else 1)
+        slots = 1.5 * tokens * model.num_experts_per_tok  # on the busiest rank
+        layer = 2 * slots * (2 * hidden + 8 * model.moe_intermediate_size)
+        logits, libraries = 3 * 4 * LOGITS_PER_CHUNK, 3 * 2**30  # CUDA, NCCL
+        needed = sum(bytes_per_rank(model, **layout)) + kept + layer + logits + libraries
+        assert needed < int(memory) * 1e9, (name, ranks, memory, needed / 1e9)
 
 
 def test_prepare_has_the_groups_of_train():
