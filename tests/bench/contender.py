@@ -23,7 +23,6 @@ UNTIL_THE_END = ExitStack()
 
 def ours(work: Work) -> tuple[Callable[[], float], Any]:
     """The step of trainer.train, and its engine."""
-    from data_pipeline.loader import Batch
     from trainer.cpu_products import fast_products
     from trainer.engine import Engine, init_deepspeed
     from trainer.loss import agree_on_totals
@@ -40,16 +39,7 @@ def ours(work: Work) -> tuple[Callable[[], float], Any]:
     model = build_model(config, plan, ranks)
     engine = Engine(model, build_optimizer(model, config.optimizer), config, plan, ranks)
     balance = build_balance(config, plan, ranks.device)
-    tokens = work.tokens(ranks.rank, ranks.world_size)
-    rows = len(tokens)
-    batch = Batch.of(
-        input_ids=tokens[:, :-1].contiguous(),
-        labels=tokens[:, 1:].contiguous(),
-        position_ids=(torch.arange(work.seq_len) % work.document).repeat(rows, 1),
-        cu_seqlens=torch.arange(0, rows * work.seq_len + 1, work.document, dtype=torch.int32),
-        token_mask=torch.ones(rows, work.seq_len, dtype=torch.bool),
-        rows=tuple(range(rows)),
-    ).to(ranks.device)
+    batch = one_batch(work, ranks.rank, ranks.world_size).to(ranks.device)
 
     def step() -> float:
         totals = agree_on_totals([batch], False)
@@ -57,6 +47,22 @@ def ours(work: Work) -> tuple[Callable[[], float], Any]:
         return float(sums.cross_entropy)
 
     return step, engine
+
+
+def one_batch(work: Work, rank: int, world_size: int) -> Any:
+    """This rank's rows as a batch of ours."""
+    from data_pipeline.loader import Batch
+
+    tokens = work.tokens(rank, world_size).cpu()
+    rows = len(tokens)
+    return Batch.of(
+        input_ids=tokens[:, :-1].contiguous(),
+        labels=tokens[:, 1:].contiguous(),
+        position_ids=(torch.arange(work.seq_len) % work.document).repeat(rows, 1),
+        cu_seqlens=torch.arange(0, rows * work.seq_len + 1, work.document, dtype=torch.int32),
+        token_mask=torch.ones(rows, work.seq_len, dtype=torch.bool),
+        rows=tuple(range(rows)),
+    )
 
 
 def time_parts(engine: Any) -> None:
@@ -108,7 +114,7 @@ def run_config(work: Work, world_size: int) -> Any:
         "dtype": work.dtype,
         "micro_batch_size": work.rows // world_size,
         "stage.seq_len": work.seq_len,
-        "stage.global_batch_size": work.rows,
+        "stage.global_batch_size": work.rows * work.micro_batches,
         "parallel.nproc_per_node": world_size,
         "parallel.ep_size": world_size,
         "parallel.dispatch_chunks": work.chunks,

@@ -1,66 +1,98 @@
-"""`make bench-gpu`: layers of Qwen3-30B-A3B on one GPU, ours by backend and recompute against transformers.
+"""`make bench-gpu`, or `python tests/bench/gpu.py [SECTION ...]`: layers of Qwen3-30B-A3B on one GPU.
 
-Steps of 4,096 tokens in bf16 with optimizer states (ZeRO-1 on one rank), with 2 layers and with as many as
-fit; the difference gives a layer's time, and with it the step of all 48. Routing is that of fresh weights.
+Sections: ceilings (of the card), step (ours against transformers), parts and kernels (of our step), experts,
+attention, cross_entropy (each alone). Each contender runs in one process. What is measured is written at
+once, so that a run that is cut short keeps it: docs/bench-gpu.json, of which a section replaces its part, and
+the tables of docs/performance.md. All sections take about four minutes on an H100 or H200.
+
+--tiny rehearses with tiny shapes, on a CPU too, and writes nothing but --out.
 """
 
+import argparse
+import json
+import subprocess
 import sys
+import threading
+import time
+from pathlib import Path
 from typing import Any
 
-import torch
-from bench import best, flops, run
-from tables import table
-from work import Work
+from gpu_tables import show
 
-from trainer.throughput import peak_flops
-
-SHAPE = {"hidden": 2048, "heads": 32, "key_value_heads": 4, "head_dim": 128, "width": 768, "vocab": 151936}
-STEP = {"dtype": "bf16", "rows": 1, "seq_len": 4096, "document": 4096}
-STEP |= {"zero_stage": 1, "warm_up": 3, "steps": 10}
-DEPTHS = (14, 12, 10, 8, 6, 4)  # tried from the left until one fits
-LAYERS = 48
-
-
-def measure(name: str, **work: Any) -> list[Any]:
-    """A line of the table."""
-    few = run(name, **STEP, **SHAPE, layers=2, **work)
-    for depth in DEPTHS if few else ():
-        many = run(name, **STEP, **SHAPE, layers=depth, **work)
-        if few and many:
-            break
-    else:
-        return ["does not run"]
-    low, high = best([few])["seconds"], best([many])["seconds"]
-    seconds = low + (LAYERS - 2) * (high - low) / (depth - 2)
-    rate = flops(Work(**STEP, **SHAPE, layers=LAYERS)) / seconds
-    peak = peak_flops(torch.device("cuda"), torch.bfloat16)
-    cells = [depth, f"{high:.3f}", f"{STEP['seq_len'] / seconds:,.0f}", f"{rate / 1e12:.0f}"]
-    return [*cells, f"{rate / peak:.1%}", f"{many['peak_gib']:.1f}"]
+HERE = Path(__file__).parent
+DOCS = HERE.parent.parent / "docs"
+RESULTS, PAGE = DOCS / "bench-gpu.json", DOCS / "performance.md"
+BEGIN, END = "<!-- bench-gpu -->", "<!-- end of bench-gpu -->"
+# the processes, and what each measures
+PROCESSES = {
+    ("gpu_alone.py",): ("ceilings", "experts", "attention", "cross_entropy"),
+    ("gpu_step.py", "ours"): ("step", "kernels", "parts"),
+    ("gpu_step.py", "transformers"): ("step",),
+}
+SECTIONS = tuple(dict.fromkeys(section for sections in PROCESSES.values() for section in sections))
+GRACE = 45  # seconds that what has begun may take beyond the budget
 
 
-def main() -> int:
-    """Print the table."""
-    if not torch.cuda.is_available():
-        print("make bench-gpu needs an NVIDIA GPU: torch.cuda.is_available() is false here", file=sys.stderr)
-        return 2
-    rows = []
-    for backend in ("grouped", "liger", "megablocks"):
-        for recompute in ("none", "experts", "full"):
-            rows.append([backend, recompute, *measure("ours", backend=backend, recompute=recompute)])
-    rows.append(["transformers grouped_mm", "none", *measure("transformers")])
-    head = [
-        "experts",
-        "recompute",
-        "layers",
-        "s per step",
-        "tokens/s at 48 layers",
-        "TFLOP/s",
-        "MFU",
-        "peak GiB",
-    ]
-    print(table(head, rows))
-    return 0
+def measure(command: list[str], until: float, results: dict[str, Any], out: Path) -> bool:
+    """Run a process and write what it tells, line by line; returns whether it ended well and in time."""
+    with subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, text=True) as process:
+        killer = threading.Timer(max(1.0, until + GRACE - time.time()), process.kill)
+        killer.start()
+        assert process.stdout is not None
+        for line in process.stdout:
+            if not line.startswith('{"section"'):
+                continue  # some library talks
+            told = json.loads(line)
+            print(f"  {line.strip()[:200]}", flush=True)
+            section = told.pop("section")
+            if section == "card":
+                results["card"] = told
+            else:
+                results.setdefault(section, []).append(told)
+            whole = out.with_suffix(".new")
+            whole.write_text(json.dumps(results, indent=1) + "\n")
+            whole.replace(out)
+        code = process.wait()
+        killer.cancel()
+    return code == 0
+
+
+def main(arguments: list[str]) -> int:
+    """Measure, write, show; 1 where a process failed or the time was up."""
+    parser = argparse.ArgumentParser(prog="tests/bench/gpu.py", description=__doc__)
+    parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"of {', '.join(SECTIONS)}; all")
+    parser.add_argument("--seconds", type=float, default=210, help="nothing new begins after these")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="where the figures go, as JSON")
+    parser.add_argument("--tiny", action="store_true", help="a rehearsal with tiny shapes")
+    parser.add_argument("--liger", action="store_true", help="liger's kernels too; they tune for minutes")
+    options = parser.parse_args(arguments)
+    if unknown := set(options.sections) - set(SECTIONS):
+        parser.error(f"unknown: {', '.join(unknown)}; sections are {', '.join(SECTIONS)}")
+    import torch
+
+    if options.tiny and options.out == RESULTS:
+        parser.error("--tiny measures nothing of worth: give --out")
+    if not options.tiny and not torch.cuda.is_available():
+        parser.error("needs an NVIDIA GPU: torch.cuda.is_available() is false here; --tiny rehearses")
+    wanted = options.sections or list(SECTIONS)
+    results = json.loads(options.out.read_text()) if options.out.exists() else {}
+    results = {name: found for name, found in results.items() if name not in wanted}
+    until, failed = time.time() + options.seconds, False
+    for program, measures in PROCESSES.items():
+        if chosen := [section for section in measures if section in wanted]:
+            print(f"{' '.join(program)}: {', '.join(chosen)} ...", flush=True)
+            flags = [flag for flag in ("tiny", "liger") if getattr(options, flag)]
+            command = [str(HERE / program[0]), *program[1:], ",".join(chosen), str(until), *flags]
+            ended = time.time() < until and measure(command, until, results, options.out)
+            failed |= not ended
+            print(f"  {'done' if ended else 'CUT SHORT'}, {until - time.time():.0f} s are left", flush=True)
+    tables = show(results)
+    if options.out == RESULTS:
+        before, rest = PAGE.read_text().split(BEGIN)
+        PAGE.write_text(f"{before}{BEGIN}\n{tables}\n{END}{rest.split(END)[1]}")
+    print(tables)
+    return int(failed)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -15,7 +15,7 @@ class Work:
     """What every contender does; the defaults are the reference work."""
 
     dtype: str = "bf16"
-    rows: int = 4  # of all ranks together
+    rows: int = 4  # of all ranks together, in a micro-batch
     seq_len: int = 1024
     document: int = 1024  # tokens of each document
     layers: int = 4
@@ -29,6 +29,7 @@ class Work:
     vocab: int = 8192
     backend: str = "loop"  # ours: experts.backend
     recompute: str = "none"  # ours
+    micro_batches: int = 1  # of a step
     chunks: int = 1  # ours: parallel.dispatch_chunks
     zero_stage: int = 0  # ours, AutoEP
     parts: int = 0  # ours: 1 to time the parts of the last step
