@@ -21,7 +21,9 @@ except ImportError:  # older torch: the path per document serves every device
     varlen_attn = None  # type: ignore[assignment]
 # An older one groups query heads without being told.
 _GROUPED: dict[str, Any] = (
-    {"enable_gqa": True} if varlen_attn and "enable_gqa" in signature(varlen_attn).parameters else {}
+    {"enable_gqa": True}
+    if varlen_attn is not None and "enable_gqa" in signature(varlen_attn).parameters
+    else {}
 )
 
 
