@@ -272,4 +272,4 @@ def _histogram(gradient: Tensor) -> Tensor:
     first, last = HISTOGRAM_LOG2
     exponents = gradient.float().abs().log2_().floor_().nan_to_num_(nan=first - 1).clamp_(first - 1, last)
     bins = exponents.long().sub_(first - 1)  # the outer two: whatever lies outside
-    return torch.bincount(bins, minlength=last - first + 2)[1:-1]
+    return torch.bincount(bins.flatten(), minlength=last - first + 2)[1:-1]
