@@ -198,8 +198,9 @@ def test_dense_models(stage):
     assert max(deviation(outcome, in_fp32(*DENSE_MODEL)).values()) < 1e-5
 
 
-@pytest.mark.parametrize("recompute", ["none", "experts", "full"])
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(
+    ("stage", "recompute"), zip(STAGES, ["none", "experts", "full", "full"], strict=True)
+)
 def test_bf16_learns(stage, recompute):
     keys = [stage, f"recompute={recompute}", "dtype=bf16", GROUPED, "micro_batch_size=4"]
     outcome = train_small(*keys, steps=12, same_rows=True, device=PLACE)
