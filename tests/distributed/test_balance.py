@@ -182,7 +182,7 @@ def divide_twice_by_the_ranks() -> None:
 
     def forgetful(self: Any, *args: Any) -> None:
         build(self, *args)
-        self._world_size = 1  # what DeepSpeed's average over ranks is undone by
+        self._averaged_over = 1  # what DeepSpeed's average over ranks is undone by
 
     Engine.__init__ = forgetful  # type: ignore
 
