@@ -19,10 +19,9 @@ try:
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:  # older torch: the path per document serves every device
     varlen_attn = None  # type: ignore[assignment]
+_TAKES = signature(varlen_attn).parameters if varlen_attn is not None else {}
 # An older one groups query heads without being told.
-_GROUPED: dict[str, Any] = (
-    {"enable_gqa": True} if varlen_attn and "enable_gqa" in signature(varlen_attn).parameters else {}
-)
+_GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in _TAKES else {}
 
 
 class Documents:
