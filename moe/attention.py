@@ -19,9 +19,12 @@ try:
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:  # older torch: the path per document serves every device
     varlen_attn = None  # type: ignore[assignment]
-_TAKES = signature(varlen_attn).parameters if varlen_attn is not None else {}
 # An older one groups query heads without being told.
-_GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in _TAKES else {}
+_GROUPED: dict[str, Any] = (
+    {"enable_gqa": True}
+    if varlen_attn is not None and "enable_gqa" in signature(varlen_attn).parameters
+    else {}
+)
 
 
 class Documents:
@@ -52,6 +55,11 @@ class Documents:
     def number(self) -> Tensor:
         """[T] the number of each token's document, from 0."""
         return torch.repeat_interleave(self.cu_seqlens.diff().long(), output_size=sum(self.lengths))
+
+    @cached_property
+    def borders(self) -> Tensor:
+        """[D+1] int64 `cu_seqlens`, as one tensor for all layers: flash-linear-attention reads each once."""
+        return self.cu_seqlens.long()
 
     @cached_property
     def position(self) -> Tensor:

@@ -179,9 +179,9 @@ def fused_delta_rule(x: DeltaInputs, documents: Documents, state: Tensor) -> tup
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule
 
     x = x._replace(query=x.query.to(x.value.dtype), key=x.key.to(x.value.dtype))
-    batch, borders = (part.unsqueeze(0) for part in x), documents.cu_seqlens.long()
+    batch = (part.unsqueeze(0) for part in x)
     states = {"initial_state": state, "output_final_state": True}
-    mixed, last = chunk_gated_delta_rule(*batch, **states, cu_seqlens=borders)
+    mixed, last = chunk_gated_delta_rule(*batch, **states, cu_seqlens=documents.borders)
     return mixed[0], last
 
 

@@ -270,6 +270,6 @@ def _square(tensor: Tensor) -> Tensor:
 def _histogram(gradient: Tensor) -> Tensor:
     """How many values lie in each bin of HISTOGRAM_LOG2. (torch.histc is not deterministic on CUDA.)"""
     first, last = HISTOGRAM_LOG2
-    exponents = gradient.float().abs().log2().floor()
-    inside = exponents[(exponents >= first) & (exponents < last)]
-    return torch.bincount((inside - first).long(), minlength=last - first)
+    exponents = gradient.float().abs().log2_().floor_().nan_to_num_(nan=first - 1).clamp_(first - 1, last)
+    bins = exponents.long().sub_(first - 1)  # the outer two: whatever lies outside
+    return torch.bincount(bins.flatten(), minlength=last - first + 2)[1:-1]

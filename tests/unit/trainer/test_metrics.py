@@ -83,4 +83,4 @@ def test_a_logged_step_takes_slices_of_memory_only(config: RunConfig) -> None:
     norms.arm(torch.device("cpu"), histograms=True)
     assert norms.squares.shape == (len(KINDS), 3)
     logged = peak_bytes(lambda: optimizer.step())
-    assert logged - plain < 3 * 4 * SLICE, "of 64 slices that a partition has"
+    assert logged - plain < 4 * 4 * SLICE, "of 64 slices that a partition has"
