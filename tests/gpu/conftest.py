@@ -54,6 +54,11 @@ def typed_commands() -> dict[str, Any]:
     return _started["typed_commands"].result()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """These come last: no other test shall find this process in a group of ranks."""
+    items.sort(key=lambda item: item.path.parent == Path(__file__).parent)
+
+
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Begin at once with what other processes do: they take as long as all the rest."""
     wanted = {name for item in session.items for name in getattr(item, "fixturenames", ())}
