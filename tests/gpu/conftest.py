@@ -23,11 +23,12 @@ _started: dict[str, Future] = {}
 
 
 @pytest.fixture(scope="session", autouse=True)
-def one_rank() -> Iterator[None]:
+def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """This process is a group of one rank, with NCCL on a GPU."""
-    place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-    os.environ.update(place | {"MASTER_PORT": "29651"})
-    dist.init_process_group("cpu:gloo,cuda:nccl" if ON_GPU else "gloo")
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
+    store = f"file://{tmp_path_factory.mktemp('group')}/store"
+    backend = "cpu:gloo,cuda:nccl" if ON_GPU else "gloo"
+    dist.init_process_group(backend, init_method=store, rank=0, world_size=1)
     yield
     dist.destroy_process_group()
 
@@ -101,7 +102,7 @@ def type_commands(folder: Path) -> dict[str, Any]:
 
 def _command(folder: Path, *words: str) -> str:
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
-    for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+    for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
         environment.pop(key, None)  # of this process's group
     command = [sys.executable, "-m", *words]
     done = subprocess.run(
