@@ -60,9 +60,9 @@ def _memory() -> int:
 
 
 def measured(step: Step, steps: int) -> dict[str, Any]:
-    """Seconds of a step, the mean of several in a row after two others, and the peak memory; or why not."""
+    """Seconds of a step, the mean of several in a row after others, and the peak memory; or why not."""
     try:
-        for _ in range(2):
+        for _ in range(2 if steps > 2 else 1):
             step()
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()

@@ -13,3 +13,15 @@ def test_the_tables_of_performance_are_those_of_the_benchmark(repository, monkey
     assert (
         f"<!-- bench -->\n{shown}\n<!-- end of bench -->" in (repository / "docs/performance.md").read_text()
     )
+
+
+def test_the_tables_of_the_gpu_are_those_of_its_benchmark(repository, monkeypatch):
+    monkeypatch.syspath_prepend(str(repository / "tests/bench"))
+    for name in ("tables", "gpu_tables"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    from gpu_tables import show
+
+    measured = repository / "docs/bench-gpu.json"
+    shown = show(json.loads(measured.read_text()) if measured.exists() else {})
+    page = (repository / "docs/performance.md").read_text()
+    assert f"<!-- bench-gpu -->\n{shown}\n<!-- end of bench-gpu -->" in page

@@ -1,0 +1,112 @@
+"""One process, one rank, one GPU; what a user types runs beside it, in processes of its own."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from commands import SMALL, prepare_corpus
+from one_gpu import ON_GPU, PLACE, USABLE
+
+ROOT = Path(__file__).parents[2]
+# Where there is no GPU, test_kernels.py says so, once.
+collect_ignore = [] if USABLE else ["test_training.py", "test_whole.py"]
+_started: dict[str, Future] = {}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """This process is a group of one rank, with NCCL on a GPU."""
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
+    store = f"file://{tmp_path_factory.mktemp('group')}/store"
+    backend = "cpu:gloo,cuda:nccl" if ON_GPU else "gloo"
+    dist.init_process_group(backend, init_method=store, rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def deterministic() -> Iterator[None]:
+    """As the key `deterministic`."""
+    from trainer.device import use_deterministic_algorithms
+
+    use_deterministic_algorithms()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session")
+def small_corpus() -> Path:
+    """A folder with a prepared corpus."""
+    return _started["small_corpus"].result()
+
+
+@pytest.fixture(scope="session")
+def typed_commands() -> dict[str, Any]:
+    """What came of `type_commands`."""
+    return _started["typed_commands"].result()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """These come last: no other test shall find this process in a group of ranks."""
+    items.sort(key=lambda item: item.path.parent == Path(__file__).parent)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Begin at once with what other processes do: they take as long as all the rest."""
+    wanted = {name for item in session.items for name in getattr(item, "fixturenames", ())}
+    if wanted & {"small_corpus", "typed_commands"} and not session.config.option.collectonly:
+        folder = TemporaryDirectory(prefix="gpu-tests-", ignore_cleanup_errors=True)
+        session.config.add_cleanup(folder.cleanup)
+        pool = ThreadPoolExecutor(1)
+        _started["small_corpus"] = pool.submit(_prepare, Path(folder.name))
+        if "typed_commands" in wanted:
+            _started["typed_commands"] = pool.submit(type_commands, Path(folder.name))
+
+
+def _prepare(folder: Path) -> Path:
+    prepare_corpus(folder)
+    return folder
+
+
+def type_commands(folder: Path) -> dict[str, Any]:
+    """Train, go on after a checkpoint as if the run had died there, generate, evaluate.
+
+    Returns what each command said, and the logged steps of both attempts.
+    """
+    run_dir = folder / "runs" / "t"
+    more = f"kind:jsonl,paths:[{folder}/second.jsonl],text_key:text,weight:0.5,max_epochs:null"
+    overrides = [
+        *(*SMALL, "name=t", f"output_dir={folder}/runs", "data=jsonl", f"data.dir={folder}/prepared"),
+        *("data.tokenizer_vocab_size=512", "data.validation_fraction=0.1", "checkpoint.keep=3"),
+        *(f"data.sources.text.paths=[{folder}/text.jsonl]", f"+data.sources.second={{{more}}}"),
+        *("parallel.nproc_per_node=1", "parallel.ep_size=1", "dtype=bf16", f"device={PLACE}"),
+        *("deterministic=true", "tracker.wandb=disabled"),
+    ]
+    said = {"train": _command(folder, "trainer", *overrides)}
+    (run_dir / "latest").write_text("step-00000004")
+    said["resume"] = _command(folder, "trainer.resume", str(run_dir))
+    said["generate"] = _command(folder, "trainer.generate", str(run_dir), "The", "--tokens", "5")
+    said["evaluate"] = _command(folder, "trainer.evaluate", str(run_dir))
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return said | {"steps": [line for line in lines if "loss" in line]}
+
+
+def _command(folder: Path, *words: str) -> str:
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
+    for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        environment.pop(key, None)  # of this process's group
+    command = [sys.executable, "-m", *words]
+    done = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=240, check=False
+    )
+    assert done.returncode == 0, f"{' '.join(words)}\n{done.stdout}{done.stderr}"
+    return done.stdout
