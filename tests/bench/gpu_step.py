@@ -253,7 +253,7 @@ def kernels(step: Step) -> dict[str, Any]:
         if took > 0:
             found = (kind for kind, pattern in KINDS.items() if re.search(pattern, event.key, re.IGNORECASE))
             kinds[next(found, "other")] += took
-            top.append((event.key[:160], took, event.count))
+            top.append((event.key[:600], took, event.count))
     top.sort(key=lambda line: -line[1])
     return {"wall_ms": 1000 * wall, "kinds": dict(kinds), "top": top[:25]}
 

@@ -1,5 +1,6 @@
 """The results of `make bench-gpu` as Markdown tables."""
 
+import re
 from typing import Any
 
 from tables import table
@@ -118,9 +119,12 @@ def _kernels(found: Figures) -> str:
 
 
 def _short(name: str) -> str:
-    """Of a kernel's name what fits in a cell."""
-    name = name.replace("|", "/").replace("`", "'").removeprefix("void ")
-    return name if len(name) <= 90 else f"{name[:60]}...{name[-27:]}"
+    """Of the name of a kernel, with its templates, the words that say what it does."""
+    if "GroupProblemShape" in name:
+        return "cutlass, grouped product"
+    words = re.findall(r"(?<!\w)\w*(?:kernel|Kernel|Functor|Adam|gemm|nvjet|fill|copy|Copy)\w*", name)
+    words = [word for word in dict.fromkeys(words) if not word.startswith("_Z")] or [name]
+    return " ".join(words)[:90].replace("|", "/").replace("`", "'")
 
 
 def _alone(found: Figures, results: dict[str, Any], *sizes: str) -> str:
