@@ -97,7 +97,8 @@ def _caller() -> str:
     frame: Any = sys._getframe(1)
     while frame is not None:
         path = Path(frame.f_code.co_filename)
-        if path.is_relative_to(ROOT) and path != Path(__file__):
+        ours = path.is_relative_to(ROOT) and ".venv" not in path.parts
+        if ours and path != Path(__file__):
             return f"{path.relative_to(ROOT)} {frame.f_code.co_name}"
         frame = frame.f_back
     return "a place outside the project"

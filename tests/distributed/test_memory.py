@@ -11,12 +11,12 @@ from layouts import SmallRun
 
 from trainer.models import bytes_per_rank
 
-# large enough that batches and counters are nothing beside it
-LARGER = ["model.hidden_size=256", "model.num_attention_heads=4", "model.head_dim=64"]
-LARGER += ["model.num_experts=16", "model.moe_intermediate_size=128", "model.vocab_size=1024"]
+# many small tensors: batches, and one gradient that a hook of DeepSpeed still holds, are nothing beside them
+LARGER = ["model.hidden_size=128", "model.num_attention_heads=4", "model.head_dim=64", "model.vocab_size=512"]
+LARGER += ["model.num_hidden_layers=8", "model.num_experts=16", "model.moe_intermediate_size=32"]
 # the table counts DeepSpeed's buffers apart
 ZERO = "++deepspeed.zero_optimization"
-NO_BUFFERS = [f"{ZERO}.reduce_bucket_size=100000", f"{ZERO}.sub_group_size=10000"]
+NO_BUFFERS = [f"{ZERO}.reduce_bucket_size=10000", f"{ZERO}.sub_group_size=10000"]
 NO_BUFFERS += [f"{ZERO}.stage3_param_persistence_threshold=1000"]
 
 
@@ -44,7 +44,9 @@ def held_at_most(dtype: str, stage: int, ep_size: int) -> tuple[int, float]:
 
     def look_and_step() -> None:  # called after every micro-batch
         still = [tensor for ref in before if (tensor := ref()) is not None]
-        seen.append(bytes_of(tensors(), still))
+        # gradients that no Python code has seen are no Python objects yet
+        gradients = [p.grad for p in run.engine.module.parameters() if p.grad is not None]
+        seen.append(bytes_of([*tensors(), *gradients], still))
         step()
 
     run.train(range(1))
