@@ -184,6 +184,7 @@ def chain(cluster: Cluster, folder: Path) -> Run:
     run.wait(lambda run: "asking all ranks" in run.log)
     os.kill(paused, signal.SIGCONT)
     run.finish(attempts=2)
+    run.wait(lambda run: cluster.state(run.jobs[1]) == "COMPLETED")  # it cancels the third before it ends
     assert [cluster.state(job) for job in run.jobs] == ["COMPLETED", "COMPLETED", "CANCELLED"]
     return run
 
