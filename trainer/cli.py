@@ -56,8 +56,9 @@ def train_here(cfg: DictConfig) -> int:
     config = RunConfig.load(cfg)
     check(config, cfg, ParallelPlan.of(config, config.parallel.nproc_per_node))
     held = lock(config.run_dir)
+    frozen = [] if (path := config.run_dir / "config.yaml").exists() else [path]
     freeze(config.run_dir, cfg, list(hydra_config.overrides.task))
-    code = start(config.run_dir, RunConfig.of_run(config.run_dir), held)
+    code = start(config.run_dir, RunConfig.of_run(config.run_dir), held, frozen)
     if read_state(config.run_dir)["state"] == "stopped":
         sys.exit(code)  # a stop is also for the points of a sweep that are left
     return code
@@ -92,11 +93,19 @@ def check_data(config: RunConfig) -> None:
     check_vocab_size(vocab_size, config.model.vocab_size)
 
 
-def start(run_dir: Path, config: RunConfig, held: int) -> int:
-    """Start the ranks of a frozen run whose lock is held, and say where to look if they fail."""
+def start(run_dir: Path, config: RunConfig, held: int, written: list[Path]) -> int:
+    """Start the ranks of a frozen run whose lock is held, and say where to look if they fail.
+
+    `written` are the files that settle what the ranks were asked for. Where they refuse before the attempt
+    begins (this machine has fewer GPUs, say), these are removed: another try may ask for something else.
+    """
+    before = read_state(run_dir)["attempt"]
     code = launch(run_dir, config.parallel.nproc_per_node, config.device, held)
-    if code:
-        state = read_state(run_dir)
+    state = read_state(run_dir)
+    if code == 2 and state["attempt"] == before:
+        for path in written:
+            path.unlink()
+    elif code:
         if state["state"] == "running":  # killed: no rank could say so itself
             write_state(run_dir, "failed", state["attempt"])
         print(f"The run failed; logs are in {run_dir}/logs", file=sys.stderr)

@@ -23,9 +23,8 @@ def main(arguments: list[str]) -> int:
     config.check(ParallelPlan.of(config, config.parallel.nproc_per_node))
     check_data(config)
     held = lock(run_dir)
-    if changed:
-        record_layout(run_dir, changed, overrides)
-    return start(run_dir, config, held)
+    recorded = [record_layout(run_dir, changed, overrides)] if changed else []
+    return start(run_dir, config, held, recorded)
 
 
 if __name__ == "__main__":

@@ -115,11 +115,12 @@ def change_layout(cfg: Any, overrides: list[str]) -> dict[str, Any]:
     return {section: cfg[section] for section in touched}
 
 
-def record_layout(run_dir: Path, sections: dict[str, Any], overrides: list[str]) -> None:
+def record_layout(run_dir: Path, sections: dict[str, Any], overrides: list[str]) -> Path:
     """Write resume-K.yaml, K the attempt that is about to start: from now on the run goes on with it."""
     path = run_dir / f"resume-{read_state(run_dir)['attempt'] + 1}.yaml"
     text = f"# python -m trainer.resume with {overrides}\n{OmegaConf.to_yaml(OmegaConf.create(sections))}"
     write_atomically(path, text.encode())
+    return path
 
 
 def lock(run_dir: Path) -> int:

@@ -62,16 +62,10 @@ def train(
     screen = Terminal(terminal if ranks.is_main else None, total_steps)
     cleanup.callback(screen.close)
 
-    if config.deterministic:
-        use_deterministic_algorithms()
+    backends = prepare_device(config, run_dir, attempt, ranks, screen)
     init_deepspeed(ranks.device)
     cleanup.enter_context(fast_products(ranks.device, DTYPES[config.dtype]))
     hosts = check_hosts(config, plan, screen)
-    backends = backends_of(config, ranks)
-    for warning in filter(None, (ranks.warning, *backends.warnings)):
-        screen.say(f"warning: {warning}")
-    if ranks.is_main:
-        record_attempt(run_dir, attempt, {**device_facts(ranks.device), "backends": backends.names})
     model = build_model(config, plan, ranks)
     optimizer = build_optimizer(model, config.optimizer)
     engine = Engine(model, optimizer, config, plan, ranks)
@@ -124,9 +118,7 @@ def train(
         every = config.evaluate.every_steps
         if every and (step % every == 0 or step == total_steps):
             with clock.wait("evaluation"):
-                engine.module.eval()
-                held_out = evaluate(lambda batch: engine.forward(batch, balance.bias), config, ranks)
-                engine.module.train()
+                held_out = held_out_losses(engine, balance, config, ranks)
             perplexity = {f"perplexity{key[4:]}": math.exp(min(loss, 700)) for key, loss in held_out.items()}
             tracker.log({"step": step, "tokens": step * step_tokens, **held_out, **perplexity})
             screen.say(f"step {step}: " + ", ".join(f"{key} {value:.3f}" for key, value in held_out.items()))
@@ -182,6 +174,28 @@ def train_step(
         losses.append(loss.detach())
     balance.end_step()
     return sums, losses, engine.step(rate)
+
+
+def held_out_losses(engine: Engine, balance: Balance, config: RunConfig, ranks: Ranks) -> dict[str, float]:
+    """`evaluate` of the model in evaluation mode, which it leaves afterwards. Every rank must call it."""
+    engine.module.eval()
+    losses = evaluate(lambda batch: engine.forward(batch, balance.bias), config, ranks)
+    engine.module.train()
+    return losses
+
+
+def prepare_device(
+    config: RunConfig, run_dir: Path, attempt: int, ranks: Ranks, screen: Terminal
+) -> Backends:
+    """Set this rank's device up, say what is slow on it, and record what the attempt computes on."""
+    if config.deterministic:
+        use_deterministic_algorithms()
+    backends = backends_of(config, ranks)
+    for warning in filter(None, (ranks.warning, *backends.warnings)):
+        screen.say(f"warning: {warning}")
+    if ranks.is_main:
+        record_attempt(run_dir, attempt, {**device_facts(ranks.device), "backends": backends.names})
+    return backends
 
 
 def build_balance(config: RunConfig, plan: ParallelPlan, device: torch.device) -> Balance:

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from commands import ENVIRONMENT, assert_same_run
+from commands import ENVIRONMENT, assert_same_run, python
 
 # A machine with one GPU, on which the least that would open a CUDA context raises.
 FAKED = """
@@ -92,7 +92,13 @@ def test_a_device_that_is_not_there_is_one_message_before_anything_is_built(trai
     assert "Traceback" not in done.stderr
     message = "device=cuda cannot be had: CUDA_VISIBLE_DEVICES= hides every GPU; unset it; or use device=cpu"
     assert done.stderr.count(message) == 1
-    assert not (tmp_path / "runs/a/logs").exists()
+    assert "logs are in" not in done.stderr, "there are none"
+    done = train("name=a", "device=cpu")
+    assert done.returncode == 0, "the name is free: no rank had begun\n" + done.stdout + done.stderr
+    refused = python("trainer.resume", "runs/a", "device=cuda", cwd=tmp_path)
+    assert refused.returncode == 2
+    assert message in refused.stderr
+    assert not list((tmp_path / "runs/a").glob("resume-*.yaml"))
     done = train("name=b", "device=gpu", "experts.backend=liger", "deterministic=true")
     assert done.returncode == 2
     assert "device=gpu is unknown; use auto, cuda, cpu" in done.stderr
