@@ -19,7 +19,7 @@ from data_pipeline.prepare import prepare
 from data_pipeline.shards import verify
 from data_pipeline.tokenizer import load_tokenizer
 from trainer.cli import compose_and
-from trainer.config import ConfigError, RunConfig
+from trainer.settings.config import ConfigError, RunConfig
 
 
 def prepare_here(cfg: DictConfig) -> int:

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from moe.config import ConfigError
-from trainer.config import RunConfig
-from trainer.parallel import ParallelPlan
-from trainer.typed import AtLeast0, AtLeast1
+from trainer.settings.config import RunConfig
+from trainer.settings.parallel import ParallelPlan
+from trainer.settings.typed import AtLeast0, AtLeast1
 
 
 @dataclass

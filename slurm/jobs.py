@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from moe.config import ConfigError
-from trainer.command import tells_mistakes
+from trainer.settings.command import tells_mistakes
 
 ACTIVE = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "STOPPED")
 

@@ -5,8 +5,8 @@ import os
 import sys
 from pathlib import Path
 
-from trainer.command import tells_mistakes
-from trainer.run_folder import read_state
+from trainer.settings.command import tells_mistakes
+from trainer.settings.run_folder import read_state
 
 
 @tells_mistakes

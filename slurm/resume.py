@@ -5,8 +5,8 @@ from pathlib import Path
 from slurm.config import SlurmConfig
 from slurm.jobs import command, is_sweep, refuse_queued, runs_of
 from slurm.submit import queue
-from trainer.run_folder import read_frozen, read_state
-from trainer.typed import typed
+from trainer.settings.run_folder import read_frozen, read_state
+from trainer.settings.typed import typed
 
 
 def resume(folder: Path) -> None:

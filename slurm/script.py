@@ -8,7 +8,7 @@ from pathlib import Path
 
 from data_pipeline.streaming import absolute_paths
 from slurm.config import SubmitConfig
-from trainer.run_folder import git
+from trainer.settings.run_folder import git
 
 _ROOT = Path(__file__).parents[1]
 _PACKAGES = ("trainer", "moe", "data_pipeline", "slurm", "conf")

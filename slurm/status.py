@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from slurm.jobs import ACTIVE, ask, command, is_sweep, jobs_of, runs_of
-from trainer.config import RunConfig
-from trainer.run_folder import read_state
+from trainer.settings.config import RunConfig
+from trainer.settings.run_folder import read_state
 
 
 def state_of(run_dir: Path, state: dict[str, Any], answers: dict[str, tuple[str, str]]) -> tuple[str, str]:

@@ -16,8 +16,8 @@ from slurm.config import SlurmConfig, SubmitConfig
 from slurm.jobs import is_sweep, refuse_queued, slurm
 from slurm.script import job_script, snapshot
 from trainer.cli import check
-from trainer.run_folder import freeze, lock
-from trainer.typed import typed
+from trainer.settings.run_folder import freeze, lock
+from trainer.settings.typed import typed
 
 
 class Submission:

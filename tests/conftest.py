@@ -11,7 +11,7 @@ import pytest
 from hydra import compose, initialize_config_module
 from omegaconf import DictConfig
 
-from trainer.config import RunConfig
+from trainer.settings.config import RunConfig
 
 
 def _compose(config_name: str = "train", *overrides: str) -> DictConfig:

@@ -14,11 +14,11 @@ from omegaconf import DictConfig
 from data_pipeline.shards import open_prepared
 from data_pipeline.streaming import TextStream, absolute_paths
 from data_pipeline.tokenizer import check_vocab_size, tokenizer_of
-from trainer.command import tells_mistakes
-from trainer.config import RunConfig
-from trainer.launch import launch
-from trainer.parallel import ParallelPlan
-from trainer.run_folder import forget_origin, freeze, lock, read_state, write_state
+from trainer.ranks.launch import launch
+from trainer.settings.command import tells_mistakes
+from trainer.settings.config import RunConfig
+from trainer.settings.parallel import ParallelPlan
+from trainer.settings.run_folder import forget_origin, freeze, lock, read_state, write_state
 
 
 def compose_and(

@@ -16,11 +16,11 @@ from data_pipeline.config import DataError
 from data_pipeline.loader import Batch, Loader
 from moe.config import ConfigError
 from moe.model import ModelOutput
-from trainer.config import RunConfig
-from trainer.cpu_products import fast_products
+from trainer.engine.cpu_products import fast_products
 from trainer.generate import device_for, load_model, selection_bias
-from trainer.run_folder import hf_folder, run_of
-from trainer.runtime import Ranks
+from trainer.ranks.runtime import Ranks
+from trainer.settings.config import RunConfig
+from trainer.settings.run_folder import hf_folder, run_of
 
 
 def open_loader(config: RunConfig, ranks: Ranks, **settings: Any) -> Loader:

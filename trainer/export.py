@@ -25,11 +25,11 @@ from data_pipeline.tokenizer import END_OF_TEXT, load_tokenizer
 from moe.config import ConfigError, ModelConfig
 from moe.formats import MTP_FORMATS
 from moe.hf import INDEX, SINGLE, TORCH, Place, SafetensorError, locate, safe_open, save_file, write_config
-from trainer.checkpoint_folder import reading
-from trainer.command import tells_mistakes
+from trainer.checkpoints.folder import reading
 from trainer.generate import selection_bias
-from trainer.run_folder import hf_folder
-from trainer.terminal import duration
+from trainer.monitor.terminal import duration
+from trainer.settings.command import tells_mistakes
+from trainer.settings.run_folder import hf_folder
 
 DTYPES = {"fp32": "F32", "bf16": "BF16"}
 IM_END = "<|im_end|>"

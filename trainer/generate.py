@@ -13,12 +13,12 @@ from moe.attention import Cache
 from moe.config import ConfigError, ModelConfig
 from moe.hf import load_hf, stored_dtype
 from moe.model import CausalLM
-from trainer.backends import choose_backends
-from trainer.checkpoint_folder import reading
-from trainer.command import tells_mistakes
-from trainer.cpu_products import fast_products
-from trainer.device import choose_device
-from trainer.run_folder import hf_folder, read_run, run_of
+from trainer.checkpoints.folder import reading
+from trainer.engine.backends import choose_backends
+from trainer.engine.cpu_products import fast_products
+from trainer.ranks.device import choose_device
+from trainer.settings.command import tells_mistakes
+from trainer.settings.run_folder import hf_folder, read_run, run_of
 
 
 def device_for(source: Path) -> torch.device:

@@ -7,7 +7,7 @@ from importlib.resources import files
 from hydra import compose, initialize_config_module
 
 from moe.config import ModelConfig
-from trainer.typed import typed
+from trainer.settings.typed import typed
 
 
 def shipped_models() -> dict[str, ModelConfig]:

@@ -11,11 +11,11 @@ import signal
 import sys
 from pathlib import Path
 
-from trainer.command import tells_mistakes
-from trainer.config import RunConfig
-from trainer.launch import STOP_SIGNALS, launch
-from trainer.parallel import ParallelPlan
-from trainer.run_folder import lock
+from trainer.ranks.launch import STOP_SIGNALS, launch
+from trainer.settings.command import tells_mistakes
+from trainer.settings.config import RunConfig
+from trainer.settings.parallel import ParallelPlan
+from trainer.settings.run_folder import lock
 
 _WARM_UP = 2  # steps before those that are measured
 
@@ -24,18 +24,18 @@ def profile_rank(run_dir: Path, steps: int) -> None:
     """One rank's part: the steps under torch's profiler, then again under the communication log."""
     import torch
 
-    from trainer.device import use_deterministic_algorithms
-    from trainer.runtime import DTYPES, Ranks, redirect_output, seed_everything
+    from trainer.ranks.device import use_deterministic_algorithms
+    from trainer.ranks.runtime import DTYPES, Ranks, redirect_output, seed_everything
 
     config = RunConfig.of_run(run_dir)
     ranks = Ranks.join(config.device)  # before DeepSpeed looks for devices
 
-    from trainer.checkpoint import Checkpoints
-    from trainer.cpu_products import fast_products
-    from trainer.engine import Engine, communication_log, init_deepspeed
+    from trainer.checkpoints.saving import Checkpoints
+    from trainer.engine.cpu_products import fast_products
+    from trainer.engine.engine import Engine, communication_log, init_deepspeed
+    from trainer.engine.loss import agree_on_totals
+    from trainer.engine.optimizer import build_optimizer
     from trainer.evaluate import open_loader
-    from trainer.loss import agree_on_totals
-    from trainer.optimizer import build_optimizer
     from trainer.train import build_balance, build_model, train_step
 
     plan, folder = ParallelPlan.of(config, ranks.world_size), run_dir / "profile"

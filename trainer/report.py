@@ -22,9 +22,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 from moe.config import ConfigError
-from trainer.config import RunConfig
-from trainer.run_folder import flat, flat_metrics, read_frozen, read_state
-from trainer.terminal import duration
+from trainer.monitor.terminal import duration
+from trainer.settings.config import RunConfig
+from trainer.settings.run_folder import flat, flat_metrics, read_frozen, read_state
 
 _COLUMNS = ("loss", "loss/validation", "effective_experts", "tokens_per_second", "mfu")
 

@@ -4,10 +4,10 @@ import sys
 from pathlib import Path
 
 from trainer.cli import check_data, start
-from trainer.command import tells_mistakes
-from trainer.config import RunConfig
-from trainer.parallel import ParallelPlan
-from trainer.run_folder import change_layout, lock, read_run, record_layout
+from trainer.settings.command import tells_mistakes
+from trainer.settings.config import RunConfig
+from trainer.settings.parallel import ParallelPlan
+from trainer.settings.run_folder import change_layout, lock, read_run, record_layout
 
 
 @tells_mistakes

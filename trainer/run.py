@@ -1,4 +1,4 @@
-"""One rank of a frozen run: `python -m trainer.run RUN_DIR` under srun, torchrun or `trainer.launch`."""
+"""One rank of a frozen run: `python -m trainer.run RUN_DIR`, under srun, torchrun or `python -m trainer`."""
 
 import logging
 import os
@@ -10,10 +10,10 @@ from pathlib import Path
 from zlib import crc32
 
 from data_pipeline.config import DataError
-from trainer.config import ConfigError, RunConfig
-from trainer.launch import StopRequest
-from trainer.parallel import ParallelPlan
-from trainer.run_folder import read_state, write_state
+from trainer.ranks.launch import StopRequest
+from trainer.settings.config import ConfigError, RunConfig
+from trainer.settings.parallel import ParallelPlan
+from trainer.settings.run_folder import read_state, write_state
 
 _OUT_OF_MEMORY = (
     "Go on with less at a time: python -m trainer.resume {} with recompute=full, a smaller "
@@ -31,7 +31,7 @@ def main(arguments: list[str]) -> int:
     import torch
     import torch.distributed as dist
 
-    from trainer.runtime import Ranks, TrainingError, redirect_output
+    from trainer.ranks.runtime import Ranks, TrainingError, redirect_output
 
     run_dir = Path(arguments[0])
     try:

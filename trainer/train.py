@@ -18,24 +18,24 @@ from moe.hf import load_hf
 from moe.init import init_weights, upcycle_weights
 from moe.model import CausalLM, ModelOutput
 from moe.parallelize import apply_expert_parallel
-from trainer.alarms import Alarm, Alarms, first_not_finite
-from trainer.backends import Backends, choose_backends
-from trainer.checkpoint import Checkpoints, check_tokenizer
-from trainer.checkpoint_folder import reading
-from trainer.config import RunConfig
-from trainer.cpu_products import fast_products
-from trainer.device import device_facts, device_name, use_deterministic_algorithms
-from trainer.engine import Engine, all_to_all, expert_parallel_group, init_deepspeed, mark_experts
+from trainer.checkpoints.folder import reading
+from trainer.checkpoints.saving import Checkpoints, check_tokenizer
+from trainer.engine.backends import Backends, choose_backends
+from trainer.engine.cpu_products import fast_products
+from trainer.engine.engine import Engine, all_to_all, expert_parallel_group, init_deepspeed, mark_experts
+from trainer.engine.loss import Totals, agree_on_totals, loss_shares
+from trainer.engine.optimizer import build_optimizer, learning_rate
 from trainer.evaluate import evaluate, open_loader
-from trainer.launch import StopRequest
-from trainer.loss import Totals, agree_on_totals, loss_shares
-from trainer.metrics import Meter, StepSums
-from trainer.optimizer import build_optimizer, learning_rate
-from trainer.parallel import ParallelPlan
-from trainer.run_folder import hf_folder, record_attempt
-from trainer.runtime import DTYPES, Ranks, TrainingError, garbage_collected_by_hand, seed_everything
-from trainer.terminal import Terminal, closing
-from trainer.tracker import Tracker
+from trainer.monitor.alarms import Alarm, Alarms, first_not_finite
+from trainer.monitor.metrics import Meter, StepSums
+from trainer.monitor.terminal import Terminal, closing
+from trainer.monitor.tracker import Tracker
+from trainer.ranks.device import device_facts, device_name, use_deterministic_algorithms
+from trainer.ranks.launch import StopRequest
+from trainer.ranks.runtime import DTYPES, Ranks, TrainingError, garbage_collected_by_hand, seed_everything
+from trainer.settings.config import RunConfig
+from trainer.settings.parallel import ParallelPlan
+from trainer.settings.run_folder import hf_folder, record_attempt
 
 DISPATCHERS = {"all_to_all": AllToAllDispatcher, "deduplicated": DeduplicatedAllToAllDispatcher}
 

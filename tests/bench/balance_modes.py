@@ -16,12 +16,12 @@ from hydra import compose, initialize_config_module
 
 from data_pipeline.loader import Batch, Loader
 from moe.balance import Balance, balance_loss_share
-from trainer.config import RunConfig
-from trainer.engine import Engine, init_deepspeed
-from trainer.loss import agree_on_totals
-from trainer.optimizer import build_optimizer
-from trainer.parallel import ParallelPlan
-from trainer.runtime import Ranks
+from trainer.engine.engine import Engine, init_deepspeed
+from trainer.engine.loss import agree_on_totals
+from trainer.engine.optimizer import build_optimizer
+from trainer.ranks.runtime import Ranks
+from trainer.settings.config import RunConfig
+from trainer.settings.parallel import ParallelPlan
 from trainer.train import build_balance, build_model, train_step
 
 MODES = ("exact", "prior_buffer", "buffer", "micro_batch")

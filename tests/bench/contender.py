@@ -23,12 +23,12 @@ UNTIL_THE_END = ExitStack()
 
 def ours(work: Work) -> tuple[Callable[[], float], Any]:
     """The step of trainer.train, and its engine."""
-    from trainer.cpu_products import fast_products
-    from trainer.engine import Engine, init_deepspeed
-    from trainer.loss import agree_on_totals
-    from trainer.optimizer import build_optimizer
-    from trainer.parallel import ParallelPlan
-    from trainer.runtime import Ranks
+    from trainer.engine.cpu_products import fast_products
+    from trainer.engine.engine import Engine, init_deepspeed
+    from trainer.engine.loss import agree_on_totals
+    from trainer.engine.optimizer import build_optimizer
+    from trainer.ranks.runtime import Ranks
+    from trainer.settings.parallel import ParallelPlan
     from trainer.train import build_balance, build_model, train_step
 
     ranks = Ranks.join()
@@ -107,7 +107,7 @@ def run_config(work: Work, world_size: int) -> Any:
     """The configuration of a run of ours that does `work`."""
     from hydra import compose, initialize_config_module
 
-    from trainer.config import RunConfig
+    from trainer.settings.config import RunConfig
 
     keys = {f"model.{key}": value for key, value in work.model_keys().items()}
     keys |= {

@@ -28,7 +28,7 @@ from data_pipeline.prepare import prepare
 from data_pipeline.tokenizer import Tokenizer, fetch_tokenizer
 
 if TYPE_CHECKING:  # workers import this file: torch and hydra only where they are used
-    from trainer.config import RunConfig
+    from trainer.settings.config import RunConfig
 
 
 def timed(act: Callable[[], object]) -> tuple[float, float]:
@@ -130,7 +130,7 @@ def bench_pack(seq_len: int = 32768) -> None:
 def load(*overrides: str) -> "RunConfig":
     from hydra import compose, initialize_config_module
 
-    from trainer.config import RunConfig
+    from trainer.settings.config import RunConfig
 
     with initialize_config_module("conf", version_base="1.3"):
         return RunConfig.load(compose("train", ["experiment=demo", *overrides]))

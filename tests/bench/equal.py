@@ -13,7 +13,7 @@ from moe.config import ModelConfig
 from moe.hf import hub_tensors, save_hf
 from moe.init import init_weights
 from moe.model import CausalLM
-from trainer.cpu_products import fast_products
+from trainer.engine.cpu_products import fast_products
 
 
 def main() -> None:

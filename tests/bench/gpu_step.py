@@ -82,9 +82,9 @@ class Ours:
     """The step of trainer.train at one depth, by recompute and number of micro-batches."""
 
     def __init__(self, depth: int) -> None:
-        from trainer.engine import Engine
-        from trainer.optimizer import build_optimizer
-        from trainer.parallel import ParallelPlan
+        from trainer.engine.engine import Engine
+        from trainer.engine.optimizer import build_optimizer
+        from trainer.settings.parallel import ParallelPlan
         from trainer.train import build_model
 
         self.work = work_of(depth)
@@ -96,8 +96,8 @@ class Ours:
 
     def step(self, recompute: str = "none", micro_batches: int = 1, balance_mode: str = "exact") -> Step:
         """The step under these settings, from its next call on."""
-        from trainer.loss import agree_on_totals
-        from trainer.parallel import ParallelPlan
+        from trainer.engine.loss import agree_on_totals
+        from trainer.settings.parallel import ParallelPlan
         from trainer.train import build_balance, train_step
 
         work = replace(self.work, micro_batches=micro_batches)
@@ -267,9 +267,9 @@ def main(name: str, sections: str, until: str, *_: str) -> None:
         for label, masters in (("transformers", False), ("transformers, fp32 states", True)):
             measure_all(label, lambda depth, m=masters: Transformers(depth, m), wanted, float(until))
         return
-    from trainer.cpu_products import fast_products
-    from trainer.engine import init_deepspeed
-    from trainer.runtime import Ranks
+    from trainer.engine.cpu_products import fast_products
+    from trainer.engine.engine import init_deepspeed
+    from trainer.ranks.runtime import Ranks
 
     place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     os.environ.update(place | {"MASTER_PORT": "29547"})

@@ -16,15 +16,15 @@ from typing import Any
 
 from hydra import compose, initialize_config_module
 
-from trainer.config import RunConfig
-from trainer.engine import Engine, init_deepspeed
+from trainer.engine.engine import Engine, init_deepspeed
+from trainer.engine.loss import agree_on_totals
+from trainer.engine.optimizer import build_optimizer
 from trainer.evaluate import open_loader
-from trainer.loss import agree_on_totals
-from trainer.metrics import Meter, OptimizerNorms
-from trainer.optimizer import build_optimizer
-from trainer.parallel import ParallelPlan
-from trainer.runtime import Ranks
-from trainer.tracker import Tracker
+from trainer.monitor.metrics import Meter, OptimizerNorms
+from trainer.monitor.tracker import Tracker
+from trainer.ranks.runtime import Ranks
+from trainer.settings.config import RunConfig
+from trainer.settings.parallel import ParallelPlan
 from trainer.train import build_balance, build_model, train_step
 
 

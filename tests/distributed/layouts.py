@@ -13,12 +13,12 @@ from data_pipeline.loader import Batch
 from data_pipeline.packing import Row, pack_rows
 from moe.init import init_weights
 from moe.model import CausalLM
-from trainer.config import RunConfig
-from trainer.engine import Engine, init_deepspeed
-from trainer.loss import agree_on_totals
-from trainer.optimizer import build_optimizer
-from trainer.parallel import ParallelPlan
-from trainer.runtime import Ranks
+from trainer.engine.engine import Engine, init_deepspeed
+from trainer.engine.loss import agree_on_totals
+from trainer.engine.optimizer import build_optimizer
+from trainer.ranks.runtime import Ranks
+from trainer.settings.config import RunConfig
+from trainer.settings.parallel import ParallelPlan
 from trainer.train import build_balance, build_model, train_step
 
 ROWS, SEQ_LEN, VOCAB, STEPS, RATE = 16, 32, 64, 3, 1e-2

@@ -15,13 +15,13 @@ import torch.distributed as dist
 from harness import run_ranks
 
 import moe.block
-import trainer.loss
+import trainer.engine.loss
 from moe.balance import expert_frequencies
 from moe.block import MoEBlock
-from trainer.engine import Engine, init_deepspeed
-from trainer.loss import agree_on_totals
-from trainer.parallel import ParallelPlan
-from trainer.runtime import Ranks
+from trainer.engine.engine import Engine, init_deepspeed
+from trainer.engine.loss import agree_on_totals
+from trainer.ranks.runtime import Ranks
+from trainer.settings.parallel import ParallelPlan
 from trainer.train import KEPT, build_balance, build_model, train_step
 
 TOLERANCE = 1e-6
@@ -200,8 +200,8 @@ def count_in_recompute() -> None:
 
 
 def pool_layers() -> None:
-    share = trainer.loss.balance_loss_share
-    trainer.loss.balance_loss_share = lambda f, s, n: share(f.mean(0, keepdim=True), s, n)  # type: ignore
+    share = trainer.engine.loss.balance_loss_share
+    trainer.engine.loss.balance_loss_share = lambda f, s, n: share(f.mean(0, keepdim=True), s, n)  # type: ignore
 
 
 def count_padding() -> None:

@@ -18,13 +18,13 @@ from commands import prepare_corpus
 from harness import run_ranks
 from layouts import ROWS, SmallRun
 
-import trainer.checkpoint
+import trainer.checkpoints.saving
 from moe.hf import write_shards
-from trainer.checkpoint import Checkpoints
-from trainer.checkpoint_folder import damage, reading
-from trainer.engine import Engine
-from trainer.run_folder import latest_checkpoint
-from trainer.runtime import TrainingError
+from trainer.checkpoints.folder import damage, reading
+from trainer.checkpoints.saving import Checkpoints
+from trainer.engine.engine import Engine
+from trainer.ranks.runtime import TrainingError
+from trainer.settings.run_folder import latest_checkpoint
 
 # ZeRO stage, ep_size, micro-batches per step, dtype
 EVERY = list(product((0, 1, 2, 3), (1, 2), (1, 4), ("fp32", "bf16")))
@@ -131,7 +131,7 @@ def small_run(data: str, *overrides: str) -> SmallRun:
 
 def run_out_of_space(run_dir: Path, data: str, background: str) -> str:
     """Rank 1 alone can write no more; ZeRO-3, where ranks gather weights together while they write."""
-    trainer.checkpoint.write_shards = partial(write_shards, max_shard_bytes=4_000)
+    trainer.checkpoints.saving.write_shards = partial(write_shards, max_shard_bytes=4_000)
     run = small_run(data, f"checkpoint.background={background}")
     run.train(range(1))
     checkpoints = checkpoints_of(run, run_dir)
@@ -148,7 +148,7 @@ def run_out_of_space(run_dir: Path, data: str, background: str) -> str:
     with pytest.raises(TrainingError) as caught:
         save()
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    trainer.checkpoint.write_shards = write_shards
+    trainer.checkpoints.saving.write_shards = write_shards
     run.train(range(1, 2))  # no rank has lost count of the collectives
     dist.barrier()
     assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["step-00000001"]

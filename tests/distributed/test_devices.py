@@ -6,7 +6,7 @@ import torch.distributed as dist
 from harness import run_ranks
 
 from moe.config import ConfigError
-from trainer.device import check_devices
+from trainer.ranks.device import check_devices
 
 CASES: dict[str, list[str | None]] = {
     "one each": ["GPU-a", "GPU-b"],

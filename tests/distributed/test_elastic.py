@@ -9,8 +9,8 @@ from harness import run_ranks
 from layouts import ROWS, Outcome, SmallRun
 from test_layouts import deviation
 
-from trainer.checkpoint import Checkpoints
-from trainer.checkpoint_folder import damage
+from trainer.checkpoints.folder import damage
+from trainer.checkpoints.saving import Checkpoints
 
 TOLERANCE = 1e-5
 SAVED, STEPS = 2, 7  # saved after 2 steps, then 5 more

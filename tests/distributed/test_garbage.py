@@ -8,7 +8,7 @@ import torch
 from harness import run_ranks
 from layouts import FAMILY, SmallRun
 
-from trainer.runtime import garbage_collected_by_hand
+from trainer.ranks.runtime import garbage_collected_by_hand
 
 
 def tensors_in_cycles(*overrides: str) -> tuple[int, list[tuple[int, ...]]]:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from harness import run_ranks
 from layouts import SmallRun
 
-from trainer.optimizer import KINDS
+from trainer.engine.optimizer import KINDS
 
 LARGE, MICRO_BATCHES = 256, 4
 OVERRIDES = ["dtype=bf16", "micro_batch_size=2", "optimizer.max_grad_norm=0"]

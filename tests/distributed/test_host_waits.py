@@ -12,12 +12,12 @@ from moe.dispatch import AllToAllDispatcher
 from moe.model import CausalLM
 from moe.parallelize import apply_expert_parallel
 from moe.router import TrainingRouting
-from trainer.gradients import reduce_and_clip
-from trainer.loss import agree_on_totals, loss_shares
-from trainer.metrics import OptimizerNorms, StepSums
-from trainer.optimizer import build_optimizer
-from trainer.parallel import ParallelPlan
-from trainer.runtime import DTYPES
+from trainer.engine.gradients import reduce_and_clip
+from trainer.engine.loss import agree_on_totals, loss_shares
+from trainer.engine.optimizer import build_optimizer
+from trainer.monitor.metrics import OptimizerNorms, StepSums
+from trainer.ranks.runtime import DTYPES
+from trainer.settings.parallel import ParallelPlan
 from trainer.train import build_balance
 
 BATCH = ["micro_batch_size=16", "dtype=bf16", "experts.backend=grouped"]
@@ -114,7 +114,7 @@ def norm_of_a_dense_model() -> list[str]:
 
 
 def everything() -> tuple[dict[str, str], dict[str, list[str]], list[str], list[str]]:
-    assert norm_of_a_dense_model() == ["trainer/gradients.py reduce_and_clip"]
+    assert norm_of_a_dense_model() == ["trainer/engine/gradients.py reduce_and_clip"]
     step_on_the_host()
     steps = {name: step_on_stand_in(overrides) for name, overrides in CASES.items()}
     spread = step_on_stand_in([], SLOTS // 2, dispatch=True)  # all experts are here: a chunk is half of it

@@ -11,9 +11,9 @@ import trainer.train
 from moe.hf import save_hf
 from moe.init import init_weights
 from moe.model import CausalLM
-from trainer.engine import init_deepspeed
-from trainer.parallel import ParallelPlan
-from trainer.runtime import Ranks
+from trainer.engine.engine import init_deepspeed
+from trainer.ranks.runtime import Ranks
+from trainer.settings.parallel import ParallelPlan
 from trainer.train import build_model
 
 

@@ -12,12 +12,12 @@ from layouts import RATE, ROWS, gather_parameters, micro_batches, oracle_model, 
 from torch import Tensor
 
 from moe.parallelize import dispatched
-from trainer.engine import Engine, init_deepspeed
-from trainer.loss import agree_on_totals
-from trainer.metrics import OptimizerNorms
-from trainer.optimizer import KINDS, build_optimizer, kind_of
-from trainer.parallel import ParallelPlan
-from trainer.runtime import Ranks
+from trainer.engine.engine import Engine, init_deepspeed
+from trainer.engine.loss import agree_on_totals
+from trainer.engine.optimizer import KINDS, build_optimizer, kind_of
+from trainer.monitor.metrics import OptimizerNorms
+from trainer.ranks.runtime import Ranks
+from trainer.settings.parallel import ParallelPlan
 from trainer.train import build_balance, build_model, train_step
 
 TOLERANCE = 1e-5

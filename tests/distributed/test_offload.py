@@ -7,7 +7,7 @@ from commands import prepare_corpus
 from harness import run_ranks
 from layouts import Outcome, SmallRun, deviation, run_many
 
-from trainer.checkpoint import Checkpoints
+from trainer.checkpoints.saving import Checkpoints
 
 OFFLOAD = "+deepspeed.zero_optimization.offload_optimizer.device=cpu"
 LAYOUT = ["parallel.ep_size=2", "micro_batch_size=4"]

@@ -36,7 +36,7 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture
 def deterministic() -> Iterator[None]:
     """As the key `deterministic`."""
-    from trainer.device import use_deterministic_algorithms
+    from trainer.ranks.device import use_deterministic_algorithms
 
     use_deterministic_algorithms()
     yield

@@ -7,8 +7,8 @@ import torch
 from layouts import DENSE, ROWS, Outcome, SmallRun, deviation, train_small
 from one_gpu import PLACE
 
-from trainer.checkpoint import Checkpoints
-from trainer.optimizer import KINDS
+from trainer.checkpoints.saving import Checkpoints
+from trainer.engine.optimizer import KINDS
 
 GROUPED = "experts.backend=grouped"
 DENSE_MODEL = ["model=tiny_dense", *DENSE]

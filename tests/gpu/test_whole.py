@@ -10,7 +10,7 @@ import torch
 from layouts import DENSE, SmallRun, micro_batches
 from one_gpu import ON_GPU, PLACE
 
-from trainer.loss import agree_on_totals
+from trainer.engine.loss import agree_on_totals
 from trainer.models import bytes_per_rank
 from trainer.train import train_step
 
@@ -56,7 +56,7 @@ def test_memory_is_what_the_table_says(stage, dtype):
 
 
 # where the host must know the norm: it decides whether the weights move
-NORMS = {("trainer/gradients.py", "step"), ("trainer/gradients.py", "reduce_and_clip")}
+NORMS = {("trainer/engine/gradients.py", "step"), ("trainer/engine/gradients.py", "reduce_and_clip")}
 
 
 @pytest.mark.skipif(not ON_GPU, reason="asks CUDA for the waits")

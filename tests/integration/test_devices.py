@@ -52,7 +52,7 @@ def on_a_machine_with_a_gpu(module: str, *arguments: str, cwd: Path) -> subproce
 @pytest.fixture
 def frozen(small, tmp_path, composed):
     """`frozen("device=cpu")`: the folder of a run of two steps on one rank, not started yet."""
-    from trainer.run_folder import freeze
+    from trainer.settings.run_folder import freeze
 
     def freezing(*overrides: str) -> Path:
         run_dir = tmp_path / "runs/a"

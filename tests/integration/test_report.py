@@ -13,7 +13,7 @@ import pytest
 from commands import SMALL, python
 from matplotlib.image import imread
 
-from trainer.optimizer import KINDS
+from trainer.engine.optimizer import KINDS
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 QUIET = ["--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]

@@ -16,9 +16,9 @@ import yaml
 from commands import ENVIRONMENT, SMALL, python
 from wandb_files import history, of_kind, records
 
-from trainer.alarms import Alarm
-from trainer.config import RunConfig
-from trainer.tracker import Tracker
+from trainer.monitor.alarms import Alarm
+from trainer.monitor.tracker import Tracker
+from trainer.settings.config import RunConfig
 
 ONLINE = {"WANDB_API_KEY": "a" * 40, "WANDB_MODE": "online"}
 
@@ -114,8 +114,8 @@ PROGRAM = """
 import os, sys, time
 from pathlib import Path
 from hydra import compose, initialize_config_module
-from trainer.config import RunConfig
-from trainer.tracker import Tracker
+from trainer.settings.config import RunConfig
+from trainer.monitor.tracker import Tracker
 with initialize_config_module("conf", version_base="1.3"):
     config = RunConfig.load(compose("train", ["name=t", "tracker.wandb=offline"]))
 with Tracker(config, Path(sys.argv[1]), 1, lambda text: print(text, flush=True), True) as tracker:

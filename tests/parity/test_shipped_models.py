@@ -10,7 +10,7 @@ from torch import nn
 
 from moe.config import ModelConfig
 from moe.model import CausalLM
-from trainer.typed import typed
+from trainer.settings.typed import typed
 
 FOLDER = Path(__file__).parents[2] / "conf"
 NAMES = sorted(path.stem for path in (FOLDER / "model").glob("[!_]*.yaml"))

@@ -31,14 +31,14 @@ def straight(cluster: Cluster, folder: Path) -> Run:
     checkout = folder / "checkout"
     for package in ("trainer", "moe", "data_pipeline", "slurm", "conf"):
         shutil.copytree(REPOSITORY / package, checkout / package)
-    with (checkout / "trainer/launch.py").open("a") as module:
+    with (checkout / "trainer/ranks/launch.py").open("a") as module:
         module.write('\nprint("code of", __file__, flush=True)\n')
     submitting = Cluster({**cluster.environment, "PYTHONPATH": str(checkout)}, cluster.data)
     run = submitting.submit(folder, "straight", cluster.only(1, 2), "+slurm.sbatch.hold=true")
     shutil.rmtree(checkout)
     assert cluster.run("scontrol", "release", run.jobs[0]).returncode == 0
     run.finish(attempts=1)
-    assert run.log.count(f"code of {run.folder}/code/trainer/launch.py") == 2, "of both ranks"
+    assert run.log.count(f"code of {run.folder}/code/trainer/ranks/launch.py") == 2, "of both ranks"
     return run
 
 

@@ -9,11 +9,11 @@ from hydra import compose, initialize_config_module
 
 from moe.cross_entropy import LOGITS_PER_CHUNK
 from slurm.config import SubmitConfig
-from trainer.config import RunConfig
 from trainer.models import bytes_per_rank
-from trainer.parallel import ParallelPlan
+from trainer.settings.config import RunConfig
+from trainer.settings.parallel import ParallelPlan
+from trainer.settings.typed import typed
 from trainer.train import KEPT
-from trainer.typed import typed
 
 ROOT = Path(__file__).parents[2]
 GROUPS = sorted(

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from moe.config import ModelConfig
 from moe.model import CausalLM
 from moe.router import TrainingRouting
-from trainer.metrics import HISTOGRAM_LOG2, _histogram
+from trainer.monitor.metrics import HISTOGRAM_LOG2, _histogram
 
 aten = torch.ops.aten
 # what the documentation of torch.use_deterministic_algorithms says throws on CUDA, of what a model could use

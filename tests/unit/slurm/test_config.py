@@ -7,7 +7,7 @@ from hydra import compose, initialize_config_module
 
 from moe.config import ConfigError
 from slurm.config import SubmitConfig
-from trainer.typed import typed
+from trainer.settings.typed import typed
 
 CLUSTERS = sorted(
     path.stem

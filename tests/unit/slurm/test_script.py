@@ -6,7 +6,7 @@ from hydra import compose, initialize_config_module
 
 from slurm.config import SubmitConfig
 from slurm.script import job_script
-from trainer.typed import typed
+from trainer.settings.typed import typed
 
 
 def script(folder: Path, *overrides: str) -> list[str]:

@@ -13,7 +13,7 @@ from moe.formats import RopeScaling
 from moe.model import CausalLM
 from moe.parallelize import apply_expert_parallel
 from trainer.models import bytes_per_rank, main, shipped_models
-from trainer.parallel import ParallelPlan
+from trainer.settings.parallel import ParallelPlan
 
 
 @pytest.mark.parametrize("name", ["tiny_moe", "tiny_qwen2_moe", "tiny_qwen3_next", "qwen3_next_80b_a3b"])

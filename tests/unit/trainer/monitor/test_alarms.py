@@ -1,0 +1,131 @@
+"""Each alarm is raised by what it is for, by nothing less, and not again too soon."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from trainer.monitor.alarms import Alarms, first_not_finite
+from trainer.settings.config import AlarmsConfig
+
+CONFIG = AlarmsConfig(
+    loss_spike=8.0, effective_experts=0.25, data_stall=0.01, straggler=0.3, repeat_after_steps=100
+)
+
+
+def metrics(
+    step: int, loss: float = 3.0, effective: float = 0.9, stall: float = 0.0, slow: float = 0.0
+) -> dict:
+    layers = {"effective_experts": [0.9, effective], "dead_experts": [0, 7]}
+    return {
+        "step": step,
+        "loss": loss,
+        "layers": layers,
+        "stall_fraction": stall,
+        "data_wait_seconds": stall,
+        "slowest_rank": 1,
+        "straggling": slow,
+    }
+
+
+def kinds(alarms: Alarms, *args, **values) -> list[str]:
+    return [alarm.kind for alarm in alarms.check(metrics(*args, **values))]
+
+
+@pytest.fixture
+def alarms() -> Alarms:
+    return Alarms(CONFIG, ["node-a", "node-b"])
+
+
+def falling(steps: int) -> np.ndarray:
+    """A loss that falls as losses do, with noise."""
+    noise = np.random.default_rng(0).normal(0, 0.03, steps)
+    return 3 + 5 * np.exp(-np.arange(steps) / 30) + noise
+
+
+def test_a_falling_loss_is_no_spike_and_a_jump_is(alarms):
+    losses = falling(300)
+    for step, loss in enumerate(losses):
+        assert kinds(alarms, step, loss=loss) == []
+    assert kinds(alarms, 300, loss=losses[-1] + 0.1) == [], "within the noise"
+    assert kinds(alarms, 301, loss=losses[-1] + 1.0) == ["loss spike"]
+
+
+def test_a_jump_on_the_way_down_is_a_spike_below_earlier_losses(alarms):
+    noise = np.random.default_rng(0).normal(0, 0.01, 40)
+    for step in range(40):
+        assert kinds(alarms, step, loss=5 - 0.05 * step + noise[step]) == []
+    assert kinds(alarms, 40, loss=3.5) == ["loss spike"]
+
+
+def test_a_run_that_has_just_started_has_nothing_to_compare_with(alarms):
+    for step in range(10):
+        assert kinds(alarms, step, loss=3.0 + 100 * (step == 9)) == []
+
+
+def test_collapse_names_the_layer(alarms):
+    assert kinds(alarms, 1, effective=0.26) == []
+    (alarm,) = alarms.check(metrics(2, effective=0.2))
+    assert alarm.kind == "expert collapse"
+    assert "sparse layer 1 works as if it had 20% of its experts (7 without a token)" in alarm.text
+    assert "model.router_aux_loss_coef" in alarm.text
+
+
+def test_a_data_stall_says_how_long(alarms):
+    assert kinds(alarms, 1, stall=0.01) == []
+    (alarm,) = alarms.check(metrics(2, stall=0.02))
+    assert alarm.kind == "data stall"
+    assert "2.0% of a step" in alarm.text
+
+
+def test_a_straggler_is_one_rank_three_times_running_named_by_host(alarms):
+    assert kinds(alarms, 1, slow=0.5) == kinds(alarms, 2, slow=0.5) == []
+    assert kinds(alarms, 3, slow=0.1) == [], "in between it kept up"
+    assert kinds(alarms, 4, slow=0.5) == kinds(alarms, 5, slow=0.5) == []
+    (alarm,) = alarms.check(metrics(6, slow=0.5))
+    assert alarm.kind == "straggler"
+    assert "rank 1 on node-b computes 50% longer" in alarm.text
+
+
+def test_the_same_alarm_waits_and_another_does_not(alarms):
+    assert kinds(alarms, 1, stall=0.5) == ["data stall"]
+    assert kinds(alarms, 2, stall=0.5, effective=0.1) == ["expert collapse"]
+    assert kinds(alarms, 100, stall=0.5) == []
+    assert kinds(alarms, 101, stall=0.5) == ["data stall"]
+
+
+def test_a_dense_model_has_no_experts_to_collapse(alarms):
+    dense = metrics(1)
+    del dense["layers"]
+    assert alarms.check(dense) == []
+
+
+class Small(nn.Module):
+    """Two of the kinds, the attention nearer to the loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Linear(2, 2)
+        self.self_attn = nn.Linear(2, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.self_attn(self.embed_tokens(x))
+
+
+def test_where_a_gradient_stops_being_finite():
+    torch.manual_seed(0)
+    model = Small()
+    with first_not_finite(model) as first:
+        model(torch.ones(2)).sum().backward()
+    assert first == []
+    with first_not_finite(model) as first:
+        hidden = model.embed_tokens(torch.ones(2))
+        hidden.register_hook(lambda gradient: gradient * float("inf"))
+        model.self_attn(hidden).sum().backward()
+    assert len(first) == 1
+    assert "the gradient of the embedding (embed_tokens." in first[0]
+    with torch.no_grad():
+        model.self_attn.weight[0, 0] = float("nan")
+    with first_not_finite(model) as first:
+        pass
+    assert first == ["the weights of the attention (self_attn.weight)"]

@@ -1,0 +1,86 @@
+"""What a logged step looks at while the optimizer steps: right, and without copies of its size."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+
+from trainer.engine.optimizer import KINDS, build_optimizer
+from trainer.monitor import metrics
+from trainer.monitor.metrics import OptimizerNorms
+from trainer.settings.config import RunConfig
+from trainer.settings.parallel import ParallelPlan
+
+SLICE = 2**12
+ELEMENTS = 64 * SLICE + 17  # the last slice is a short one
+
+
+class Weights(nn.Module):
+    """A matrix that decays and a vector that does not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrix = nn.Parameter(torch.randn(1, ELEMENTS))
+        self.vector = nn.Parameter(torch.randn(ELEMENTS))
+
+
+@pytest.fixture
+def config(run_config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch) -> RunConfig:
+    monkeypatch.setattr(metrics, "SLICE", SLICE)
+    torch.manual_seed(0)
+    return run_config("experiment=demo", "deepspeed=zero1", "optimizer.max_grad_norm=0")
+
+
+def step(optimizer: torch.optim.Optimizer, weights: nn.Module, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    for parameter in weights.parameters():
+        parameter.grad = torch.randn_like(parameter) * 1e-3
+    optimizer.step()
+
+
+def test_the_update_is_what_has_changed(config: RunConfig) -> None:
+    weights = Weights()
+    optimizer = build_optimizer(weights, config.optimizer)
+    norms = OptimizerNorms(optimizer, config, ParallelPlan.of(config, 1))
+    for rate in (1e-2, 1e-3, 3e-3, 1e-2):
+        old = [parameter.detach().double().clone() for parameter in weights.parameters()]
+        norms.arm(torch.device("cpu"), histograms=True)
+        step(optimizer, weights, rate)
+        found = norms.describe(1.0)
+        pairs = list(zip(old, weights.parameters(), strict=True))
+        changed = sum((a - b.detach().double()).square().sum() for a, b in pairs).sqrt()
+        before, gradient = (
+            sum(x.double().square().sum() for x in tensors).sqrt().item()
+            for tensors in (old, [parameter.grad for parameter in weights.parameters()])
+        )
+        assert found["update_ratio/other"] == pytest.approx(changed.item() / before, rel=1e-5)
+        assert found["param_norm/other"] == pytest.approx(before, rel=1e-5)
+        assert found["grad_norm/other"] == pytest.approx(gradient, rel=1e-5)
+        assert sum(found["gradient_histogram"]["other"]) == 2 * ELEMENTS
+
+
+def peak_bytes(run: Callable[[], None]) -> int:
+    """The most memory that is allocated at once inside, on top of what was there."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    allocated = highest = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        allocated += event.nbytes()
+        highest = max(highest, allocated)
+    return highest
+
+
+def test_a_logged_step_takes_slices_of_memory_only(config: RunConfig) -> None:
+    weights = Weights()
+    optimizer = build_optimizer(weights, config.optimizer)
+    norms = OptimizerNorms(optimizer, config, ParallelPlan.of(config, 1))
+    step(optimizer, weights, 1e-3)
+    plain = peak_bytes(lambda: optimizer.step())
+    norms.arm(torch.device("cpu"), histograms=True)
+    assert norms.squares.shape == (len(KINDS), 3)
+    logged = peak_bytes(lambda: optimizer.step())
+    assert logged - plain < 4 * 4 * SLICE, "of 64 slices that a partition has"

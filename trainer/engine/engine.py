@@ -1,0 +1,339 @@
+"""The one file that knows DeepSpeed: ZeRO, expert groups, gradient scaling, where it keeps optimizer states.
+
+`mark_experts` makes our MoE blocks DeepSpeed's: each block's class becomes one that also inherits
+AutoEPMoELayer (as torch's `fully_shard` does with its class), and the expert weights carry the attributes by
+which DeepSpeed reduces, partitions and clips them over the expert-data-parallel group.
+"""
+
+import math
+import os
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from data_pipeline.loader import Batch
+from moe.block import MoEBlock
+from moe.model import ModelOutput
+from moe.router import TrainingRouting
+from trainer.engine.clock import StepClock
+from trainer.ranks.runtime import Ranks
+from trainer.settings.config import RunConfig
+from trainer.settings.parallel import ParallelPlan
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import deepspeed
+import deepspeed.comm
+import deepspeed.ops
+from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.utils import groups
+
+from trainer.engine.gradients import Fp32Sums, ReduceScatter, reduce_and_clip
+
+all_to_all = deepspeed.comm.all_to_all_single  # for dispatchers: DeepSpeed's communication log sees it
+# DeepSpeed's collectives, as its backend names them
+_COLLECTIVES = ["all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "reduce"]
+_COLLECTIVES += ["all_to_all_single"]
+
+
+def init_deepspeed(device: torch.device) -> None:
+    """Hand the existing process group to DeepSpeed."""
+    # at every collective
+    warnings.filterwarnings("ignore", r"`torch\.distributed\..*` is deprecated", FutureWarning)
+    # It would compile a shared-memory operator for inference, for a minute, on every rank.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
+
+
+def communication_log(run: Callable[[], Any]) -> str:
+    """What DeepSpeed's log says of the collectives in `run`, a line per operation, the slowest first.
+
+    It waits for each collective, and sees those that go through deepspeed.comm.
+    """
+    log = deepspeed.comm.comm.comms_logger
+    deepspeed.comm.configure(enabled=True, prof_all=True, verbose=False)
+    run()
+    deepspeed.comm.configure(enabled=False)
+    rows = []
+    for name, sizes in log.get_raw_data().items():
+        mebibytes = sum(size * count for size, (count, *_) in sizes.items()) / 2**20
+        calls = sum(count for count, *_ in sizes.values())
+        # of an operation's latencies each holds those before it: its timer is never reset
+        milliseconds = max(max(latencies) for _, latencies, *_ in sizes.values())
+        rows.append((milliseconds, f"{name:<28}{calls:>8}{mebibytes:>12.2f}{milliseconds:>12.2f}"))
+    head = f"{'collective':<28}{'calls':>8}{'MiB':>12}{'ms':>12}"
+    return "\n".join([head, *(line for _, line in sorted(rows, reverse=True))])
+
+
+def expert_parallel_group(ep_size: int) -> dist.ProcessGroup:
+    """The expert-parallel group of this rank: `ep_size` consecutive ranks. Every rank must call it."""
+    name = f"ep_size_{ep_size}"
+    if name not in groups._get_expert_parallel_group_dict():
+        if ep_size > 1:
+            groups._create_expert_and_data_parallel(ep_size)
+        else:  # it would make a group for each rank, one after another, and all ranks wait for each
+            alone = dist.new_group([dist.get_rank()], use_local_synchronization=True)
+            groups._EXPERT_PARALLEL_GROUP[name] = alone
+            groups._EXPERT_PARALLEL_GROUP_RANKS[name] = [dist.get_rank()]
+            groups._EXPERT_DATA_PARALLEL_GROUP[name] = dist.group.WORLD
+            groups._EXPERT_DATA_PARALLEL_GROUP_RANKS[name] = list(range(dist.get_world_size()))
+    return groups._get_expert_parallel_group(name)
+
+
+class _AutoEPBlock(MoEBlock, AutoEPMoELayer):
+    """A block with DeepSpeed's marker class as a second parent; the arithmetic stays the block's."""
+
+    ep_size: int
+
+    def set_deepspeed_parallelism(self, *args: Any, **kwargs: Any) -> None:
+        """DeepSpeed asks every layer for its group; ours exists already."""
+        self.ep_group = expert_parallel_group(self.ep_size)
+
+
+def mark_experts(model: nn.Module, num_experts: int, ep_size: int, ep_rank: int) -> None:
+    """Make every MoE block of `model`, which holds this rank's experts, an AutoEP layer for DeepSpeed."""
+    group_name = f"ep_size_{ep_size}"
+    for block in model.modules():
+        if not isinstance(block, MoEBlock):
+            continue
+        block.__class__ = _AutoEPBlock
+        vars(block).update(num_experts=num_experts, num_local_experts=num_experts // ep_size)
+        vars(block).update(ep_size=ep_size, ep_rank=ep_rank)
+        vars(block).update(ep_group_name=group_name, ep_group=expert_parallel_group(ep_size))
+        for parameter in block.experts.parameters():
+            vars(parameter).update(allreduce=False, is_expert_group=True, group_name=group_name)
+            vars(parameter).update(ds_zero_partition_group_name=group_name)
+            vars(parameter).update(ds_zero_placement_family="autoep_expert")
+
+
+def _settings(config: RunConfig, plan: ParallelPlan) -> dict[str, Any]:
+    """What DeepSpeed is told: the section of the run, and what other keys of ours say."""
+    stage, in_bf16 = config.zero_stage, config.dtype == "bf16"
+    settings: dict[str, Any] = {
+        # torch's AdamW runs on CPU tensors, and DeepSpeed's would have to be compiled
+        "zero_force_ds_cpu_optimizer": False,
+        **config.deepspeed,
+        "train_batch_size": plan.global_batch_size,
+        "train_micro_batch_size_per_gpu": plan.micro_batch_size,
+        "gradient_accumulation_steps": plan.gradient_accumulation_steps,
+        # its own norm is wrong for experts without ZeRO, so stage 0 clips here
+        "gradient_clipping": config.optimizer.max_grad_norm if stage > 0 else 0.0,
+        "steps_per_print": None,
+        # ZeRO-1 frees each bf16 gradient as soon as it is added to the fp32 sum
+        "bf16": {"enabled": in_bf16, "immediate_grad_update": in_bf16 and stage == 1},
+    }
+    if in_bf16 and stage > 0:
+        settings["data_types"] = {"grad_accum_dtype": "fp32"}
+        settings.setdefault("communication_data_type", "fp32")  # else sums over ranks are rounded to bf16
+    return settings
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """Consecutive elements of one parameter, with their optimizer state, that this rank holds."""
+
+    parameter: str
+    start: int  # of its first element in the flattened whole parameter, of experts [E, ...]
+    state: dict[str, Tensor]  # master (fp32 weights), exp_avg, exp_avg_sq: 1-D fp32 views, to read or to fill
+    owned: bool  # whether it falls to this rank to write them (without ZeRO several ranks hold the same)
+
+
+class Engine:
+    """A model under DeepSpeed: forward, backward of shares, step, and the states that a checkpoint keeps."""
+
+    def __init__(
+        self, model: nn.Module, optimizer: Optimizer, config: RunConfig, plan: ParallelPlan, ranks: Ranks
+    ) -> None:
+        self._seed, self._experts = config.seed, config.experts
+        self._zero_stage = config.zero_stage
+        self._max_grad_norm = config.optimizer.max_grad_norm
+        self._ep_rank = plan.ep_rank(ranks.rank)
+        self._ep_group = expert_parallel_group(plan.ep_size)
+        self._edp_group = groups._get_expert_data_parallel_group(f"ep_size_{plan.ep_size}")
+        given = {"model": model, "optimizer": optimizer, "config": _settings(config, plan)}
+        self._engine, *_ = deepspeed.initialize(**given, dist_init_required=False)
+        self.module: nn.Module = self._engine.module
+        self._masters: dict[nn.Parameter, Tensor] = {}  # bf16 without ZeRO: fp32 masters by parameter
+        self._averaged_over = plan.world_size  # by which DeepSpeed divides a sum over ranks
+        self.clock = StepClock(ranks.device)
+        backend: Any = deepspeed.comm.comm.cdb
+        for name in _COLLECTIVES:  # of the class, because another engine may come later
+            collective = getattr(type(backend), name).__get__(backend)
+            setattr(backend, name, self.clock.timed("communication", collective))
+        sums = self._engine.optimizer
+        if self._zero_stage == 0:
+            # It would copy all gradients into a buffer and back, also those that no other rank shares.
+            self._engine.enable_backward_allreduce, self._averaged_over = False, 1
+            optimizer.state.clear()  # in bf16 it would start Adam's bias correction at its second step
+            if config.dtype == "bf16":
+                sums.__class__ = Fp32Sums
+                self._masters = sums.take_over()
+        elif isinstance(sums, BF16_Optimizer):
+            sums.__class__, self._averaged_over = ReduceScatter, 1
+        elif self._zero_stage == 3:
+            _in_one_order(self.module)
+
+    def forward(
+        self, batch: Batch, selection_bias: Tensor | None = None, routing_only: bool = False
+    ) -> ModelOutput:
+        """One micro-batch: the sums of cross entropy (unless `routing_only`) and the router statistics."""
+        keys = [f"{self._seed}:{row}" for row in batch.rows]
+        routing = TrainingRouting(self._experts.router_jitter_noise, self._experts.capacity_factor, keys)
+        with self.clock.part("forward"):
+            return self._engine(
+                batch.input_ids,
+                batch.position_ids,
+                batch.cu_seqlens,
+                token_mask=batch.token_mask,
+                labels=batch.labels,
+                selection_bias=selection_bias,
+                routing_only=routing_only,
+                routing=routing if self.module.training else None,
+                lengths=batch.lengths,
+            )
+
+    def backward(self, loss_share: Tensor) -> None:
+        """Accumulate the gradient of this rank's share; shares add up over ranks and micro-batches.
+
+        DeepSpeed would divide by the accumulation steps, and averages over ranks where it reduces. Both are
+        undone here; no other line of the project scales a loss by a number of ranks.
+        """
+        with self.clock.part("backward"):
+            self._engine.backward(loss_share * self._averaged_over, scale_wrt_gas=False)
+            if not self._engine.is_gradient_accumulation_boundary():
+                self._engine.step()
+
+    def step(self, learning_rate: float) -> float:
+        """Clip and update after the last micro-batch; returns the global gradient norm before clipping.
+
+        Where that is no finite number, the weights stay as they were.
+        """
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        with self.clock.part("optimizer"):
+            norm = self._reduce_and_clip() if self._zero_stage == 0 else None
+            if norm is None or math.isfinite(norm):
+                self._engine.step()
+            return float(self._engine.get_global_grad_norm()) if norm is None else norm
+
+    def _reduce_and_clip(self) -> float:
+        """Without ZeRO: sum the gradients over ranks in place, and clip by their norm, which it returns."""
+        shared: list[Tensor] = []
+        experts: list[Tensor] = []
+        for parameter in self.module.parameters():
+            master = self._masters.get(parameter, parameter)
+            if master.grad is None:  # perhaps on this rank only
+                master.grad = torch.zeros_like(master)
+            (experts if _is_expert(parameter) else shared).append(master.grad)
+        return reduce_and_clip(shared, experts, self._edp_group, self._ep_group, self._max_grad_norm)
+
+    def owned_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, whole tensor) of what this rank writes to disk, one at a time; all ranks must iterate.
+
+        The ranks that hold a parameter (experts: that hold the same slice) take turns in owning one.
+        """
+        for name, parameter, owned in self._parameters():
+            # ZeRO-3 cuts parameters up, of experts this rank's slice
+            with deepspeed.zero.GatheredParameters([parameter], enabled=self._zero_stage == 3):
+                if owned:
+                    yield name, parameter.detach()
+
+    def _parameters(self) -> Iterator[tuple[str, nn.Parameter, bool]]:
+        """Name, parameter, and whether this rank owns it."""
+        for position, (name, parameter) in enumerate(self.module.named_parameters()):
+            group = self._edp_group if _is_expert(parameter) else None
+            turn = position % dist.get_world_size(group)
+            yield name, parameter, turn == dist.get_rank(group)
+
+    def fragments(self) -> Iterator[Fragment]:
+        """The optimizer state that this rank holds, wherever DeepSpeed keeps it; no collectives.
+
+        Filling the views restores a state, on whatever layout it was read: `end_restore` ends it.
+        """
+        for name, parameter, owned in self._parameters():
+            if (place := self._locate(parameter)) is None:
+                continue
+            flat, offset, start, numel = place
+            state = self._adam_state(flat)
+            views = {"master": flat.detach(), "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
+            if _is_expert(parameter):  # this rank holds its slice of them
+                start += self._ep_rank * getattr(parameter, "ds_numel", parameter.numel())
+            cut = {key: view.view(-1)[offset : offset + numel] for key, view in views.items()}
+            yield Fragment(name, start, cut, owned or self._zero_stage > 0)
+
+    def _locate(self, parameter: Any) -> tuple[Tensor, int, int, int] | None:
+        """Where fp32 elements of a parameter lie on this rank, None if they all lie on others.
+
+        (tensor that the optimizer updates, first element there, first element in the parameter, elements)
+        """
+        optimizer = self._engine.optimizer
+        if self._zero_stage == 3:
+            group, offset, padded = optimizer.grad_position[optimizer.get_param_id(parameter)]
+            start = padded * dist.get_rank(parameter.ds_process_group)
+            numel = min(padded, parameter.ds_numel - start)
+            flat = optimizer.fp32_partitioned_groups_flat[group]
+            return (flat, offset, start, numel) if numel > 0 else None
+        if self._zero_stage > 0:
+            if (mapping := parameter._hp_mapping) is None:
+                return None
+            flat = self._engine.basic_optimizer.param_groups[mapping.param_group_index]["params"][0]
+            here, there = mapping.hp_fragment_address, mapping.lp_fragment_address
+            return flat, here.start, there.start, here.numel
+        return self._masters.get(parameter, parameter), 0, 0, parameter.numel()
+
+    def _adam_state(self, flat: Tensor) -> dict[str, Tensor]:
+        """The state of a tensor that the optimizer updates; that of no step yet where it has none."""
+        state = self._engine.basic_optimizer.state[flat]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(flat), torch.zeros_like(flat)
+        return state
+
+    @torch.no_grad()
+    def end_restore(self, step: int) -> None:
+        """After all fragments are filled, on all ranks: set the step, and the weights from their masters."""
+        for state in self._engine.basic_optimizer.state.values():
+            state["step"].fill_(step)
+        optimizer = self._engine.optimizer
+        if self._zero_stage == 3:
+            optimizer.checkpoint_event_prologue()
+            for group in range(len(optimizer.fp32_partitioned_groups_flat)):
+                optimizer._reassign_or_swap_out_partitioned_parameters(group)
+                optimizer._unflatten_partitioned_parameters(group)
+            optimizer.checkpoint_event_epilogue()
+        elif self._zero_stage > 0:
+            optimizer.update_lp_params()
+        for parameter, master in self._masters.items():
+            parameter.copy_(master)
+
+    def close(self) -> None:
+        """Release what DeepSpeed holds; all ranks must call it."""
+        self._engine.destroy()
+
+
+def _is_expert(parameter: nn.Parameter) -> bool:
+    return not getattr(parameter, "allreduce", True)
+
+
+def _in_one_order(model: nn.Module) -> None:
+    """ZeRO-3: have all ranks gather parameters in one order.
+
+    DeepSpeed prefetches a set of parameters, whose order differs between processes, over one group of ranks
+    after another. Collectives of two groups that two ranks start in another order can wait for each other.
+    """
+    parameter: Any
+    for parameter in model.parameters():
+        gather = parameter.all_gather_coalesced
+
+        def ordered(parameters: Iterable[Any], *args: Any, _gather: Any = gather, **kwargs: Any) -> Any:
+            return _gather(sorted(parameters, key=lambda one: one.ds_id), *args, **kwargs)
+
+        parameter.all_gather_coalesced = ordered

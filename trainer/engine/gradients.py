@@ -1,0 +1,151 @@
+"""How gradients are summed where DeepSpeed's own way rounds the sums to bf16, or moves more than it must.
+
+Weights in bf16 have gradients in bf16; their sums over micro-batches and ranks are fp32. DeepSpeed's ZeRO 2
+and 3 do that when told to (`trainer/engine/engine.py`). Without ZeRO and under ZeRO-1 its optimizers, which
+hold the fp32 master weights, become one of the classes below, in place.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import deepspeed.comm
+import torch
+import torch.distributed as dist
+from deepspeed.runtime import bf16_optimizer
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+from torch import Tensor, nn
+
+SMALL = 2**20  # elements of a gradient that is not worth a collective of its own
+bf16_optimizer.see_memory_usage = lambda *_, **__: None  # prints a table for each parameter group
+
+
+class Fp32Sums(FP16_UnfusedOptimizer):
+    """bf16 without ZeRO: the gradient of each master weight is the fp32 sum over micro-batches."""
+
+    def take_over(self) -> dict[nn.Parameter, Tensor]:
+        """From now on a gradient is added to that of its master as soon as the backward has it.
+
+        Returns the master of each weight.
+        """
+        groups = zip(self.fp16_groups, self.fp32_groups, strict=True)
+        masters = {weight: master for pair in groups for weight, master in zip(*pair, strict=True)}
+        for weight, master in masters.items():
+            weight.register_post_accumulate_grad_hook(_adding_to(master))
+        return masters
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:
+        """Update the masters by their gradients, which others have reduced, and the weights from them."""
+        self.optimizer.step()
+        for weights, masters in zip(self.fp16_groups, self.fp32_groups, strict=True):
+            torch._foreach_copy_(weights, masters)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the sums."""
+        self.optimizer.zero_grad(set_to_none)
+
+
+class ReduceScatter(BF16_Optimizer):
+    """ZeRO-1 in bf16: each rank receives the sums of what it steps, and nothing else, in fp32.
+
+    DeepSpeed adds gradients up in a flat fp32 buffer for each parameter group, and would all-reduce the whole
+    buffer in bf16. Sums are over ranks here, not means.
+    """
+
+    def reduce_gradients(self, pipeline_parallel: bool = False) -> None:
+        """Called by DeepSpeed after the last micro-batch. Every rank must call it."""
+        parts = zip(
+            self.fp32_groups_gradient_flat_partition,
+            self.fp32_groups_gradients_flat,
+            self.real_dp_process_group,
+            strict=True,
+        )
+        works = [
+            deepspeed.comm.reduce_scatter_tensor(mine, whole, group=group, async_op=True)
+            for mine, whole, group in parts
+            if dist.get_world_size(group) > 1
+        ]
+        for work in works:
+            work.wait()
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:
+        """Clip by the global norm and update. Where the norm is no finite number, nothing moves."""
+        gradients = self.fp32_groups_gradient_flat_partition
+        squares = square_sum(gradients, gradients[0].device)
+        dist.all_reduce(squares)  # no two ranks step the same element
+        norm = self._global_grad_norm = float(squares.sqrt())
+        self.overflow = not math.isfinite(norm)
+        if self.overflow:
+            return
+        clip(gradients, norm, self.clip_grad)
+        for master, gradient in zip(self.fp32_groups_flat_partition, gradients, strict=True):
+            master.grad = gradient
+        self.optimizer.step()
+        self.update_lp_params()
+
+    def _update_hp_grad(self, lp: nn.Parameter, group_idx: int, param_idx: int, clear_lp_grads: bool) -> None:
+        """Called by DeepSpeed as soon as the backward has a gradient, which it frees afterwards."""
+        self.fp32_groups_gradients[group_idx][param_idx].view_as(lp).add_(lp.grad)
+
+
+def reduce_and_clip(
+    shared: list[Tensor],
+    experts: list[Tensor],
+    edp_group: dist.ProcessGroup | None,
+    ep_group: dist.ProcessGroup | None,
+    max_norm: float,
+) -> float:
+    """Without ZeRO: sum gradients over the ranks that hold the same weights, in place, and clip them.
+
+    shared: of weights that all ranks hold; experts: of those that the ranks of `edp_group` hold, the other
+    experts being spread over `ep_group`. Returns the global norm before clipping. Every rank must call it.
+    """
+    for gradients, group in ((shared, None), (experts, edp_group)):
+        if dist.get_world_size(group) > 1:
+            all_reduce(gradients, group)
+    squares = torch.stack([square_sum(gradients, shared[0].device) for gradients in (shared, experts)])
+    dist.all_reduce(squares[1], group=ep_group)
+    norm = float(squares.sum().sqrt())
+    clip(shared + experts, norm, max_norm)
+    return norm
+
+
+def all_reduce(gradients: list[Tensor], group: dist.ProcessGroup | None) -> None:
+    """Sum gradients over the ranks of `group` in place; the many small ones travel together."""
+    large = [gradient for gradient in gradients if gradient.numel() >= SMALL]
+    small = [gradient for gradient in gradients if gradient.numel() < SMALL]
+    for gradient in large:
+        deepspeed.comm.all_reduce(gradient, group=group)
+    if small:
+        together = torch.cat([gradient.flatten() for gradient in small])
+        deepspeed.comm.all_reduce(together, group=group)
+        parts = together.split([gradient.numel() for gradient in small])
+        torch._foreach_copy_(small, [part.view_as(to) for part, to in zip(parts, small, strict=True)])
+
+
+def square_sum(tensors: list[Tensor], device: torch.device) -> Tensor:
+    """The sum of the squares of all elements, a scalar in fp32 on `device`."""
+    if not tensors:
+        return torch.zeros((), device=device)
+    return torch.stack(torch._foreach_norm(tensors, dtype=torch.float32)).square().sum()
+
+
+def clip(gradients: list[Tensor], norm: float, max_norm: float) -> None:
+    """Scale gradients of this global norm down to `max_norm`, in place; 0 leaves them as they are."""
+    if max_norm > 0 and norm > max_norm:
+        torch._foreach_mul_(gradients, max_norm / (norm + 1e-6))
+
+
+def _adding_to(master: Tensor) -> Callable[[nn.Parameter], None]:
+    @torch.no_grad()
+    def add(weight: Any) -> None:
+        if master.grad is None:
+            master.grad = weight.grad.to(master.dtype)
+        else:
+            master.grad.add_(weight.grad)
+        weight.grad = None
+
+    return add

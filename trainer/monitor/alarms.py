@@ -1,0 +1,103 @@
+"""Alarms: what in the logged metrics a person should look at now, and what to do about it."""
+
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from trainer.engine.optimizer import kind_of
+from trainer.settings.config import AlarmsConfig
+
+_WINDOW, _LEAST = 50, 10  # logged losses that the loss is compared with, and how many there must be
+_STRAGGLES = 3  # logged steps in a row that one rank must be the slowest in
+
+
+class Alarm(NamedTuple):
+    """One reason to look at a run."""
+
+    kind: str
+    text: str  # what is the matter, and what to do
+
+
+class Alarms:
+    """Watches the metrics of logged steps. `hosts` is indexed by rank."""
+
+    def __init__(self, config: AlarmsConfig, hosts: list[str]) -> None:
+        self._config, self._hosts = config, hosts
+        self._losses: deque[float] = deque(maxlen=_WINDOW)
+        self._slow = (-1, 0)  # the rank that straggles, and for how many logged steps
+        self._raised: dict[str, int] = {}  # kind -> step
+
+    def check(self, metrics: dict[str, Any]) -> list[Alarm]:
+        """The alarms that a logged step raises; each kind once in `repeat_after_steps`."""
+        step, loud = metrics["step"], metrics["step"] - self._config.repeat_after_steps
+        due = [alarm for alarm in self._found(metrics) if self._raised.get(alarm.kind, loud) <= loud]
+        self._raised |= {alarm.kind: step for alarm in due}
+        return due
+
+    def _found(self, metrics: dict[str, Any]) -> Iterator[Alarm]:
+        limits, loss, before = self._config, metrics["loss"], np.array(self._losses)
+        self._losses.append(loss)
+        if len(before) >= _LEAST:  # the z-score of the loss against the line through those before it
+            at = np.arange(len(before))
+            slope, start = np.polyfit(at, before, 1)
+            expected = start + slope * len(before)
+            z = (loss - expected) / max(float(np.std(before - start - slope * at)), 1e-3 * abs(expected))
+            if z > limits.loss_spike:
+                yield Alarm(
+                    "loss spike",
+                    f"the loss is {loss:.3f}, {z:.1f} deviations above where the steps before lead. If it "
+                    "does not come back: look at the rows of the step (python -m data_pipeline inspect), "
+                    "leave them out (data.skip) or lower optimizer.lr, and go on from a checkpoint before it",
+                )
+        layers = metrics.get("layers", {}).get("effective_experts", [])
+        if layers and min(layers) < limits.effective_experts:
+            layer = layers.index(min(layers))
+            yield Alarm(
+                "expert collapse",
+                f"sparse layer {layer} works as if it had {layers[layer]:.0%} of its experts "
+                f"({metrics['layers']['dead_experts'][layer]} without a token). If it does not recover: "
+                "raise model.router_aux_loss_coef, set balance.bias_update_rate, look for one-sided data",
+            )
+        if metrics["stall_fraction"] > limits.data_stall:
+            yield Alarm(
+                "data stall",
+                f"{metrics['stall_fraction']:.1%} of a step goes by waiting for data "
+                f"({metrics['data_wait_seconds']:.3f} s). Put data.dir on a faster disk, or free CPU cores",
+            )
+        rank = metrics["slowest_rank"] if metrics["straggling"] > limits.straggler else -1
+        self._slow = (rank, self._slow[1] + 1 if rank == self._slow[0] else 1)
+        if rank >= 0 and self._slow[1] >= _STRAGGLES:
+            yield Alarm(
+                "straggler",
+                f"rank {rank} on {self._hosts[rank]} computes {metrics['straggling']:.0%} longer than the "
+                f"median in {self._slow[1]} logged steps running; all others wait. Look at the clocks, heat "
+                "and other processes of its device, or leave the node out; if received_imbalance is high, at "
+                "its experts",
+            )
+
+
+@contextmanager
+def first_not_finite(model: nn.Module) -> Iterator[list[str]]:
+    """Where a gradient that a backward inside brings first is no finite number; at most one place.
+
+    The backward comes from the loss to the embedding: what is named is nearest to the loss.
+    """
+    found: list[str] = []
+
+    def look(tensor: Tensor, name: str, what: str = "gradient") -> None:
+        if not found and not torch.isfinite(tensor).all():
+            found.append(f"the {what} of the {kind_of(name)} ({name})")
+
+    handles = []
+    for name, parameter in model.named_parameters():
+        look(parameter, name, "weights")
+        handles.append(parameter.register_hook(partial(look, name=name)))
+    yield found
+    for handle in handles:
+        handle.remove()

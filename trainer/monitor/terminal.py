@@ -1,0 +1,99 @@
+"""What a person sees while a run goes: a live line on a terminal, plain lines in a job log. Rank 0 only."""
+
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from data_pipeline.manifest import Manifest
+from trainer.settings.config import RunConfig
+
+# What the live panel says of a step; a plain line says the first two of each.
+_SHOWN = {
+    "learning": ["loss {loss:.3f}", "grad {grad_norm:.2f}", "learning rate {learning_rate:.2e}"],
+    "balance": ["balance {balance_loss:.3f}", "busiest {busiest:.1f}x", "{dead_experts} unused"],
+    "speed": [
+        *("{tokens_per_second:,.0f} tok/s", "mfu {mfu:.1%}", "waiting for data {stall_fraction:.1%}"),
+        "{memory_gib:.1f} GiB",
+    ],
+}
+
+
+class Terminal:
+    """Progress of training on the terminal that the run was started from."""
+
+    def __init__(self, stream: TextIO | None, total_steps: int) -> None:
+        self._console = Console(file=stream, quiet=stream is None, highlight=False, soft_wrap=True)
+        self._total_steps = total_steps
+        self._live: Live | None = None
+        if stream is not None and self._console.is_terminal:
+            self._live = Live(console=self._console, refresh_per_second=4, transient=True)
+            self._live.start()
+
+    def say(self, message: str) -> None:
+        """One line that stays."""
+        when = "" if self._console.is_terminal else time.strftime("%H:%M:%S ")
+        self._console.print(when + message, markup=False)
+
+    def progress(self, metrics: dict[str, Any], saved_step: int) -> None:
+        """The state of the run at a logged step; `saved_step` has the last checkpoint, 0 = none."""
+        step, total = metrics["step"], self._total_steps
+        eta = f"ETA {duration(metrics['eta_seconds'])}"
+        known = metrics | {"busiest": 1 + metrics.get("max_violation", 0.0)}
+        parts = {
+            title: [text.format(**known) for text in texts]
+            for title, texts in _SHOWN.items()
+            if title != "balance" or "balance_loss" in metrics
+        }
+        if self._live is None:
+            brief = [text for texts in parts.values() for text in texts[:2]]
+            self.say("  ".join([f"step {step}/{total}", *brief, eta]))
+            return
+        parts["saved"] = [f"checkpoint of step {saved_step:,}" if saved_step else "no checkpoint yet"]
+        rows = Table.grid(padding=(0, 2))
+        rows.add_row(ProgressBar(total, step, width=24), f"step {step:,} of {total:,}  {eta}")
+        for title, texts in parts.items():
+            rows.add_row(Text(title, "dim"), Text("   ".join(texts)))
+        self._live.update(Panel.fit(rows))
+
+    def close(self) -> None:
+        """End the live line."""
+        if self._live is not None:
+            self._live.stop()
+
+
+def closing(config: RunConfig, metrics: dict[str, Any], manifest: Manifest | None, run_dir: Path) -> str:
+    """The last words of a finished run: what was reached, where it is, what to do next."""
+    held_out = []
+    for name, source in manifest.sources.items() if manifest else ():
+        if f"loss/{name}" in metrics:
+            known = source.validation_unigram_cross_entropy  # of knowing only how common each token is
+            beside = f" (token frequencies alone: {known:.3f})" if known else ""
+            held_out.append(f"{name} {metrics[f'loss/{name}']:.3f}{beside}")
+    rows = {
+        "loss": f"{metrics['loss']:.3f} nats per token at step {metrics['step']:,}",
+        "held out": ", ".join(held_out),
+        "speed": f"{metrics['tokens_per_second']:,.0f} tokens/s, MFU {metrics['mfu']:.1%}",
+    }
+    if "balance_loss" in metrics:
+        experts = config.model.num_experts * config.model.num_moe_layers
+        rows["experts"] = (
+            f"balance {metrics['balance_loss']:.3f} (1 = even), busiest {1 + metrics['max_violation']:.1f} x "
+            f"the mean, {metrics['dead_experts']} of {experts} unused in the last step"
+        )
+    rows["run"] = f"{run_dir}; for transformers: {run_dir}/checkpoints/step-{metrics['step']:08d}/hf"
+    rows["next"] = f'python -m trainer.generate {run_dir} "def ", python -m trainer.report {run_dir}'
+    return "\n".join(["", *(f"  {name:<9} {value}" for name, value in rows.items() if value)])
+
+
+def duration(seconds: float) -> str:
+    """3661 -> 1:01:01."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

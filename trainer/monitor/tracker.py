@@ -1,0 +1,171 @@
+"""Where metrics go: JSON Lines files always, Weights & Biases online or offline, never in training's way."""
+
+import json
+import netrc
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TextIO
+from urllib.parse import urlparse
+
+import numpy as np
+
+from data_pipeline.manifest import write_atomically
+from trainer.monitor.alarms import Alarm
+from trainer.monitor.metrics import HISTOGRAM_LOG2
+from trainer.settings.config import RunConfig
+from trainer.settings.run_folder import flat_metrics
+
+_ROOT = Path(__file__).parents[2]
+_CODE = {".py", ".yaml", ".sh", ".html"}
+
+
+class Tracker:
+    """Metrics and alarms of one run folder; a context. Only the tracker of the main rank does anything.
+
+    W&B gets each step once, in order, under one run id over all attempts: a step that is done again is the
+    same bit for bit. Each attempt first tells it what it may not know: an offline file begins anew, so that
+    the newest holds the whole run, and a killed client loses its last seconds. `say` tells a person.
+    """
+
+    def __init__(
+        self, config: RunConfig, run_dir: Path, attempt: int, say: Callable[[str], None], is_main: bool
+    ) -> None:
+        names = ("metrics", "expert_load", "alarms") if is_main else ()
+        self._files = {name: _open(run_dir / f"{name}.jsonl") for name in names}
+        self._attempt, self._say = attempt, say
+        self._run: Any = None
+        mode = _wandb_mode(config.tracker.wandb)
+        self._wandb = is_main and mode != "disabled"
+        self._guarded(lambda: self._start(mode, config, run_dir))
+
+    def log(self, metrics: dict[str, Any]) -> None:
+        """One line of metrics.jsonl and one point of W&B; `metrics` holds at least `step`."""
+        rest = dict(metrics)
+        load = rest.pop("tokens_per_expert", None)
+        self._write("metrics", rest)
+        if load is not None:
+            self._write("expert_load", {"step": metrics["step"], "tokens_per_expert": load})
+        self._guarded(lambda: self._send(metrics))
+
+    def alert(self, step: int, alarm: Alarm) -> None:
+        """Tell a person, alarms.jsonl and W&B."""
+        title = f"{alarm.kind} at step {step}"
+        self._say(f"ALARM {title}: {alarm.text}")
+        self._write("alarms", {"step": step, **alarm._asdict()})
+        self._guarded(lambda: self._run.alert(title, alarm.text, level="WARN"))
+
+    def __enter__(self) -> "Tracker":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for file in self._files.values():
+            file.close()
+        self._guarded(lambda: self._run.finish(exit_code=1 if error else 0))
+
+    def _write(self, name: str, values: dict[str, Any]) -> None:
+        if name in self._files:
+            self._files[name].write(json.dumps({**values, "attempt": self._attempt}) + "\n")
+
+    def _guarded(self, act: Callable[[], None]) -> None:
+        """W&B is a guest: whatever goes wrong in its client ends its part, not the run's."""
+        try:
+            if self._wandb:
+                act()
+        except Exception as error:
+            self._wandb = False
+            self._say(f"warning: W&B has failed ({error}); metrics.jsonl goes on")
+
+    def _start(self, mode: Any, config: RunConfig, run_dir: Path) -> None:
+        # It would wait for a dead server at exit, and keep our code in the home directory.
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+        os.environ.setdefault("WANDB_DATA_DIR", str((run_dir / "wandb").resolve()))
+        import wandb
+
+        identity = run_dir / "wandb_id"  # over all attempts; the agent of a W&B sweep chooses it
+        if not identity.exists():
+            write_atomically(identity, os.environ.get("WANDB_RUN_ID", os.urandom(6).hex()).encode())
+        folder, seconds = Path(config.name).parent.as_posix(), config.tracker.timeout_seconds
+        settings = dict.fromkeys(("init_timeout", "login_timeout", "finish_timeout"), seconds)
+        init = partial(
+            wandb.init,
+            dir=run_dir,
+            id=identity.read_text(),
+            project=os.environ.get("WANDB_PROJECT", config.tracker.project),  # which a W&B sweep sets
+            group=config.tracker.group or (None if folder == "." else folder),
+            tags=config.tracker.tags,
+            name=config.name,
+            config=asdict(config),
+            settings={"console": "off", "silent": True, **settings},
+        )
+        try:
+            self._run = init(mode=mode, resume="allow" if mode == "online" else None)
+        except Exception as error:
+            if mode != "online":
+                raise
+            later = f"upload later by wandb sync {run_dir}/wandb/latest-run"
+            self._say(f"warning: W&B does not answer ({error}); going on offline, {later}")
+            wandb.teardown()  # its service holds the run id
+            self._run = init(mode="offline")
+        self._run.define_metric("*", step_metric="step")  # `tokens` is there for the other axis
+        for key in ("loss", "loss/validation"):
+            self._run.define_metric(key, step_metric="step", summary="min,last")
+        code = wandb.Artifact(f"code-{self._run.id}", type="code")
+        for package in ("trainer", "moe", "data_pipeline", "slurm", "conf"):
+            for path in sorted((_ROOT / package).rglob("*")):
+                if path.suffix in _CODE:
+                    code.add_file(str(path), str(path.relative_to(_ROOT)))
+        for name in ("config.yaml", "overrides.txt", "environment.json", "git.txt"):
+            code.add_file(str(run_dir / name), f"run/{name}")
+        self._run.log_artifact(code)
+        self._told_step = self._run.step  # online, what the server has
+        with (run_dir / "metrics.jsonl").open() as known, (run_dir / "expert_load.jsonl").open() as loads:
+            load = {line["step"]: line for line in map(json.loads, loads)}
+            for line in map(json.loads, known):
+                self._send(load.get(line["step"], {}) | line if "loss" in line else line)
+
+    def _send(self, metrics: dict[str, Any]) -> None:
+        import wandb
+
+        step, rest = metrics["step"], dict(metrics)
+        if step < self._told_step:
+            return
+        self._told_step = step
+        histograms, load = rest.pop("gradient_histogram", {}), rest.pop("tokens_per_expert", None)
+        point = dict(flat_metrics(rest))
+        if load is not None:
+            caption = f"step {step}: layers down, experts across; red = twice the mean"
+            point["expert_load"] = wandb.Image(heatmap(np.array(load)), caption=caption)
+        edges = np.exp2(np.arange(HISTOGRAM_LOG2[0], HISTOGRAM_LOG2[1] + 1))
+        for kind, counts in histograms.items():
+            point[f"gradient/{kind}"] = wandb.Histogram(np_histogram=(np.array(counts), edges))
+        self._run.log(point, step=step)
+
+
+def heatmap(load: np.ndarray) -> np.ndarray:
+    """[L,E] tokens -> [8L,4E,3] uint8: white = the layer's mean, blue = nothing, red = twice the mean."""
+    away = np.clip(load / np.maximum(load.mean(axis=1, keepdims=True), 1e-9) - 1, -1, 1)
+    colours = np.stack([1 + np.minimum(away, 0), 1 - abs(away), 1 - np.maximum(away, 0)], axis=-1)
+    return (255 * colours).astype(np.uint8).repeat(8, axis=0).repeat(4, axis=1)
+
+
+def _open(path: Path) -> TextIO:
+    """To append. Half a line that a killed attempt may have left goes: the next would be glued to it."""
+    path.touch()
+    os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+    return path.open("a", buffering=1)
+
+
+def _wandb_mode(configured: str) -> str:
+    """`auto` is online where a key is at hand, else offline; WANDB_MODE of the environment goes before it."""
+    if configured != "auto":
+        return configured
+    key: Any = os.environ.get("WANDB_API_KEY")
+    with suppress(OSError, netrc.NetrcParseError):  # none, or not ours to read: a home of somebody else
+        host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+        key = key or netrc.netrc().authenticators(host)
+    return os.environ.get("WANDB_MODE", "online" if key else "offline")

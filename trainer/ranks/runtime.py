@@ -1,0 +1,144 @@
+"""One rank's place in the world: process group, device, seeds, stop signals, and where its output goes."""
+
+import gc
+import io
+import logging
+import os
+import random
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from trainer.ranks.device import check_devices, choose_device
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# Collectives that wait longer than this belong to a dead run.
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on: the message says at which step, where, and what to do."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among the ranks of the run."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+    warning: str | None = None  # of the choice of the device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank talks to the terminal and writes shared files."""
+        return self.rank == 0
+
+    @classmethod
+    def join(cls, wanted: str = "auto") -> "Ranks":
+        """Join the process group named by RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
+
+        `wanted` is the key `device`. Raises ConfigError where a rank cannot have it, or not one of its own.
+        """
+        rank, local_rank, world_size = (int(os.environ[key]) for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        device, warning = choose_device(wanted, local_rank, ranks_here, world_size)
+        gpu = None
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+            os.environ["LOCAL_RANK"] = str(device.index)  # by which DeepSpeed sets the device again
+            gpu = str(torch.cuda.get_device_properties(device).uuid)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=COLLECTIVE_TIMEOUT)
+        check_devices(gpu)
+        return cls(rank, local_rank, world_size, device, warning)
+
+    def leave(self) -> None:
+        """Leave the process group, all ranks together: one that goes early may abort the others."""
+        dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
+        dist.destroy_process_group()
+
+
+def seed_everything(seed: int, rank: int) -> None:
+    """Seed every generator; ranks differ, attempts do not."""
+    random.seed(seed + rank)
+    np.random.seed(seed + rank)
+    torch.manual_seed(seed + rank)
+
+
+def random_state() -> dict:
+    """The state of every generator of this rank, of types that torch loads with weights_only=True."""
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    version, internal, gauss = random.getstate()
+    state = {
+        "torch": torch.get_rng_state(),
+        "numpy": [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, cached],
+        "python": [version, list(internal), gauss],
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_random_state(state: dict) -> None:
+    """Restore what `random_state` returned."""
+    torch.set_rng_state(state["torch"])
+    name, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    if "cuda" in state and torch.cuda.is_available():  # a run may go on with another `device`
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+class _Guest(io.FileIO):
+    """What cannot be written is lost: a terminal or a pipe that is closed does not end a run."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError:
+            return len(data)
+
+
+def redirect_output(log_file: Path) -> TextIO:
+    """Send file descriptors 1 and 2 and Python logging to `log_file`: libraries talk there, C code too.
+
+    Returns the old standard output, for progress and errors that a person must see.
+    """
+    log_file.parent.mkdir(parents=True, exist_ok=True)
+    terminal = io.TextIOWrapper(io.BufferedWriter(_Guest(os.dup(1), "w")), line_buffering=True)
+    descriptor = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.close(descriptor)
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
+    )
+    return terminal
+
+
+@contextmanager
+def garbage_collected_by_hand() -> Iterator[None]:
+    """Inside, Python frees cycles of objects only where gc.collect is called: all ranks do it at one place.
+
+    Left to itself it stops each rank at another step, a fraction of a second that all others wait for.
+    """
+    gc.collect()
+    gc.freeze()  # what is there stays, and need not be looked at again
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.unfreeze()

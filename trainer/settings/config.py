@@ -1,0 +1,280 @@
+"""What a run is: typed, checked as a whole before anything starts. Torch-free, for login nodes."""
+
+import os
+from dataclasses import dataclass
+from operator import attrgetter
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from data_pipeline.config import DataConfig
+from moe.config import ConfigError, ModelConfig
+from moe.upcycle import upcycle_problems
+from trainer.settings.deepspeed_section import deepspeed_problems
+from trainer.settings.parallel import ParallelConfig, ParallelPlan
+from trainer.settings.run_folder import hf_folder, read_run
+from trainer.settings.typed import AtLeast0, AtLeast1, NotNegative, typed, value_problems
+
+
+@dataclass
+class StageConfig:
+    """One stage of training: how long a row is, how many make a step, how many tokens in all."""
+
+    seq_len: AtLeast1
+    global_batch_size: int  # rows per optimizer step
+    train_tokens: AtLeast1
+    init_from: str | None  # run folder, checkpoint or Hugging Face folder whose weights it starts from
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens of one optimizer step over all ranks."""
+        return self.global_batch_size * self.seq_len
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps that cover train_tokens; the last one completes the budget."""
+        return -(-self.train_tokens // self.step_tokens)
+
+
+@dataclass
+class InitConfig:
+    """First weights, and how those of stage.init_from become the model's (moe/upcycle.py)."""
+
+    router_scale: NotNegative
+    upcycle: Literal["none", "copy", "split"]
+    upcycle_noise: NotNegative
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW (arXiv 1711.05101)."""
+
+    lr: float
+    betas: list[float]
+    eps: NotNegative
+    weight_decay: NotNegative
+    max_grad_norm: NotNegative
+
+
+@dataclass
+class ScheduleConfig:
+    """The learning rate as a function of the step."""
+
+    kind: Literal["cosine", "wsd", "constant"]
+    warmup_steps: AtLeast0
+    decay_fraction: float
+    min_lr_ratio: float
+
+
+@dataclass
+class BalanceConfig:
+    """The load-balancing loss and the router z-loss."""
+
+    mode: Literal["exact", "prior_buffer", "buffer", "micro_batch"]
+    micro_weight: NotNegative
+    z_loss_coef: NotNegative
+    bias_update_rate: NotNegative
+
+
+@dataclass
+class ExpertsConfig:
+    """How a rank computes its experts, and what routing does in training alone."""
+
+    backend: Literal["auto", "reference", "loop", "grouped", "megablocks", "liger"]
+    capacity_factor: float | None
+    router_jitter_noise: float
+
+
+@dataclass
+class CheckpointConfig:
+    """When checkpoints are written and how many stay."""
+
+    every_steps: AtLeast1
+    keep: AtLeast1
+    keep_every_steps: AtLeast0
+    background: bool
+
+
+@dataclass
+class EvaluateConfig:
+    """Held-out loss during training."""
+
+    every_steps: AtLeast0
+    rows: AtLeast1
+
+
+@dataclass
+class AlarmsConfig:
+    """From where on a metric is an alarm."""
+
+    loss_spike: NotNegative  # deviations above what the losses before lead to
+    effective_experts: NotNegative  # least, of any layer
+    data_stall: NotNegative  # share of the step
+    straggler: NotNegative  # how much longer than the median rank one computes
+    repeat_after_steps: AtLeast0
+
+
+@dataclass
+class TrackerConfig:
+    """Weights & Biases, the intervals of metrics, alarms."""
+
+    wandb: Literal["auto", "online", "offline", "disabled"]
+    project: str
+    group: str | None
+    tags: list[str]
+    timeout_seconds: Annotated[float, 1]
+    log_every_steps: AtLeast1
+    expert_load_every_steps: AtLeast0
+    watch: AtLeast0
+    alarms: AlarmsConfig
+
+
+@dataclass
+class RunConfig:
+    """A whole run. Values live in conf/, laws here; `load` reports everything that is wrong at once."""
+
+    name: str
+    output_dir: str
+    seed: int
+    dtype: Literal["fp32", "bf16"]
+    device: Literal["auto", "cuda", "cpu"]
+    micro_batch_size: int
+    recompute: Literal["none", "experts", "full"]
+    deterministic: bool
+    mtp_loss_scaling_factor: NotNegative
+    model: ModelConfig
+    stage: StageConfig
+    init: InitConfig
+    data: DataConfig
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig
+    deepspeed: dict[str, Any]
+    parallel: ParallelConfig
+    balance: BalanceConfig
+    experts: ExpertsConfig
+    checkpoint: CheckpointConfig
+    evaluate: EvaluateConfig
+    tracker: TrackerConfig
+
+    @classmethod
+    def load(cls, cfg: Any) -> "RunConfig":
+        """Type a composed configuration. Raises ConfigError with every unknown, missing or mistyped key."""
+        return typed(cls, cfg)
+
+    @classmethod
+    def of_run(cls, run_dir: Path) -> "RunConfig":
+        """The configuration that a run folder goes on with. Raises ConfigError where there is none."""
+        return cls.load(read_run(run_dir))
+
+    @property
+    def run_dir(self) -> Path:
+        """The folder of the run."""
+        return Path(self.output_dir) / self.name
+
+    @property
+    def zero_stage(self) -> int:
+        """DeepSpeed's ZeRO stage."""
+        return int(self.deepspeed.get("zero_optimization", {}).get("stage", 0))
+
+    def check(self, plan: ParallelPlan) -> None:
+        """Raises ConfigError with every broken law of the run under this layout of ranks."""
+        problems = [
+            *self.model.problems(),
+            *self.data.problems(),
+            *plan.problems(self.model.num_experts),
+            *value_problems(self),
+            *self._own_problems(),
+            *self._init_problems(),
+            *deepspeed_problems(self.deepspeed, self.dtype),
+        ]
+        if problems:
+            raise ConfigError(problems)
+
+    def _own_problems(self) -> list[str]:
+        """Laws that the types of single values do not show."""
+        stage, model, schedule, betas = self.stage, self.model, self.schedule, self.optimizer.betas
+        shares = {f"schedule.{key}": getattr(schedule, key) for key in ("decay_fraction", "min_lr_ratio")}
+        shares["experts.router_jitter_noise"] = self.experts.router_jitter_noise
+        shares |= {f"optimizer.betas[{i}]": beta for i, beta in enumerate(betas)}
+        found = []
+        for key, share in shares.items():
+            if not 0 <= share <= 1 or (share == 1 and "betas" in key):
+                found.append(f"{key}={share} is outside 0 to 1; use a fraction")
+        if len(betas) != 2:
+            found.append(f"optimizer.betas={betas} must hold two numbers, as [0.9, 0.95]")
+        if not 0 <= self.seed < 2**31:
+            found.append(f"seed={self.seed} is outside 0 to 2^31 - 1")
+        if schedule.warmup_steps > stage.total_steps and schedule.kind != "constant":
+            found.append(
+                f"schedule.warmup_steps={schedule.warmup_steps} exceeds the {stage.total_steps} steps of the "
+                "run, so that the peak rate is never reached; shorten it or raise stage.train_tokens"
+            )
+        capacity = self.experts.capacity_factor
+        if capacity is not None and not capacity > 0:
+            found.append(f"experts.capacity_factor={capacity} must be above 0; null drops nothing")
+        keys = ["balance.micro_weight", "balance.z_loss_coef", "balance.bias_update_rate"]
+        keys += ["experts.router_jitter_noise", "experts.capacity_factor"]
+        found += [
+            f"{key}={value} needs experts, but model.num_experts=0; use {'null' if 'capacity' in key else 0}"
+            for key in keys
+            if model.num_experts == 0 and (value := attrgetter(key)(self))
+        ]
+        if self.data.mode == "streaming" and self.evaluate.every_steps:
+            found.append(
+                f"evaluate.every_steps={self.evaluate.every_steps} needs held-out rows, which "
+                "data.mode=streaming does not keep; use 0, or prepare the data"
+            )
+        if not self.optimizer.lr > 0:
+            found.append(f"optimizer.lr={self.optimizer.lr} must be above 0")
+        backend, size = self.experts.backend, 2 if self.dtype == "bf16" else 4
+        for key in model.unaligned_keys(size) if backend == "grouped" else ():
+            found.append(
+                f"model.{key}={getattr(model, key)} is not a multiple of {16 // size}, which "
+                f"experts.backend=grouped needs in {self.dtype}; round it up or use experts.backend=loop"
+            )
+        if backend in ("megablocks", "liger"):
+            if self.deterministic:
+                why = "its kernels promise no equal bits, as deterministic=true wants"
+                found.append(f"experts.backend={backend}: {why}; use auto, or deterministic=false")
+            if self.device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+                why = "its Triton kernels need a CUDA device, not device=cpu"
+                found.append(f"experts.backend={backend}: {why}; use auto")
+        if stage.seq_len > model.max_position_embeddings:
+            found.append(
+                f"stage.seq_len={stage.seq_len} exceeds model.max_position_embeddings="
+                f"{model.max_position_embeddings}; shorten the rows or raise the model's limit"
+            )
+        if Path(self.name) == Path() or Path(self.name).is_absolute() or ".." in Path(self.name).parts:
+            found.append(f"name={self.name!r} must be a relative path inside output_dir")
+        return found
+
+    def _init_problems(self) -> list[str]:
+        """Whether the weights of stage.init_from are of this model, or can be upcycled into it."""
+        how, upcycles = self.init.upcycle, self.init.upcycle in ("copy", "split")
+        if self.stage.init_from is None:
+            return [f"init.upcycle={how} needs stage.init_from, a dense folder"] if how != "none" else []
+        origin = Path(self.stage.init_from)
+        named = f"stage.init_from={origin}"
+        if not origin.is_dir():
+            return [f"{named} is not a folder; name a run folder, a checkpoint or a Hugging Face folder"]
+        try:
+            theirs = ModelConfig.of_folder(hf_folder(origin))
+        except ConfigError as error:
+            return [f"{named}: {problem}" for problem in error.problems]
+        free = _FREE_AT_HAND_OVER | (_FREE_TO_UPCYCLE if upcycles else set())
+        if len(self.model.moe_layers) == self.model.num_hidden_layers:
+            free |= {"intermediate_size"}  # no layer has it
+        found = upcycle_problems(theirs, self.model, how) if upcycles else []
+        for key, value in vars(theirs).items():
+            if key not in free and getattr(self.model, key) != value:
+                hint = " (a dense model becomes a mixture by init.upcycle)" if key == "num_experts" else ""
+                ours = f"model.{key}={getattr(self.model, key)}"
+                found.append(f"{named} has {key}={value}, but {ours}; set the same{hint}")
+        return found
+
+
+# What a stage may change of the model whose weights it takes over.
+_FREE_AT_HAND_OVER = {"initializer_range", "max_position_embeddings", "rope_theta", "rope_scaling"}
+_FREE_AT_HAND_OVER |= {"router_aux_loss_coef", "num_nextn_predict_layers"}
+# And what makes a mixture of a dense one.
+_FREE_TO_UPCYCLE = {"num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob"}
+_FREE_TO_UPCYCLE |= {"decoder_sparse_step", "mlp_only_layers"}

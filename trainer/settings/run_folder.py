@@ -1,0 +1,233 @@
+"""The run folder: frozen once, then the one thing a rank needs to know. Torch-free."""
+
+import fcntl
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from importlib.metadata import distributions
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from data_pipeline.manifest import to_json, write_atomically
+from moe.config import ConfigError
+from trainer.checkpoints.folder import checkpoints, read_manifest
+
+_ROOT = Path(__file__).parents[2]
+# What a resume may change: where and how the ranks compute and what is kept, never what is computed.
+_LAYOUT_KEYS = (
+    *("device", "parallel", "deepspeed", "micro_batch_size", "recompute", "deterministic", "experts.backend"),
+    *("checkpoint", "evaluate", "tracker"),
+)
+
+
+def freeze(run_dir: Path, cfg: DictConfig, overrides: list[str]) -> None:
+    """Write config.yaml, overrides.txt, environment.json and git.txt of a new run.
+
+    A folder that holds the same configuration already is left as it is (the run goes on); one that holds
+    another raises ConfigError with the keys that differ.
+    """
+    frozen = run_dir / "config.yaml"
+    if frozen.exists():
+        old, new = flat(read_frozen(frozen)), flat(cfg)
+        differing = [
+            f"  {key}: folder {old.get(key, 'absent')}, now {new.get(key, 'absent')}"
+            for key in {**old, **new}
+            if old.get(key) != new.get(key)
+        ]
+        if differing:
+            what = f"{run_dir} holds another run; choose another name=... or delete it. Keys that differ:"
+            raise ConfigError([what, *differing])
+        return
+    try:
+        (run_dir / "overrides.txt").write_text("".join(f"{line}\n" for line in overrides))
+        (run_dir / "environment.json").write_text(json.dumps(_environment(), indent=1))
+        (run_dir / "git.txt").write_text(f"{git('rev-parse', '--verify', 'HEAD')}\n{git('diff', 'HEAD')}")
+        write_atomically(frozen, OmegaConf.to_yaml(cfg, resolve=True).encode())
+    except OSError as error:
+        raise ConfigError(f"output_dir: cannot write the run folder {run_dir} ({error.strerror})") from error
+
+
+def read_frozen(path: Path) -> Any:
+    """The composed configuration in a config.yaml. Raises ConfigError for a file that is none."""
+    try:
+        return OmegaConf.load(path)
+    except (OSError, UnicodeDecodeError, YAMLError, OmegaConfBaseException) as error:
+        remedy = "restore it, or start a run of another name"
+        raise ConfigError(f"{path} cannot be read ({error}); {remedy}") from error
+
+
+def read_run(run_dir: Path) -> Any:
+    """The configuration that a run goes on with: config.yaml, then the sections of each resume-K.yaml.
+
+    Raises ConfigError for a folder that is no run.
+    """
+    frozen = run_dir / "config.yaml"
+    if not frozen.is_file():
+        raise ConfigError(f"{run_dir} is not a run folder: it holds no config.yaml")
+    cfg = read_frozen(frozen)
+    for path in sorted(run_dir.glob("resume-*.yaml"), key=lambda path: int(path.stem.partition("-")[2])):
+        for section, value in read_frozen(path).items():
+            cfg[section] = value
+    forget_origin(cfg, run_dir)
+    return cfg
+
+
+def forget_origin(config: Any, run_dir: Path) -> None:
+    """A run that has weights of its own does not need those it started from, whose folder may be gone."""
+    if latest_checkpoint(run_dir) is not None:
+        config.stage.init_from, config.init.upcycle = None, "none"
+
+
+def change_layout(cfg: Any, overrides: list[str]) -> dict[str, Any]:
+    """Apply the overrides of a resume to `cfg`; returns the sections that they touch.
+
+    Raises ConfigError for a key that could change what the run computes.
+    """
+    problems, touched = [], []
+    # deepspeed=GROUP before deepspeed.KEY=VALUE
+    for override in sorted(overrides, key=lambda text: text.partition("=")[0]):
+        key, given, value = override.partition("=")
+        touched.append(key.partition(".")[0])
+        if not given or not any(f"{key}.".startswith(f"{free}.") for free in _LAYOUT_KEYS):
+            allowed = ", ".join(_LAYOUT_KEYS)
+            problems.append(f"{override}: only KEY=VALUE with these keys can change at a resume: {allowed}")
+        elif key == "deepspeed":
+            groups = {path.stem: path for path in (_ROOT / "conf/deepspeed").glob("*.yaml")}
+            if value in groups:
+                cfg.deepspeed = OmegaConf.load(groups[value])
+            else:
+                problems.append(f"{override} is unknown; use {', '.join(sorted(groups))}")
+        else:
+            try:
+                cfg.merge_with_dotlist([override])
+            except (YAMLError, OmegaConfBaseException) as error:
+                problems.append(f"{override} cannot be read ({error})")
+    if problems:
+        raise ConfigError(problems)
+    return {section: cfg[section] for section in touched}
+
+
+def record_layout(run_dir: Path, sections: dict[str, Any], overrides: list[str]) -> Path:
+    """Write resume-K.yaml, K the attempt that is about to start: from now on the run goes on with it."""
+    path = run_dir / f"resume-{read_state(run_dir)['attempt'] + 1}.yaml"
+    text = f"# python -m trainer.resume with {overrides}\n{OmegaConf.to_yaml(OmegaConf.create(sections))}"
+    write_atomically(path, text.encode())
+    return path
+
+
+def lock(run_dir: Path) -> int:
+    """A descriptor that holds the run folder, as long as it or an inherited copy is open.
+
+    Raises ConfigError while another run holds it, and where the folder cannot be written. Warns where the
+    file system has no locks.
+    """
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(run_dir / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        what = f"output_dir: cannot write the run folder {run_dir} ({error.strerror})"
+        raise ConfigError(f"{what}; choose another") from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise ConfigError(f"{run_dir} is running already; stop it first, or choose another name") from error
+    except OSError as error:  # Lustre without its option flock, for one
+        why = f"its file system has no locks ({error.strerror})"
+        print(f"warning: {run_dir} may be running already, {why}; see to it yourself", file=sys.stderr)
+    return descriptor
+
+
+def latest_checkpoint(run_dir: Path) -> Path | None:
+    """The checkpoint that a run goes on from, as far as the manifests tell; None where there is none."""
+    for path in checkpoints(run_dir):
+        with suppress(ValueError):
+            read_manifest(path)
+            return path
+    return None
+
+
+def hf_folder(source: Path) -> Path:
+    """The Hugging Face folder in a run folder (its newest checkpoint), in a checkpoint, or the folder itself.
+
+    Raises ConfigError for a run that has no checkpoint yet.
+    """
+    if (source / "config.yaml").is_file():
+        newest = latest_checkpoint(source)
+        if newest is None:
+            raise ConfigError(f"{source} has no checkpoint yet; train it first")
+        source = newest
+    return source / "hf" if (source / "hf").is_dir() else source
+
+
+def run_of(source: Path) -> Path:
+    """The run folder that `source` is, or that holds the checkpoint `source`."""
+    return source if (source / "config.yaml").is_file() else source.resolve().parent.parent
+
+
+def read_state(run_dir: Path) -> dict[str, Any]:
+    """`{"state": running|stopped|finished|failed, "attempt": int}`; attempt 0 before the first start."""
+    path = run_dir / "state"
+    try:
+        if not path.exists():
+            return {"state": "new", "attempt": 0}
+        found = json.loads(path.read_text())
+        return {"state": str(found["state"]), "attempt": int(found["attempt"])}
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        remedy = "delete it, attempts count from 1 again"
+        raise ConfigError(f"{path} cannot be read ({error}); {remedy}") from error
+
+
+def write_state(run_dir: Path, state: str, attempt: int) -> None:
+    """Replace the state of a run, unless a later attempt has taken over."""
+    if read_state(run_dir)["attempt"] <= attempt:
+        write_atomically(run_dir / "state", to_json({"state": state, "attempt": attempt}))
+
+
+def record_attempt(run_dir: Path, attempt: int, facts: dict[str, Any]) -> None:
+    """Add what an attempt runs on to environment.json: {"attempts": {"1": facts, ...}}. Rank 0 only."""
+    path = run_dir / "environment.json"
+    environment: dict[str, Any] = {}
+    with suppress(OSError, ValueError):  # lost or damaged: it is for people to read
+        environment = json.loads(path.read_text())
+    environment.setdefault("attempts", {})[str(attempt)] = facts
+    write_atomically(path, json.dumps(environment, indent=1).encode())
+
+
+def flat(cfg: Any) -> dict[str, Any]:
+    """A configuration as {"optimizer.lr": 0.1, ...}; lists stay whole."""
+    return dict(_leaves(OmegaConf.to_container(cfg, resolve=True), dict, "."))
+
+
+def flat_metrics(values: Any) -> Iterator[tuple[str, Any]]:
+    """{"layers": {"z_loss": [0.1]}} -> ("layers/z_loss/0", 0.1)"""
+    return _leaves(values, (dict, list), "/")
+
+
+def _leaves(values: Any, containers: Any, separator: str, path: str = "") -> Iterator[tuple[str, Any]]:
+    if not isinstance(values, containers) or not values:
+        yield path, values
+        return
+    for key, value in values.items() if isinstance(values, dict) else enumerate(values):
+        yield from _leaves(value, containers, separator, f"{path}{separator}{key}" if path else str(key))
+
+
+def _environment() -> dict[str, Any]:
+    packages = dict(sorted((package.name, package.version) for package in distributions()))
+    return {"python": platform.python_version(), "platform": platform.platform(), "packages": packages}
+
+
+def git(*command: str, root: Path = _ROOT) -> str:
+    """What git says of the code in `root`; nothing outside a git checkout, and where there is no git."""
+    with suppress(FileNotFoundError):
+        done = subprocess.run(["git", *command], cwd=root, capture_output=True, check=False)
+        return done.stdout.decode(errors="replace")  # a diff holds the bytes of files, in any encoding
+    return ""
