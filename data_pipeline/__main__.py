@@ -18,8 +18,9 @@ from data_pipeline.packing import NO_LOSS, make_plans
 from data_pipeline.prepare import prepare
 from data_pipeline.shards import verify
 from data_pipeline.tokenizer import load_tokenizer
-from trainer.cli import compose_and
-from trainer.settings.config import ConfigError, RunConfig
+from moe.config import ConfigError
+from trainer.settings.command import compose_and
+from trainer.settings.config import RunConfig
 
 
 def prepare_here(cfg: DictConfig) -> int:

@@ -3,7 +3,7 @@
 import logging
 
 from slurm.submit import Submission
-from trainer.cli import compose_and
+from trainer.settings.command import compose_and
 
 logging.getLogger("hydra").setLevel(logging.WARNING)  # it would say that a sweep is launched here
 submission = Submission()

@@ -6,7 +6,6 @@ from typing import Any
 
 from moe.config import ConfigError
 from trainer.settings.config import RunConfig
-from trainer.settings.parallel import ParallelPlan
 from trainer.settings.typed import AtLeast0, AtLeast1
 
 
@@ -123,15 +122,15 @@ class SubmitConfig(RunConfig):
     slurm: SlurmConfig
 
     @property
-    def plan(self) -> ParallelPlan:
-        """The layout over all nodes."""
-        return ParallelPlan.of(self, self.slurm.nodes * self.parallel.nproc_per_node)
+    def world_size(self) -> int:
+        """The ranks on all nodes."""
+        return self.slurm.nodes * self.parallel.nproc_per_node
 
-    def check(self, plan: ParallelPlan) -> None:
+    def check(self, world_size: int | None = None) -> None:
         """Raises ConfigError with every broken law of the run and of the request."""
         problems = self.slurm.problems(self.parallel.nproc_per_node, self.device)
         try:
-            super().check(plan)
+            super().check(world_size)
         except ConfigError as error:
             problems += error.problems
         if problems:

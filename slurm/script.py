@@ -8,9 +8,8 @@ from pathlib import Path
 
 from data_pipeline.streaming import absolute_paths
 from slurm.config import SubmitConfig
-from trainer.settings.run_folder import git
+from trainer.settings.run_folder import ROOT, git
 
-_ROOT = Path(__file__).parents[1]
 _PACKAGES = ("trainer", "moe", "data_pipeline", "slurm", "conf")
 
 
@@ -91,7 +90,7 @@ def _quoted(value: object) -> str:
     return shlex.quote(str(value))
 
 
-def snapshot(target: Path, root: Path = _ROOT) -> None:
+def snapshot(target: Path, root: Path = ROOT) -> None:
     """Copy the code of `root` into `target` as it lies there, so that later edits do not change a queued job.
 
     In a git checkout these are the files that git does not ignore; an installed package is copied whole.

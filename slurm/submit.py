@@ -15,7 +15,7 @@ from moe.config import ConfigError
 from slurm.config import SlurmConfig, SubmitConfig
 from slurm.jobs import is_sweep, refuse_queued, slurm
 from slurm.script import job_script, snapshot
-from trainer.cli import check
+from trainer.settings.command import check
 from trainer.settings.run_folder import freeze, lock
 from trainer.settings.typed import typed
 
@@ -65,9 +65,7 @@ class Submission:
             (folder / "job.sh").write_text(script)
             ids = queue(folder, run_dirs, request)
         points = f"{len(run_dirs)} points of " if self._sweep else ""
-        print(
-            f"queued as job {', '.join(ids)}: {points}{request.nodes} nodes, {config.plan.world_size} ranks"
-        )
+        print(f"queued as job {', '.join(ids)}: {points}{request.nodes} nodes, {config.world_size} ranks")
         print(f"  python -m slurm.status {folder}\n  python -m slurm.logs -f {run_dirs[0]}")
         print(f"  python -m slurm.stop {folder}")
         return 0
@@ -80,7 +78,7 @@ class Submission:
         for point, (cfg, overrides) in enumerate(zip(self._cfgs, self._overrides, strict=True)):
             try:
                 config = typed(SubmitConfig, cfg)
-                check(config, cfg, config.plan)
+                check(config, cfg)
                 configs.append(config)
             except (ConfigError, DataError) as error:
                 where = f"point {point} ({' '.join(overrides)}):\n" if self._sweep else ""

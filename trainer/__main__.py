@@ -1,5 +1,32 @@
-"""`python -m trainer`."""
+"""`python -m trainer experiment=NAME [key=value ...]`: compose, validate, freeze, start the ranks here."""
 
-from trainer.cli import compose_and, train_here
+import sys
 
-compose_and("train", train_here)
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from trainer.ranks.launch import start
+from trainer.settings.command import check, compose_and
+from trainer.settings.config import RunConfig
+from trainer.settings.run_folder import freeze, lock, read_state
+
+
+def train_here(cfg: DictConfig) -> int:
+    """Validate, freeze the run folder and train on this machine's ranks."""
+    hydra_config = HydraConfig.get()
+    if hydra_config.mode == RunMode.MULTIRUN:  # a sweep is a folder of numbered runs
+        cfg.name = f"{cfg.name}/{hydra_config.job.num}"
+    config = RunConfig.load(cfg)
+    check(config, cfg)
+    held = lock(config.run_dir)
+    frozen = [] if (path := config.run_dir / "config.yaml").exists() else [path]
+    freeze(config.run_dir, cfg, list(hydra_config.overrides.task))
+    code = start(config.run_dir, RunConfig.of_run(config.run_dir), held, frozen)
+    if read_state(config.run_dir)["state"] == "stopped":
+        sys.exit(code)  # a stop is also for the points of a sweep that are left
+    return code
+
+
+if __name__ == "__main__":
+    compose_and("train", train_here)

@@ -8,8 +8,8 @@ from pathlib import Path
 from safetensors import safe_open
 
 from moe.config import ConfigError
-from trainer.checkpoints.folder import MANIFEST, checkpoints, damage, read_manifest
-from trainer.settings.run_folder import read_state
+from trainer.checkpoints.folder import damage
+from trainer.settings.run_folder import MANIFEST, checkpoints, read_manifest, read_state
 
 # What a tensor is, by a part of its hub name; the first that matches.
 _KINDS = {

@@ -9,12 +9,12 @@ import argparse
 import os
 import signal
 import sys
+from contextlib import closing
 from pathlib import Path
 
 from trainer.ranks.launch import STOP_SIGNALS, launch
 from trainer.settings.command import tells_mistakes
 from trainer.settings.config import RunConfig
-from trainer.settings.parallel import ParallelPlan
 from trainer.settings.run_folder import lock
 
 _WARM_UP = 2  # steps before those that are measured
@@ -30,15 +30,16 @@ def profile_rank(run_dir: Path, steps: int) -> None:
     config = RunConfig.of_run(run_dir)
     ranks = Ranks.join(config.device)  # before DeepSpeed looks for devices
 
+    from trainer.checkpoints.assemble import build_model
     from trainer.checkpoints.saving import Checkpoints
     from trainer.engine.cpu_products import fast_products
     from trainer.engine.engine import Engine, communication_log, init_deepspeed
-    from trainer.engine.loss import agree_on_totals
+    from trainer.engine.loss import agree_on_totals, build_balance
     from trainer.engine.optimizer import build_optimizer
-    from trainer.evaluate import open_loader
-    from trainer.train import build_balance, build_model, train_step
+    from trainer.stages.supervised import Supervised
+    from trainer.train import train_step
 
-    plan, folder = ParallelPlan.of(config, ranks.world_size), run_dir / "profile"
+    plan, folder = config.plan(ranks.world_size), run_dir / "profile"
     redirect_output(folder / f"rank-{ranks.rank}.log")
     seed_everything(config.seed, ranks.rank)
     if config.deterministic:
@@ -48,16 +49,16 @@ def profile_rank(run_dir: Path, steps: int) -> None:
     engine = Engine(model, build_optimizer(model, config.optimizer), config, plan, ranks)
     balance = build_balance(config, plan, ranks.device)
     done = Checkpoints(run_dir, 0, config, plan, ranks, print).load_latest(engine, balance)
-    loader = open_loader(config, ranks, next_row=done * plan.global_batch_size)
+    stage = Supervised(config, ranks, engine, balance, done)
 
     def step() -> None:
-        micro_batches = [batch.to(ranks.device) for batch in next(loader)]
+        micro_batches = [batch.to(ranks.device) for batch in stage.micro_batches()]
         totals = agree_on_totals(micro_batches, False)
-        train_step(engine, micro_batches, totals, balance, config, rate=0.0)
+        train_step(engine, balance, stage.loss_shares, micro_batches, totals, rate=0.0)
 
     schedule = torch.profiler.schedule(wait=0, warmup=_WARM_UP, active=steps, repeat=1)
     products = fast_products(ranks.device, DTYPES[config.dtype])
-    with loader, products, torch.profiler.profile(schedule=schedule, acc_events=True) as profiler:
+    with closing(stage), products, torch.profiler.profile(schedule=schedule, acc_events=True) as profiler:
         for _ in range(_WARM_UP + steps):
             step()
             profiler.step()
@@ -86,7 +87,7 @@ def main(arguments: list[str]) -> int:
         profile_rank(run_dir, options.steps)
         return 0
     config = RunConfig.of_run(run_dir)
-    config.check(ParallelPlan.of(config, config.parallel.nproc_per_node))
+    config.check()
     folder.mkdir(exist_ok=True)
     command = ["trainer.profile", f"--steps={options.steps}"]
     code = launch(run_dir, config.parallel.nproc_per_node, config.device, lock(run_dir), command)

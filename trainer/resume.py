@@ -2,12 +2,62 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
-from trainer.cli import check_data, start
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from data_pipeline.check import check_data
+from data_pipeline.manifest import write_atomically
+from moe.config import ConfigError
+from trainer.ranks.launch import start
 from trainer.settings.command import tells_mistakes
 from trainer.settings.config import RunConfig
-from trainer.settings.parallel import ParallelPlan
-from trainer.settings.run_folder import change_layout, lock, read_run, record_layout
+from trainer.settings.run_folder import ROOT, lock, read_run, read_state
+
+# What a resume may change: where and how the ranks compute and what is kept, never what is computed.
+_LAYOUT_KEYS = (
+    *("device", "parallel", "deepspeed", "micro_batch_size", "recompute", "deterministic", "experts.backend"),
+    *("checkpoint", "evaluate", "tracker"),
+)
+
+
+def change_layout(cfg: Any, overrides: list[str]) -> dict[str, Any]:
+    """Apply the overrides of a resume to `cfg`; returns the sections that they touch.
+
+    Raises ConfigError for a key that could change what the run computes.
+    """
+    problems, touched = [], []
+    # deepspeed=GROUP before deepspeed.KEY=VALUE
+    for override in sorted(overrides, key=lambda text: text.partition("=")[0]):
+        key, given, value = override.partition("=")
+        touched.append(key.partition(".")[0])
+        if not given or not any(f"{key}.".startswith(f"{free}.") for free in _LAYOUT_KEYS):
+            allowed = ", ".join(_LAYOUT_KEYS)
+            problems.append(f"{override}: only KEY=VALUE with these keys can change at a resume: {allowed}")
+        elif key == "deepspeed":
+            groups = {path.stem: path for path in (ROOT / "conf/deepspeed").glob("*.yaml")}
+            if value in groups:
+                cfg.deepspeed = OmegaConf.load(groups[value])
+            else:
+                problems.append(f"{override} is unknown; use {', '.join(sorted(groups))}")
+        else:
+            try:
+                cfg.merge_with_dotlist([override])
+            except (YAMLError, OmegaConfBaseException) as error:
+                problems.append(f"{override} cannot be read ({error})")
+    if problems:
+        raise ConfigError(problems)
+    return {section: cfg[section] for section in touched}
+
+
+def record_layout(run_dir: Path, sections: dict[str, Any], overrides: list[str]) -> Path:
+    """Write resume-K.yaml, K the attempt that is about to start: from now on the run goes on with it."""
+    path = run_dir / f"resume-{read_state(run_dir)['attempt'] + 1}.yaml"
+    text = f"# python -m trainer.resume with {overrides}\n{OmegaConf.to_yaml(OmegaConf.create(sections))}"
+    write_atomically(path, text.encode())
+    return path
 
 
 @tells_mistakes
@@ -20,8 +70,8 @@ def main(arguments: list[str]) -> int:
     cfg = read_run(run_dir)
     changed = change_layout(cfg, overrides)
     config = RunConfig.load(cfg)
-    config.check(ParallelPlan.of(config, config.parallel.nproc_per_node))
-    check_data(config)
+    config.check()
+    check_data(config.data, config.model.vocab_size, config.seed)
     held = lock(run_dir)
     recorded = [record_layout(run_dir, changed, overrides)] if changed else []
     return start(run_dir, config, held, recorded)

@@ -12,7 +12,6 @@ from zlib import crc32
 from data_pipeline.config import DataError
 from trainer.ranks.launch import StopRequest
 from trainer.settings.config import ConfigError, RunConfig
-from trainer.settings.parallel import ParallelPlan
 from trainer.settings.run_folder import read_state, write_state
 
 _OUT_OF_MEMORY = (
@@ -39,7 +38,7 @@ def main(arguments: list[str]) -> int:
             remedy = "start ranks by srun, torchrun or trainer.resume"
             raise ConfigError([f"{', '.join(missing)} not set: {remedy}"])
         config = RunConfig.of_run(run_dir)
-        config.check(ParallelPlan.of(config, int(os.environ["WORLD_SIZE"])))
+        config.check(int(os.environ["WORLD_SIZE"]))
         shared = [read_state(run_dir)["attempt"] + 1]
         # where NCCL leaves what it was doing when it timed out
         record = run_dir.absolute() / "logs" / f"attempt-{shared[0]}" / "nccl-rank-"

@@ -16,13 +16,14 @@ from hydra import compose, initialize_config_module
 
 from data_pipeline.loader import Batch, Loader
 from moe.balance import Balance, balance_loss_share
+from trainer.checkpoints.assemble import build_model
 from trainer.engine.engine import Engine, init_deepspeed
-from trainer.engine.loss import agree_on_totals
+from trainer.engine.loss import agree_on_totals, build_balance
 from trainer.engine.optimizer import build_optimizer
 from trainer.ranks.runtime import Ranks
 from trainer.settings.config import RunConfig
-from trainer.settings.parallel import ParallelPlan
-from trainer.train import build_balance, build_model, train_step
+from trainer.stages.supervised import Supervised
+from trainer.train import train_step
 
 MODES = ("exact", "prior_buffer", "buffer", "micro_batch")
 MICRO_BATCHES, STEPS, MEASURED = 8, 10, 3
@@ -89,7 +90,7 @@ def main(folder: str = "data/embedded", weights: str = "") -> None:
     ranks = Ranks.join()
     init_deepspeed(ranks.device)
     config = configure(folder, weights, "exact", "none")
-    plan = ParallelPlan.of(config, 1)
+    plan = config.plan(1)
     steps = single_domain_steps(config, STEPS)
 
     model = build_model(config, plan, ranks)
@@ -101,7 +102,9 @@ def main(folder: str = "data/embedded", weights: str = "") -> None:
     errors: dict[str, list[float]] = {mode: [] for mode in MODES}
     for number, batches in enumerate(steps):
         if number < STEPS - MEASURED - 1:  # the step before the measured ones gives the prior
-            train_step(engine, batches, agree_on_totals(batches, False), training, config, 1e-4)
+            train_step(
+                engine, training, Supervised.loss_shares, batches, agree_on_totals(batches, False), 1e-4
+            )
             continue
         gradients = {
             mode: router_gradients(engine, batches, balance, config) for mode, balance in watched.items()
@@ -110,7 +113,7 @@ def main(folder: str = "data/embedded", weights: str = "") -> None:
             exact = gradients["exact"]
             for mode in MODES:
                 errors[mode].append(((gradients[mode] - exact).norm(dim=1) / exact.norm(dim=1)).mean().item())
-        train_step(engine, batches, agree_on_totals(batches, False), training, config, 1e-4)
+        train_step(engine, training, Supervised.loss_shares, batches, agree_on_totals(batches, False), 1e-4)
     engine.close()
 
     seconds: dict[tuple[str, str], list[float]] = {}
@@ -122,10 +125,10 @@ def main(folder: str = "data/embedded", weights: str = "") -> None:
             engine = Engine(model, build_optimizer(model, chosen.optimizer), chosen, plan, ranks)
             runs[mode] = (engine, build_balance(chosen, plan, ranks.device), chosen)
         for batches in steps[:4]:
-            for mode, (engine, balance, chosen) in runs.items():
+            for mode, (engine, balance, _) in runs.items():
                 totals = agree_on_totals(batches, False)
                 start = time.perf_counter()
-                train_step(engine, batches, totals, balance, chosen, 1e-4)
+                train_step(engine, balance, Supervised.loss_shares, batches, totals, 1e-4)
                 seconds.setdefault((recompute, mode), []).append(time.perf_counter() - start)
         for engine, _, _ in runs.values():
             engine.close()

@@ -213,8 +213,8 @@ def startup() -> dict[str, float]:
 
 def peaks() -> dict[str, float]:
     """TFLOP/s of the largest matrix products, measured as the trainer does, under its settings."""
-    from trainer.engine.clock import peak_flops
     from trainer.engine.cpu_products import fast_products
+    from trainer.monitor.hardware import peak_flops
 
     device, result = torch.device("cpu"), {}
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):

@@ -23,19 +23,20 @@ UNTIL_THE_END = ExitStack()
 
 def ours(work: Work) -> tuple[Callable[[], float], Any]:
     """The step of trainer.train, and its engine."""
+    from trainer.checkpoints.assemble import build_model
     from trainer.engine.cpu_products import fast_products
     from trainer.engine.engine import Engine, init_deepspeed
-    from trainer.engine.loss import agree_on_totals
+    from trainer.engine.loss import agree_on_totals, build_balance
     from trainer.engine.optimizer import build_optimizer
     from trainer.ranks.runtime import Ranks
-    from trainer.settings.parallel import ParallelPlan
-    from trainer.train import build_balance, build_model, train_step
+    from trainer.stages.supervised import Supervised
+    from trainer.train import train_step
 
     ranks = Ranks.join()
     init_deepspeed(ranks.device)
     UNTIL_THE_END.enter_context(fast_products(ranks.device, work.torch_dtype))
     config = run_config(work, ranks.world_size)
-    plan = ParallelPlan.of(config, ranks.world_size)
+    plan = config.plan(ranks.world_size)
     model = build_model(config, plan, ranks)
     engine = Engine(model, build_optimizer(model, config.optimizer), config, plan, ranks)
     balance = build_balance(config, plan, ranks.device)
@@ -43,7 +44,7 @@ def ours(work: Work) -> tuple[Callable[[], float], Any]:
 
     def step() -> float:
         totals = agree_on_totals([batch], False)
-        sums, _, _ = train_step(engine, [batch], totals, balance, config, LEARNING_RATE)
+        sums, _, _ = train_step(engine, balance, Supervised.loss_shares, [batch], totals, LEARNING_RATE)
         return float(sums.cross_entropy)
 
     return step, engine

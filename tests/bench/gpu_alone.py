@@ -45,7 +45,7 @@ def tell(section: str, **figures: Any) -> None:
 
 def print_card() -> None:
     """What everything else was measured on."""
-    from trainer.engine.clock import peak_flops
+    from trainer.monitor.hardware import peak_flops
 
     about = {"torch": torch.__version__, "tiny": is_tiny()}
     if not torch.cuda.is_available():

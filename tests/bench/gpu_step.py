@@ -82,23 +82,22 @@ class Ours:
     """The step of trainer.train at one depth, by recompute and number of micro-batches."""
 
     def __init__(self, depth: int) -> None:
+        from trainer.checkpoints.assemble import build_model
         from trainer.engine.engine import Engine
         from trainer.engine.optimizer import build_optimizer
-        from trainer.settings.parallel import ParallelPlan
-        from trainer.train import build_model
 
         self.work = work_of(depth)
         self.batch = one_batch(self.work, 0, 1).to(RANKS.device)
         config = run_config(self.work, 1)
-        plan = ParallelPlan.of(config, 1)
+        plan = config.plan(1)
         model = build_model(config, plan, RANKS)
         self.engine = Engine(model, build_optimizer(model, config.optimizer), config, plan, RANKS)
 
     def step(self, recompute: str = "none", micro_batches: int = 1, balance_mode: str = "exact") -> Step:
         """The step under these settings, from its next call on."""
-        from trainer.engine.loss import agree_on_totals
-        from trainer.settings.parallel import ParallelPlan
-        from trainer.train import build_balance, train_step
+        from trainer.engine.loss import agree_on_totals, build_balance
+        from trainer.stages.supervised import Supervised
+        from trainer.train import train_step
 
         work = replace(self.work, micro_batches=micro_batches)
         config = replace(run_config(work, 1), recompute=recompute)
@@ -106,12 +105,12 @@ class Ours:
         self.engine.module.model.recompute_layers = recompute == "full"
         self.engine._engine.set_train_batch_size(work.rows * micro_batches)
         self.engine._engine.micro_steps = 0  # else its accumulation would begin in the middle
-        balance = build_balance(config, ParallelPlan.of(config, 1), RANKS.device)
+        balance = build_balance(config, config.plan(1), RANKS.device)
         batches = [self.batch] * micro_batches
 
         def step() -> None:
             totals = agree_on_totals(batches, False)
-            train_step(self.engine, batches, totals, balance, config, LEARNING_RATE)
+            train_step(self.engine, balance, Supervised.loss_shares, batches, totals, LEARNING_RATE)
 
         return step
 

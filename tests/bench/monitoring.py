@@ -16,16 +16,16 @@ from typing import Any
 
 from hydra import compose, initialize_config_module
 
+from trainer.checkpoints.assemble import build_model
 from trainer.engine.engine import Engine, init_deepspeed
-from trainer.engine.loss import agree_on_totals
+from trainer.engine.loss import agree_on_totals, build_balance
 from trainer.engine.optimizer import build_optimizer
-from trainer.evaluate import open_loader
 from trainer.monitor.metrics import Meter, OptimizerNorms
 from trainer.monitor.tracker import Tracker
 from trainer.ranks.runtime import Ranks
 from trainer.settings.config import RunConfig
-from trainer.settings.parallel import ParallelPlan
-from trainer.train import build_balance, build_model, train_step
+from trainer.stages.supervised import Supervised, open_loader
+from trainer.train import train_step
 
 
 def main(folder: str = "data/embedded", steps: str = "40") -> None:
@@ -36,7 +36,7 @@ def main(folder: str = "data/embedded", steps: str = "40") -> None:
     with initialize_config_module("conf", version_base="1.3"):
         config = RunConfig.load(compose("train", overrides=overrides))
     ranks = Ranks.join()
-    plan = ParallelPlan.of(config, 1)
+    plan = config.plan(1)
     init_deepspeed(ranks.device)
     model = build_model(config, plan, ranks)
     optimizer = build_optimizer(model, config.optimizer)
@@ -69,7 +69,9 @@ def main(folder: str = "data/embedded", steps: str = "40") -> None:
                 looking.append(0.0)
                 meter.begin(step)
                 totals = agree_on_totals(micro_batches, False)
-                sums, _, grad_norm = train_step(engine, micro_batches, totals, balance, config, 1e-4)
+                sums, _, grad_norm = train_step(
+                    engine, balance, Supervised.loss_shares, micro_batches, totals, 1e-4
+                )
                 if meter.due:
                     tracker.log(meter.measure(step, sums, totals, grad_norm, 1e-4, 0.0))
                 if not meter.due:

@@ -13,13 +13,15 @@ from data_pipeline.loader import Batch
 from data_pipeline.packing import Row, pack_rows
 from moe.init import init_weights
 from moe.model import CausalLM
+from trainer.checkpoints.assemble import build_model
 from trainer.engine.engine import Engine, init_deepspeed
-from trainer.engine.loss import agree_on_totals
+from trainer.engine.loss import agree_on_totals, build_balance
 from trainer.engine.optimizer import build_optimizer
 from trainer.ranks.runtime import Ranks
 from trainer.settings.config import RunConfig
 from trainer.settings.parallel import ParallelPlan
-from trainer.train import build_balance, build_model, train_step
+from trainer.stages.supervised import Supervised
+from trainer.train import train_step
 
 ROWS, SEQ_LEN, VOCAB, STEPS, RATE = 16, 32, 64, 3, 1e-2
 END_OF_TEXT = 0
@@ -112,8 +114,8 @@ class SmallRun:
         rank, world_size = dist.get_rank(), dist.get_world_size()
         self.ranks = Ranks(rank, rank, world_size, place)
         self.config = small_config(*overrides)
-        self.plan = ParallelPlan.of(self.config, world_size)
-        self.config.check(self.plan)
+        self.plan = self.config.plan(world_size)
+        self.config.check(world_size)
         model = build_model(self.config, self.plan, self.ranks)
         optimizer = build_optimizer(model, self.config.optimizer)
         self.engine = Engine(model, optimizer, self.config, self.plan, self.ranks)
@@ -126,7 +128,9 @@ class SmallRun:
             batches = micro_batches(self.plan, self.ranks.rank, 0 if same_rows else step)
             totals = agree_on_totals(batches, False)
             batches = [batch.to(self.ranks.device) for batch in batches]
-            sums, _, grad_norm = train_step(self.engine, batches, totals, self.balance, self.config, RATE)
+            sums, _, grad_norm = train_step(
+                self.engine, self.balance, Supervised.loss_shares, batches, totals, RATE
+            )
             metrics = sums.over_ranks().describe(totals)
             outcome["losses"].append(metrics["loss"])
             outcome["balance_losses"].append(metrics.get("balance_loss", 1.0))
@@ -176,7 +180,7 @@ def train_oracle(*overrides: str) -> Outcome:
     outcome: Outcome = {"losses": [], "balance_losses": [], "grad_norms": [], "mtp_losses": []}
     for step in range(STEPS):
         ahead = torch.zeros(())
-        (batch,) = micro_batches(ParallelPlan.of(config, 1), 0, step)
+        (batch,) = micro_batches(config.plan(1), 0, step)
         output = model(batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.token_mask)
         cross_entropy = F.cross_entropy(output.logits.flatten(0, 1), batch.labels.flatten())
         balance, z = torch.ones(1), torch.zeros(1)  # of a dense model

@@ -18,11 +18,12 @@ import moe.block
 import trainer.engine.loss
 from moe.balance import expert_frequencies
 from moe.block import MoEBlock
+from trainer.checkpoints.assemble import build_model
 from trainer.engine.engine import Engine, init_deepspeed
-from trainer.engine.loss import agree_on_totals
+from trainer.engine.loss import agree_on_totals, build_balance
 from trainer.ranks.runtime import Ranks
-from trainer.settings.parallel import ParallelPlan
-from trainer.train import KEPT, build_balance, build_model, train_step
+from trainer.stages.supervised import Supervised
+from trainer.train import KEPT, train_step
 
 TOLERANCE = 1e-6
 WEIGHTS = ["model.router_aux_loss_coef=1000", "balance.z_loss_coef=10", "optimizer.max_grad_norm=0"]
@@ -65,7 +66,7 @@ def oracle() -> dict[str, Any]:
     """Balance loss and router gradients in fp64, one process, all rows at once, by the formula."""
     config = layouts.small_config(f"micro_batch_size={layouts.ROWS}", *WEIGHTS)
     model = layouts.oracle_model(config)
-    (batch,) = layouts.micro_batches(ParallelPlan.of(config, 1), 0, 0)
+    (batch,) = layouts.micro_batches(config.plan(1), 0, 0)
     output = model(batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.token_mask, batch.labels)
     tokens, experts, top_k = batch.token_mask.sum(), 8, 2
     f = output.router.tokens_per_expert / (top_k * tokens)
@@ -81,7 +82,7 @@ def measure(*overrides: str) -> dict[str, Any]:
     init_deepspeed(torch.device("cpu"))
     ranks = Ranks(dist.get_rank(), dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
     config = layouts.small_config(*WEIGHTS, *overrides)
-    plan = ParallelPlan.of(config, ranks.world_size)
+    plan = config.plan(ranks.world_size)
     config.check(plan)
     config.deepspeed["zero_allow_untested_optimizer"] = True
     model = build_model(config, plan, ranks)
@@ -96,7 +97,9 @@ def measure(*overrides: str) -> dict[str, Any]:
     before = layouts.gather_parameters(engine, plan, ranks)
     batches = layouts.micro_batches(plan, ranks.rank, 0)
     totals = agree_on_totals(batches, False)
-    sums, _, _ = train_step(engine, batches, totals, build_balance(config, plan, ranks.device), config, 1.0)
+    sums, _, _ = train_step(
+        engine, build_balance(config, plan, ranks.device), Supervised.loss_shares, batches, totals, 1.0
+    )
     after = layouts.gather_parameters(engine, plan, ranks)
     balance = sums.over_ranks().describe(totals)["balance_loss"]
     engine.close()

@@ -13,12 +13,11 @@ from moe.model import CausalLM
 from moe.parallelize import apply_expert_parallel
 from moe.router import TrainingRouting
 from trainer.engine.gradients import reduce_and_clip
-from trainer.engine.loss import agree_on_totals, loss_shares
+from trainer.engine.loss import agree_on_totals, build_balance
 from trainer.engine.optimizer import build_optimizer
 from trainer.monitor.metrics import OptimizerNorms, StepSums
 from trainer.ranks.runtime import DTYPES
-from trainer.settings.parallel import ParallelPlan
-from trainer.train import build_balance
+from trainer.stages.supervised import Supervised
 
 BATCH = ["micro_batch_size=16", "dtype=bf16", "experts.backend=grouped"]
 CASES = {
@@ -35,7 +34,7 @@ SLOTS = ROWS * SEQ_LEN * 2  # (token, expert) pairs of the micro-batch in a spar
 def step_on_stand_in(overrides: list[str], answer: int | None = None, dispatch: bool = False) -> list[str]:
     """One step of a small model on the device that stands in for a GPU; where the host read from it."""
     config = small_config(*BATCH, *overrides)
-    plan, model_config = ParallelPlan.of(config, 1), config.model
+    plan, model_config = config.plan(1), config.model
     routing = TrainingRouting(0.0, config.experts.capacity_factor, [])
     with torch.device("meta"):
         model = CausalLM(model_config, backend=config.experts.backend, recompute=config.recompute)
@@ -57,7 +56,7 @@ def step_on_stand_in(overrides: list[str], answer: int | None = None, dispatch: 
             frequencies = None
             if output.router is not None:
                 frequencies = balance.frequencies(output.router.tokens_per_expert, totals.tokens)
-            shares = loss_shares(output, frequencies, totals)
+            shares = Supervised.loss_shares(batch, output, frequencies, totals)
             shares.total(config).backward()
             sums.add(shares, output.router)
         balance.end_step()
@@ -99,7 +98,7 @@ def step_on_the_host() -> None:
     config = small_config()
     weights = torch.nn.Linear(3, 4)
     optimizer = build_optimizer(weights, config.optimizer)
-    norms = OptimizerNorms(optimizer, config, ParallelPlan.of(config, 1))
+    norms = OptimizerNorms(optimizer, config, config.plan(1))
     with stand_in() as device:
         norms.arm(torch.device(device.name), histograms=True)
         weights(torch.ones(2, 3)).sum().backward()

@@ -7,22 +7,21 @@ import torch.distributed as dist
 from harness import run_ranks
 from layouts import DENSE, FAMILY, SmallRun, small_config
 
-import trainer.train
+import trainer.checkpoints.assemble
 from moe.hf import save_hf
 from moe.init import init_weights
 from moe.model import CausalLM
+from trainer.checkpoints.assemble import build_model
 from trainer.engine.engine import init_deepspeed
 from trainer.ranks.runtime import Ranks
-from trainer.settings.parallel import ParallelPlan
-from trainer.train import build_model
 
 
 def first_weight(folder: str) -> float:
     """Each rank finds another newest checkpoint."""
     config = small_config(f"stage.init_from={folder}", "parallel.ep_size=2")
     ranks = SmallRun("parallel.ep_size=2").ranks
-    trainer.train.hf_folder = lambda source: source / str(ranks.rank)
-    model = build_model(config, ParallelPlan.of(config, 2), ranks)
+    trainer.checkpoints.assemble.hf_folder = lambda source: source / str(ranks.rank)
+    model = build_model(config, config.plan(2), ranks)
     return float(next(model.parameters()).flatten()[0])
 
 
@@ -49,7 +48,7 @@ def built(*overrides: str) -> tuple[list[torch.Tensor], set[torch.dtype]]:
     CausalLM.to_empty = recording
     config = small_config(*overrides)
     ranks = Ranks(dist.get_rank(), dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
-    model = build_model(config, ParallelPlan.of(config, ranks.world_size), ranks)
+    model = build_model(config, config.plan(ranks.world_size), ranks)
     CausalLM.to_empty = to_empty
     return list(model.parameters()), taken
 

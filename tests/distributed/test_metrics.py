@@ -12,13 +12,14 @@ from layouts import RATE, ROWS, gather_parameters, micro_batches, oracle_model, 
 from torch import Tensor
 
 from moe.parallelize import dispatched
+from trainer.checkpoints.assemble import build_model
 from trainer.engine.engine import Engine, init_deepspeed
-from trainer.engine.loss import agree_on_totals
+from trainer.engine.loss import agree_on_totals, build_balance
 from trainer.engine.optimizer import KINDS, build_optimizer, kind_of
 from trainer.monitor.metrics import OptimizerNorms
 from trainer.ranks.runtime import Ranks
-from trainer.settings.parallel import ParallelPlan
-from trainer.train import build_balance, build_model, train_step
+from trainer.stages.supervised import Supervised
+from trainer.train import train_step
 
 TOLERANCE = 1e-5
 LAYOUTS = [
@@ -54,7 +55,7 @@ def measure(*overrides: str) -> dict:
     init_deepspeed(torch.device("cpu"))
     ranks = Ranks(dist.get_rank(), dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
     config = small_config(*overrides)
-    plan = ParallelPlan.of(config, ranks.world_size)
+    plan = config.plan(ranks.world_size)
     model = build_model(config, plan, ranks)
     optimizer = build_optimizer(model, config.optimizer)
     engine = Engine(model, optimizer, config, plan, ranks)
@@ -66,7 +67,7 @@ def measure(*overrides: str) -> dict:
     batches = micro_batches(plan, ranks.rank, 0)
     totals = agree_on_totals(batches, False)
     balance = build_balance(config, plan, ranks.device)
-    sums, _, grad_norm = train_step(engine, batches, totals, balance, config, RATE)
+    sums, _, grad_norm = train_step(engine, balance, Supervised.loss_shares, batches, totals, RATE)
     elapsed, _, parts = engine.clock.lap()
     mine = torch.zeros(ranks.world_size)
     mine[ranks.rank] = ranks.rank + 1
@@ -96,7 +97,7 @@ def oracle() -> dict:
     """The same step in one process: autograd over all rows at once, torch's AdamW."""
     config = small_config(f"micro_batch_size={ROWS}", "experts.backend=reference")
     model = oracle_model(config)
-    (batch,) = micro_batches(ParallelPlan.of(config, 1), 0, 0)
+    (batch,) = micro_batches(config.plan(1), 0, 0)
     output = model(batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.token_mask)
     loss = F.cross_entropy(output.logits.flatten(0, 1), batch.labels.flatten())
     tokens, statistics = batch.token_mask.sum(), output.router

@@ -12,6 +12,7 @@ from one_gpu import ON_GPU, PLACE
 
 from trainer.engine.loss import agree_on_totals
 from trainer.models import bytes_per_rank
+from trainer.stages.supervised import Supervised
 from trainer.train import train_step
 
 ROOT = Path(__file__).parents[2]
@@ -82,7 +83,7 @@ def test_a_step_waits_for_its_norm_alone(keys):
         torch.cuda.set_sync_debug_mode("warn")  # itself it warns of being a prototype
         warnings.simplefilter("always")
         warnings.showwarning = listen
-        train_step(run.engine, batches, totals, run.balance, run.config, 1e-3)
+        train_step(run.engine, run.balance, Supervised.loss_shares, batches, totals, 1e-3)
         torch.cuda.set_sync_debug_mode("default")
     run.engine.close()
     assert set(waits) <= NORMS, waits

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from commands import ENVIRONMENT, assert_same_run, last_step, metrics, python, ranks_of
 
-from trainer.checkpoints.folder import checkpoints, damage
+from trainer.checkpoints.folder import damage
+from trainer.settings.run_folder import checkpoints
 
 
 def kill_at_random(arguments: list[str], cwd: Path, run_dir: Path, chance: random.Random) -> str | None:

@@ -23,7 +23,7 @@ from moe.config import ModelConfig
 from moe.hf import load_hf, save_hf
 from moe.model import CausalLM
 from trainer import evaluate, export
-from trainer.generate import load_model
+from trainer.checkpoints.weights import load_model
 
 ROOT = Path(__file__).parents[2]
 MB = 10**6

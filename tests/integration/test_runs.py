@@ -15,7 +15,7 @@ from commands import ENVIRONMENT, assert_same_run, kill_a_rank, last_step, metri
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from trainer.generate import load_model
+from trainer.checkpoints.weights import load_model
 
 
 def test_a_run_learns_and_leaves_a_folder_that_transformers_loads(train, tmp_path):

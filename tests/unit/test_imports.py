@@ -1,24 +1,47 @@
-"""Who may import what. The rooms of the house keep to themselves."""
+"""Who may import what, and how large a room may grow. The rooms of the house keep to themselves."""
 
 import ast
+import re
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
 STANDARD = sys.stdlib_module_names
-ALLOWED = {
-    "moe": {"moe", "torch", "safetensors"},
-    "data_pipeline": {"data_pipeline", "numpy", "torch", "rich"},
-    "trainer": {"trainer", "moe", "data_pipeline", "torch", "numpy", "omegaconf", "hydra", "rich", "yaml"},
-    "slurm": {"slurm", "trainer", "moe", "data_pipeline", "omegaconf", "hydra", "rich"},
-    "conf": set(),
+
+
+class Room:
+    """The rooms that it may ask beside itself, the packages that it may import, its lines at most."""
+
+    def __init__(self, rooms: str, packages: str, lines: int) -> None:
+        self.rooms, self.packages, self.lines = set(rooms.split()), set(packages.split()), lines
+
+
+_BELOW = "moe data_pipeline trainer/settings"
+# From the bottom to the top. A file belongs to the longest name that its path begins with.
+ROOMS = {
+    "conf": Room("", "", 10),
+    "moe": Room("", "torch safetensors", 3200),
+    "data_pipeline": Room("", "numpy torch rich", 3800),
+    "trainer/settings": Room("moe data_pipeline", "omegaconf hydra yaml", 900),
+    "trainer/ranks": Room(_BELOW, "torch numpy", 600),
+    "trainer/engine": Room(f"{_BELOW} trainer/ranks", "torch", 1100),
+    "trainer/stages": Room(f"{_BELOW} trainer/ranks trainer/engine", "torch", 400),
+    "trainer/monitor": Room(f"{_BELOW} trainer/ranks trainer/engine", "torch numpy rich yaml", 1200),
+    "trainer/checkpoints": Room(f"{_BELOW} trainer/ranks trainer/engine trainer/monitor", "torch", 1100),
+    "trainer": Room(  # the loop and the doors
+        f"{_BELOW} trainer/ranks trainer/engine trainer/stages trainer/monitor trainer/checkpoints",
+        "torch omegaconf hydra yaml",
+        1200,
+    ),
+    "slurm": Room(_BELOW, "omegaconf hydra rich", 1100),
 }
-# the few files that may do what their room may not
+# The few files that may do what their room may not.
 EXTRA = {
-    "data_pipeline/__main__.py": {"trainer", "omegaconf"},  # an entry point composes
+    "data_pipeline/__main__.py": {"moe", "trainer/settings", "omegaconf"},  # a door: it composes a run
     "data_pipeline/readers.py": {"datasets", "pyarrow"},
     "data_pipeline/prepare.py": {"datasets", "pyarrow", "tokenizers"},
     "data_pipeline/tokenizer.py": {"tokenizers"},
@@ -29,16 +52,20 @@ EXTRA = {
     "trainer/checkpoints/optimizer_state.py": {"safetensors"},
     "trainer/inspect.py": {"safetensors"},
     "trainer/monitor/tracker.py": {"wandb"},
-    "trainer/report.py": {"matplotlib"},
+    "trainer/monitor/report.py": {"matplotlib"},
     "moe/gated_delta_net.py": {"fla"},
     "moe/experts_optional.py": {"megablocks", "liger_kernel"},
 }
+PACKAGES = {room.partition("/")[0] for room in ROOMS}
 TORCH_FREE = [
     "moe.config",
     "data_pipeline.config",
     "trainer.settings.config",
     "trainer.settings.parallel",
-    "trainer.cli",
+    "trainer.settings.command",
+    "trainer.ranks.launch",
+    "trainer.__main__",
+    "trainer.resume",
     "trainer.inspect",
     "slurm.submit",
     "slurm.status",
@@ -49,23 +76,68 @@ TORCH_FREE = [
 ]
 
 
+def product_files() -> list[Path]:
+    return [path for package in sorted(PACKAGES) for path in sorted((ROOT / package).rglob("*.py"))]
+
+
+def room_of(path: Path) -> str:
+    name = path.relative_to(ROOT).as_posix()
+    return max((room for room in ROOMS if name.startswith(f"{room}/")), key=len)
+
+
 def imported(path: Path) -> set[str]:
-    """Top-level names of the packages that a file imports, wherever in the file."""
+    """The modules that a file imports, wherever in the file."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            names.add((node.module or "").split(".")[0])
-    return names - STANDARD
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return {name for name in names if name.partition(".")[0] not in STANDARD}
 
 
-@pytest.mark.parametrize("room", ALLOWED)
-def test_rooms_import_only_what_they_may(room):
-    for path in sorted((ROOT / room).rglob("*.py")):
-        name = path.relative_to(ROOT).as_posix()
-        assert imported(path) <= ALLOWED[room] | EXTRA.get(name, set()), name
+def file_of(module: str) -> Path | None:
+    """The product's file that a dotted name is, or is something in; None for another package's."""
+    parts = module.split(".")
+    if parts[0] not in PACKAGES:
+        return None
+    for end in (len(parts), len(parts) - 1):
+        path = ROOT.joinpath(*parts[:end])
+        if path.with_suffix(".py").is_file():
+            return path.with_suffix(".py")
+    return path / "__init__.py"
+
+
+@pytest.mark.parametrize("path", product_files(), ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_files_import_only_what_their_room_may(path):
+    room = ROOMS[room_of(path)]
+    allowed = {room_of(path)} | room.rooms | room.packages
+    allowed |= EXTRA.get(path.relative_to(ROOT).as_posix(), set())
+    asked = {module: file_of(module) for module in imported(path)}
+    for module, file in asked.items():
+        assert (module.partition(".")[0] if file is None else room_of(file)) in allowed, module
+
+
+def test_no_import_is_a_circle():
+    graph = {path: {file_of(module) for module in imported(path)} - {None} for path in product_files()}
+    list(TopologicalSorter(graph).static_order())  # raises CycleError
+
+
+def test_rooms_are_in_order():
+    """A room asks only rooms below it."""
+    order = list(ROOMS)
+    for name, room in ROOMS.items():
+        assert all(order.index(asked) < order.index(name) for asked in room.rooms), name
+
+
+def test_only_the_loop_and_the_doors_stand_at_the_top_of_trainer():
+    doors = {path.stem for path in (ROOT / "trainer").glob("*.py")} - {"__init__", "train"}
+    for door in doors:
+        text = (ROOT / f"trainer/{door}.py").read_text()
+        assert '__name__ == "__main__"' in text, f"{door} is no command"
+        command = "python -m trainer" if door == "__main__" else f"python -m trainer.{door}"
+        assert command in ast.get_docstring(ast.parse(text)), door
 
 
 @pytest.mark.parametrize("module", TORCH_FREE)
@@ -74,28 +146,38 @@ def test_a_login_node_needs_no_torch(module):
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=60)
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("*/__init__.py")), ids=lambda path: path.parent.name)
+@pytest.mark.parametrize(
+    "path",
+    [path for path in product_files() if path.name == "__init__.py"],
+    ids=lambda path: path.parent.relative_to(ROOT).as_posix(),
+)
 def test_init_files_hold_a_docstring_only(path):
     body = ast.parse(path.read_text()).body
     assert len(body) == 1
     assert ast.get_docstring(ast.parse(path.read_text()))
 
 
-def product_files() -> list[Path]:
-    return [path for room in ALLOWED for path in sorted((ROOT / room).rglob("*.py"))]
-
-
-def test_budgets():
-    """Files under 350 lines, functions under 70 (the loop under 120)."""
+def test_files_and_functions_are_short():
+    """Files under 350 lines, functions under 70, the loop under 100."""
     for path in product_files():
         text = path.read_text()
         assert text.count("\n") < 350, path
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef):
-                limit = 120 if node.name == "train" else 70
+                limit = 100 if node.name == "train" else 70
                 assert node.end_lineno - node.lineno < limit, f"{path}: {node.name}"
 
 
-@pytest.mark.xfail(reason="the product has outgrown 9,000 lines and must be cut", strict=True)
-def test_the_product_is_under_9000_lines():
-    assert sum(path.read_text().count("\n") for path in product_files()) < 9000
+@pytest.mark.parametrize("room", ROOMS)
+def test_rooms_keep_their_budgets(room):
+    files = [path for path in product_files() if room_of(path) == room]
+    files += sorted((ROOT / room).glob("*.sh"))
+    assert sum(path.read_text().count("\n") for path in files) <= ROOMS[room].lines
+
+
+def test_what_a_training_step_touches_is_read_in_an_afternoon():
+    """docs/walk.md lists the files: they exist, and hold under 5,000 lines."""
+    listed = (ROOT / "docs/walk.md").read_text().partition("## What a training step touches")[2]
+    names = re.findall(r"`([\w/]+\.py)`", listed.partition("\n## ")[0])
+    assert {"trainer/train.py", "trainer/engine/engine.py", "moe/model.py"} <= set(names)
+    assert sum((ROOT / name).read_text().count("\n") for name in names) < 5000

@@ -11,7 +11,6 @@ from moe.cross_entropy import LOGITS_PER_CHUNK
 from slurm.config import SubmitConfig
 from trainer.models import bytes_per_rank
 from trainer.settings.config import RunConfig
-from trainer.settings.parallel import ParallelPlan
 from trainer.settings.typed import typed
 from trainer.train import KEPT
 
@@ -54,7 +53,7 @@ def test_every_file_composes_and_is_lawful(group, name):
     choice = f"{group}={name}"
     named = [] if group == "experiment" else ["name=t"]
     config = load("train", [*named, choice, *NEEDED.get(choice, [])])
-    config.check(ParallelPlan.of(config, config.parallel.nproc_per_node))
+    config.check()
 
 
 @pytest.mark.parametrize("name", ["general_4k", "stem_code_4k", "long_context_32k", "sft"])
@@ -65,7 +64,7 @@ def test_the_30b_experiments_fit_the_gpus_that_their_files_name(name):
     assert len(named) == 2, "H100 and H200"
     for ranks, memory in named:
         config = load("train", [f"experiment=qwen3_30b_a3b_{name}", *NO_START])
-        model, plan = config.model, ParallelPlan.of(config, int(ranks))
+        model, plan = config.model, config.plan(int(ranks))
         config.check(plan)
         layout = {"zero_stage": config.zero_stage, "ep_size": plan.ep_size, "world_size": plan.world_size}
         hidden, tokens = model.hidden_size, config.micro_batch_size * config.stage.seq_len
@@ -112,7 +111,7 @@ def test_every_documented_command_is_sound(document, words):
         names = {"trainer": "train", "data_pipeline": "prepare", "slurm": "submit"}
         config = load(names[module], overrides)
         ranks = config.parallel.nproc_per_node
-        config.check(config.plan if isinstance(config, SubmitConfig) else ParallelPlan.of(config, ranks))
+        config.check(None if isinstance(config, SubmitConfig) else ranks)
 
 
 def test_make_targets_in_documents_exist():

@@ -11,39 +11,15 @@ from START on. No name depends on the layout of ranks, so that any other layout 
 """
 
 import fcntl
-import json
 import os
 import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
-from data_pipeline.manifest import to_json, write_atomically
+from trainer.settings.run_folder import read_manifest
 
-MANIFEST = "manifest.json"
-NAMES = "step-" + 8 * "[0-9]"  # of checkpoints; what else lies beside them, such as a copy, is the user's
 BLOCK_BYTES = 1 << 22
-
-
-def write_manifest(checkpoint: Path, fields: dict[str, Any]) -> None:
-    """Make a folder a checkpoint, last of all: `fields` with a checksum of their own.
-
-    step, tokens, next_row (of the data), attempt; layout, for people; files: path -> `measure` of it.
-    """
-    write_atomically(checkpoint / MANIFEST, to_json({**fields, "crc32": zlib.crc32(to_json(fields))}))
-
-
-def read_manifest(checkpoint: Path) -> dict[str, Any]:
-    """What `write_manifest` wrote. Raises ValueError where it is missing or damaged."""
-    try:
-        fields = json.loads((checkpoint / MANIFEST).read_bytes())
-        if fields.pop("crc32") == zlib.crc32(to_json(fields)):
-            return fields
-        reason = "its checksum differs"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = str(error)
-    raise ValueError(f"{MANIFEST} cannot be read ({reason})")
 
 
 def measure(path: Path) -> list[int]:
@@ -76,14 +52,6 @@ def damage(checkpoint: Path, part: int = 0, parts: int = 1) -> list[str]:
         except OSError as error:
             found.append(f"{name} cannot be read ({error.strerror})")
     return found
-
-
-def checkpoints(run_dir: Path) -> list[Path]:
-    """The checkpoints of a run, the one to go on from first: that which `latest` names, then newest first."""
-    found, latest = sorted((run_dir / "checkpoints").glob(NAMES), reverse=True), ""
-    with suppress(OSError):
-        latest = (run_dir / "latest").read_text().strip()
-    return sorted(found, key=lambda path: path.name != latest)
 
 
 @contextmanager

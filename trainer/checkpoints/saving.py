@@ -19,29 +19,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from data_pipeline.config import DataConfig
 from data_pipeline.manifest import sync, write_atomically
-from data_pipeline.tokenizer import load_tokenizer, tokenizer_of
+from data_pipeline.tokenizer import tokenizer_of
 from moe.balance import Balance
 from moe.config import ConfigError
 from moe.hf import Written, write_config, write_index, write_shards
-from trainer.checkpoints.folder import (
-    NAMES,
-    checkpoints,
-    damage,
-    is_read,
-    measure,
-    read_manifest,
-    reading,
-    write_manifest,
-)
+from trainer.checkpoints.folder import damage, is_read, measure, reading
 from trainer.checkpoints.optimizer_state import fill_fragments, write_fragments
-from trainer.engine.clock import available_memory
 from trainer.engine.engine import Engine, Fragment
+from trainer.monitor.hardware import available_memory
 from trainer.ranks.runtime import DTYPES, Ranks, TrainingError, random_state, set_random_state
 from trainer.settings.config import RunConfig
 from trainer.settings.parallel import ParallelPlan
-from trainer.settings.run_folder import read_state
+from trainer.settings.run_folder import NAMES, checkpoints, read_manifest, read_state, write_manifest
 
 T = TypeVar("T")
 FIELDS = 3  # of a fragment: master, exp_avg, exp_avg_sq
@@ -333,13 +323,3 @@ def staged(tensor: Tensor, buffer: Tensor) -> Tensor:
     for source, target in zip(*parts, strict=True):
         target.copy_(stage[: len(source)].copy_(source))
     return copy
-
-
-def check_tokenizer(weights: Path, data: DataConfig) -> None:
-    """Raises ConfigError if the tokenizer that lies beside the weights is not that of the data."""
-    known = (weights / "tokenizer.json").is_file()
-    if known and load_tokenizer(weights).vocabulary() != tokenizer_of(data).vocabulary():
-        raise ConfigError(
-            f"stage.init_from: {weights} was trained with another tokenizer than data.dir={data.dir}; "
-            f"prepare the data with data.tokenizer={weights}"
-        )

@@ -9,6 +9,8 @@ from moe.config import ModelConfig
 from moe.experts import choose_backend
 from moe.formats import FULL, LINEAR
 from moe.gated_delta_net import kernel_obstacle
+from trainer.ranks.runtime import DTYPES, Ranks
+from trainer.settings.config import RunConfig
 
 
 class Backends(NamedTuple):
@@ -42,3 +44,9 @@ def choose_backends(
         if obstacle and device.type == "cuda":
             warnings.append(f"linear attention computes in chunks by torch, which is slower: {obstacle}")
     return Backends(names, warnings)
+
+
+def backends_of(config: RunConfig, ranks: Ranks) -> Backends:
+    """What computes the layers on the device of this rank."""
+    dtype = DTYPES[config.dtype]
+    return choose_backends(config.model, config.experts.backend, ranks.device, dtype, config.deterministic)

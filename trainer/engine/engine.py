@@ -152,9 +152,8 @@ class Engine:
     def __init__(
         self, model: nn.Module, optimizer: Optimizer, config: RunConfig, plan: ParallelPlan, ranks: Ranks
     ) -> None:
-        self._seed, self._experts = config.seed, config.experts
+        self.config = config
         self._zero_stage = config.zero_stage
-        self._max_grad_norm = config.optimizer.max_grad_norm
         self._ep_rank = plan.ep_rank(ranks.rank)
         self._ep_group = expert_parallel_group(plan.ep_size)
         self._edp_group = groups._get_expert_data_parallel_group(f"ep_size_{plan.ep_size}")
@@ -185,8 +184,9 @@ class Engine:
         self, batch: Batch, selection_bias: Tensor | None = None, routing_only: bool = False
     ) -> ModelOutput:
         """One micro-batch: the sums of cross entropy (unless `routing_only`) and the router statistics."""
-        keys = [f"{self._seed}:{row}" for row in batch.rows]
-        routing = TrainingRouting(self._experts.router_jitter_noise, self._experts.capacity_factor, keys)
+        experts = self.config.experts
+        keys = [f"{self.config.seed}:{row}" for row in batch.rows]
+        routing = TrainingRouting(experts.router_jitter_noise, experts.capacity_factor, keys)
         with self.clock.part("forward"):
             return self._engine(
                 batch.input_ids,
@@ -233,7 +233,9 @@ class Engine:
             if master.grad is None:  # perhaps on this rank only
                 master.grad = torch.zeros_like(master)
             (experts if _is_expert(parameter) else shared).append(master.grad)
-        return reduce_and_clip(shared, experts, self._edp_group, self._ep_group, self._max_grad_norm)
+        return reduce_and_clip(
+            shared, experts, self._edp_group, self._ep_group, self.config.optimizer.max_grad_norm
+        )
 
     def owned_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """(name, whole tensor) of what this rank writes to disk, one at a time; all ranks must iterate.

@@ -5,6 +5,7 @@ of the global batch; shares add up, over ranks and micro-batches, to the loss of
 was cut.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,9 +13,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data_pipeline.loader import Batch
-from moe.balance import balance_loss_share, expert_frequencies
+from moe.balance import Balance, balance_loss_share, expert_frequencies
 from moe.model import ModelOutput
 from trainer.settings.config import RunConfig
+from trainer.settings.parallel import ParallelPlan
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,29 @@ class LossShares:
     z: Tensor  # [L], before its weight
     mtp: Tensor  # of multi-token prediction, before its weight; 0 without it
 
+    @classmethod
+    def of(
+        cls, cross_entropy: Tensor, output: ModelOutput, frequencies: Tensor | None, totals: Totals
+    ) -> "LossShares":
+        """A micro-batch's terms: its share of the `cross_entropy`, and what follows from the model's output.
+
+        A dense model has no balance and no z-loss.
+        """
+        ahead, router = output.mtp_cross_entropy_sum, output.router
+        nothing = cross_entropy.new_zeros(0)
+        mtp = nothing.sum() if ahead is None else ahead / max(totals.label_tokens, 1)
+        if router is None or frequencies is None:
+            return cls(cross_entropy, nothing, nothing, nothing, mtp)
+        tokens = max(totals.tokens, 1)
+        local = expert_frequencies(router.tokens_per_expert)
+        return cls(
+            cross_entropy,
+            balance_loss_share(frequencies, router.probability_sums, tokens),
+            balance_loss_share(local, router.probability_sums, tokens),
+            router.z_sums / tokens,
+            mtp,
+        )
+
     def total(self, config: RunConfig) -> Tensor:
         """What `backward` takes."""
         balance = self.balance.sum() + config.balance.micro_weight * self.local_balance.sum()
@@ -57,21 +82,17 @@ class LossShares:
         return loss + config.model.router_aux_loss_coef * balance + config.balance.z_loss_coef * self.z.sum()
 
 
-def loss_shares(output: ModelOutput, frequencies: Tensor | None, totals: Totals) -> LossShares:
-    """Shares of one micro-batch; a dense model has no balance and no z-loss."""
-    assert output.cross_entropy_sum is not None
-    ahead, router = output.mtp_cross_entropy_sum, output.router
-    cross_entropy = output.cross_entropy_sum / max(totals.label_tokens, 1)
-    nothing = cross_entropy.new_zeros(0)
-    mtp = nothing.sum() if ahead is None else ahead / max(totals.label_tokens, 1)
-    if router is None or frequencies is None:
-        return LossShares(cross_entropy, nothing, nothing, nothing, mtp)
-    tokens = max(totals.tokens, 1)
-    local = expert_frequencies(router.tokens_per_expert)
-    return LossShares(
-        cross_entropy,
-        balance_loss_share(frequencies, router.probability_sums, tokens),
-        balance_loss_share(local, router.probability_sums, tokens),
-        router.z_sums / tokens,
-        mtp,
+# batch, its output, frequencies [L,E] of the balance loss (None: a dense model), totals of the step
+LossFunction = Callable[[Batch, ModelOutput, Tensor | None, Totals], LossShares]
+
+
+def build_balance(config: RunConfig, plan: ParallelPlan, device: torch.device) -> Balance:
+    """The expert frequencies and the selection bias of a run."""
+    return Balance(
+        config.balance.mode,
+        num_layers=config.model.num_moe_layers,
+        num_experts=config.model.num_experts,
+        micro_batches_per_step=plan.gradient_accumulation_steps,
+        bias_update_rate=config.balance.bias_update_rate,
+        device=device,
     )

@@ -4,13 +4,17 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from data_pipeline.loader import Batch
 from trainer.engine.optimizer import kind_of
+from trainer.ranks.runtime import Ranks
 from trainer.settings.config import AlarmsConfig
 
 _WINDOW, _LEAST = 50, 10  # logged losses that the loss is compared with, and how many there must be
@@ -80,6 +84,22 @@ class Alarms:
                 "and other processes of its device, or leave the node out; if received_imbalance is high, at "
                 "its experts",
             )
+
+
+def diverged(
+    step: int, micro_batches: list[Batch], losses: list[Tensor], first: list[str], ranks: Ranks, run_dir: Path
+) -> str:
+    """Which rank and rows made the loss of a step no number; every rank must call it."""
+    rows = [batch.rows for batch, loss in zip(micro_batches, losses, strict=True) if not torch.isfinite(loss)]
+    here = [*(f"rows {list(row)}" for row in rows), *(f"first {what}" for what in first)]
+    everywhere: list = [None] * ranks.world_size
+    dist.all_gather_object(everywhere, here)
+    where = "; ".join(f"rank {rank}, {what}" for rank, found in enumerate(everywhere) for what in found)
+    return (
+        f"the gradient is not finite at step {step} ({where}); the last checkpoint is unharmed. "
+        f"Look at these rows, or start a run with a lower optimizer.lr from its weights: "
+        f"stage.init_from={run_dir}/checkpoints/.../hf"
+    )
 
 
 @contextmanager

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from moe.parallelize import dispatched
 from moe.router import RouterStatistics
-from trainer.engine.clock import memory_gib, peak_flops
 from trainer.engine.engine import Engine
 from trainer.engine.loss import LossShares, Totals
 from trainer.engine.optimizer import KINDS
+from trainer.monitor.hardware import memory_gib, peak_flops
 from trainer.ranks.runtime import DTYPES, Ranks
 from trainer.settings.config import RunConfig
 from trainer.settings.parallel import ParallelPlan
@@ -163,7 +163,7 @@ class Meter:
         self, config: RunConfig, ranks: Ranks, engine: Engine, optimizer: torch.optim.Optimizer, step: int
     ) -> None:
         self._config, self._ranks, self._engine = config, ranks, engine
-        self._plan = ParallelPlan.of(config, ranks.world_size)
+        self._plan = config.plan(ranks.world_size)
         self._norms = OptimizerNorms(optimizer, config, self._plan)
         self._peak = peak_flops(ranks.device, DTYPES[config.dtype])
         self._flops_per_token = config.model.flops_per_token(config.stage.seq_len)

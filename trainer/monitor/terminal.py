@@ -4,6 +4,7 @@ import time
 from pathlib import Path
 from typing import Any, TextIO
 
+import torch
 from rich.console import Console
 from rich.live import Live
 from rich.panel import Panel
@@ -11,8 +12,10 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from data_pipeline.manifest import Manifest
+from trainer.engine.backends import Backends
+from trainer.ranks.device import device_name
 from trainer.settings.config import RunConfig
+from trainer.settings.parallel import ParallelPlan
 
 # What the live panel says of a step; a plain line says the first two of each.
 _SHOWN = {
@@ -62,23 +65,38 @@ class Terminal:
             rows.add_row(Text(title, "dim"), Text("   ".join(texts)))
         self._live.update(Panel.fit(rows))
 
+    def evaluated(self, step: int, held_out: dict[str, float]) -> None:
+        """Say what an evaluation found; perplexities follow from the losses."""
+        shown = (f"{key} {value:.3f}" for key, value in held_out.items() if not key.startswith("perplexity"))
+        self.say(f"step {step}: {', '.join(shown)}")
+
     def close(self) -> None:
         """End the live line."""
         if self._live is not None:
             self._live.stop()
 
 
-def closing(config: RunConfig, metrics: dict[str, Any], manifest: Manifest | None, run_dir: Path) -> str:
-    """The last words of a finished run: what was reached, where it is, what to do next."""
-    held_out = []
-    for name, source in manifest.sources.items() if manifest else ():
-        if f"loss/{name}" in metrics:
-            known = source.validation_unigram_cross_entropy  # of knowing only how common each token is
-            beside = f" (token frequencies alone: {known:.3f})" if known else ""
-            held_out.append(f"{name} {metrics[f'loss/{name}']:.3f}{beside}")
+def opening(
+    config: RunConfig, plan: ParallelPlan, device: torch.device, backends: Backends, step: int
+) -> str:
+    """What is about to be trained, and on what, in one line."""
+    total, active = config.model.num_parameters(), config.model.num_active_parameters()
+    devices = f"{plan.world_size} " if device.type == "cuda" else ""
+    return (
+        f"{config.name}: {total / 1e6:,.1f}M parameters ({active / 1e6:,.1f}M active) "
+        f"on {devices}{device_name(device)} ({', '.join(map(' '.join, backends.names.items()))}), "
+        f"{plan.world_size} ranks, ep_size {plan.ep_size}, ZeRO {config.zero_stage}, "
+        f"{plan.gradient_accumulation_steps} micro-batches per step, "
+        f"{config.stage.step_tokens:,} tokens per step, {config.stage.total_steps:,} steps"
+        + (f", going on after step {step}" if step else "")
+    )
+
+
+def closing(config: RunConfig, metrics: dict[str, Any], results: dict[str, str], run_dir: Path) -> str:
+    """The last words of a finished run, `results` of its stage among them, and what to do next."""
     rows = {
         "loss": f"{metrics['loss']:.3f} nats per token at step {metrics['step']:,}",
-        "held out": ", ".join(held_out),
+        **results,
         "speed": f"{metrics['tokens_per_second']:,.0f} tokens/s, MFU {metrics['mfu']:.1%}",
     }
     if "balance_loss" in metrics:

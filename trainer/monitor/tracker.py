@@ -18,9 +18,8 @@ from data_pipeline.manifest import write_atomically
 from trainer.monitor.alarms import Alarm
 from trainer.monitor.metrics import HISTOGRAM_LOG2
 from trainer.settings.config import RunConfig
-from trainer.settings.run_folder import flat_metrics
+from trainer.settings.run_folder import ROOT, flat_metrics
 
-_ROOT = Path(__file__).parents[2]
 _CODE = {".py", ".yaml", ".sh", ".html"}
 
 
@@ -116,9 +115,9 @@ class Tracker:
             self._run.define_metric(key, step_metric="step", summary="min,last")
         code = wandb.Artifact(f"code-{self._run.id}", type="code")
         for package in ("trainer", "moe", "data_pipeline", "slurm", "conf"):
-            for path in sorted((_ROOT / package).rglob("*")):
+            for path in sorted((ROOT / package).rglob("*")):
                 if path.suffix in _CODE:
-                    code.add_file(str(path), str(path.relative_to(_ROOT)))
+                    code.add_file(str(path), str(path.relative_to(ROOT)))
         for name in ("config.yaml", "overrides.txt", "environment.json", "git.txt"):
             code.add_file(str(run_dir / name), f"run/{name}")
         self._run.log_artifact(code)

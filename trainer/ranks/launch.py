@@ -11,6 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
+from trainer.settings.config import RunConfig
+from trainer.settings.run_folder import read_state, write_state
+
 _DEVICES = Path("/dev")
 NO_GPUS = ("", "-1", "NoDevFiles")  # values of CUDA_VISIBLE_DEVICES that hide all; the last is SLURM's
 _GRACE_SECONDS = 10.0  # for the other ranks, once one has failed
@@ -39,6 +42,26 @@ def sees_gpu(device: str) -> bool:
     """Whether a run on `device` (auto, cuda or cpu) finds an NVIDIA GPU here; torch may still refuse it."""
     hidden = device == "cpu" or os.environ.get("CUDA_VISIBLE_DEVICES") in NO_GPUS
     return not hidden and any(_DEVICES.glob("nvidia[0-9]*"))
+
+
+def start(run_dir: Path, config: RunConfig, held: int, written: list[Path]) -> int:
+    """Start the ranks of a frozen run whose lock is held, and say where to look if they fail.
+
+    `written` are the files that settle what the ranks were asked for. Where they refuse before the attempt
+    begins (this machine has fewer GPUs, say), these are removed: another try may ask for something else.
+    """
+    before = read_state(run_dir)["attempt"]
+    code = launch(run_dir, config.parallel.nproc_per_node, config.device, held)
+    state = read_state(run_dir)
+    if code == 2 and state["attempt"] == before:
+        for path in written:
+            path.unlink()
+    elif code:
+        if state["state"] == "running":  # killed: no rank could say so itself
+            write_state(run_dir, "failed", state["attempt"])
+        print(f"The run failed; logs are in {run_dir}/logs", file=sys.stderr)
+    os.close(held)
+    return code
 
 
 def launch(

@@ -1,12 +1,20 @@
-"""What every command does with a mistake of its user. Torch-free."""
+"""What the commands share: composing a configuration, checking a run, telling a mistake. Torch-free."""
 
 import sys
 from collections.abc import Callable
 from functools import wraps
-from typing import ParamSpec
+from pathlib import Path
+from typing import NoReturn, ParamSpec
 
+import hydra
+from omegaconf import DictConfig
+
+from data_pipeline.check import check_data
 from data_pipeline.config import DataError
+from data_pipeline.streaming import absolute_paths
 from moe.config import ConfigError
+from trainer.settings.config import RunConfig
+from trainer.settings.run_folder import forget_origin
 
 P = ParamSpec("P")
 
@@ -23,3 +31,45 @@ def tells_mistakes(command: Callable[P, int | None], headline: str = "") -> Call
             return 2
 
     return telling
+
+
+def compose_and(
+    config_name: str, act: Callable[[DictConfig], int], finish: Callable[[], int] = lambda: 0
+) -> NoReturn:
+    """Compose `conf/<config_name>.yaml` with the command line and hand it to `act`; exits with its code.
+
+    Under -m every point of the sweep goes to `act`; `finish` follows the last one, unless one failed. A wrong
+    configuration exits with 2 and one message, whether Hydra finds it (an unknown group) or we.
+    """
+    composed, headline = False, "The configuration is wrong:\n"
+
+    @hydra.main(version_base="1.3", config_path="pkg://conf", config_name=config_name)
+    def entry(cfg: DictConfig) -> None:
+        nonlocal composed
+        composed = True
+        if code := tells_mistakes(act, headline)(cfg):
+            sys.exit(code)
+
+    try:
+        entry()
+    except SystemExit as done:
+        sys.exit(2 if done.code and not composed else done.code)
+    except KeyboardInterrupt:
+        print("interrupted before the run was started", file=sys.stderr)
+        sys.exit(1)
+    sys.exit(tells_mistakes(finish, headline)() if composed else 0)  # not composed: --help, --cfg
+
+
+def check(config: RunConfig, cfg: DictConfig) -> None:
+    """Raises ConfigError or DataError if the run or its data is wrong.
+
+    Makes what the run reads independent of the folder it is started in, in `cfg`, of which `config` is.
+    """
+    forget_origin(config, config.run_dir)
+    config.check()
+    check_data(config.data, config.model.vocab_size, config.seed)
+    for group, key in (("data", "dir"), ("stage", "init_from")):
+        if cfg[group][key] is not None:
+            cfg[group][key] = str(Path(cfg[group][key]).resolve())
+    if config.data.mode == "streaming":
+        cfg.data.merge_with(absolute_paths(config.data))

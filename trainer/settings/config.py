@@ -171,16 +171,26 @@ class RunConfig:
         return Path(self.output_dir) / self.name
 
     @property
+    def world_size(self) -> int:
+        """The number of ranks that the run asks for."""
+        return self.parallel.nproc_per_node
+
+    def plan(self, world_size: int | None = None) -> ParallelPlan:
+        """The layout of the run on so many ranks; on those that it asks for where no number is given."""
+        ranks = self.world_size if world_size is None else world_size
+        return ParallelPlan(ranks, self.parallel.ep_size, self.micro_batch_size, self.stage.global_batch_size)
+
+    @property
     def zero_stage(self) -> int:
         """DeepSpeed's ZeRO stage."""
         return int(self.deepspeed.get("zero_optimization", {}).get("stage", 0))
 
-    def check(self, plan: ParallelPlan) -> None:
-        """Raises ConfigError with every broken law of the run under this layout of ranks."""
+    def check(self, world_size: int | None = None) -> None:
+        """Raises ConfigError with every broken law of the run on so many ranks; see `plan`."""
         problems = [
             *self.model.problems(),
             *self.data.problems(),
-            *plan.problems(self.model.num_experts),
+            *self.plan(world_size).problems(self.model.num_experts),
             *value_problems(self),
             *self._own_problems(),
             *self._init_problems(),

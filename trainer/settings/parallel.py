@@ -1,14 +1,9 @@
 """Who does what: the arithmetic of ranks, rows and experts. Pure and torch-free."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from trainer.settings.typed import AtLeast1
-
-if TYPE_CHECKING:
-    from trainer.settings.config import RunConfig
 
 
 @dataclass
@@ -34,12 +29,6 @@ class ParallelPlan:
     ep_size: int
     micro_batch_size: int
     global_batch_size: int
-
-    @classmethod
-    def of(cls, config: RunConfig, world_size: int) -> ParallelPlan:
-        """The plan of a run configuration for a number of ranks."""
-        rows = config.stage.global_batch_size
-        return cls(world_size, config.parallel.ep_size, config.micro_batch_size, rows)
 
     @property
     def gradient_accumulation_steps(self) -> int:

@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import sys
+import zlib
 from collections.abc import Iterator
 from contextlib import suppress
 from importlib.metadata import distributions
@@ -18,14 +19,10 @@ from yaml import YAMLError
 
 from data_pipeline.manifest import to_json, write_atomically
 from moe.config import ConfigError
-from trainer.checkpoints.folder import checkpoints, read_manifest
 
-_ROOT = Path(__file__).parents[2]
-# What a resume may change: where and how the ranks compute and what is kept, never what is computed.
-_LAYOUT_KEYS = (
-    *("device", "parallel", "deepspeed", "micro_batch_size", "recompute", "deterministic", "experts.backend"),
-    *("checkpoint", "evaluate", "tracker"),
-)
+ROOT = Path(__file__).parents[2]
+MANIFEST = "manifest.json"
+NAMES = "step-" + 8 * "[0-9]"  # of checkpoints; what else lies beside them, such as a copy, is the user's
 
 
 def freeze(run_dir: Path, cfg: DictConfig, overrides: list[str]) -> None:
@@ -86,43 +83,6 @@ def forget_origin(config: Any, run_dir: Path) -> None:
         config.stage.init_from, config.init.upcycle = None, "none"
 
 
-def change_layout(cfg: Any, overrides: list[str]) -> dict[str, Any]:
-    """Apply the overrides of a resume to `cfg`; returns the sections that they touch.
-
-    Raises ConfigError for a key that could change what the run computes.
-    """
-    problems, touched = [], []
-    # deepspeed=GROUP before deepspeed.KEY=VALUE
-    for override in sorted(overrides, key=lambda text: text.partition("=")[0]):
-        key, given, value = override.partition("=")
-        touched.append(key.partition(".")[0])
-        if not given or not any(f"{key}.".startswith(f"{free}.") for free in _LAYOUT_KEYS):
-            allowed = ", ".join(_LAYOUT_KEYS)
-            problems.append(f"{override}: only KEY=VALUE with these keys can change at a resume: {allowed}")
-        elif key == "deepspeed":
-            groups = {path.stem: path for path in (_ROOT / "conf/deepspeed").glob("*.yaml")}
-            if value in groups:
-                cfg.deepspeed = OmegaConf.load(groups[value])
-            else:
-                problems.append(f"{override} is unknown; use {', '.join(sorted(groups))}")
-        else:
-            try:
-                cfg.merge_with_dotlist([override])
-            except (YAMLError, OmegaConfBaseException) as error:
-                problems.append(f"{override} cannot be read ({error})")
-    if problems:
-        raise ConfigError(problems)
-    return {section: cfg[section] for section in touched}
-
-
-def record_layout(run_dir: Path, sections: dict[str, Any], overrides: list[str]) -> Path:
-    """Write resume-K.yaml, K the attempt that is about to start: from now on the run goes on with it."""
-    path = run_dir / f"resume-{read_state(run_dir)['attempt'] + 1}.yaml"
-    text = f"# python -m trainer.resume with {overrides}\n{OmegaConf.to_yaml(OmegaConf.create(sections))}"
-    write_atomically(path, text.encode())
-    return path
-
-
 def lock(run_dir: Path) -> int:
     """A descriptor that holds the run folder, as long as it or an inherited copy is open.
 
@@ -144,6 +104,34 @@ def lock(run_dir: Path) -> int:
         why = f"its file system has no locks ({error.strerror})"
         print(f"warning: {run_dir} may be running already, {why}; see to it yourself", file=sys.stderr)
     return descriptor
+
+
+def write_manifest(checkpoint: Path, fields: dict[str, Any]) -> None:
+    """Make a folder a checkpoint, last of all: `fields` with a checksum of their own.
+
+    step, tokens, next_row (of the data), attempt; layout, for people; files: path -> `measure` of it.
+    """
+    write_atomically(checkpoint / MANIFEST, to_json({**fields, "crc32": zlib.crc32(to_json(fields))}))
+
+
+def read_manifest(checkpoint: Path) -> dict[str, Any]:
+    """What `write_manifest` wrote. Raises ValueError where it is missing or damaged."""
+    try:
+        fields = json.loads((checkpoint / MANIFEST).read_bytes())
+        if fields.pop("crc32") == zlib.crc32(to_json(fields)):
+            return fields
+        reason = "its checksum differs"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = str(error)
+    raise ValueError(f"{MANIFEST} cannot be read ({reason})")
+
+
+def checkpoints(run_dir: Path) -> list[Path]:
+    """The checkpoints of a run, the one to go on from first: that which `latest` names, then newest first."""
+    found, latest = sorted((run_dir / "checkpoints").glob(NAMES), reverse=True), ""
+    with suppress(OSError):
+        latest = (run_dir / "latest").read_text().strip()
+    return sorted(found, key=lambda path: path.name != latest)
 
 
 def latest_checkpoint(run_dir: Path) -> Path | None:
@@ -225,7 +213,7 @@ def _environment() -> dict[str, Any]:
     return {"python": platform.python_version(), "platform": platform.platform(), "packages": packages}
 
 
-def git(*command: str, root: Path = _ROOT) -> str:
+def git(*command: str, root: Path = ROOT) -> str:
     """What git says of the code in `root`; nothing outside a git checkout, and where there is no git."""
     with suppress(FileNotFoundError):
         done = subprocess.run(["git", *command], cwd=root, capture_output=True, check=False)

@@ -24,7 +24,7 @@ def submission(*overrides: str) -> SubmitConfig:
 def problems(*overrides: str) -> list[str]:
     config = submission(*overrides)
     with pytest.raises(ConfigError) as error:
-        config.check(config.plan)
+        config.check()
     return error.value.problems
 
 
@@ -34,8 +34,8 @@ def test_every_cluster_file_is_lawful(cluster):
         *(f"slurm={cluster}", "slurm.partition=p", "slurm.nodes=2"),
         *("parallel.nproc_per_node=4", "parallel.ep_size=4", "stage.global_batch_size=8"),
     )
-    config.check(config.plan)
-    assert config.plan.world_size == 8
+    config.check()
+    assert config.world_size == 8
     assert config.slurm.gpus_per_node in (0, 4), "a rank is one GPU"
 
 
@@ -85,7 +85,7 @@ def test_the_device_and_the_gpus_that_are_asked_for(device, gpus, message):
     request = [f"device={device}", f"slurm.gpus_per_node={gpus}", "parallel.nproc_per_node=2"]
     if message is None:
         config = submission(*request)
-        config.check(config.plan)
+        config.check()
     else:
         (problem,) = problems(*request)
         assert problem.startswith(message)
@@ -106,7 +106,7 @@ def test_a_misplaced_expert_group_is_an_error_in_the_large_experiments():
 
 def test_what_is_no_secret():
     config = submission("+slurm.env.TOKENIZERS_PARALLELISM='false'")
-    config.check(config.plan)
+    config.check()
 
 
 def test_all_problems_at_once():

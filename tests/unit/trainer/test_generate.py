@@ -6,7 +6,8 @@ import torch
 from moe.hf import save_hf
 from moe.init import init_weights
 from moe.model import CausalLM
-from trainer.generate import generate, load_model, selection_bias
+from trainer.checkpoints.weights import load_model, selection_bias
+from trainer.generate import generate
 
 
 def test_a_run_that_was_balanced_by_a_bias_generates_with_it(run_config, tmp_path):

@@ -13,7 +13,6 @@ from moe.formats import RopeScaling
 from moe.model import CausalLM
 from moe.parallelize import apply_expert_parallel
 from trainer.models import bytes_per_rank, main, shipped_models
-from trainer.settings.parallel import ParallelPlan
 
 
 @pytest.mark.parametrize("name", ["tiny_moe", "tiny_qwen2_moe", "tiny_qwen3_next", "qwen3_next_80b_a3b"])
@@ -47,7 +46,7 @@ YARN = "model.rope_scaling={rope_type: yarn, factor: %s, original_max_position_e
 def test_yarn_from_the_command_line(run_config):
     config = run_config(YARN % 4)
     assert config.model.rope_scaling == RopeScaling("yarn", 4.0, 1024)
-    config.check(ParallelPlan.of(config, 1))
+    config.check(1)
 
 
 @pytest.mark.parametrize(
@@ -62,7 +61,7 @@ def test_yarn_from_the_command_line(run_config):
 def test_contradictions_are_refused_before_a_run(run_config, overrides, line):
     config = run_config(*overrides)
     with pytest.raises(ConfigError, match=re.escape(line)):
-        config.check(ParallelPlan.of(config, 1))
+        config.check(1)
 
 
 def test_layouts_that_do_not_divide_are_refused():

@@ -7,16 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from trainer.checkpoints.folder import (
+from trainer.checkpoints.folder import damage, is_read, measure, reading
+from trainer.settings.run_folder import (
     checkpoints,
-    damage,
-    is_read,
-    measure,
+    latest_checkpoint,
     read_manifest,
-    reading,
+    read_state,
     write_manifest,
+    write_state,
 )
-from trainer.settings.run_folder import latest_checkpoint, read_state, write_state
 
 
 def make(run_dir: Path, step: int) -> Path:

@@ -11,7 +11,6 @@ from trainer.engine.optimizer import KINDS, build_optimizer
 from trainer.monitor import metrics
 from trainer.monitor.metrics import OptimizerNorms
 from trainer.settings.config import RunConfig
-from trainer.settings.parallel import ParallelPlan
 
 SLICE = 2**12
 ELEMENTS = 64 * SLICE + 17  # the last slice is a short one
@@ -44,7 +43,7 @@ def step(optimizer: torch.optim.Optimizer, weights: nn.Module, rate: float) -> N
 def test_the_update_is_what_has_changed(config: RunConfig) -> None:
     weights = Weights()
     optimizer = build_optimizer(weights, config.optimizer)
-    norms = OptimizerNorms(optimizer, config, ParallelPlan.of(config, 1))
+    norms = OptimizerNorms(optimizer, config, config.plan(1))
     for rate in (1e-2, 1e-3, 3e-3, 1e-2):
         old = [parameter.detach().double().clone() for parameter in weights.parameters()]
         norms.arm(torch.device("cpu"), histograms=True)
@@ -77,7 +76,7 @@ def peak_bytes(run: Callable[[], None]) -> int:
 def test_a_logged_step_takes_slices_of_memory_only(config: RunConfig) -> None:
     weights = Weights()
     optimizer = build_optimizer(weights, config.optimizer)
-    norms = OptimizerNorms(optimizer, config, ParallelPlan.of(config, 1))
+    norms = OptimizerNorms(optimizer, config, config.plan(1))
     step(optimizer, weights, 1e-3)
     plain = peak_bytes(lambda: optimizer.step())
     norms.arm(torch.device("cpu"), histograms=True)

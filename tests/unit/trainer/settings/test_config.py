@@ -7,18 +7,17 @@ from omegaconf import OmegaConf
 
 from moe.config import ConfigError
 from trainer.settings.config import RunConfig
-from trainer.settings.parallel import ParallelPlan
 
 
 def broken(config: RunConfig, world_size: int = 1) -> list[str]:
     with pytest.raises(ConfigError) as caught:
-        config.check(ParallelPlan.of(config, world_size))
+        config.check(world_size)
     return caught.value.problems
 
 
 def test_a_sound_run_passes(run_config):
     config = run_config("experiment=demo")
-    config.check(ParallelPlan.of(config, 2))
+    config.check(2)
 
 
 def test_unknown_missing_and_mistyped_keys_come_together(composed):
@@ -158,7 +157,7 @@ def test_dense_models_have_no_expert_parallelism(run_config):
 
 
 def test_expert_groups_across_nodes_are_found(run_config):
-    plan = ParallelPlan.of(run_config("parallel.ep_size=4", "stage.global_batch_size=8"), 8)
+    plan = run_config("parallel.ep_size=4", "stage.global_batch_size=8").plan(8)
     assert plan.groups_across_nodes(["a"] * 4 + ["b"] * 4) == []
     assert plan.groups_across_nodes(["a"] * 6 + ["b"] * 2) == ["ranks 4-7 on a, b"]
     assert [plan.ep_rank(rank) for rank in range(8)] == [0, 1, 2, 3, 0, 1, 2, 3], (
@@ -213,6 +212,6 @@ def test_laws_of_upcycling(run_config, tmp_path, changes, message):
     values = {"stage.init_from": str(tmp_path), **UPCYCLE, **changes}
     config = run_config(*(f"{key}={value}" for key, value in values.items()))
     if message is None:
-        config.check(ParallelPlan.of(config, 1))
+        config.check(1)
     else:
         assert message in "\n".join(broken(config))

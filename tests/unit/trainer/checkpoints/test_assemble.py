@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 from data_pipeline.config import DataConfig
 from data_pipeline.tokenizer import train_tokenizer
 from moe.config import ConfigError
-from trainer.checkpoints.saving import check_tokenizer
+from trainer.checkpoints.assemble import check_tokenizer
 
 DATA = OmegaConf.load(Path(__file__).parents[4] / "conf" / "data" / "_common.yaml")
 

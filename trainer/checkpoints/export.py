@@ -1,0 +1,165 @@
+"""The weights of a checkpoint as a folder for the Hugging Face hub.
+
+One shard is in memory at a time; it is written under a temporary name, renamed when it is on the disk, read
+back and compared. What a kill leaves behind, the same command goes on with. config.json comes last: a folder
+without it is not whole.
+"""
+
+import json
+import os
+import shlex
+import time
+from contextlib import ExitStack
+from dataclasses import replace
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from data_pipeline.manifest import sync, to_json, write_atomically
+from data_pipeline.tokenizer import END_OF_TEXT, load_tokenizer
+from moe.config import ConfigError, ModelConfig
+from moe.formats import MTP_FORMATS
+from moe.hf import INDEX, SINGLE, TORCH, Place, SafetensorError, locate, safe_open, save_file, write_config
+from trainer.checkpoints.weights import selection_bias
+from trainer.monitor.terminal import duration
+
+DTYPES = {"fp32": "F32", "bf16": "BF16"}
+IM_END = "<|im_end|>"
+
+Shard = dict[str, Place]  # the dtype of a place is the one that is written
+
+
+def plan_shards(places: Shard, max_bytes: int) -> dict[str, Shard]:
+    """File name -> its tensors, in the order of the model: at most `max_bytes`, or one larger tensor."""
+    shards: list[Shard] = []
+    room = 0
+    for name, place in places.items():
+        if nbytes({name: place}) > room:
+            shards.append({})
+            room = max_bytes
+        shards[-1][name] = place
+        room -= nbytes({name: place})
+    if len(shards) == 1:
+        return {SINGLE: places}
+    return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, 1)}
+
+
+def nbytes(shard: Shard) -> int:
+    """Bytes of the tensors of a shard."""
+    return sum(prod(place.shape) * TORCH[place.dtype].itemsize for place in shard.values())
+
+
+def check_out(out: Path, ours: str) -> None:
+    """Raises ConfigError for an OUT that is neither new nor this export begun; makes a new one."""
+    present = sorted(path.name for path in out.glob("[!.]*") if path.name != "README.md")
+    files = [name for name in present if name.endswith(".safetensors")]
+    for name in files:
+        try:
+            with safe_open(out / name, framework="pt") as reader:
+                theirs = (reader.metadata() or {}).get("export", "another program")
+        except SafetensorError:
+            theirs = "a damaged file"
+        if theirs != ours:
+            raise ConfigError(f"{out / name} is of {theirs}, not of {ours}; choose another folder")
+    if present and not files:
+        raise ConfigError(f"{out} holds {', '.join(present[:8])}; choose a new folder")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{out} cannot be made ({error.strerror}); choose another folder") from error
+
+
+def write_shard(path: Path, shard: Shard, mark: str) -> None:
+    """Make the file, or leave what there was; then compare what the disk holds with the sources.
+
+    A file that is there is whole: it is only compared. Raises OSError where a byte differs.
+    """
+    with ExitStack() as stack:
+        readers = {
+            file: stack.enter_context(safe_open(file, framework="pt", backend="pread"))
+            for file in {place.file for place in shard.values()}
+        }
+
+        def read(place: Place) -> Tensor:
+            return readers[place.file].get_slice(place.stored)[place.part].to(TORCH[place.dtype]).contiguous()
+
+        if not path.exists():
+            partial = path.with_name(f".{path.name}.partial")
+            metadata = {"format": "pt", "export": mark}
+            save_file({name: read(place) for name, place in shard.items()}, partial, metadata)
+            with partial.open("rb") as file:
+                os.fsync(file.fileno())
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # reading back asks the disk
+            partial.replace(path)
+            sync(path.parent)
+        written = stack.enter_context(safe_open(path, framework="pt", backend="pread"))
+        if set(written.keys()) != shard.keys() or not all(
+            torch.equal(written.get_tensor(name).view(torch.uint8), read(place).view(torch.uint8))
+            for name, place in shard.items()
+        ):
+            raise OSError(f"{path} differs from its checkpoint; delete it")
+
+
+def write_tokenizer(folder: Path, out: Path, config: ModelConfig) -> list[int]:
+    """tokenizer.json as it is, and tokenizer_config.json with Qwen3's chat template; the ids that stop."""
+    tokenizer = load_tokenizer(folder)
+    serialized = (folder / "tokenizer.json").read_bytes()
+    vocabulary = tokenizer.vocabulary()
+    chat = {"<|im_start|>", IM_END} <= vocabulary.keys()
+    added = json.loads(serialized)["added_tokens"]
+    fields = {
+        "tokenizer_class": "PreTrainedTokenizerFast",  # takes tokenizer.json as it is
+        "model_max_length": config.max_position_embeddings,
+        "bos_token": None,
+        "eos_token": END_OF_TEXT,
+        "pad_token": END_OF_TEXT,
+        "unk_token": None,
+        "clean_up_tokenization_spaces": False,
+        "added_tokens_decoder": {str(token.pop("id")): token for token in added},
+    }
+    if chat:
+        fields["chat_template"] = Path(__file__).with_name("chat_template.jinja").read_text()
+    write_atomically(out / "tokenizer.json", serialized)
+    write_atomically(out / "tokenizer_config.json", to_json(fields))
+    return [vocabulary[IM_END], tokenizer.end_of_text] if chat else [tokenizer.end_of_text]
+
+
+def export(folder: Path, out: Path, max_shard_bytes: int, dtype: str | None) -> None:
+    """Write OUT, telling how it goes. Raises ConfigError, DataError (what the user gave), OSError (disks)."""
+    config = ModelConfig.of_folder(folder)
+    if config.num_nextn_predict_layers and config.to_hf()["model_type"] not in MTP_FORMATS:
+        print("multi-token prediction stays behind: the format has no place for it")
+        config = replace(config, num_nextn_predict_layers=0)
+    load_tokenizer(folder)  # what is wrong with it shows before the weights are written
+    places = locate(config, folder)
+    if dtype:
+        places = {name: place._replace(dtype=dtype) for name, place in places.items()}
+    shards, total = plan_shards(places, max_shard_bytes), nbytes(places)
+    written_as = TORCH[next(iter(places.values())).dtype]
+    kind = str(written_as).removeprefix("torch.")
+    origin = "/".join(folder.resolve().parts[-4:])  # RUN/checkpoints/step-.../hf
+    mark = f"{origin} ({kind}, {len(shards)} of at most {max_shard_bytes:,} B)"
+    check_out(out, mark)
+    done, started = 0, time.monotonic()
+    for name, shard in shards.items():
+        how = "kept" if (out / name).exists() else "written"
+        write_shard(out / name, shard, mark)
+        done += nbytes(shard)
+        speed = done / (time.monotonic() - started)
+        progress = f"{done / 1e9:.2f} of {total / 1e9:.2f} GB, {speed / 1e6:,.0f} MB/s"
+        left = duration((total - done) / speed)
+        print(f"{name} {how} and read back, {progress}, ETA {left}", flush=True)
+    if len(shards) > 1:
+        weight_map = {name: file for file, shard in shards.items() for name in shard}
+        write_atomically(out / INDEX, to_json({"metadata": {"total_size": total}, "weight_map": weight_map}))
+    write_config(config, written_as, out, write_tokenizer(folder, out, config))
+    if selection_bias(folder, torch.device("cpu")) is not None:
+        what = "the run chose experts with a selection bias (balance.bias_update_rate)"
+        print(f"warning: {what}; the format has no place for it, so the exported model routes without")
+    print(
+        f"{out}: {config.num_parameters() / 1e6:,.1f}M parameters, {kind}, from {origin}\n"
+        f'  load    AutoModelForCausalLM.from_pretrained("{out}", dtype="auto")\n'
+        f"  upload  hf upload YOUR_NAME/{out.resolve().name} {shlex.quote(str(out))}"
+    )

@@ -1,0 +1,48 @@
+"""The model of a folder of weights, as commands read it: whole, on one device."""
+
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from moe.config import ModelConfig
+from moe.hf import load_hf, stored_dtype
+from moe.model import CausalLM
+from trainer.checkpoints.folder import reading
+from trainer.engine.backends import choose_backends
+from trainer.ranks.device import choose_device
+from trainer.settings.run_folder import read_run, run_of
+
+
+def device_for(source: Path) -> torch.device:
+    """Where a command computes the model of `source`: on CUDA where usable, unless the run has device=cpu."""
+    run_dir = run_of(source)
+    ruled_out = (run_dir / "config.yaml").is_file() and read_run(run_dir).get("device") == "cpu"
+    device, warning = choose_device("cpu" if ruled_out else "auto")
+    if warning:
+        print(f"warning: {warning}", file=sys.stderr)
+    return device
+
+
+def load_model(folder: Path, device: torch.device) -> CausalLM:
+    """The model of a Hugging Face folder, in its dtype, whole on one device.
+
+    Raises ConfigError if the folder has none.
+    """
+    config, dtype = ModelConfig.of_folder(folder), stored_dtype(folder)
+    backend = choose_backends(config, "auto", device, dtype).names.get("experts", "loop")
+    with torch.device("meta"):
+        model = CausalLM(config, backend=backend).to(dtype)
+    model.to_empty(device=device)
+    with reading(folder):
+        load_hf(model, folder)
+    return model.eval()
+
+
+def selection_bias(folder: Path, device: torch.device) -> Tensor | None:
+    """[L,E] by which the run of a checkpoint's `hf` folder chooses experts; None where nothing biases it."""
+    balance = folder.parent / "balance.pt"
+    if not balance.is_file():
+        return None
+    return torch.load(balance, weights_only=True, map_location=device).get("bias")

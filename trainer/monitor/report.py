@@ -1,0 +1,218 @@
+"""The report of runs: a page that answers whether a run learns, is balanced and fast, and its pictures."""
+
+import json
+from base64 import b64encode
+from dataclasses import dataclass
+from fnmatch import filter as matching
+from html import escape
+from pathlib import Path
+from string import Template
+from typing import Any
+
+import matplotlib.style
+import numpy as np
+import yaml
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
+
+from moe.config import ConfigError
+from trainer.monitor.terminal import duration
+from trainer.settings.config import RunConfig
+from trainer.settings.run_folder import flat, flat_metrics, read_frozen, read_state
+
+_COLUMNS = ("loss", "loss/validation", "effective_experts", "tokens_per_second", "mfu")
+
+
+@dataclass
+class Run:
+    """What a run folder says; of a step that was done again, what was said last."""
+
+    folder: Path
+    config: RunConfig
+    state: str
+    points: list[dict[str, Any]]  # of metrics.jsonl, flat, in the order of steps
+    loads: list[dict[str, Any]]  # step, tokens_per_expert [L,E]
+    alarms: list[dict[str, Any]]
+
+    @classmethod
+    def read(cls, folder: Path) -> "Run":
+        """Raises ConfigError for a folder that is no run's."""
+        points = [dict(flat_metrics(line)) for line in _lines(folder / "metrics.jsonl")]
+        loads, alarms = _lines(folder / "expert_load.jsonl"), _lines(folder / "alarms.jsonl")
+        state = read_state(folder)["state"]
+        return cls(folder, RunConfig.of_run(folder), state, _last_said(points), _last_said(loads), alarms)
+
+    def series(self, *keys: str) -> list[np.ndarray]:
+        """Tokens and the values of metrics, where all of these were logged."""
+        points = [point for point in self.points if all(key in point for key in keys)]
+        return [np.array([point[key] for point in points]) for key in ("tokens", *keys)]
+
+    def last(self, key: str, default: float = float("nan")) -> float:
+        """The newest value of a metric."""
+        return next((point[key] for point in reversed(self.points) if key in point), default)
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a JSON Lines file: a run that goes on or was killed may have left a part of one."""
+    text = path.read_text(errors="replace") if path.exists() else ""
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
+def _last_said(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One line per step and kind of line (training, evaluation, other)."""
+    last = {(line["step"], "loss" in line, "loss/validation" in line): line for line in lines}
+    return [last[key] for key in sorted(last)]
+
+
+def find_runs(paths: list[Path]) -> list[Run]:
+    """The runs with a logged step in run folders and sweeps (folders of run folders), the best first.
+
+    Raises ConfigError where there is none.
+    """
+    configs = [file for path in paths for name in ("", "*/") for file in path.glob(f"{name}config.yaml")]
+    runs = [run for run in (Run.read(file.parent) for file in sorted(configs)) if run.series("loss")[0].size]
+    if not runs:
+        where = ", ".join(map(str, paths))
+        raise ConfigError([f"no run with a logged step in {where}; name run folders or sweeps"])
+    return sorted(runs, key=lambda run: run.last("loss/validation", run.last("loss")))
+
+
+def draw(runs: list[Run], panels: dict[str, list[str]]) -> Figure:
+    """The panels of report.yaml: one with one metric shows all runs, others the best run's, over tokens."""
+    figure, places = _grid(len(panels), 3, 2.6)
+    known = sorted({key for point in runs[0].points for key in point})
+    for axes, (title, patterns) in zip(places, panels.items(), strict=True):
+        keys = [key for pattern in patterns for key in matching(known, pattern)]
+        if len(runs) > 1 and "loss/validation" in keys:
+            keys = ["loss/validation"]
+        if title.startswith("+") and keys:
+            axes.stackplot(*runs[0].series(*keys), labels=map(_short, keys))
+        for run in runs if len(keys) == 1 else runs[:1]:
+            for key in keys if not title.startswith("+") else []:
+                tokens, values = run.series(key)
+                name = run.config.name if len(keys) == 1 else _short(key)
+                axes.plot(tokens, values, label=name, marker="o" if len(tokens) < 20 else "")
+        axes.set_yscale("log" if title.endswith("log") else "linear")
+        axes.set_title(title.removeprefix("+").removesuffix(", log"))
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        if len(keys) > 1 or 1 < len(runs) < 12:
+            axes.legend()
+    figure.supxlabel("tokens")
+    return figure
+
+
+def _grid(panels: int, across: int, height: float, shared: bool = False) -> tuple[Figure, list[Axes]]:
+    """A figure of so many panels, at most `across` side by side."""
+    across = min(across, panels)
+    down = -(-panels // across)
+    figure = Figure(figsize=(11, 0.4 + height * down))
+    places = figure.subplots(down, across, squeeze=False, sharex=shared, sharey=shared)
+    return figure, list(places.flat)[:panels]
+
+
+def _short(key: str) -> str:
+    """sources/code/tokens -> code, forward_seconds -> forward"""
+    return key.split("/")[1] if "/" in key else key.removesuffix("_seconds").replace("_", " ")
+
+
+def draw_experts(run: Run) -> Figure:
+    """The load of each expert over steps, a panel per sparse layer."""
+    load = np.array([line["tokens_per_expert"] for line in run.loads], dtype=float)  # [steps,L,E]
+    load /= np.maximum(load.mean(axis=2, keepdims=True), 1e-9)
+    figure, places = _grid(load.shape[1], 4, 1.9, shared=True)
+    first, last = run.loads[0]["step"], run.loads[-1]["step"]
+    extent = (first, max(last, first + 1), load.shape[2] - 0.5, -0.5)
+    for layer, axes in enumerate(places):
+        axes.grid(visible=False)
+        axes.set_title(f"sparse layer {layer}")
+        picture = axes.imshow(
+            load[:, layer].T, "RdBu_r", aspect="auto", interpolation="nearest", vmin=0, vmax=2, extent=extent
+        )
+    figure.supxlabel("step")
+    figure.supylabel("expert")
+    figure.colorbar(picture, ax=places, label="load / mean of the layer", extend="max")
+    return figure
+
+
+def sweep_table(runs: list[Run]) -> str:
+    """The runs as rows, the best first: the keys in which they differ, and what came out."""
+    configs = [flat(read_frozen(run.folder / "config.yaml")) for run in runs]
+    swept = [key for key in configs[0] if len({str(config.get(key)) for config in configs}) > 1]
+    keys = [key for key in swept if key != "name"]
+    rows = []
+    for run, config in zip(runs, configs, strict=True):
+        results = [f"{run.last(key):,.5g}" for key in _COLUMNS]
+        cells = [run.config.name, *(config.get(key) for key in keys), run.last("step"), run.state, *results]
+        rows.append("".join(f"<td>{escape(str(cell))}</td>" for cell in cells))
+    head = "".join(f"<th>{escape(key)}</th>" for key in ("run", *keys, "step", "state", *_COLUMNS))
+    return f"<h2>Comparison</h2><table><tr>{head}</tr><tr class=best>{'</tr><tr>'.join(rows)}</tr></table>"
+
+
+def cards(run: Run) -> str:
+    """Three answers: does it learn, is it balanced, is it fast?"""
+    limits, (_, losses) = run.config.tracker.alarms, run.series("loss")
+    _, held_out = run.series("loss/validation")
+    recent = max(1, len(losses) // 8)  # logged steps, compared with as many before
+    fell = losses[-2 * recent : -recent].mean() - losses[-recent:].mean() if len(losses) > 1 else 0.0
+    verdict = "good" if fell > 0 else "watch" if fell > -0.02 * losses[-1] else "bad"
+    said = [f"{losses[0]:.3f} at the start", *(f"held out {loss:.3f}" for loss in held_out[-1:])]
+    found = [_card("Learns", verdict, f"loss {losses[-1]:.3f}", said, losses)]
+    if "effective_experts" in run.points[0]:
+        share = run.last("effective_experts")
+        verdict = "good" if share > 0.5 else "watch" if share > limits.effective_experts else "bad"
+        busiest = f"busiest {1 + run.last('max_violation'):.1f} x the mean"
+        said = [f"balance {run.last('balance_loss'):.3f}", busiest, f"{run.last('dead_experts'):.0f} idle"]
+        history = run.series("effective_experts")[1]
+        found.append(_card("Balanced", verdict, f"{share:.0%} of experts in effect", said, history))
+    slow = run.last("stall_fraction") > limits.data_stall or "straggler" in (a["kind"] for a in run.alarms)
+    step, history = run.last("step_seconds"), run.series("tokens_per_second")[1]
+    said = [
+        f"MFU {run.last('mfu'):.1%}",
+        f"{run.last('communication_seconds', 0.0) / step:.0%} communication",
+        f"{run.last('data_wait_seconds') / step:.1%} waiting for data",
+        f"{sum(run.series('save_stall_seconds')[1]):.0f} s saving",
+    ]
+    found.append(_card("Fast", "watch" if slow else "good", f"{history[-1]:,.0f} tokens/s", said, history))
+    return "".join(found)
+
+
+def _card(title: str, verdict: str, figure: str, said: list[str], history: np.ndarray) -> str:
+    heights = 38 - 36 * (history - history.min()) / max(np.ptp(history), 1e-12)
+    places = zip(np.linspace(0, 200, len(history)), heights, strict=True)
+    line = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+    head = f"<h2>{title}<span>{verdict}</span></h2><b>{figure}</b><p>{' · '.join(said)}</p>"
+    picture = f'<svg viewBox="0 0 200 40" preserveAspectRatio="none"><polyline points="{line}"/></svg>'
+    return f'<section class="card {verdict}">{head}{picture}</section>'
+
+
+def write_report(runs: list[Run], out: Path) -> Path:
+    """Write `report.html` and its pictures into the folder `out`; returns the file."""
+    out.mkdir(parents=True, exist_ok=True)
+    best, here = runs[0], Path(__file__)
+    parts = [sweep_table(runs)] if len(runs) > 1 else []
+    with matplotlib.style.context(here.with_suffix(".mplstyle")):
+        pictures = yaml.safe_load(here.with_suffix(".yaml").read_text())
+        drawn = {
+            name: (picture["title"], draw(runs, picture["panels"])) for name, picture in pictures.items()
+        }
+        if best.loads:
+            drawn["experts"] = ("Where do the tokens go?", draw_experts(best))
+        for name, (title, figure) in drawn.items():
+            figure.savefig(out / f"{name}.png")
+            source = f"data:image/png;base64,{b64encode((out / f'{name}.png').read_bytes()).decode()}"
+            parts.append(f'<h2>{title}</h2><img alt="{title}" src="{source}">')
+    alarms = [f"<b>{escape(a['kind'])}</b> at step {a['step']}: {escape(a['text'])}" for a in best.alarms]
+    step, total, name = best.last("step"), best.config.stage.total_steps, best.config.name
+    eta = f", {duration(best.last('eta_seconds'))} to go" if best.state == "running" else ""
+    page = Template(here.with_suffix(".html").read_text()).substitute(
+        title=escape(name if len(runs) == 1 else f"{len(runs)} runs, the best: {name}"),
+        state=best.state,
+        progress=f"{step / total:.1%}",
+        facts=f"step {step:,} of {total:,}, {best.last('tokens'):,} tokens{eta}",
+        cards=cards(best),
+        alarms=f"<h2>Alarms</h2><ul><li>{'<li>'.join(alarms)}</ul>" if alarms else "",
+        parts="\n".join(parts),
+    )
+    (out / "report.html").write_text(page)
+    return out / "report.html"

@@ -1,0 +1,112 @@
+"""Supervised training: the next token of prepared or streamed rows. Pre-training, long context, SFT."""
+
+import math
+from collections.abc import Callable
+from itertools import islice
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from data_pipeline.loader import Batch, Loader
+from moe.balance import Balance
+from moe.model import ModelOutput
+from trainer.engine.engine import Engine
+from trainer.engine.loss import LossShares, Totals
+from trainer.ranks.runtime import Ranks
+from trainer.settings.config import RunConfig
+
+
+class Supervised:
+    """A `Stage` whose batches come from the data of the run, from the row that follows `step` steps on."""
+
+    def __init__(self, config: RunConfig, ranks: Ranks, engine: Engine, balance: Balance, step: int) -> None:
+        self._config, self._ranks, self._engine, self._balance = config, ranks, engine, balance
+        rows = config.stage.global_batch_size
+        self._loader = open_loader(config, ranks, next_row=step * rows)
+        self._loader.check_budget(config.stage.total_steps * rows)
+
+    def describe(self) -> list[str]:
+        """The sources and their shares."""
+        return self._loader.describe()
+
+    def micro_batches(self) -> list[Batch]:
+        """The next rows of the data order."""
+        return next(self._loader)
+
+    @staticmethod
+    def loss_shares(
+        batch: Batch, output: ModelOutput, frequencies: Tensor | None, totals: Totals
+    ) -> LossShares:
+        """Cross entropy per labelled token of the global batch, and the terms of the routers."""
+        assert output.cross_entropy_sum is not None
+        cross_entropy = output.cross_entropy_sum / max(totals.label_tokens, 1)
+        return LossShares.of(cross_entropy, output, frequencies, totals)
+
+    def evaluate(self) -> dict[str, float]:
+        """Held-out cross entropy (`loss/SOURCE`) and its exponential (`perplexity/SOURCE`)."""
+        self._engine.module.eval()
+        losses = held_out_losses(
+            lambda batch: self._engine.forward(batch, self._balance.bias), self._config, self._ranks
+        )
+        self._engine.module.train()
+        return losses | {f"perplexity{key[4:]}": math.exp(min(loss, 700)) for key, loss in losses.items()}
+
+    def metrics(self) -> dict[str, Any]:
+        """What has been seen of each source."""
+        return {"sources": self._loader.seen()}
+
+    def results(self, metrics: dict[str, Any]) -> dict[str, str]:
+        """The held-out loss of each source, beside that of knowing only how common each token is."""
+        manifest, lines = self._loader.manifest, []
+        for name, source in manifest.sources.items() if manifest else ():
+            if f"loss/{name}" in metrics:
+                known = source.validation_unigram_cross_entropy
+                beside = f" (token frequencies alone: {known:.3f})" if known else ""
+                lines.append(f"{name} {metrics[f'loss/{name}']:.3f}{beside}")
+        return {"held out": ", ".join(lines)}
+
+    def close(self) -> None:
+        """End the loader's threads."""
+        self._loader.close()
+
+
+def open_loader(config: RunConfig, ranks: Ranks, **settings: Any) -> Loader:
+    """The rows of a run for this rank; `settings` of Loader go before the run's."""
+    of_run: dict[str, Any] = {
+        "seq_len": config.stage.seq_len,
+        "global_batch_size": config.stage.global_batch_size,
+        "micro_batch_size": config.micro_batch_size,
+        "rank": ranks.rank,
+        "world_size": ranks.world_size,
+        "seed": config.seed,
+        "pin": ranks.device.type == "cuda",
+    }
+    return Loader(config.data, **(of_run | settings))
+
+
+@torch.no_grad()
+def held_out_losses(
+    forward: Callable[[Batch], ModelOutput], config: RunConfig, ranks: Ranks
+) -> dict[str, float]:
+    """Cross entropy per labelled token: `loss/<source>` for each source, `loss/validation` over all of them.
+
+    Every rank must call it; rows are dealt out like those of training.
+    """
+    sums = torch.zeros(len(config.data.sources), 2, dtype=torch.float64, device=ranks.device)
+    rows_at_once = ranks.world_size * config.micro_batch_size
+    for index, source in enumerate(config.data.sources):
+        held_out = {"global_batch_size": rows_at_once, "split": "validation", "source": source}
+        with open_loader(config, ranks, **held_out) as loader:
+            for micro_batches in islice(loader, -(-config.evaluate.rows // rows_at_once)):
+                for batch in micro_batches:
+                    batch.labels[[row >= config.evaluate.rows for row in batch.rows]] = -100
+                    output = forward(batch.to(ranks.device))
+                    assert output.cross_entropy_sum is not None
+                    sums[index, 0] += output.cross_entropy_sum
+                    sums[index, 1] += (batch.labels != -100).sum()
+    if dist.is_initialized():
+        dist.all_reduce(sums)
+    named = zip([*config.data.sources, "validation"], [*sums, sums.sum(dim=0)], strict=True)
+    return {f"loss/{source}": float(total / count) for source, (total, count) in named if count > 0}
