@@ -6,7 +6,7 @@ from moe.config import ModelConfig
 from moe.dispatch import Dispatcher, LocalDispatcher
 from moe.experts import Experts
 from moe.mlp import MLP
-from moe.router import Router, RouterStatistics, TrainingRouting, jittered, within_capacity
+from moe.router import PLAIN, Router, RouterStatistics, RoutingInputs, jittered, within_capacity
 
 # B rows, S positions, H hidden
 
@@ -30,21 +30,15 @@ class MoEBlock(nn.Module):
             nn.Linear(config.hidden_size, 1, bias=False) if config.shared_expert_gate else None
         )
 
-    def forward(
-        self,
-        hidden: Tensor,
-        token_mask: Tensor | None = None,
-        selection_bias: Tensor | None = None,
-        routing: TrainingRouting | None = None,
-    ) -> tuple[Tensor, RouterStatistics]:
-        """hidden [B,S,H], token_mask [B,S] bool (False: in no statistic) -> [B,S,H], its statistics."""
-        x = hidden.flatten(0, 1)
-        mask = None if token_mask is None else token_mask.flatten()
+    def forward(self, hidden: Tensor, routing: RoutingInputs = PLAIN) -> tuple[Tensor, RouterStatistics]:
+        """hidden [B,S,H] and the inputs of this layer's routing -> [B,S,H] and the router's statistics."""
+        x, training = hidden.flatten(0, 1), routing.training
+        mask = None if routing.token_mask is None else routing.token_mask.flatten()
         seen = x
-        if routing is not None and routing.jitter_noise:
-            seen = jittered(hidden, routing.jitter_noise, routing.keys).flatten(0, 1)
-        routing_weights, expert_indices, statistics = self.gate(seen, mask, selection_bias)
-        factor = None if routing is None else routing.capacity_factor
+        if training is not None and training.jitter_noise:
+            seen = jittered(hidden, training.jitter_noise, training.keys).flatten(0, 1)
+        routing_weights, expert_indices, statistics = self.gate(seen, mask, routing.selection_bias)
+        factor = None if training is None else training.capacity_factor
         if factor is not None:
             num_experts = len(statistics.tokens_per_expert)
             expert_indices = within_capacity(routing_weights, expert_indices, num_experts, factor, mask)

@@ -15,10 +15,14 @@ from torch.autograd.function import once_differentiable
 
 from moe import experts_optional
 from moe.config import ConfigError, ModelConfig
-from moe.grouping import Grouping
+from moe.grouping import ExpertWeights, Grouping, Routes
 
 # T tokens, K slots per token, E local experts, H hidden, I intermediate
 # M rows: the slots whose expert is here, sorted by expert
+
+
+# x [T,H] -> [T,H], the weighted sum of the experts that each token goes to
+Backend = Callable[[Tensor, Routes, ExpertWeights], Tensor]
 
 
 class Experts(nn.Module):
@@ -46,8 +50,8 @@ class Experts(nn.Module):
         The id num_local_experts means that the expert is not here; its slot adds nothing.
         `num_rows` is the number of slots that are here; None counts them, which waits for a CUDA device.
         """
-        backend = BACKENDS[self.backend]
-        return backend(x, routing_weights, expert_indices, num_rows, self.w1, self.w3, self.w2)
+        routes = Routes(routing_weights, expert_indices, num_rows)
+        return BACKENDS[self.backend](x, routes, ExpertWeights(self.w1, self.w3, self.w2))
 
 
 def supports(backend: str, device: torch.device | str, dtype: torch.dtype) -> str | None:
@@ -107,19 +111,11 @@ def _no_grouped(
     return None
 
 
-def _reference(
-    x: Tensor,
-    routing_weights: Tensor,
-    expert_indices: Tensor,
-    num_rows: int | None,
-    w1: Tensor,
-    w3: Tensor,
-    w2: Tensor,
-) -> Tensor:
+def _reference(x: Tensor, routes: Routes, weights: ExpertWeights) -> Tensor:
     """Every expert on every token, weighted by zero where it was not selected."""
     y = torch.zeros_like(x)
-    for expert, (gate, up, down) in enumerate(zip(w1.unbind(), w3.unbind(), w2.unbind(), strict=True)):
-        weight = (routing_weights * (expert_indices == expert)).sum(-1, keepdim=True)  # [T,1]
+    for expert, (gate, up, down) in enumerate(zip(*weights, strict=True)):
+        weight = (routes.weights * (routes.experts == expert)).sum(-1, keepdim=True)  # [T,1]
         y = y + weight * F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
     return y
 
@@ -224,11 +220,11 @@ class _SwiGLU(Function):
         return None, grad_x, grad_routing.view_as(routing_weights), None, None, grad_w1, grad_w3, grad_w2
 
 
-def _fused(products: _Products) -> Callable[..., Tensor]:
-    return lambda *args: _SwiGLU.apply(products, *args)
+def _fused(products: _Products) -> Backend:
+    return lambda x, routes, weights: _SwiGLU.apply(products, x, *routes, *weights)
 
 
-BACKENDS: dict[str, Callable[..., Tensor]] = {
+BACKENDS: dict[str, Backend] = {
     "reference": _reference,
     "loop": _fused(_Products(_loop_project, _loop_outer)),
     "grouped": _fused(_Products(_grouped_project, _grouped_outer)),

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe.grouping import Grouping
+from moe.grouping import ExpertWeights, Grouping, Routes
 
 # T tokens, K slots per token, E local experts, H hidden, I intermediate
 # M slots whose expert is here
@@ -45,36 +45,34 @@ def obstacle(backend: str, device_type: str, dtype: torch.dtype) -> str | None:
     return None
 
 
-def _present_slots(compute: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """A backend from `compute(x, routing_weights, expert_indices, w1, w3, w2)`, whose slots must all be here.
+def _present_slots(
+    compute: Callable[[Tensor, Routes, ExpertWeights], Tensor],
+) -> Callable[[Tensor, Routes, ExpertWeights], Tensor]:
+    """A backend from one whose slots must all be here.
 
     Where some are elsewhere, each of the M others becomes a token with a single slot.
     """
 
-    def backend(
-        x: Tensor, routing_weights: Tensor, expert_indices: Tensor, num_rows: int | None, *weights: Tensor
-    ) -> Tensor:
-        absent = expert_indices == len(weights[0])  # [T,K]
+    def backend(x: Tensor, routes: Routes, weights: ExpertWeights) -> Tensor:
+        absent, num_rows = routes.experts == len(weights.gate), routes.num_rows  # [T,K]
         if num_rows is None:
             num_rows = absent.numel() - int(absent.sum())
         if num_rows == absent.numel():
-            return compute(x, routing_weights, expert_indices, *weights)
+            return compute(x, routes, weights)
         here = Grouping.by(absent.long(), 1, num_rows)
-        mixing = routing_weights.flatten()[here.slot].unsqueeze(1)  # [M,1]
-        ids = expert_indices.flatten()[here.slot].unsqueeze(1)  # [M,1]
-        return here.combine(compute(here.gather(x), mixing, ids, *weights))
+        mixing = routes.weights.flatten()[here.slot].unsqueeze(1)  # [M,1]
+        ids = routes.experts.flatten()[here.slot].unsqueeze(1)  # [M,1]
+        return here.combine(compute(here.gather(x), Routes(mixing, ids, num_rows), weights))
 
     return backend
 
 
 @_present_slots
-def megablocks(
-    x: Tensor, routing_weights: Tensor, expert_indices: Tensor, w1: Tensor, w3: Tensor, w2: Tensor
-) -> Tensor:
+def megablocks(x: Tensor, routes: Routes, weights: ExpertWeights) -> Tensor:
     """The grouped path of megablocks' dropless layer (`ParallelDroplessMLP` with `GroupedGLU`)."""
     ops, grouped_gemm = _load_megablocks()
-    num_experts, top_k = len(w1), expert_indices.shape[1]
-    ids = expert_indices.flatten().int()  # [T*K]
+    num_experts, top_k = len(weights.gate), routes.experts.shape[1]
+    ids = routes.experts.flatten().int()  # [T*K]
     sorted_ids, order = ops.sort(ids, num_experts.bit_length())
     counts = ops.histogram(ids, num_experts)  # [E]
     ends = ops.inclusive_cumsum(counts, 0).view(num_experts)
@@ -82,17 +80,16 @@ def megablocks(
     counts = counts.cpu().long()  # where grouped_gemm wants them
     # GroupedGLU holds w2 as [E,I,H]; that copy would live until backward, where ZeRO-3 could not free it.
     product = functools.partial(grouped_gemm.gmm, batch_sizes=counts, trans_b=True)
-    hidden = F.silu(product(rows, w1)) * product(rows, w3)  # [T*K,I]
-    return ops.scatter(product(hidden, w2), order, sorted_ids, routing_weights.flatten(), ends, top_k)
+    hidden = F.silu(product(rows, weights.gate)) * product(rows, weights.up)  # [T*K,I]
+    y = product(hidden, weights.down)  # [T*K,H]
+    return ops.scatter(y, order, sorted_ids, routes.weights.flatten(), ends, top_k)
 
 
 @_present_slots
-def liger(
-    x: Tensor, routing_weights: Tensor, expert_indices: Tensor, w1: Tensor, w3: Tensor, w2: Tensor
-) -> Tensor:
+def liger(x: Tensor, routes: Routes, weights: ExpertWeights) -> Tensor:
     """liger-kernel's LigerFusedMoEFunction, over a copy of w1 and w3 in its layout, [E,2I,H]."""
-    gate_up = torch.cat([w1, w3], 1)
-    return _load_liger().apply(x, gate_up, w2, expert_indices.int(), routing_weights)
+    gate_up = torch.cat([weights.gate, weights.up], 1)
+    return _load_liger().apply(x, gate_up, weights.down, routes.experts.int(), routes.weights)
 
 
 @functools.cache

@@ -21,8 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe.attention import Cache, Documents
 from moe.config import ModelConfig
+from moe.inputs import Documents, LayerInputs
 from moe.norm import precise
 
 CHUNK = 64
@@ -51,10 +51,9 @@ class GatedDeltaNet(nn.Module):
         self.norm = GatedRMSNorm(value_dim, eps=config.rms_norm_eps)
         self.out_proj = nn.Linear(self.value_heads * value_dim, hidden, bias=False)
 
-    def forward(
-        self, hidden: Tensor, rotary: tuple[Tensor, Tensor], documents: Documents, cache: Cache | None = None
-    ) -> Tensor:
-        """hidden [B, S, H] -> [B, S, H]; `rotary` is not used. With a cache each row goes on where it was."""
+    def forward(self, hidden: Tensor, inputs: LayerInputs) -> Tensor:
+        """hidden [B, S, H] -> [B, S, H], no rotary tables. With a cache each row goes on where it was."""
+        documents, cache = inputs.documents, inputs.cache
         x = hidden.flatten(0, 1)
         query, key, value, gate = _of_heads(self.in_proj_qkvz(x), self.key_heads, self.qkvz_sizes)
         beta, decay = _of_heads(self.in_proj_ba(x), self.key_heads, self.ba_sizes)  # [T, N]
@@ -76,8 +75,8 @@ class GatedDeltaNet(nn.Module):
             rule = fused_delta_rule
         mixed, state = rule(DeltaInputs(query, key, value, log_decay, beta.sigmoid()), documents, state)
         if cache is not None and seen is not None:
-            inputs = torch.cat((seen, features.unflatten(0, (len(hidden), -1))), dim=1)
-            cache.layers[self.layer] = inputs[:, hidden.shape[1] :], state
+            both = torch.cat((seen, features.unflatten(0, (len(hidden), -1))), dim=1)
+            cache.layers[self.layer] = both[:, hidden.shape[1] :], state
         mixed = self.norm(mixed.to(hidden.dtype), gate.unflatten(-1, (self.value_heads, -1)))
         return self.out_proj(mixed.flatten(1)).view_as(hidden)
 

@@ -12,6 +12,23 @@ from torch import Tensor
 from torch.autograd import Function
 
 # T tokens, C columns, G groups, M rows (pairs that belong to a group), D width of a token
+# K slots per token, E experts of this rank, H hidden, I intermediate
+
+
+class Routes(NamedTuple):
+    """The experts of each token among those of this rank, E of them."""
+
+    weights: Tensor  # [T,K]
+    experts: Tensor  # [T,K]; the id E means that the expert is not here: its slot adds nothing
+    num_rows: int | None = None  # slots whose expert is here; None counts them, which waits for a CUDA device
+
+
+class ExpertWeights(NamedTuple):
+    """down(silu(gate(x)) * up(x)), E times."""
+
+    gate: Tensor  # w1 [E,I,H]
+    up: Tensor  # w3 [E,I,H]
+    down: Tensor  # w2 [E,H,I]
 
 
 class Grouping(NamedTuple):

@@ -9,16 +9,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from moe.attention import Attention, Cache, Documents
+from moe.attention import Attention
 from moe.block import MoEBlock
 from moe.config import ConfigError, ModelConfig
 from moe.cross_entropy import IGNORED, chunked_cross_entropy
 from moe.formats import FULL, LINEAR
 from moe.gated_delta_net import GatedDeltaNet
+from moe.inputs import Cache, Documents, LayerInputs
 from moe.mlp import MLP
 from moe.norm import rms_norm
 from moe.rope import rotary_tables
-from moe.router import RouterStatistics, TrainingRouting, stack_statistics
+from moe.router import RouterStatistics, RoutingInputs, TrainingRouting, stack_statistics
 
 RECOMPUTE = ("none", "experts", "full")
 
@@ -45,6 +46,7 @@ class DecoderLayer(nn.Module):
     def __init__(self, config: ModelConfig, layer: int, backend: str, recompute: str) -> None:
         super().__init__()
         self.layer = layer
+        self.sparse_layer = sum(sparse < layer for sparse in config.moe_layers)  # its row in [L, ...]
         self.recompute_experts = recompute == "experts"
         self.input_layernorm = rms_norm(config, config.hidden_size)
         self.mixer, mixer_class = MIXERS[config.layer_type(layer)]
@@ -56,30 +58,19 @@ class DecoderLayer(nn.Module):
         else:
             self.mlp = MLP(config.hidden_size, config.intermediate_size)
 
-    def forward(
-        self,
-        hidden: Tensor,
-        rotary: tuple[Tensor, Tensor],
-        documents: Documents,
-        token_mask: Tensor | None,
-        cache: Cache | None,
-        selection_bias: Tensor | None,
-        routing: TrainingRouting | None,
-    ) -> tuple[Tensor, RouterStatistics | None]:
+    def forward(self, hidden: Tensor, inputs: LayerInputs) -> tuple[Tensor, RouterStatistics | None]:
         """hidden [B, S, H] -> [B, S, H] and, from a sparse layer, its router statistics."""
-        if routing is not None:
-            routing = routing._replace(keys=[f"{key}:{self.layer}" for key in routing.keys])
         mix = getattr(self, self.mixer)
-        hidden = hidden + mix(self.input_layernorm(hidden), rotary, documents, cache)
+        hidden = hidden + mix(self.input_layernorm(hidden), inputs)
         normed = self.post_attention_layernorm(hidden)
         update, statistics = _call(
-            self._feed_forward, normed, token_mask, selection_bias, routing, recompute=self.recompute_experts
+            self._feed_forward, normed, inputs.routing, recompute=self.recompute_experts
         )
         return hidden + update, statistics
 
-    def _feed_forward(self, hidden: Tensor, *how: Any) -> tuple[Tensor, RouterStatistics | None]:
+    def _feed_forward(self, hidden: Tensor, routing: RoutingInputs) -> tuple[Tensor, RouterStatistics | None]:
         if isinstance(self.mlp, MoEBlock):
-            return self.mlp(hidden, *how)
+            return self.mlp(hidden, routing.of_layer(self.layer, self.sparse_layer))
         return self.mlp(hidden), None
 
 
@@ -95,26 +86,15 @@ class Decoder(nn.Module):
         )
         self.norm = rms_norm(config, config.hidden_size)
 
-    def forward(
-        self,
-        hidden: Tensor,
-        rotary: tuple[Tensor, Tensor],
-        documents: Documents,
-        token_mask: Tensor | None,
-        cache: Cache | None,
-        selection_bias: Tensor | None,
-        routing: TrainingRouting | None,
-    ) -> tuple[Tensor, list[RouterStatistics]]:
+    def forward(self, hidden: Tensor, inputs: LayerInputs) -> tuple[Tensor, list[RouterStatistics]]:
         """Embedded tokens [B, S, H] -> hidden states after the final norm [B, S, H], router statistics."""
         per_layer: list[RouterStatistics] = []
         for layer in self.layers:
-            bias = None if selection_bias is None else selection_bias[len(per_layer)]  # a row each
-            inputs = (rotary, documents, token_mask, cache, bias, routing)
-            hidden, statistics = _call(layer, hidden, *inputs, recompute=self.recompute_layers)
+            hidden, statistics = _call(layer, hidden, inputs, recompute=self.recompute_layers)
             if statistics is not None:
                 per_layer.append(statistics)
-        if cache is not None:
-            cache.length += hidden.shape[1]
+        if inputs.cache is not None:
+            inputs.cache.length += hidden.shape[1]
         return self.norm(hidden), per_layer
 
 
@@ -136,19 +116,11 @@ class MultiTokenPrediction(nn.Module):
         self.norm = rms_norm(config, size)
 
     def forward(
-        self,
-        hidden: Tensor,
-        embedding: Tensor,
-        rotary: tuple[Tensor, Tensor],
-        documents: Documents,
-        token_mask: Tensor | None,
-        selection_bias: Tensor | None,
-        routing: TrainingRouting | None,
+        self, hidden: Tensor, embedding: Tensor, inputs: LayerInputs
     ) -> tuple[Tensor, list[RouterStatistics]]:
         """hidden and the next tokens' embedding [B, S, H] -> what the head takes [B, S, H], statistics."""
         both = torch.cat((self.pre_fc_norm_embedding(embedding), self.pre_fc_norm_hidden(hidden)), dim=-1)
-        inputs = (rotary, documents, token_mask, None, selection_bias, routing)
-        hidden, statistics = _call(self.layers[0], self.fc(both), *inputs, recompute=self.recompute_layers)
+        hidden, statistics = _call(self.layers[0], self.fc(both), inputs, recompute=self.recompute_layers)
         return self.norm(hidden), [] if statistics is None else [statistics]
 
 
@@ -222,13 +194,12 @@ class CausalLM(nn.Module):
         """
         documents, hidden = Documents(cu_seqlens, lengths), self.model.embed_tokens(input_ids)
         rotary = rotary_tables(position_ids.flatten(), self.config, hidden.dtype)
-        inputs = (rotary, documents, token_mask, cache, selection_bias, routing)
-        hidden, statistics = self.model(hidden, *inputs)
+        inputs = LayerInputs(rotary, documents, cache, RoutingInputs(token_mask, selection_bias, routing))
+        hidden, statistics = self.model(hidden, inputs)
         ahead = None
         if self.mtp is not None and self.training and cache is None:
             embedding = self.model.embed_tokens(_next(input_ids, documents, 1, input_ids))
-            bias = None if selection_bias is None else selection_bias[-1]
-            ahead, more = self.mtp(hidden, embedding, rotary, documents, token_mask, bias, routing)
+            ahead, more = self.mtp(hidden, embedding, inputs)
             statistics = statistics + more
         router = stack_statistics(statistics) if statistics else None
         if routing_only:

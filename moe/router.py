@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -32,6 +33,25 @@ class TrainingRouting(NamedTuple):
     jitter_noise: float  # the router's input times U(1 - noise, 1 + noise) (Switch, arXiv 2101.03961)
     capacity_factor: float | None  # see `within_capacity`; None is dropless
     keys: list[str]  # [B] what the noise of each row is a function of, beside the layer
+
+
+@dataclass(frozen=True)
+class RoutingInputs:
+    """What moves routing beside the router's weights: of a whole forward, or by `of_layer` of one layer."""
+
+    token_mask: Tensor | None = None  # [B,S] bool; False (padding) is in no statistic
+    selection_bias: Tensor | None = None  # [L,E] or [E] fp32: added to the scores that choose experts
+    training: TrainingRouting | None = None
+
+    def of_layer(self, layer: int, sparse_layer: int) -> "RoutingInputs":
+        """Those of decoder layer `layer`, the `sparse_layer`-th of the L that have experts."""
+        bias, training = self.selection_bias, self.training
+        if training is not None:
+            training = training._replace(keys=[f"{key}:{layer}" for key in training.keys])
+        return RoutingInputs(self.token_mask, None if bias is None else bias[sparse_layer], training)
+
+
+PLAIN = RoutingInputs()  # every token counts, and nothing else moves the choice
 
 
 def stack_statistics(layers: list[RouterStatistics]) -> RouterStatistics:

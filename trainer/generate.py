@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from data_pipeline.tokenizer import load_tokenizer
-from moe.attention import Cache
 from moe.config import ConfigError
+from moe.inputs import Cache
 from moe.model import CausalLM
 from trainer.checkpoints.weights import device_for, load_model, selection_bias
 from trainer.engine.cpu_products import fast_products

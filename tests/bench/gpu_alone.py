@@ -163,7 +163,8 @@ def _peer_experts(shape: dict[str, Any]) -> Any:
 
 def attention() -> None:
     """The core of attention by path, over documents of one length and of many."""
-    from moe.attention import Documents, attend_per_document, attend_varlen, varlen_obstacle
+    from moe.attention import attend_per_document, attend_varlen, varlen_obstacle
+    from moe.inputs import Documents
 
     shape, tokens = (TINY, 128) if is_tiny() else (WHOLE, 16384)
     paths: dict[str, Any] = {"per document": attend_per_document}

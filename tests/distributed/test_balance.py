@@ -5,6 +5,7 @@ The weights of balance and z-loss are large: cross entropy and the rounding of t
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -209,7 +210,9 @@ def pool_layers() -> None:
 
 def count_padding() -> None:
     forward: Callable[..., Any] = MoEBlock.forward
-    moe.block.MoEBlock.forward = lambda self, hidden, mask, *how: forward(self, hidden, None, *how)  # type: ignore
+    moe.block.MoEBlock.forward = lambda self, hidden, routing: forward(  # type: ignore
+        self, hidden, replace(routing, token_mask=None)
+    )
 
 
 def frequencies_of_the_micro_batch() -> None:

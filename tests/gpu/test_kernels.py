@@ -12,7 +12,7 @@ from one_gpu import ON_GPU, PLACE, USABLE, relative
 if not USABLE:
     pytest.skip("needs a GPU that torch can use", allow_module_level=True)
 
-from moe.attention import Documents, attend_per_document, attend_varlen, varlen_obstacle
+from moe.attention import attend_per_document, attend_varlen, varlen_obstacle
 from moe.cross_entropy import chunked_cross_entropy
 from moe.dispatch import AllToAllDispatcher, DeduplicatedAllToAllDispatcher, LocalDispatcher
 from moe.experts import Experts, supports
@@ -23,6 +23,7 @@ from moe.gated_delta_net import (
     kernel_obstacle,
     recurrent_delta_rule,
 )
+from moe.inputs import Documents
 from moe.router import Router
 
 TOKENS, HIDDEN, WIDTH, EXPERTS, TOP_K = 512, 256, 128, 16, 4

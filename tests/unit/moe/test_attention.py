@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from moe import attention
-from moe.attention import Cache, Documents, attend_cached, attend_per_document, attend_varlen
+from moe.attention import attend_cached, attend_per_document, attend_varlen
+from moe.inputs import Cache, Documents
 
 HEADS, GROUPS, HEAD_DIM = 6, 2, 8
 LAYOUTS = [[4, 4, 4], [12], [1] * 5, [5, 2, 5, 1, 2, 5], [7, 3, 2], [2, 3, 7]]

@@ -7,6 +7,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from moe.block import MoEBlock
+from moe.router import RoutingInputs
 
 # B rows, S positions, H hidden, E experts, K experts per token
 
@@ -44,7 +45,7 @@ def test_parameter_names_and_shapes() -> None:
 @pytest.mark.parametrize("backend", ["reference", "loop", "grouped"])
 def test_every_token_is_routed_and_padding_only_leaves_the_statistics(backend: str) -> None:
     block, hidden, token_mask = build(backend)
-    y, statistics = block(hidden, token_mask)
+    y, statistics = block(hidden, RoutingInputs(token_mask))
     assert y.shape == (B, S, H)
     assert statistics.tokens_per_expert.sum() == K * token_mask.sum()
     for b in range(B):
@@ -57,8 +58,8 @@ def test_every_token_is_routed_and_padding_only_leaves_the_statistics(backend: s
 
 def test_recompute_changes_nothing() -> None:
     block, hidden, token_mask = build()
-    plain, plain_statistics = block(hidden, token_mask)
-    y, statistics = checkpoint(block, hidden, token_mask, use_reentrant=False)
+    plain, plain_statistics = block(hidden, RoutingInputs(token_mask))
+    y, statistics = checkpoint(block, hidden, RoutingInputs(token_mask), use_reentrant=False)
     for value, expected in zip((y, *statistics), (plain, *plain_statistics), strict=True):
         assert torch.equal(value, expected)
     leaves = [hidden, *block.parameters()]

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe import gated_delta_net
-from moe.attention import Documents
 from moe.gated_delta_net import (
     CausalConvolution,
     DeltaInputs,
@@ -18,6 +17,7 @@ from moe.gated_delta_net import (
     fused_delta_rule,
     recurrent_delta_rule,
 )
+from moe.inputs import Documents
 
 Rule = Callable[..., tuple[Tensor, Tensor]]
 HEADS, KEY, VALUE = 3, 8, 10

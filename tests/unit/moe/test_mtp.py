@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe.attention import Documents
 from moe.config import ConfigError, ModelConfig
 from moe.hf import hub_tensors, load_hf, save_hf
+from moe.inputs import Documents, LayerInputs
 from moe.model import CausalLM
 from moe.rope import rotary_tables
 
@@ -39,7 +39,7 @@ def slow_loss(model: CausalLM, batch: dict[str, Tensor], labels: Tensor) -> Tens
     documents = Documents(batch["cu_seqlens"])
     rotary = rotary_tables(batch["position_ids"].flatten(), model.config, torch.float64)
     embedded = model.model.embed_tokens(batch["input_ids"])
-    hidden, _ = model.model(embedded, rotary, documents, None, None, None, None)
+    hidden, _ = model.model(embedded, LayerInputs(rotary, documents))
     ids, targets, states = batch["input_ids"].flatten(), labels.flatten(), hidden.flatten(0, 1)
     for start, stop in pairwise(batch["cu_seqlens"].tolist()):
         following = torch.cat([ids[start + 1 : stop], ids[stop - 1 : stop]])  # the last one's does not matter
@@ -47,7 +47,7 @@ def slow_loss(model: CausalLM, batch: dict[str, Tensor], labels: Tensor) -> Tens
         both = torch.cat([after, mtp.pre_fc_norm_hidden(states[start:stop])], dim=-1)
         alone = Documents(torch.tensor([0, stop - start], dtype=torch.int32))
         rotary = rotary_tables(torch.arange(stop - start), model.config, hidden.dtype)
-        out, _ = mtp.layers[0]((both @ mtp.fc.weight.T)[None], rotary, alone, None, None, None, None)
+        out, _ = mtp.layers[0]((both @ mtp.fc.weight.T)[None], LayerInputs(rotary, alone))
         logits = mtp.norm(out)[0] @ model.lm_head.weight.T
         for place in range(stop - start - 2):
             if (target := targets[start + place + 1]) != -100:

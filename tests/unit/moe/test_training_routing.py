@@ -12,7 +12,7 @@ from torch import Tensor
 from moe.block import MoEBlock
 from moe.config import ModelConfig
 from moe.model import CausalLM
-from moe.router import TrainingRouting, jittered, within_capacity
+from moe.router import RoutingInputs, TrainingRouting, jittered, within_capacity
 
 # T tokens, E experts, K experts per token
 T, E, K = 40, 6, 2
@@ -60,7 +60,7 @@ def test_dropped_slots_add_nothing(moe_config: ModelConfig, backend: str) -> Non
         torch.nn.init.normal_(parameter, std=0.3)
     hidden = torch.randn(2, T // 2, config.hidden_size, requires_grad=True)
     routing = TrainingRouting(0.0, 0.6, [])
-    y, _ = block(hidden, routing=routing)
+    y, _ = block(hidden, RoutingInputs(training=routing))
 
     x = hidden.flatten(0, 1)
     weights, indices, _ = block.gate(x)
