@@ -1,8 +1,11 @@
-"""Prepare the data of a run, check a prepared folder, look at rows as the model sees them.
+"""Prepare the data of a run, check a prepared folder, or show rows as the model sees them.
 
-python -m data_pipeline experiment=NAME [key=value ...]
-python -m data_pipeline verify DIR
-python -m data_pipeline inspect ROW|SOURCE|SOURCE:ROW experiment=NAME [key=value ...]
+  python -m data_pipeline experiment=demo                  text -> token shards; what is done already is kept
+  python -m data_pipeline verify data/embedded             read every byte of a prepared folder
+  python -m data_pipeline inspect 0 experiment=demo        show a row: ROW, SOURCE or SOURCE:ROW
+
+Give the same experiment and keys as to python -m trainer. --cfg job prints the composed configuration.
+docs/data.md explains the keys of data.
 """
 
 import itertools
@@ -96,8 +99,8 @@ def main(arguments: list[str]) -> None:
             return 0
 
         sys.argv[1:] = arguments[2:]  # the rest is Hydra's
-        compose_and("prepare", inspect_here)
-    compose_and("prepare", prepare_here)
+        compose_and("prepare", __doc__, inspect_here)
+    compose_and("prepare", __doc__, prepare_here)
 
 
 if __name__ == "__main__":

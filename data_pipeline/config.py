@@ -36,9 +36,16 @@ class SourceConfig:
 
     kind: str
     paths: list[str]  # files, globs, folders, hub datasets, or collections of data_pipeline.samples
-    text_key: str | None  # the column or JSON key that holds the text; null for the kinds that have none
-    weight: float  # share of the training tokens, relative to the other sources; 0 = prepared, not trained on
-    max_epochs: float | None  # how often a training row may be seen; null = no limit
+    text_key: str | None = None  # column or JSON key of the text, for the kinds that have one; null = text
+    weight: float = 1.0  # share of the training tokens, relative to the others; 0 = prepared only
+    max_epochs: float | None = None  # how often a training row may be seen; null = no limit
+
+    @property
+    def text_column(self) -> str | None:
+        """The column that holds the text; None for the kinds without columns of text."""
+        if self.kind not in KINDS_WITH_TEXT_COLUMN:
+            return None
+        return "text" if self.text_key is None else self.text_key
 
 
 @dataclass
@@ -73,7 +80,7 @@ class DataConfig:
         settings = {f"data.{key}": getattr(self, key) for key in CONTENT_KEYS}
         for name, source in sorted(self.sources.items()):
             settings[f"data.sources.{name}.kind"] = source.kind
-            settings[f"data.sources.{name}.text_key"] = source.text_key
+            settings[f"data.sources.{name}.text_key"] = source.text_column
         return settings
 
     def trained_sources(self) -> set[str]:
@@ -98,14 +105,17 @@ class DataConfig:
             laws[f"data.{key}={share} is not in [0, 1]"] = share is not None and not 0 <= share <= 1
         given, ids, held_out = self.tokenizer, self.tokenizer_vocab_size, self.validation_fraction
         weight = sum(source.weight for source in self.sources.values())
+        add = "name at least one source: '+data.sources.NAME={kind: jsonl, paths: [FILES]}'"
+        no_tokenizer = "is null; name one, or train one with data.tokenizer_vocab_size=4096"
         too_few = "a tokenizer that is trained (data.tokenizer=null) needs at least 512 ids"
         no_use = f"has no use with data.tokenizer={given}; set one of the two to null"
         laws |= {
             f"data.validation_fraction={held_out} is not in [0, 1)": not 0 <= held_out < 1,
             "data.dir is empty; name the folder of the prepared shards": not self.dir,
-            f"data.tokenizer_vocab_size={ids}: {too_few}": given is None and (ids or 0) < 512,
+            f"data.tokenizer {no_tokenizer}": given is None and ids is None,
+            f"data.tokenizer_vocab_size={ids}: {too_few}": given is None and ids is not None and ids < 512,
             f"data.tokenizer_vocab_size={ids} {no_use}": given is not None and ids is not None,
-            "data.sources is empty; name at least one source": not self.sources,
+            f"data.sources is empty; {add}": not self.sources,
             f"data.sources: the weights sum to {weight}; give one source a positive weight": (
                 bool(self.sources) and not weight > 0
             ),
@@ -125,10 +135,9 @@ class DataConfig:
                 f"{key}: the name becomes a file name; use letters, digits and _": not _NAME.fullmatch(name),
                 f"{key}.kind={kind} is unknown; use {', '.join(SOURCE_KINDS)}": kind not in SOURCE_KINDS,
                 f"{key}.paths is empty": not source.paths,
-                f"{key}.text_key={column}: {kind} needs the name of the text column": has_columns
-                and not column,
+                f"{key}.text_key is empty; name the text column, or use null for text": column == "",
                 f"{key}.text_key={column} has no use with kind={kind}; set it to null": (
-                    not has_columns and column is not None
+                    not has_columns and bool(column)
                 ),
                 f"{key}.weight={weight} is not a finite number >= 0": not 0 <= weight < math.inf,
                 f"{key}.weight={weight} of {total_weight} {law}": 0 < weight * BLOCK_ROWS < total_weight,

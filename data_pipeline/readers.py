@@ -131,7 +131,7 @@ def format_of(kind: str, path: str) -> str:
 
 def column_of(source: SourceConfig) -> str | None:
     """The key or column that holds a document; None where the whole row does."""
-    return "messages" if source.kind == "sft" else source.text_key
+    return "messages" if source.kind == "sft" else source.text_column
 
 
 def is_hub(source: SourceConfig, path: str) -> bool:

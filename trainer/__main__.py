@@ -1,4 +1,13 @@
-"""`python -m trainer experiment=NAME [key=value ...]`: compose, validate, freeze, start the ranks here."""
+"""Train a model on this machine: compose and check the configuration, freeze the run folder, start the ranks.
+
+  python -m trainer experiment=demo                                    a whole run of conf/experiment
+  python -m trainer experiment=demo name=a optimizer.lr=1e-3           the same with other values of any keys
+  python -m trainer -m experiment=demo name=b optimizer.lr=1e-3,2e-3   a sweep: one run folder for each point
+
+Prepare the data first: python -m data_pipeline experiment=demo. A run that was stopped goes on with
+python -m trainer.resume RUN_DIR. --cfg job prints the composed configuration. docs/configuration.md explains
+the keys, docs/data.md those of data, docs/models.md those of model.
+"""
 
 import sys
 
@@ -29,4 +38,4 @@ def train_here(cfg: DictConfig) -> int:
 
 
 if __name__ == "__main__":
-    compose_and("train", train_here)
+    compose_and("train", __doc__, train_here)

@@ -71,7 +71,7 @@ def train(
     stage: Stage = Supervised(config, ranks, engine, balance, step)
     cleanup.callback(stage.close)
     tracker = cleanup.enter_context(Tracker(config, run_dir, attempt, screen.say, ranks.is_main))
-    alarms = Alarms(config.tracker.alarms, hosts)
+    alarms = Alarms(config.tracker.alarms, hosts, config.schedule.warmup_steps)
     meter, clock = Meter(config, ranks, engine, optimizer, step), engine.clock
     screen.say("\n  ".join([opening(config, plan, ranks.device, backends, step), *stage.describe()]))
 

@@ -83,11 +83,11 @@ def type_commands(folder: Path) -> dict[str, Any]:
     Returns what each command said, and the logged steps of both attempts.
     """
     run_dir = folder / "runs" / "t"
-    more = f"kind:jsonl,paths:[{folder}/second.jsonl],text_key:text,weight:0.5,max_epochs:null"
+    text, more = (f"{{kind:jsonl,paths:[{folder}/{name}.jsonl]}}" for name in ("text", "second"))
     overrides = [
         *(*SMALL, "name=t", f"output_dir={folder}/runs", "data=jsonl", f"data.dir={folder}/prepared"),
         *("data.tokenizer_vocab_size=512", "data.validation_fraction=0.1", "checkpoint.keep=3"),
-        *(f"data.sources.text.paths=[{folder}/text.jsonl]", f"+data.sources.second={{{more}}}"),
+        *(f"+data.sources.text={text}", f"+data.sources.second={more}", "+data.sources.second.weight=0.5"),
         *("parallel.nproc_per_node=1", "parallel.ep_size=1", "dtype=bf16", f"device={PLACE}"),
         *("deterministic=true", "tracker.wandb=disabled"),
     ]

@@ -60,8 +60,8 @@ def prepare_corpus(folder: Path) -> list[str]:
         f"data.dir={folder}/prepared",
         "data.tokenizer_vocab_size=512",
         "data.validation_fraction=0.1",
-        f"data.sources.text.paths=[{folder}/text.jsonl]",
-        f"+data.sources.second={{kind:jsonl,paths:[{folder}/second.jsonl],text_key:text,weight:0.5,max_epochs:null}}",
+        f"+data.sources.text={{kind: jsonl, paths: [{folder}/text.jsonl]}}",
+        f"+data.sources.second={{kind:jsonl,paths:[{folder}/second.jsonl],weight:0.5}}",
     ]
     prepared = python("data_pipeline", "name=t", "model.vocab_size=512", *overrides, cwd=folder)
     assert prepared.returncode == 0, prepared.stderr

@@ -29,7 +29,10 @@ FILES = [
 # what a user has to fill in
 NO_START = ["stage.init_from=null"]  # the run of the stage before
 NEEDED = {
-    "data=jsonl": ["data.dir=d", "data.sources.text.paths=[x.jsonl]"],
+    "data=jsonl": [
+        *("data.dir=d", "data.tokenizer_vocab_size=4096"),
+        "+data.sources.web={kind: jsonl, paths: [x.jsonl]}",
+    ],
     "stage=stem_code_4k": NO_START,
     **{
         f"stage={name}": [*NO_START, "model=qwen3_30b_a3b", "schedule.warmup_steps=100"]
@@ -65,7 +68,7 @@ def test_the_30b_experiments_fit_the_gpus_that_their_files_name(name):
     for ranks, memory in named:
         config = load("train", [f"experiment=qwen3_30b_a3b_{name}", *NO_START])
         model, plan = config.model, config.plan(int(ranks))
-        config.check(plan)
+        config.check(plan.world_size)
         layout = {"zero_stage": config.zero_stage, "ep_size": plan.ep_size, "world_size": plan.world_size}
         hidden, tokens = model.hidden_size, config.micro_batch_size * config.stage.seq_len
         head = 2 * hidden * (model.vocab_size + tokens)  # its gradients, computed in the forward
@@ -104,10 +107,12 @@ def test_every_documented_command_is_sound(document, words):
     if module in ("trainer", "data_pipeline", "slurm"):
         if arguments[0] in ("inspect", "verify"):  # a row or a folder, then overrides
             arguments = arguments[2:]
-        # a sweep's lists are one value at a time
-        flags = ("-m", "--cfg", "job")
-        overrides = [argument.split(",")[0] for argument in arguments if argument not in flags]
-        overrides += [needed for override in overrides for needed in NEEDED.get(override, [])]
+        overrides = [argument for argument in arguments if argument not in ("-m", "--cfg", "job")]
+        if "-m" in arguments:  # one value at a time
+            overrides = [argument.split(",")[0] for argument in overrides]
+        # the commands themselves fill in what data=jsonl needs
+        chosen = [override for override in overrides if override != "data=jsonl"]
+        overrides += [needed for override in chosen for needed in NEEDED.get(override, [])]
         names = {"trainer": "train", "data_pipeline": "prepare", "slurm": "submit"}
         config = load(names[module], overrides)
         ranks = config.parallel.nproc_per_node

@@ -18,7 +18,7 @@ from trainer.ranks.runtime import Ranks
 from trainer.settings.config import AlarmsConfig
 
 _WINDOW, _LEAST = 50, 10  # logged losses that the loss is compared with, and how many there must be
-_STRAGGLES = 3  # logged steps in a row that one rank must be the slowest in
+_LASTS = 3  # logged steps in a row for which a collapse or a straggler must last
 
 
 class Alarm(NamedTuple):
@@ -31,10 +31,11 @@ class Alarm(NamedTuple):
 class Alarms:
     """Watches the metrics of logged steps. `hosts` is indexed by rank."""
 
-    def __init__(self, config: AlarmsConfig, hosts: list[str]) -> None:
-        self._config, self._hosts = config, hosts
+    def __init__(self, config: AlarmsConfig, hosts: list[str], warmup_steps: int = 0) -> None:
+        self._config, self._hosts, self._warmup_steps = config, hosts, warmup_steps
         self._losses: deque[float] = deque(maxlen=_WINDOW)
         self._slow = (-1, 0)  # the rank that straggles, and for how many logged steps
+        self._collapsed = 0  # for how many logged steps after warmup a layer has used too few experts
         self._raised: dict[str, int] = {}  # kind -> step
 
     def check(self, metrics: dict[str, Any]) -> list[Alarm]:
@@ -60,13 +61,15 @@ class Alarms:
                     "leave them out (data.skip) or lower optimizer.lr, and go on from a checkpoint before it",
                 )
         layers = metrics.get("layers", {}).get("effective_experts", [])
-        if layers and min(layers) < limits.effective_experts:
+        few = bool(layers) and min(layers) < limits.effective_experts
+        self._collapsed = self._collapsed + 1 if few and metrics["step"] > self._warmup_steps else 0
+        if self._collapsed == _LASTS:  # once, until the layer has recovered
             layer = layers.index(min(layers))
             yield Alarm(
                 "expert collapse",
                 f"sparse layer {layer} works as if it had {layers[layer]:.0%} of its experts "
-                f"({metrics['layers']['dead_experts'][layer]} without a token). If it does not recover: "
-                "raise model.router_aux_loss_coef, set balance.bias_update_rate, look for one-sided data",
+                f"({metrics['layers']['dead_experts'][layer]} without a token) for {_LASTS} logged steps. "
+                "Raise model.router_aux_loss_coef, set balance.bias_update_rate, look for one-sided data",
             )
         if metrics["stall_fraction"] > limits.data_stall:
             yield Alarm(
@@ -76,7 +79,7 @@ class Alarms:
             )
         rank = metrics["slowest_rank"] if metrics["straggling"] > limits.straggler else -1
         self._slow = (rank, self._slow[1] + 1 if rank == self._slow[0] else 1)
-        if rank >= 0 and self._slow[1] >= _STRAGGLES:
+        if rank >= 0 and self._slow[1] >= _LASTS:
             yield Alarm(
                 "straggler",
                 f"rank {rank} on {self._hosts[rank]} computes {metrics['straggling']:.0%} longer than the "

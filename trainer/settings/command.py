@@ -3,7 +3,9 @@
 import sys
 from collections.abc import Callable
 from functools import wraps
+from importlib.resources import files
 from pathlib import Path
+from textwrap import fill
 from typing import NoReturn, ParamSpec
 
 import hydra
@@ -34,13 +36,20 @@ def tells_mistakes(command: Callable[P, int | None], headline: str = "") -> Call
 
 
 def compose_and(
-    config_name: str, act: Callable[[DictConfig], int], finish: Callable[[], int] = lambda: 0
+    config_name: str,
+    about: str | None,
+    act: Callable[[DictConfig], int],
+    finish: Callable[[], int] = lambda: 0,
 ) -> NoReturn:
     """Compose `conf/<config_name>.yaml` with the command line and hand it to `act`; exits with its code.
 
     Under -m every point of the sweep goes to `act`; `finish` follows the last one, unless one failed. A wrong
-    configuration exits with 2 and one message, whether Hydra finds it (an unknown group) or we.
+    configuration exits with 2 and one message, whether Hydra finds it (an unknown group) or we. --help prints
+    `about`, the docstring of the command, and the groups.
     """
+    if {"--help", "-h"} & set(sys.argv[1:]):
+        print(_help(about or "", config_name))
+        sys.exit(0)
     composed, headline = False, "The configuration is wrong:\n"
 
     @hydra.main(version_base="1.3", config_path="pkg://conf", config_name=config_name)
@@ -57,7 +66,7 @@ def compose_and(
     except KeyboardInterrupt:
         print("interrupted before the run was started", file=sys.stderr)
         sys.exit(1)
-    sys.exit(tells_mistakes(finish, headline)() if composed else 0)  # not composed: --help, --cfg
+    sys.exit(tells_mistakes(finish, headline)() if composed else 0)  # not composed: --cfg
 
 
 def check(config: RunConfig, cfg: DictConfig) -> None:
@@ -73,3 +82,15 @@ def check(config: RunConfig, cfg: DictConfig) -> None:
             cfg[group][key] = str(Path(cfg[group][key]).resolve())
     if config.data.mode == "streaming":
         cfg.data.merge_with(absolute_paths(config.data))
+
+
+def _help(about: str, config_name: str) -> str:
+    """What a command does, then the groups of conf/ and their files (those named _* are only included)."""
+    lines = [about.strip(), "", "Groups; GROUP=NAME chooses a file:"]
+    groups = (path for path in files("conf").iterdir() if path.is_dir())
+    for group in sorted(groups, key=lambda path: path.name):
+        names = sorted(path.name.removesuffix(".yaml") for path in group.iterdir())
+        shown = ", ".join(name for name in names if name[0] != "_")
+        if shown and (group.name != "slurm" or config_name == "submit"):
+            lines.append(fill(shown, 110, initial_indent=f"  {group.name:<12}", subsequent_indent=14 * " "))
+    return "\n".join(lines)

@@ -21,7 +21,7 @@ def test_good_configuration(data_config: DataConfig) -> None:
     ("changes", "key"),
     [
         ({"dir": ""}, "data.dir"),
-        ({"tokenizer_vocab_size": None}, "data.tokenizer_vocab_size=None"),
+        ({"tokenizer_vocab_size": None}, "data.tokenizer is null"),
         ({"tokenizer_vocab_size": 100}, "data.tokenizer_vocab_size=100"),
         ({"tokenizer": "some/folder"}, "data.tokenizer_vocab_size=512"),
         ({"validation_fraction": 1.0}, "data.validation_fraction=1.0"),
@@ -44,7 +44,7 @@ def test_broken_laws(data_config: DataConfig, changes: dict, key: str) -> None:
         ({"name": "a/b"}, "data.sources.a/b"),
         ({"kind": "csv"}, "data.sources.a.kind=csv"),
         ({"paths": []}, "data.sources.a.paths"),
-        ({"kind": "jsonl"}, "data.sources.a.text_key=None"),
+        ({"kind": "jsonl", "text_key": ""}, "data.sources.a.text_key is empty"),
         ({"text_key": "text"}, "data.sources.a.text_key=text"),
         ({"weight": -0.5}, "data.sources.a.weight=-0.5"),
         ({"weight": float("inf")}, "data.sources.a.weight=inf"),
@@ -57,6 +57,19 @@ def test_broken_laws(data_config: DataConfig, changes: dict, key: str) -> None:
 def test_broken_laws_of_a_source(data_config: DataConfig, changes: dict, key: str) -> None:
     problems = with_source(data_config, **changes).problems()
     assert [problem for problem in problems if problem.startswith(key)], problems
+
+
+def test_a_source_needs_only_its_kind_and_paths(data_config: DataConfig) -> None:
+    columns = {"jsonl": "text", "parquet": "text", "hub": "text", "text": None, "tree": None, "sft": None}
+    sources = {kind: SourceConfig(kind=kind, paths=["a"]) for kind in columns}
+    config = replace(data_config, sources=sources)
+    assert config.problems() == []
+    assert {kind: source.text_column for kind, source in sources.items()} == columns
+    explicit = {kind: replace(source, text_key=columns[kind]) for kind, source in sources.items()}
+    settings = replace(config, sources=explicit).content_settings()
+    assert config.content_settings() == settings, (
+        "what is prepared does not change when a default is written down"
+    )
 
 
 def test_all_broken_laws_are_reported_at_once(data_config: DataConfig) -> None:

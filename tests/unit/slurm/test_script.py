@@ -35,10 +35,11 @@ def test_a_streaming_run_sees_its_text_in_the_container(tmp_path):
     """Files, the folder of a pattern, and the tokenizer; nothing of the hub, each once."""
     (tmp_path / "texts").mkdir()
     (tmp_path / "one.jsonl").write_text("")
+    paths = f"{tmp_path}/one.jsonl,{tmp_path}/texts/*.jsonl,{tmp_path}/texts/a*.jsonl"
     overrides = [
         *("data=jsonl", "data.mode=streaming", f"data.tokenizer={tmp_path}/tokenizer/of/ours"),
         f"data.dir={tmp_path}/never/prepared",
-        f"data.sources.text.paths=[{tmp_path}/one.jsonl,{tmp_path}/texts/*.jsonl,{tmp_path}/texts/a*.jsonl]",
+        f"+data.sources.text={{kind: jsonl, paths: [{paths}]}}",
         *("slurm.container.kind=apptainer", "slurm.container.image=image"),
     ]
     (tmp_path / "tokenizer/of/ours").mkdir(parents=True)

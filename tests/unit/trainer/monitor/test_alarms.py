@@ -34,7 +34,7 @@ def kinds(alarms: Alarms, *args, **values) -> list[str]:
 
 @pytest.fixture
 def alarms() -> Alarms:
-    return Alarms(CONFIG, ["node-a", "node-b"])
+    return Alarms(CONFIG, ["node-a", "node-b"], warmup_steps=10)
 
 
 def falling(steps: int) -> np.ndarray:
@@ -63,12 +63,23 @@ def test_a_run_that_has_just_started_has_nothing_to_compare_with(alarms):
         assert kinds(alarms, step, loss=3.0 + 100 * (step == 9)) == []
 
 
-def test_collapse_names_the_layer(alarms):
-    assert kinds(alarms, 1, effective=0.26) == []
-    (alarm,) = alarms.check(metrics(2, effective=0.2))
+def test_collapse_that_lasts_names_the_layer(alarms):
+    for step in (11, 12):
+        assert kinds(alarms, step, effective=0.2) == []
+    (alarm,) = alarms.check(metrics(13, effective=0.2))
     assert alarm.kind == "expert collapse"
     assert "sparse layer 1 works as if it had 20% of its experts (7 without a token)" in alarm.text
     assert "model.router_aux_loss_coef" in alarm.text
+
+
+def test_collapse_is_judged_after_warmup_and_again_only_after_a_recovery(alarms):
+    for step in range(1, 13):
+        assert kinds(alarms, step, effective=0.1) == [], "the last steps of warmup do not count"
+    assert kinds(alarms, 13, effective=0.1) == ["expert collapse"]
+    for step in range(14, 500):
+        assert kinds(alarms, step, effective=0.1) == []
+    assert kinds(alarms, 500, effective=0.26) == [], "recovered"
+    assert [kinds(alarms, step, effective=0.1) for step in (501, 502, 503)] == [[], [], ["expert collapse"]]
 
 
 def test_a_data_stall_says_how_long(alarms):
@@ -88,10 +99,11 @@ def test_a_straggler_is_one_rank_three_times_running_named_by_host(alarms):
 
 
 def test_the_same_alarm_waits_and_another_does_not(alarms):
-    assert kinds(alarms, 1, stall=0.5) == ["data stall"]
-    assert kinds(alarms, 2, stall=0.5, effective=0.1) == ["expert collapse"]
-    assert kinds(alarms, 100, stall=0.5) == []
-    assert kinds(alarms, 101, stall=0.5) == ["data stall"]
+    assert kinds(alarms, 11, stall=0.5, effective=0.1) == ["data stall"]
+    assert kinds(alarms, 12, stall=0.5, effective=0.1) == []
+    assert kinds(alarms, 13, stall=0.5, effective=0.1) == ["expert collapse"]
+    assert kinds(alarms, 110, stall=0.5) == []
+    assert kinds(alarms, 111, stall=0.5) == ["data stall"]
 
 
 def test_a_dense_model_has_no_experts_to_collapse(alarms):
