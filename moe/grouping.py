@@ -32,7 +32,7 @@ class ExpertWeights(NamedTuple):
 
 
 class Grouping(NamedTuple):
-    """Which token each row holds and which rows each token has. Autograd can save it: all fields are tensors."""
+    """Which token each row holds and which rows each token has; only tensors, which autograd can save."""
 
     token: Tensor  # [M] int64, the token of each row
     slot: Tensor  # [M] int64, token * C + column of each row

@@ -43,7 +43,7 @@ class Documents:
 
     @cached_property
     def borders(self) -> Tensor:
-        """[D+1] `cu_seqlens` in int64, one tensor for all layers: flash-linear-attention reads it only once."""
+        """[D+1] `cu_seqlens` in int64, one tensor for all layers: flash-linear-attention reads it once."""
         return self.cu_seqlens.long()
 
     @cached_property

@@ -120,7 +120,7 @@ def within_capacity(
 ) -> Tensor:
     """expert_indices [T,K] with the id `num_experts` in every slot beyond its expert's capacity: [T,K].
 
-    An expert takes at most ceil(capacity_factor * T * K / E) slots of this micro-batch on this rank: those with
+    An expert takes at most ceil(capacity_factor * T * K / E) slots of this micro-batch on this rank: those of
     the largest routing weights [T,K] (the earlier slot if two are equal), padding last (the policy "probs" of
     Megatron-LM and DeepSpeed).
     """
