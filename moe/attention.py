@@ -47,7 +47,7 @@ class Attention(nn.Module):
         self.k_norm: nn.Module = rms_norm(config, self.head_dim) if config.use_qk_norm else nn.Identity()
 
     def forward(self, hidden: Tensor, inputs: LayerInputs) -> Tensor:
-        """hidden [B, S, H] -> [B, S, H]. With a cache, each row is one sequence, which it continues."""
+        """hidden [B, S, H] -> [B, S, H]. With a cache, each row continues one sequence."""
         rows, seq_len, _ = hidden.shape
         rotary, documents, cache = inputs.rotary, inputs.documents, inputs.cache
         heads = (rows * seq_len, -1, self.head_dim)

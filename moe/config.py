@@ -67,7 +67,7 @@ class ModelConfig:
         return self.num_experts > 0 and (placed or layer == self.num_hidden_layers)
 
     def unaligned_keys(self, bytes_per_value: int) -> list[str]:
-        """Sizes whose rows are not a multiple of 16 bytes, as torch's grouped product requires."""
+        """Sizes whose rows are not a multiple of 16 bytes; torch's grouped product requires that they are."""
         sizes = ("hidden_size", "moe_intermediate_size")
         return [key for key in sizes if getattr(self, key) * bytes_per_value % 16]
 
@@ -228,7 +228,7 @@ class ModelConfig:
 
     @classmethod
     def of_folder(cls, folder: Path) -> "ModelConfig":
-        """Read a Hugging Face folder. Raises ConfigError as `from_hf`, or if config.json cannot be read."""
+        """Read config.json of a Hugging Face folder. Raises ConfigError as `from_hf`, or if it is unreadable."""
         try:
             values = dict(json.loads((folder / "config.json").read_text()))
         except (OSError, ValueError, TypeError) as error:
@@ -258,7 +258,7 @@ class ModelConfig:
         return config
 
     def to_hf(self) -> dict[str, Any]:
-        """The config.json of this model, with the keys of the released models, which every reader accepts."""
+        """The config.json of this model, in the older keys of the released files, which all readers accept."""
         values = asdict(self)
         model_type = format_of(values)
         architecture, fixed, _ = FORMATS[model_type]

@@ -163,7 +163,7 @@ def _grouped_outer(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
 
 
 class _SwiGLU(Function):
-    """The experts as one autograd function that saves only pre-activations per row, 2 * M * I values.
+    """The experts as one autograd function. Of the rows, it saves only the pre-activations, 2 * M * I values.
 
     The routing weight multiplies the activation, before the down projection, so that its gradient needs no
     output rows; the input rows are gathered again in backward (both: SonicMoE, arXiv 2512.14080).

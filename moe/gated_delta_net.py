@@ -52,7 +52,7 @@ class GatedDeltaNet(nn.Module):
         self.out_proj = nn.Linear(self.value_heads * value_dim, hidden, bias=False)
 
     def forward(self, hidden: Tensor, inputs: LayerInputs) -> Tensor:
-        """hidden [B, S, H] -> [B, S, H], without rotary tables. With a cache, each row continues a sequence."""
+        """hidden [B, S, H] -> [B, S, H], no rotary tables. With a cache, each row continues one sequence."""
         documents, cache = inputs.documents, inputs.cache
         x = hidden.flatten(0, 1)
         query, key, value, gate = _of_heads(self.in_proj_qkvz(x), self.key_heads, self.qkvz_sizes)

@@ -77,7 +77,7 @@ def write_shards(
 ) -> dict[str, Written]:
     """Stream (our name, tensor) pairs into shards of `folder`; hub name -> where it was written.
 
-    Any number of ranks may write their tensors into one folder: file names contain `rank`, and stacked tensors
+    Any number of ranks may write their tensors into one folder: file names contain `rank`. Stacked tensors
     hold the experts of `ep_rank`. At most `max_shard_bytes` (or one larger tensor) are in memory at a time.
     """
     written: dict[str, Written] = {}
@@ -112,7 +112,7 @@ def write_index(written: Mapping[str, Written], folder: Path) -> None:
 def write_config(config: ModelConfig, dtype: torch.dtype, folder: Path, stops: Sequence[int] = ()) -> None:
     """Write config.json and generation_config.json, with the keys of the released models.
 
-    `stops` are the ids at which generation stops. The last one is the end of a document; it also pads.
+    `stops` are the ids at which generation stops. The last one ends a document and is also used as padding.
     """
     special = {key: stops[-1] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if stops}
     kind = {"torch_dtype": str(dtype).removeprefix("torch.")}

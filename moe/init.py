@@ -15,10 +15,10 @@ from moe.router import seeded
 def init_weights(model: CausalLM, seed: int, ep_rank: int = 0, router_scale: float = 1.0) -> None:
     """Draw every weight from N(0, initializer_range), in place; norms become the identity, biases 0.
 
-    Routers have `router_scale` times that standard deviation. In linear attention dt_bias is 1 and A_log the
-    logarithm of U(0.01, 16), as in transformers. Each hub tensor (one per expert and projection) is drawn in
-    fp32 from its own generator: the values do not depend on ep_size, and on the dtype only by rounding. CPU
-    and CUDA draw different values.
+    Routers have the standard deviation router_scale * initializer_range. In linear attention dt_bias is 1 and
+    A_log the logarithm of U(0.01, 16), as in transformers. Each hub tensor (one per expert and projection) is
+    drawn in fp32 from its own generator: the values do not depend on ep_size, and on the dtype only by
+    rounding. CPU and CUDA draw different values.
     """
     for name, tensor in hub_tensors(model, ep_rank):
         if name.endswith(("norm.weight", "norm_hidden.weight", "norm_embedding.weight", "dt_bias")):

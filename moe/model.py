@@ -186,11 +186,11 @@ class CausalLM(nn.Module):
         input_ids, position_ids [B, S] int64; cu_seqlens [D+1] int32, borders of the documents over T tokens.
         token_mask [B, S] bool: False keeps a token (padding) out of the router statistics.
         labels [B, S] int64, already shifted, -100 = no loss.
-        cache: the earlier tokens. Each row is one sequence that continues there, also in position_ids.
+        cache: state of earlier tokens. Each row continues one sequence; position_ids must continue too.
         selection_bias [L, E] fp32: added to the routers' scores for the choice of experts only.
         routing_only: return only the router statistics; the head does not run.
         routing: settings of routing that apply in training only.
-        lengths: the lengths of the documents, on the host; None reads them from cu_seqlens on its device.
+        lengths: the lengths of the documents, on the host; None reads cu_seqlens, which waits for its device.
         Ids must lie in the vocabulary: nothing checks them here.
         """
         documents, hidden = Documents(cu_seqlens, lengths), self.model.embed_tokens(input_ids)
