@@ -17,9 +17,9 @@ from moe.rope import rotate
 
 try:
     from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # older torch: the path per document serves every device
+except ImportError:  # older torch: every device uses `attend_per_document`
     varlen_attn = None  # type: ignore[assignment]
-# An older one groups query heads without being told.
+# Older versions of varlen_attn have no such argument and always group query heads.
 _GROUPED: dict[str, Any] = (
     {"enable_gqa": True}
     if varlen_attn is not None and "enable_gqa" in signature(varlen_attn).parameters
@@ -28,7 +28,7 @@ _GROUPED: dict[str, Any] = (
 
 
 class Attention(nn.Module):
-    """Self-attention of Qwen2 (arXiv 2407.10671), Qwen3 (arXiv 2505.09388) and, gated, Qwen3-Next."""
+    """Self-attention of Qwen2 (arXiv 2407.10671), Qwen3 (arXiv 2505.09388) and, with a gate, Qwen3-Next."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class Attention(nn.Module):
         self.k_norm: nn.Module = rms_norm(config, self.head_dim) if config.use_qk_norm else nn.Identity()
 
     def forward(self, hidden: Tensor, inputs: LayerInputs) -> Tensor:
-        """hidden [B, S, H] -> [B, S, H]. With a cache every row goes on with its one sequence."""
+        """hidden [B, S, H] -> [B, S, H]. With a cache, each row continues one sequence."""
         rows, seq_len, _ = hidden.shape
         rotary, documents, cache = inputs.rotary, inputs.documents, inputs.cache
         heads = (rows * seq_len, -1, self.head_dim)
@@ -72,11 +72,11 @@ class Attention(nn.Module):
 
 @cache
 def varlen_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why `attend_varlen` cannot run on `device` in `dtype`, and a remedy; None if it can, and is taken."""
+    """Why `attend_varlen` cannot run on `device` in `dtype`, and a remedy; None if it can and is used."""
     if device.type != "cuda":
         return f"flash attention has no kernel on {device.type}; use a CUDA device"
     if dtype not in (torch.bfloat16, torch.float16):
-        return f"flash attention has none in {dtype}, and memory grows as length squared; use dtype=bf16"
+        return f"flash attention has no kernel in {dtype}, and memory grows as length squared; use dtype=bf16"
     if varlen_attn is None:
         return f"torch {torch.__version__} has no torch.nn.attention.varlen; use 2.10 or newer"
     if (capability := torch.cuda.get_device_capability(device)) < (8, 0):
@@ -85,7 +85,7 @@ def varlen_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def attend_per_document(query: Tensor, key: Tensor, value: Tensor, documents: Documents) -> Tensor:
-    """One SDPA call per length of document, on any device: [T, N, C] and twice [T, G, C] -> [T, N, C]."""
+    """One SDPA call for each document length, on any device: [T, N, C] and twice [T, G, C] -> [T, N, C]."""
     if documents.order is not None:
         query, key, value = (x.index_select(0, documents.order) for x in (query, key, value))
     sizes = [count * length for count, length in documents.groups]
@@ -108,7 +108,7 @@ def attend_varlen(query: Tensor, key: Tensor, value: Tensor, documents: Document
 
 
 def attend_cached(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """The last S of P+S tokens attend to what is before them.
+    """Each of the last S of P+S tokens attends to itself and to all tokens before it.
 
     query [B, S, N, C], keys and values [B, P+S, G, C] -> [B, S, N, C].
     """

@@ -3,7 +3,8 @@
 Per MoE layer, over all valid tokens of one optimizer step:
     f_e = c_e / (K T)             share of the routed slots that went to expert e; constant in the gradient
     L   = E * sum_e f_e * S_e / T    with S_e the sum of the fp32 softmax over all experts; balanced = 1
-A rank's share of one micro-batch is the same sum over its own S_e: shares add up to L of the global batch.
+The share of one micro-batch on one rank is the same formula with its own S_e: the shares of all micro-batches
+and ranks add up to L of the global batch.
 """
 
 import torch
@@ -30,17 +31,17 @@ def balance_loss_share(frequencies: Tensor, probability_sums: Tensor, num_tokens
 class Balance:
     """Expert frequencies for the loss of each micro-batch, and the selection bias of aux-free balancing.
 
-    mode `exact`: frequencies of the global batch. With one micro-batch per step they follow from one
-    all-reduce of [L,E] counts after the forward; with more, the loop counts first: `count_first`.
-    mode `buffer`: of the micro-batches so far, over all ranks (the paper's Algorithm 1).
-    mode `prior_buffer`: the same, the share that is still to come filled with the last step's frequencies.
+    mode `exact`: frequencies of the global batch. With one micro-batch per step, one all-reduce of [L,E]
+    counts after the forward gives them; with more, the caller first counts all of them: `count_first`.
+    mode `buffer`: of the step's micro-batches so far, over all ranks (the paper's Algorithm 1).
+    mode `prior_buffer`: the same, with the last step's frequencies for the slots that are still to come.
     mode `micro_batch`: of the micro-batch itself, no communication.
 
-    `bias` [L,E] fp32 (None if `bias_update_rate` is 0) is added to the router's scores for selection only;
-    after each step it moves by the rate towards experts with less than the mean load of the global batch
-    (DeepSeek-V3, arXiv 2412.19437, section 2.1.2).
+    `bias` [L,E] fp32 (None if `bias_update_rate` is 0) is added to the router's scores for selection only.
+    After each step it rises by the rate for experts below the mean load of the global batch and falls by the
+    rate for experts above it (DeepSeek-V3, arXiv 2412.19437, section 2.1.2).
 
-    Every rank makes the same calls in the same order: they contain collectives.
+    Every rank must make the same calls in the same order, because they contain collectives.
     """
 
     def __init__(
@@ -60,12 +61,11 @@ class Balance:
         self.bias = torch.zeros(shape, device=device) if bias_update_rate else None
         self._prior = torch.zeros(shape, device=device)  # the last step's frequencies
         self._has_prior = False
-        self._counts = torch.zeros(
-            shape, device=device
-        )  # of this step so far; over all ranks but in micro_batch
+        # of this step so far; over all ranks, but in mode micro_batch of this rank until `end_step`
+        self._counts = torch.zeros(shape, device=device)
 
     def count_first(self, tokens_per_expert: list[Tensor]) -> None:
-        """The [L,E] counts of all micro-batches of the step on this rank, before the first backward."""
+        """Take the [L,E] counts of all micro-batches of the step on this rank, before the first backward."""
         self._counts = _all_reduced(torch.stack(tokens_per_expert).sum(dim=0))
 
     def frequencies(self, tokens_per_expert: Tensor, num_slots: int) -> Tensor:
@@ -85,7 +85,7 @@ class Balance:
         return seen
 
     def end_step(self) -> None:
-        """After the last micro-batch: keep the prior, move the bias, forget the counts."""
+        """After the last micro-batch of a step: update the bias and the prior, reset the counts."""
         if self._mode == "micro_batch" and self.bias is not None:
             self._counts = _all_reduced(self._counts)
         if self.bias is not None:
@@ -95,7 +95,7 @@ class Balance:
         self._counts = torch.zeros_like(self._counts)
 
     def state(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps; the same on every rank."""
+        """The tensors that a checkpoint keeps; they are equal on every rank."""
         return {"prior": self._prior, **({} if self.bias is None else {"bias": self.bias})}
 
     def load_state(self, state: dict[str, Tensor]) -> None:

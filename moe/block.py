@@ -1,4 +1,4 @@
-"""The mixture-of-experts block that stands where a dense layer has its MLP."""
+"""The mixture-of-experts block, which replaces the MLP of a dense layer."""
 
 from torch import Tensor, nn
 
@@ -12,9 +12,9 @@ from moe.router import PLAIN, Router, RouterStatistics, RoutingInputs, jittered,
 
 
 class MoEBlock(nn.Module):
-    """Router, dispatcher, experts, and a shared expert (arXiv 2401.06066) where the configuration has one.
+    """Router, dispatcher, experts, and a shared expert (arXiv 2401.06066) if the configuration has one.
 
-    All experts start on this rank; `apply_expert_parallel` keeps a share. The shared expert is on every rank.
+    It is built with all experts; `apply_expert_parallel` keeps those of one rank and the whole shared expert.
     """
 
     def __init__(self, config: ModelConfig, backend: str) -> None:
@@ -31,7 +31,7 @@ class MoEBlock(nn.Module):
         )
 
     def forward(self, hidden: Tensor, routing: RoutingInputs = PLAIN) -> tuple[Tensor, RouterStatistics]:
-        """hidden [B,S,H] and the inputs of this layer's routing -> [B,S,H] and the router's statistics."""
+        """hidden [B,S,H] and the routing inputs of this layer -> [B,S,H] and the router's statistics."""
         x, training = hidden.flatten(0, 1), routing.training
         mask = None if routing.token_mask is None else routing.token_mask.flatten()
         seen = x

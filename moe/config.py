@@ -42,7 +42,7 @@ class ModelConfig:
     attn_output_gate: bool  # a sigmoid gate per value, projected beside the query
     rope_theta: float
     rope_scaling: RopeScaling | None
-    partial_rotary_factor: float  # share of head_dim that turns
+    partial_rotary_factor: float  # share of head_dim that is rotated
     # linear attention: Gated DeltaNet
     linear_num_key_heads: int
     linear_num_value_heads: int
@@ -55,9 +55,9 @@ class ModelConfig:
     moe_intermediate_size: int  # of one expert
     norm_topk_prob: bool
     router_aux_loss_coef: float
-    decoder_sparse_step: int  # layer i is sparse if (i + 1) is a multiple
-    mlp_only_layers: list[int]  # layers that stay dense all the same
-    shared_expert_intermediate_size: int  # of the expert that takes every token; 0 = there is none
+    decoder_sparse_step: int  # layer i is sparse if (i + 1) is a multiple of it
+    mlp_only_layers: list[int]  # layers that are dense, whatever decoder_sparse_step says
+    shared_expert_intermediate_size: int  # of the expert that takes every token; 0 = no such expert
     shared_expert_gate: bool  # a sigmoid gate on its output
     num_nextn_predict_layers: int  # of multi-token prediction: 0 or 1
 
@@ -67,7 +67,7 @@ class ModelConfig:
         return self.num_experts > 0 and (placed or layer == self.num_hidden_layers)
 
     def unaligned_keys(self, bytes_per_value: int) -> list[str]:
-        """Sizes that leave rows of no multiple of 16 bytes, which torch's grouped product does not take."""
+        """Sizes whose rows are not a multiple of 16 bytes; torch's grouped product requires that they are."""
         sizes = ("hidden_size", "moe_intermediate_size")
         return [key for key in sizes if getattr(self, key) * bytes_per_value % 16]
 
@@ -82,12 +82,12 @@ class ModelConfig:
 
     @property
     def num_moe_layers(self) -> int:
-        """How many layers have a router; that of multi-token prediction counts and comes last."""
+        """Number of layers with a router; the layer of multi-token prediction counts and comes last."""
         return len(self.moe_layers) + (self.num_nextn_predict_layers if self.num_experts else 0)
 
     @property
     def rotary_dim(self) -> int:
-        """How many values of a head rotary embeddings turn."""
+        """Number of values of each head that rotary embeddings rotate."""
         return int(self.head_dim * self.partial_rotary_factor)
 
     def problems(self) -> list[str]:
@@ -119,7 +119,7 @@ class ModelConfig:
         elif self.partial_rotary_factor == 1 and self.head_dim % 2:
             found.append(_must(self, "head_dim", "be even: rotary embeddings turn pairs"))
         elif self.rotary_dim % 2 or self.rotary_dim == 0:
-            law = f"leave an even part of model.head_dim={self.head_dim}: rotary embeddings turn pairs"
+            law = f"select an even part of model.head_dim={self.head_dim}: rotary embeddings turn pairs"
             found.append(_must(self, "partial_rotary_factor", law))
         if (scaling := self.rope_scaling) is not None:
             original, limit = scaling.original_max_position_embeddings, self.max_position_embeddings
@@ -127,8 +127,8 @@ class ModelConfig:
             within = f"be above 0 and at most model.max_position_embeddings={limit}"
             for key, sound, law in [
                 ("rope_type", scaling.rope_type == "yarn", "be yarn; or set model.rope_scaling=null"),
-                ("factor", scaling.factor >= 1, "be at least 1: a context grows"),
-                ("beta_fast", falling, "exceed beta_slow, which is above 0"),
+                ("factor", scaling.factor >= 1, "be at least 1: YaRN cannot shorten the context"),
+                ("beta_fast", falling, "exceed beta_slow, which must be above 0"),
                 ("original_max_position_embeddings", 0 < original <= limit, within),
             ]:
                 if not sound:
@@ -178,7 +178,7 @@ class ModelConfig:
         return self._count(experts=self.num_experts_per_tok)
 
     def num_expert_parameters(self) -> int:
-        """Parameters of all routed experts, which expert parallelism deals out."""
+        """Parameters of all routed experts, which expert parallelism distributes over ranks."""
         return self._count(experts=self.num_experts) - self._count(experts=0)
 
     def _count(self, experts: int) -> int:
@@ -212,10 +212,10 @@ class ModelConfig:
     def flops_per_token(self, seq_len: int) -> float:
         """Training FLOPs (forward and backward) of one token in a causal sequence of `seq_len` tokens.
 
-        6 per active parameter that multiplies (all but the input embedding, a look-up; a tied matrix does, as
-        the head), plus 6 x heads x head_dim x seq_len per layer of full attention, half of the square, plus
-        18 x heads x key dim x value dim per layer of linear attention: read, write and query of its state.
-        Multi-token prediction has its layer and the head once more.
+        6 per active parameter in a matrix product (all but the input embedding, which is a look-up; a tied
+        matrix counts, as the head), plus 6 x heads x head_dim x seq_len per layer of full attention (causal:
+        half of the square), plus 18 x heads x key dim x value dim per layer of linear attention (to read,
+        write and query its state). Multi-token prediction adds its layer and the head a second time.
         Recompute does not count (model FLOPs, PaLM, arXiv 2204.02311, appendix B).
         """
         look_up = 0 if self.tie_word_embeddings else self.vocab_size * self.hidden_size
@@ -228,17 +228,17 @@ class ModelConfig:
 
     @classmethod
     def of_folder(cls, folder: Path) -> "ModelConfig":
-        """Of a Hugging Face folder. Raises ConfigError as `from_hf`, and where config.json cannot be read."""
+        """Read config.json of a Hugging Face folder. Raises ConfigError as `from_hf`, or if it is unreadable."""
         try:
             values = dict(json.loads((folder / "config.json").read_text()))
         except (OSError, ValueError, TypeError) as error:
-            what = f"{folder} is no Hugging Face folder"
+            what = f"{folder} is not a Hugging Face folder"
             raise ConfigError(f"{what}: config.json cannot be read ({error})") from error
         return cls.from_hf(values)
 
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> "ModelConfig":
-        """From a config.json of a model_type of `moe.formats`, in the spelling of transformers 4 or 5.
+        """Read the keys of a config.json of a format in `moe.formats`, as transformers 4 or 5 spells them.
 
         Raises ConfigError for missing and mistyped keys, for features this model does not compute, and for
         broken laws.
@@ -258,7 +258,7 @@ class ModelConfig:
         return config
 
     def to_hf(self) -> dict[str, Any]:
-        """The config.json of this model, in the older keys of the released ones, which every reader takes."""
+        """The config.json of this model, in the older keys of the released files, which all readers accept."""
         values = asdict(self)
         model_type = format_of(values)
         architecture, fixed, _ = FORMATS[model_type]
@@ -266,7 +266,7 @@ class ModelConfig:
         keys = {**values, "layer_types": self.layer_types * repeats}
         kept = {key: value for key, value in keys.items() if key not in fixed}
         if not self.num_nextn_predict_layers:
-            del kept["num_nextn_predict_layers"]  # as the released models have it
+            del kept["num_nextn_predict_layers"]  # the released config.json files do not have it
         return {"architectures": [architecture], "model_type": model_type, **RELEASED, **kept}
 
 

@@ -1,6 +1,6 @@
 """Cross entropy of the language-model head that never holds the logits of all tokens.
 
-The gradients are computed chunk by chunk inside the forward, where the logits are at hand, and scaled in the
+The gradients are computed chunk by chunk inside the forward, while the logits exist, and scaled in the
 backward (the idea of Liger-Kernel's fused linear cross entropy, arXiv 2410.10989).
 """
 # T tokens, t tokens of one chunk, H hidden, V vocabulary
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 IGNORED = -100  # the label of a token without loss
-LOGITS_PER_CHUNK = 2**27  # 0.5 GiB in fp32; 883 tokens of Qwen3's vocabulary still fill a GPU
+LOGITS_PER_CHUNK = 2**27  # 0.5 GiB in fp32; 883 tokens with Qwen3's vocabulary, enough to occupy a GPU
 
 
 def chunked_cross_entropy(
@@ -21,8 +21,8 @@ def chunked_cross_entropy(
     """Sum over labels != -100 of the cross entropy of `hidden @ weight.T`: a scalar, at least fp32.
 
     hidden [T, H], weight [V, H], labels [T] int64. The softmax and the sum of the weight gradient over chunks
-    are fp32 (fp64 for fp64 inputs). Exact under any later scaling of the loss. A second backward through the
-    same graph raises RuntimeError.
+    are fp32 (fp64 for fp64 inputs). Gradients are exact for any later scaling of the loss. A second backward
+    through the same graph raises RuntimeError.
     """
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
         return _ChunkedCrossEntropy.apply(hidden, weight, labels, logits_per_chunk)
@@ -41,7 +41,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
-        # In place: [V, H] is large. Autograd's version check makes a second use an error, never a wrong sum.
+        # In place, because [V, H] is large. A second backward fails autograd's version check.
         hidden_grad, weight_grad = (None if grad is None else grad.mul_(scale) for grad in ctx.saved_tensors)
         return hidden_grad, weight_grad, None, None
 
@@ -49,7 +49,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 def _loss_and_gradients(
     hidden: Tensor, weight: Tensor, labels: Tensor, logits_per_chunk: int, wanted: tuple[bool, ...]
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The loss and its gradients by hidden and weight, where `wanted`, in the dtypes of hidden and weight."""
+    """The loss and, if `wanted`, its gradients by hidden and by weight, each in the dtype of its operand."""
     precise = torch.promote_types(hidden.dtype, torch.float32)
     loss = torch.zeros((), dtype=precise, device=hidden.device)
     hidden_grad = torch.empty_like(hidden) if wanted[0] else None

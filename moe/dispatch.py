@@ -1,7 +1,7 @@
-"""Dispatchers bring tokens to the ranks that hold their experts, and the results back.
+"""Dispatchers send tokens to the ranks that hold their experts, and bring the results back.
 
 Rank r of ep_size holds the experts [r * E / ep_size, (r + 1) * E / ep_size). Every rank reaches every
-collective, forward and backward, whether or not it owns or receives tokens.
+collective, forward and backward, even if it has no tokens and receives none.
 """
 
 from collections.abc import Callable
@@ -19,25 +19,25 @@ from moe.grouping import Grouping
 # T tokens of this rank, H hidden, K experts per token, R = ep_size ranks
 # N rows sent, N' rows received, C slots per row
 
-# rows [N,...], rows to each rank, rows from each rank -> [N',...], and what to wait for before it is read
+# rows [N,...], rows to each rank, rows from each rank -> [N',...], and the work to wait for before reading it
 Swap = Callable[[Tensor, list[int], list[int]], tuple[Tensor, dist.Work | None]]
 
 
 class _Counts(NamedTuple):
     send: list[int]  # rows to each rank
     receive: list[int]  # rows from each rank
-    num_slots: int  # that are computed here
+    num_slots: int  # slots that this rank computes
 
 
 class Dispatcher(Protocol):
     """x [T,H], routing_weights [T,K], expert_indices [T,K] (global) -> [T,H], by the experts of all ranks.
 
-    `drops`: the id E may occur; its slot goes nowhere and adds nothing.
+    `drops`: the id E may occur; a slot with this id is not sent and adds nothing.
     """
 
     bytes_sent: int  # payload that forward passes sent to other ranks so far
     slots_routed: int  # (token, expert) pairs of this rank's tokens so far
-    slots_received: int  # of those, and of other ranks', that were computed here so far
+    slots_received: int  # slots of this rank's and other ranks' tokens that this rank computed so far
 
     def __call__(
         self, x: Tensor, routing_weights: Tensor, expert_indices: Tensor, experts: Experts, drops: bool
@@ -45,7 +45,7 @@ class Dispatcher(Protocol):
 
 
 class LocalDispatcher:
-    """All experts are here. The oracle of the others."""
+    """All experts are on this rank. This is the oracle of the other dispatchers."""
 
     bytes_sent = slots_routed = slots_received = 0
 
@@ -63,8 +63,8 @@ class LocalDispatcher:
 class AllToAllDispatcher:
     """One row per (token, slot): the token, one routing weight, one local id.
 
-    The tokens go in `chunks`. With several, the experts compute one while the next is on its way to them and
-    the one before on its way back, in backward too. `all_to_all` is torch.distributed.all_to_all_single.
+    The tokens are split into `chunks` chunks. The experts compute one chunk while later chunks are being sent
+    to them and earlier ones back, in forward and backward. `all_to_all` works as dist.all_to_all_single.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class AllToAllDispatcher:
 
         there = []
         for n, (tokens, weights, ranks, local_ids, destinations) in enumerate(chunks):
-            # the function is called at once
+            # `Grouping.by` calls the function before `n` changes
             grouping = Grouping.by(destinations, self.ep_size, lambda: sum(counts()[n].send))  # noqa: B023
             weights, ids = self._pack(grouping, ranks, weights, local_ids, absent)
             exchange = _Exchange(self._swap, counts()[n].send, counts()[n].receive)
@@ -114,17 +114,20 @@ class AllToAllDispatcher:
         return torch.cat(y) if len(y) > 1 else y[0]
 
     def _destinations(self, ranks: Tensor) -> Tensor:
-        """ranks [T,K] -> the rank of each row that a token is sent in, ep_size where there is none."""
+        """ranks [T,K] -> [T,columns]: the destination ranks of each token's rows; ep_size = no row."""
         return ranks
 
     def _pack(
         self, grouping: Grouping, ranks: Tensor, routing_weights: Tensor, local_ids: Tensor, absent: int
     ) -> tuple[Tensor, Tensor]:
-        """The routing weights and local ids of each row, both [N,C]; id `absent` = on another rank."""
+        """The routing weights and local ids of each row, both [N,C]; id `absent` = expert on another rank."""
         return routing_weights.reshape(-1, 1)[grouping.slot], local_ids.reshape(-1, 1)[grouping.slot]
 
     def _exchange_counts(self, chunks: list[tuple[Tensor, Tensor]]) -> Callable[[], list[_Counts]]:
-        """Of each chunk's destinations and ranks. What it returns waits for the device: call it late."""
+        """Exchange the counts of each chunk's (destinations, ranks).
+
+        The returned function waits for the device: call it late.
+        """
         pairs = [torch.stack([_count(ids, self.ep_size) for ids in chunk]) for chunk in chunks]
         counts = torch.stack(pairs).permute(2, 0, 1).contiguous()  # [R, chunks, 2]
         received = torch.empty_like(counts)
@@ -141,8 +144,8 @@ class AllToAllDispatcher:
         return wait
 
     def _swap(self, rows: Tensor, send: list[int], receive: list[int]) -> tuple[Tensor, dist.Work | None]:
-        # A thread of the backend can be the last to hold these tensors. Detached, they take no autograd graph
-        # with them, whose Python objects that thread would have to destroy (gloo then aborts at exit).
+        # A thread of the backend can be the last holder of these tensors. Detach them: otherwise that thread
+        # destroys the Python objects of their autograd graph, and gloo aborts at exit.
         rows, out = rows.detach().contiguous(), rows.new_empty(sum(receive), *rows.shape[1:])
         splits = {"output_split_sizes": receive, "input_split_sizes": send}
         work = self._all_to_all(out, rows, **splits, group=self._group, async_op=self._chunks > 1)
@@ -152,7 +155,7 @@ class AllToAllDispatcher:
 class DeduplicatedAllToAllDispatcher(AllToAllDispatcher):
     """One row per (token, destination rank): the token with all its weights and the ids for that rank.
 
-    The expert side sums the experts it holds; this side adds up to ep_size partial sums per token.
+    The destination rank sums over its experts; the token's rank adds at most ep_size partial sums per token.
     """
 
     def _destinations(self, ranks: Tensor) -> Tensor:
@@ -169,29 +172,29 @@ class DeduplicatedAllToAllDispatcher(AllToAllDispatcher):
 
 
 class _Exchange:
-    """One all-to-all of several tensors; their gradients set out where it ended and arrive where it began."""
+    """One all-to-all of several tensors; in backward, `end` sends their gradients and `begin` receives them."""
 
     def __init__(self, swap: Swap, send: list[int], receive: list[int]) -> None:
         self._swap, self._send, self._receive = swap, send, receive
         self._under_way: list[tuple[Tensor, dist.Work | None]] = []
 
     def begin(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """What will have arrived at the `end`; the only use of it is to hand it over there."""
+        """Start the exchange. Pass the returned tensors to `end`, and do not read them before."""
         return _Begin.apply(self, *tensors)
 
     def end(self, *arriving: Tensor) -> tuple[Tensor, ...]:
-        """What has arrived."""
+        """Wait for the exchange and return what has arrived; `arriving` is the result of `begin`."""
         return _End.apply(self, *arriving)
 
     def start(self, *tensors: Tensor, back: bool = False) -> tuple[Tensor, ...]:
-        """`begin` without gradients; `back` goes the other way."""
+        """`begin` without gradients; `back` sends in the opposite direction."""
         splits = (self._receive, self._send) if back else (self._send, self._receive)
         started = [self._swap(tensor, *splits) for tensor in tensors]
         self._under_way += started
         return tuple(arriving for arriving, _ in started)
 
     def finish(self) -> tuple[Tensor, ...]:
-        """Wait for all that is under way."""
+        """Wait for every transfer that was started and return what has arrived."""
         arrived, self._under_way = self._under_way, []
         for _, work in arrived:
             if work is not None:
@@ -200,7 +203,7 @@ class _Exchange:
 
 
 class _Begin(Function):
-    """All tensors as one node, so that backward meets the other ranks in one order."""
+    """One autograd node for all tensors, so that every rank runs backward collectives in the same order."""
 
     @staticmethod
     def forward(ctx: Any, exchange: _Exchange, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -222,7 +225,7 @@ class _End(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         ctx.exchange.start(*grads, back=True)
-        return None, *grads  # in the shapes that autograd expects; `_Begin` has what arrives in their place
+        return None, *grads  # only for autograd's shape check: `_Begin` returns the exchanged gradients
 
 
 def _count(ids: Tensor, num_ids: int) -> Tensor:

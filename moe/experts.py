@@ -1,6 +1,6 @@
 """SwiGLU experts: the weighted sum of this rank's experts for every token.
 
-`reference` is the slow obvious version and the oracle. `loop` and `grouped` run one autograd function on two
+`reference` is the slow obvious version and the oracle. `loop` and `grouped` run one autograd function with
 different grouped matrix products. `megablocks` and `liger` are optional packages. `choose_backend` picks one.
 """
 
@@ -36,7 +36,7 @@ class Experts(nn.Module):
         super().__init__()
         if backend not in BACKENDS:
             raise ConfigError([f"experts.backend={backend} is unknown; use one of {', '.join(BACKENDS)}"])
-        self.num_local_experts = num_experts  # as a number: ZeRO-3 empties the weights between uses
+        self.num_local_experts = num_experts  # not read from the weights: ZeRO-3 empties them between uses
         self.backend = backend
         self.w1 = nn.Parameter(torch.empty(num_experts, intermediate_size, hidden_size))
         self.w3 = nn.Parameter(torch.empty(num_experts, intermediate_size, hidden_size))
@@ -47,8 +47,8 @@ class Experts(nn.Module):
     ) -> Tensor:
         """x [T,H], routing_weights [T,K], expert_indices [T,K] (local) -> [T,H].
 
-        The id num_local_experts means that the expert is not here; its slot adds nothing.
-        `num_rows` is the number of slots that are here; None counts them, which waits for a CUDA device.
+        The id num_local_experts means that this rank does not have the expert; such a slot adds nothing.
+        `num_rows` is the number of all other slots; None counts them, which waits for a CUDA device.
         """
         routes = Routes(routing_weights, expert_indices, num_rows)
         return BACKENDS[self.backend](x, routes, ExpertWeights(self.w1, self.w3, self.w2))
@@ -71,10 +71,10 @@ def supports(backend: str, device: torch.device | str, dtype: torch.dtype) -> st
 def choose_backend(
     wanted: str, device: torch.device, dtype: torch.dtype, model: ModelConfig, deterministic: bool = False
 ) -> tuple[str, str | None]:
-    """The name in BACKENDS that `wanted` stands for here, and why it is slow, where it is known to be.
+    """The name in BACKENDS that `wanted` stands for here, and why it is slow, if it is known to be.
 
-    "auto": grouped on CUDA where torch has kernels for it, liger on other GPUs where it is installed and need
-    not be `deterministic`, else loop. Raises ConfigError for a backend that cannot run here.
+    "auto" is grouped on GPUs for which torch has grouped kernels; on other GPUs liger, if it is installed and
+    `deterministic` is false; else loop. Raises ConfigError for a backend that cannot run here.
     """
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
     slow = None if capability is None else _no_grouped(capability, dtype, model, deterministic)
@@ -100,19 +100,19 @@ def _no_grouped(
     """Why torch has no grouped kernel on a GPU of this compute capability, and a remedy; None if it has."""
     if unaligned := model.unaligned_keys(dtype.itemsize):
         sizes = ", ".join(f"model.{key}={getattr(model, key)}" for key in unaligned)
-        return f"they want rows of a multiple of 16 bytes, not {sizes}; round up to a multiple of 8"
+        return f"their rows must be a multiple of 16 bytes, not {sizes}; round up to a multiple of 8"
     if dtype != torch.bfloat16:
-        return f"there are none in {dtype}; use dtype=bf16"
+        return f"torch has no grouped kernel in {dtype}; use dtype=bf16"
     if capability[0] not in (9, 10):  # Hopper and data-center Blackwell
         missing = experts_optional.obstacle("liger", "cuda", dtype)
         remedy = "use experts.backend=liger" if missing is None else missing
         remedy = "nothing faster is deterministic here" if deterministic else remedy
-        return f"there are none for compute capability {capability[0]}.{capability[1]}; {remedy}"
+        return f"torch has no grouped kernel for compute capability {capability[0]}.{capability[1]}; {remedy}"
     return None
 
 
 def _reference(x: Tensor, routes: Routes, weights: ExpertWeights) -> Tensor:
-    """Every expert on every token, weighted by zero where it was not selected."""
+    """Every expert on every token, with weight zero if it was not selected."""
     y = torch.zeros_like(x)
     for expert, (gate, up, down) in enumerate(zip(*weights, strict=True)):
         weight = (routes.weights * (routes.experts == expert)).sum(-1, keepdim=True)  # [T,1]
@@ -147,7 +147,7 @@ def _loop_outer(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
 
 
 def _grouped_project(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
-    if len(rows) == 0:  # the CUDA kernel takes no empty operand
+    if len(rows) == 0:  # the CUDA kernel does not accept empty operands
         return rows.new_empty(0, weights.shape[2])
     return F.grouped_mm(rows, weights, offs=ends)
 
@@ -163,7 +163,7 @@ def _grouped_outer(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
 
 
 class _SwiGLU(Function):
-    """Experts that save nothing wider than the pre-activations, 2 * M * I values.
+    """The experts as one autograd function. Of the rows, it saves only the pre-activations, 2 * M * I values.
 
     The routing weight multiplies the activation, before the down projection, so that its gradient needs no
     output rows; the input rows are gathered again in backward (both: SonicMoE, arXiv 2512.14080).

@@ -1,6 +1,6 @@
 """Expert compute by megablocks 0.10 and by liger-kernel 0.8, both optional and imported at first use.
 
-Both are Triton kernels: they need a CUDA device, or TRITON_INTERPRET=1, which runs them anywhere, slowly.
+Both are Triton kernels: they need a CUDA device, or TRITON_INTERPRET=1, which runs them slowly on any device.
 """
 
 import functools
@@ -37,8 +37,8 @@ def obstacle(backend: str, device_type: str, dtype: torch.dtype) -> str | None:
         return f"{key} runs Triton kernels, which need a CUDA device, not {device_type}; use loop or grouped"
     dtypes = [torch.bfloat16, torch.float16, torch.float32]
     if backend == "megablocks" and find_spec("grouped_gemm"):
-        dtypes = [torch.bfloat16]  # all that grouped_gemm has
-    if backend == "liger":  # its fp32 products on a device are TF32; the interpreter has no bf16 atomics
+        dtypes = [torch.bfloat16]  # the only dtype of grouped_gemm
+    if backend == "liger":  # its fp32 products on a GPU are TF32; the interpreter has no bf16 atomics
         dtypes = [torch.float32] if _interpreted() else [torch.bfloat16, torch.float16]
     if dtype not in dtypes:
         return f"{key} has no {dtype} kernel here, only {', '.join(map(str, dtypes))}; use loop or reference"
@@ -48,9 +48,9 @@ def obstacle(backend: str, device_type: str, dtype: torch.dtype) -> str | None:
 def _present_slots(
     compute: Callable[[Tensor, Routes, ExpertWeights], Tensor],
 ) -> Callable[[Tensor, Routes, ExpertWeights], Tensor]:
-    """A backend from one whose slots must all be here.
+    """Make a backend from `compute`, which needs the experts of all slots on this rank.
 
-    Where some are elsewhere, each of the M others becomes a token with a single slot.
+    If some are on other ranks, each of the M slots whose expert is here becomes a token with a single slot.
     """
 
     def backend(x: Tensor, routes: Routes, weights: ExpertWeights) -> Tensor:
@@ -77,8 +77,8 @@ def megablocks(x: Tensor, routes: Routes, weights: ExpertWeights) -> Tensor:
     counts = ops.histogram(ids, num_experts)  # [E]
     ends = ops.inclusive_cumsum(counts, 0).view(num_experts)
     rows = ops.gather(x.contiguous(), order, sorted_ids, ends, top_k)  # [T*K,H]
-    counts = counts.cpu().long()  # where grouped_gemm wants them
-    # GroupedGLU holds w2 as [E,I,H]; that copy would live until backward, where ZeRO-3 could not free it.
+    counts = counts.cpu().long()  # grouped_gemm reads them on the host
+    # GroupedGLU takes w2 as [E,I,H]; that copy would live until backward, and ZeRO-3 could not free it.
     product = functools.partial(grouped_gemm.gmm, batch_sizes=counts, trans_b=True)
     hidden = F.silu(product(rows, weights.gate)) * product(rows, weights.up)  # [T*K,I]
     y = product(hidden, weights.down)  # [T*K,H]
@@ -94,7 +94,7 @@ def liger(x: Tensor, routes: Routes, weights: ExpertWeights) -> Tensor:
 
 @functools.cache
 def _load_megablocks() -> tuple[ModuleType, Any]:
-    """megablocks.ops and grouped_gemm.ops, on torch where their CUDA extensions are not installed."""
+    """megablocks.ops and grouped_gemm.ops; torch code replaces their CUDA extensions if not installed."""
     stand_ins: dict[str, Any] = {
         "megablocks_ops": {"sort": _sort, "histogram": _histogram, "inclusive_cumsum": _inclusive_cumsum},
         "grouped_gemm": {"ops": SimpleNamespace(gmm=_gmm), "backend": None},
@@ -106,7 +106,7 @@ def _load_megablocks() -> tuple[ModuleType, Any]:
     try:
         from megablocks import grouped_gemm_util, ops
         from megablocks.backend import kernels
-    finally:  # nobody else may take them for the real ones
+    finally:  # no other code may mistake the stand-ins for the real modules
         for name in missing:
             del sys.modules[name]
     _fix_configurations(kernels)
@@ -126,7 +126,7 @@ def _interpreted() -> bool:
 
 
 def _fix_configurations(kernels: ModuleType) -> None:
-    """Triton's interpreter cannot choose between configurations: there is no device to time them on."""
+    """Keep one configuration per kernel under Triton's interpreter, which has no device to time more on."""
     for kernel in vars(kernels).values():
         if _interpreted():
             del getattr(kernel, "configs", [])[1:]
@@ -147,6 +147,6 @@ def _inclusive_cumsum(counts: Tensor, dim: int, out: Tensor) -> None:
 
 
 def _gmm(rows: Tensor, weights: Tensor, batch_sizes: Tensor, trans_b: bool = False) -> Tensor:
-    """A loop, as grouped_gemm's own on Hopper, so that every device and dtype can run it."""
+    """A loop, as in grouped_gemm itself on Hopper, so that it runs on every device and in every dtype."""
     groups = zip(rows.split(batch_sizes.tolist()), (weights.mT if trans_b else weights).unbind(), strict=True)
     return torch.cat([group @ weight for group, weight in groups])

@@ -1,4 +1,4 @@
-"""The config.json of each architecture: what its model_type says without a key, and what it may leave out.
+"""The config.json of each architecture: the values that model_type implies, the keys that may be left out.
 
 The values are those of transformers' configuration and modelling files. Imports no torch.
 """
@@ -17,11 +17,11 @@ class RopeScaling:
     """YaRN (arXiv 2309.00071): rotary embeddings for a context longer than the pretrained one."""
 
     rope_type: str  # yarn
-    factor: float  # of the context
+    factor: float  # by which the context grows
     original_max_position_embeddings: int
     attention_factor: float | None = None  # of cosines and sines; null: 0.1 ln(factor) + 1
     beta_fast: float = 32.0  # a pair that turns more often in the original context keeps its frequency
-    beta_slow: float = 1.0  # one that turns less often has it divided by the factor
+    beta_slow: float = 1.0  # a pair that turns less often than this has its frequency divided by the factor
 
 
 _Keys = dict[str, Any]
@@ -31,11 +31,11 @@ class Format(NamedTuple):
     """One model_type of transformers."""
 
     architecture: str
-    fixed: _Keys  # our keys that the format does not have, at the only value it computes
+    fixed: _Keys  # our keys that the format does not have, with the only value it supports
     defaults: _Keys  # keys of the format that a config.json may leave out
 
 
-# What a model_type computes without having a key for it, and what its config.json may leave out.
+# parts of `fixed`
 _NO_SHARED_EXPERT = {"shared_expert_intermediate_size": 0, "shared_expert_gate": False}
 _NO_EXPERTS: _Keys = {"num_experts": 0, "num_experts_per_tok": 0, "moe_intermediate_size": 0}
 _NO_EXPERTS |= {"norm_topk_prob": True, "router_aux_loss_coef": 0.0}
@@ -48,6 +48,7 @@ _QWEN3 = {**_PLAIN, "use_qk_norm": True, "qkv_bias": False}
 _NEXT: _Keys = {"use_qk_norm": True, "qkv_bias": False, "attn_output_gate": True}
 _NEXT |= {"zero_centered_norm": True, "shared_expert_gate": True}
 
+# parts of `defaults`
 _ANY: _Keys = {"hidden_act": "silu", "initializer_range": 0.02, "rms_norm_eps": 1e-6}
 _ANY |= {"rope_theta": 10_000.0, "tie_word_embeddings": False, "attention_bias": False, "qkv_bias": True}
 _ANY |= {"num_nextn_predict_layers": 0}
@@ -62,23 +63,23 @@ FORMATS = {
     "qwen2_moe": Format("Qwen2MoeForCausalLM", {**_QWEN2, "shared_expert_gate": True}, _MOE),
     "qwen3_moe": Format("Qwen3MoeForCausalLM", {**_QWEN3, **_NO_SHARED_EXPERT}, _MOE),
     "qwen3_next": Format("Qwen3NextForCausalLM", _NEXT, _HYBRID),
-    # Any other combination of keys: transformers does not know it, this project reads it back.
+    # any other combination of keys, which this project can read back and transformers cannot
     "qwen_variant": Format("QwenVariantForCausalLM", {}, {"num_nextn_predict_layers": 0}),
 }
 
-MTP_FORMATS = ("qwen3_next", "qwen_variant")  # those with a place for the tensors mtp.*
+MTP_FORMATS = ("qwen3_next", "qwen_variant")  # formats whose folders may hold the tensors mtp.*
 
-# What the released config.json files say besides, the same in all of them.
+# Further keys of the released config.json files, with equal values in all of them.
 RELEASED: _Keys = {
     "attention_dropout": 0.0,
     "sliding_window": None,
     "use_cache": True,
     "use_sliding_window": False,
-    "transformers_version": "4.57.0",  # the first that knows all of them
+    "transformers_version": "4.57.0",  # the first version that knows all released formats
 }
 
 
-# Types of what ModelConfig does not have, or has in another form, and how a message names a type.
+# Types of the keys that ModelConfig does not have or has in another form; names of the types in messages.
 _KINDS: _Keys = dict.fromkeys(("num_local_experts", "full_attention_interval", "max_window_layers"), int)
 _KINDS |= {"rope_scaling": dict, "rope_parameters": dict, "use_sliding_window": bool, "type": str}
 _KINDS |= {**RopeScaling.__annotations__, "attention_factor": float}
@@ -87,7 +88,7 @@ _NAMES |= {dict: "a group of keys", list[int]: "a list of integers", list[str]: 
 
 
 def mistyped(hf: Mapping[str, Any], hints: Mapping[str, Any], group: str = "") -> list[str]:
-    """A line for each key of a config.json, or of a group in it, whose value is of another type, not null."""
+    """A line for each key of a config.json, or of a group in it, that has a wrong type and is not null."""
     found, kinds = [], {**hints, **_KINDS}
     for key in [key for key, value in hf.items() if key in kinds and value is not None]:
         if not _is_of(hf[key], kinds[key]):
@@ -107,8 +108,8 @@ def _is_of(value: Any, kind: Any) -> bool:
 
 
 def format_of(values: Mapping[str, Any]) -> str:
-    """The first model_type that computes a model of these keys."""
-    # a dense model reads none of the other keys of experts
+    """The first model_type that supports a model with these keys."""
+    # a dense model ignores the other keys of experts
     meant = values if values["num_experts"] else {**values, **_NO_EXPERTS}
     return next(
         name
@@ -118,9 +119,9 @@ def format_of(values: Mapping[str, Any]) -> str:
 
 
 def read_values(hf: Mapping[str, Any]) -> tuple[_Keys, list[str]]:
-    """The keys of a config.json, in the spelling of transformers 4 or 5, with all that its format implies.
+    """The keys of a config.json, as transformers 4 or 5 spells them, with the values that its format implies.
 
-    Returns them and what is asked for that no model here computes, one line each. A null counts as absent.
+    Also returns one line for each value that is not supported. A null counts as absent.
     """
     model_type = str(hf.get("model_type"))
     form = FORMATS.get(model_type)
@@ -145,7 +146,7 @@ def read_values(hf: Mapping[str, Any]) -> tuple[_Keys, list[str]]:
     if values.get("num_attention_heads"):
         values.setdefault("head_dim", values.get("hidden_size", 0) // values["num_attention_heads"])
     found += _take_rope(values)
-    # A window over the layers from max_window_layers on in the dense models, over any elsewhere.
+    # A sliding window applies from layer max_window_layers on in dense formats, in others to any layer.
     first = values.get("max_window_layers", 0) if form.fixed.get("num_experts") == 0 else 0
     if values.get("use_sliding_window") and first < layers:
         found.append("config.json: use_sliding_window=true is not supported; use full attention")
@@ -156,7 +157,7 @@ def read_values(hf: Mapping[str, Any]) -> tuple[_Keys, list[str]]:
 
 
 def _pattern(layer_types: list[str]) -> list[str]:
-    """The shortest pattern that repeats to these entries."""
+    """The shortest list that gives these entries when it is repeated."""
     for length in range(1, len(layer_types)):
         repeats, rest = divmod(len(layer_types), length)
         if not rest and layer_types[:length] * repeats == layer_types:
@@ -165,7 +166,7 @@ def _pattern(layer_types: list[str]) -> list[str]:
 
 
 def _take_rope(values: _Keys) -> list[str]:
-    """Bring the rotary keys of both spellings to ours: rope_theta, partial_rotary_factor, rope_scaling."""
+    """Set rope_theta, partial_rotary_factor and rope_scaling from either spelling; returns problems."""
     parts = (values.pop("rope_scaling", {}), values.pop("rope_parameters", {}))
     rope = {key: value for part in parts for key, value in part.items() if value is not None}
     for key in ("rope_theta", "partial_rotary_factor"):

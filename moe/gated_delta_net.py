@@ -1,10 +1,10 @@
-"""Gated DeltaNet (arXiv 2412.06464): linear attention whose state forgets, and corrects what it wrote.
+"""Gated DeltaNet (arXiv 2412.06464): linear attention whose state decays and is updated by the delta rule.
 
 Per value head, with a state S [K,V] that starts at zero in every document:
     S_t = a_t S_(t-1);  S_t += k_t (b_t (v_t - k_t^T S_t))^T;  y_t = q_t^T S_t
-`recurrent_delta_rule` is this, token by token, and the oracle. `chunked_delta_rule` computes it in chunks of
-tokens by matrix products (section 3.3). On CUDA flash-linear-attention takes over where it is installed and
-found to compute the same (`kernel_obstacle`).
+`recurrent_delta_rule` computes this token by token and is the oracle. `chunked_delta_rule` computes it in
+chunks of tokens by matrix products (section 3.3). On CUDA, flash-linear-attention is used if it is installed
+and gives the same results in a test (`kernel_obstacle`).
 """
 # B rows, S tokens per row, T = B*S tokens, D documents, H hidden
 # G key heads, N value heads, K and V their dims, F = 2GK + NV features of the convolution
@@ -38,9 +38,9 @@ class GatedDeltaNet(nn.Module):
         self.key_heads, self.value_heads = config.linear_num_key_heads, config.linear_num_value_heads
         key_dim, value_dim = config.linear_key_head_dim, config.linear_value_head_dim
         self.state_shape = (self.value_heads, key_dim, value_dim)
-        self.lead = config.linear_conv_kernel_dim - 1  # inputs before a token that reach it
+        self.lead = config.linear_conv_kernel_dim - 1  # earlier inputs that the convolution of a token reads
         hidden, per_key = config.hidden_size, self.value_heads // self.key_heads
-        # of one key head: query, key, its values and gates; its betas and decays
+        # for one key head: query, key, and the values and gates of its value heads; their betas and decays
         self.qkvz_sizes = [key_dim, key_dim, per_key * value_dim, per_key * value_dim]
         self.ba_sizes = [per_key, per_key]
         self.in_proj_qkvz = nn.Linear(hidden, self.key_heads * sum(self.qkvz_sizes), bias=False)
@@ -52,7 +52,7 @@ class GatedDeltaNet(nn.Module):
         self.out_proj = nn.Linear(self.value_heads * value_dim, hidden, bias=False)
 
     def forward(self, hidden: Tensor, inputs: LayerInputs) -> Tensor:
-        """hidden [B, S, H] -> [B, S, H], no rotary tables. With a cache each row goes on where it was."""
+        """hidden [B, S, H] -> [B, S, H], no rotary tables. With a cache, each row continues one sequence."""
         documents, cache = inputs.documents, inputs.cache
         x = hidden.flatten(0, 1)
         query, key, value, gate = _of_heads(self.in_proj_qkvz(x), self.key_heads, self.qkvz_sizes)
@@ -89,7 +89,7 @@ class CausalConvolution(nn.Module):
         self.weight = nn.Parameter(torch.empty(features, 1, width))
 
     def forward(self, x: Tensor, documents: Documents, seen: Tensor | None) -> Tensor:
-        """[T, F] -> [T, F], inside documents. `seen` [B, W-1, F]: each row goes on after these inputs."""
+        """[T, F] -> [T, F], inside documents. `seen` [B, W-1, F]: cached inputs that precede each row."""
         taps = self.weight[:, 0].t()  # [W, F], the last one on the token itself
         if seen is None:
             position, lags = documents.position.unsqueeze(1), range(len(taps) - 1, -1, -1)
@@ -109,7 +109,7 @@ class GatedRMSNorm(nn.RMSNorm):
 
 
 class DeltaInputs(NamedTuple):
-    """What the delta rule takes of every token."""
+    """The inputs of the delta rule for every token."""
 
     query: Tensor  # [T, N, K]
     key: Tensor  # [T, N, K]
@@ -118,13 +118,13 @@ class DeltaInputs(NamedTuple):
     beta: Tensor  # [T, N]
 
     def precise(self) -> "DeltaInputs":
-        """In at least fp32, the query scaled."""
+        """The inputs in at least fp32, with the query scaled by K^-0.5."""
         x = DeltaInputs(*(precise(part) for part in self))
         return x._replace(query=x.query * x.query.shape[-1] ** -0.5)
 
 
 def recurrent_delta_rule(x: DeltaInputs, documents: Documents, state: Tensor) -> tuple[Tensor, Tensor]:
-    """The states [D, N, K, V] before the documents -> what the tokens read [T, N, V], the states after."""
+    """State before each document [D, N, K, V] -> outputs [T, N, V], state after each document."""
     query, key, value, log_decay, beta = x.precise()
     outputs, lasts, tokens = [], [], iter(range(len(query)))
     for length, s in zip(documents.lengths, state, strict=True):  # s [N, K, V]
@@ -138,22 +138,22 @@ def recurrent_delta_rule(x: DeltaInputs, documents: Documents, state: Tensor) ->
 
 
 def chunked_delta_rule(x: DeltaInputs, documents: Documents, state: Tensor) -> tuple[Tensor, Tensor]:
-    """The same as `recurrent_delta_rule`, in chunks of which none holds tokens of two documents.
+    """The same as `recurrent_delta_rule`, in chunks; no chunk holds tokens of two documents.
 
-    Inside all chunks at once, then from chunk to chunk, through all documents side by side. Memory is linear
-    in T: a state per chunk.
+    The work inside chunks is done for all chunks at once. Then a loop passes the states from chunk to chunk,
+    for all documents in parallel. Memory is linear in T: one state per chunk.
     """
     chunks = _chunks(documents)
     q, k, v, g, b = (chunks.fill(part).transpose(1, 2) for part in x.precise())  # [M, N, C, ...]
     upper = torch.ones(CHUNK, CHUNK, dtype=torch.bool, device=q.device).triu(1)
-    # Running sums, by a product because cumsum is not deterministic on CUDA. They are up to hundreds, so that
-    # differences of fp32 sums would lose the digits.
+    # Running sums by a matrix product, because cumsum is not deterministic on CUDA; in fp64, because the sums
+    # reach hundreds and their differences would lose precision in fp32.
     g = g.double() @ (~upper.mT).double()
     # decay from token j to token i of the chunk, 0 above the diagonal, where exp could overflow
     decay = (g.unsqueeze(-1) - g.unsqueeze(-2)).masked_fill(upper, -torch.inf)  # [M, N, C, C]
     decay = decay.to(q.dtype).exp()
     from_start, to_end = (log.exp().to(q.dtype).unsqueeze(-1) for log in (g, g[..., -1:] - g))  # [M, N, C, 1]
-    # The corrections of a chunk depend on each other: (1 + A) x = right side, A strictly below the diagonal.
+    # The corrections of a chunk depend on each other: solve (1 + A) x = right, A strictly lower triangular.
     k_beta = k * b.unsqueeze(-1)
     right = torch.cat((v * b.unsqueeze(-1), k_beta * from_start), dim=-1)
     solved = torch.linalg.solve_triangular(k_beta @ k.mT * decay, right, upper=False, unitriangular=True)
@@ -174,7 +174,7 @@ def chunked_delta_rule(x: DeltaInputs, documents: Documents, state: Tensor) -> t
 
 
 def fused_delta_rule(x: DeltaInputs, documents: Documents, state: Tensor) -> tuple[Tensor, Tensor]:
-    """The same by the kernel of flash-linear-attention: CUDA and 16 bits only."""
+    """The same as `recurrent_delta_rule` by the kernel of flash-linear-attention: CUDA and 16 bits only."""
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule
 
     x = x._replace(query=x.query.to(x.value.dtype), key=x.key.to(x.value.dtype))
@@ -185,16 +185,16 @@ def fused_delta_rule(x: DeltaInputs, documents: Documents, state: Tensor) -> tup
 
 
 def kernel_obstacle(device: torch.device, dtype: torch.dtype, key_dim: int, value_dim: int) -> str | None:
-    """Why `fused_delta_rule` is not taken for heads of these dims, and a remedy; None where it is.
+    """Why `fused_delta_rule` is not used for heads of these dims, and a remedy; None if it is used.
 
-    Where the kernel could run, it is tried once per process: see `_probe`.
+    A kernel that could run is tested once per process: see `_probe`.
     """
     if device.type != "cuda":
         return f"flash-linear-attention has no kernel on {device.type}; use a CUDA device"
     if dtype not in (torch.bfloat16, torch.float16):
-        return f"flash-linear-attention is taken in 16 bits, not in {dtype}; use dtype=bf16"
+        return f"flash-linear-attention is only used in 16 bits, not in {dtype}; use dtype=bf16"
     if torch.are_deterministic_algorithms_enabled():
-        return "flash-linear-attention does not promise equal bits, as deterministic=true wants"
+        return "flash-linear-attention does not guarantee equal bits, as deterministic=true requires"
     if not HAS_KERNEL:
         return "flash-linear-attention is not installed; `pip install flash-linear-attention`"
     return _probe(device, dtype, key_dim, value_dim)
@@ -204,7 +204,7 @@ def kernel_obstacle(device: torch.device, dtype: torch.dtype, key_dim: int, valu
 def _probe(device: torch.device, dtype: torch.dtype, key_dim: int, value_dim: int) -> str | None:
     """What is wrong with `fused_delta_rule`, forward or backward, on a few tokens; None if nothing is.
 
-    Versions of Triton fail in the backward on some GPUs, or give NaN without a word.
+    Some Triton versions fail in the backward on some GPUs, or return NaN without an error.
     """
     remedy = "update flash-linear-attention and Triton (3.4.0 to 3.7.0 fail on Hopper)"
     generator = torch.Generator().manual_seed(0)
@@ -228,17 +228,20 @@ def _probe(device: torch.device, dtype: torch.dtype, key_dim: int, value_dim: in
             fused, chunked = results(fused_delta_rule, dtype), results(chunked_delta_rule, torch.float32)
             differences = [(a.float() - b, b) for a, b in zip(fused, chunked, strict=True)]
             errors = [float(d.abs().max() / b.abs().max()) for d, b in differences]
-    except Exception as error:  # whatever it is, training goes on without the kernel
+    except Exception as error:  # whatever the error is, training continues without the kernel
         said = " ".join(f"{type(error).__name__}: {error}".split())
         return f"flash-linear-attention fails here ({said}); {remedy}"
-    if all(error <= 2**-5 for error in errors):  # not so for NaN
+    if all(error <= 2**-5 for error in errors):  # false for NaN
         return None
     shown = ", ".join(f"{error:.1e}" for error in errors)
     return f"flash-linear-attention computes wrong here (relative errors {shown}); {remedy}"
 
 
 class Chunks:
-    """Where the tokens of each document lie in chunks of their own: chunk by chunk, long documents first."""
+    """The place of every token in chunks that hold one document each.
+
+    Step n processes the n-th chunk of every document. Chunks are sorted by step, then long documents first.
+    """
 
     def __init__(self, documents: Documents) -> None:
         number, position = documents.number, documents.position
@@ -246,7 +249,7 @@ class Chunks:
         ended = Counter(counts)
         active = list(accumulate((-ended[step] for step in range(1, max(counts))), initial=len(counts)))
         starts = list(accumulate(active, initial=0))
-        # first chunk and number of chunks of each step through the documents
+        # first chunk and number of chunks of each step
         self.steps = list(zip(starts, active, strict=False))
         self.size = starts[-1] * CHUNK
         by_length = sorted(range(len(counts)), key=counts.__getitem__, reverse=True)  # stable
@@ -265,15 +268,15 @@ class Chunks:
 
 
 def _without_waiting(numbers: list[int], device: torch.device) -> Tensor:
-    """[N] int64 on a device; from pinned memory, for whose copy the host does not wait."""
+    """[N] int64 on a device, copied from pinned memory so that the host does not wait."""
     return torch.tensor(numbers, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
 
-_chunks = lru_cache(maxsize=1)(Chunks)  # the layers of a forward share them
+_chunks = lru_cache(maxsize=1)(Chunks)  # all layers of a forward share one object
 
 
 def _of_heads(projected: Tensor, heads: int, sizes: list[int]) -> tuple[Tensor, ...]:
-    """[T, heads * sum(sizes)], each head with all its parts -> each part of all heads [T, heads * size]."""
+    """[T, heads * sum(sizes)], the parts of each head together -> [T, heads * size] for each part."""
     parts = projected.unflatten(-1, (heads, -1)).split(sizes, dim=-1)
     return tuple(part.flatten(1) for part in parts)
 

@@ -16,15 +16,15 @@ from torch.autograd import Function
 
 
 class Routes(NamedTuple):
-    """The experts of each token among those of this rank, E of them."""
+    """The routing of each token to the E experts of this rank."""
 
     weights: Tensor  # [T,K]
-    experts: Tensor  # [T,K]; the id E means that the expert is not here: its slot adds nothing
-    num_rows: int | None = None  # slots whose expert is here; None counts them, which waits for a CUDA device
+    experts: Tensor  # [T,K]; the id E means that this rank does not have the expert: such a slot adds nothing
+    num_rows: int | None = None  # slots with an id below E; None counts them, which waits for a CUDA device
 
 
 class ExpertWeights(NamedTuple):
-    """down(silu(gate(x)) * up(x)), E times."""
+    """The stacked weights of E experts down(silu(gate(x)) * up(x))."""
 
     gate: Tensor  # w1 [E,I,H]
     up: Tensor  # w3 [E,I,H]
@@ -32,7 +32,7 @@ class ExpertWeights(NamedTuple):
 
 
 class Grouping(NamedTuple):
-    """Which token each row holds and which rows each token has; tensors only, so autograd can save it."""
+    """Which token each row holds and which rows each token has; only tensors, which autograd can save."""
 
     token: Tensor  # [M] int64, the token of each row
     slot: Tensor  # [M] int64, token * C + column of each row
@@ -47,7 +47,7 @@ class Grouping(NamedTuple):
         """Group the pairs by `groups` [T,C]; the value `num_groups` means that the pair has no row.
 
         `num_rows` is the number of pairs that have a row; None counts them, which waits for a CUDA device. A
-        function is asked for it when the device has been told to sort.
+        function that returns the number is called only after the sort has been queued on the device.
         """
         flat = groups.flatten()
         present = flat < num_groups  # [T*C]
@@ -55,7 +55,7 @@ class Grouping(NamedTuple):
         keys, order = flat.to(small).sort(stable=True)
         ids = torch.arange(num_groups, dtype=small, device=flat.device)
         ends = torch.searchsorted(keys, ids, right=True, out_int32=True)
-        rank = present.cumsum(0) - present.long()  # [T*C] how many rows the pairs before this one have
+        rank = present.cumsum(0) - present.long()  # [T*C] number of rows of the pairs before this one
         if num_rows is None:
             num_rows = int(present.sum())
         elif callable(num_rows):
@@ -76,7 +76,7 @@ class Grouping(NamedTuple):
 
 
 class _Gather(Function):
-    """index_select whose backward sums in a fixed order and in fp32, where autograd's own adds atomically."""
+    """index_select whose backward sums in fp32 and in a fixed order; torch's own backward adds atomically."""
 
     @staticmethod
     def forward(ctx: Any, tokens: Tensor, grouping: Grouping) -> Tensor:

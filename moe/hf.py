@@ -1,4 +1,4 @@
-"""Weights in and out of Hugging Face folders: config.json and safetensors, experts one by one."""
+"""Read and write Hugging Face folders: config.json and safetensors, with separate tensors for each expert."""
 # E experts, H hidden, I intermediate
 
 import json
@@ -18,7 +18,7 @@ from moe.model import CausalLM
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-ROUTER = ".mlp.gate.weight"  # how the hub's name of a router ends
+ROUTER = ".mlp.gate.weight"  # the end of a router's hub name
 MAX_SHARD_BYTES = 5 * 10**9
 # dtypes as safetensors names them
 TORCH = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
@@ -29,18 +29,18 @@ _PARAMETERS = {projection: weight for weight, projection in _PROJECTIONS.items()
 _PARAMETER = re.compile(r"(.+\.mlp\.experts)\.(w1|w2|w3)")
 _HUB = re.compile(r"(.+\.mlp\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj)\.weight")
 # our stacked tensor -> transformers' tensor over all experts, gate_up_proj [E, 2I, H] or down_proj [E, H, I],
-# which part of its dimension 1 it is, of how many
+# which part of dimension 1 our tensor is, the number of parts
 _FUSED = {"w1": ("gate_up_proj", 0, 2), "w3": ("gate_up_proj", 1, 2), "w2": ("down_proj", 0, 1)}
 
 
 def to_hub(parameter: str, expert: int | None = None) -> str:
-    """The hub's name of our parameter; of one expert of it (its global number) where it stacks experts."""
+    """The hub name of our parameter or, if it stacks experts, of the expert with global number `expert`."""
     match = _PARAMETER.fullmatch(parameter)
     return f"{match[1]}.{expert}.{_PROJECTIONS[match[2]]}.weight" if match else parameter
 
 
 def from_hub(name: str) -> tuple[str, int | None]:
-    """The inverse of `to_hub`: our parameter, and the expert's global number where there is one."""
+    """The inverse of `to_hub`: our parameter, and the expert's global number if the name has one."""
     match = _HUB.fullmatch(name)
     return (f"{match[1]}.{_PARAMETERS[match[3]]}", int(match[2])) if match else (name, None)
 
@@ -75,10 +75,10 @@ def write_shards(
     ep_rank: int = 0,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> dict[str, Written]:
-    """Stream (our name, tensor) pairs into shards of `folder`; hub name -> where it went.
+    """Stream (our name, tensor) pairs into shards of `folder`; hub name -> where it was written.
 
-    Any number of ranks may write into one folder, each what it holds: file names carry `rank`, an expert
-    tensor is the slice of `ep_rank`. At most `max_shard_bytes` (or one larger tensor) are held at a time.
+    Any number of ranks may write their tensors into one folder: file names contain `rank`. Stacked tensors
+    hold the experts of `ep_rank`. At most `max_shard_bytes` (or one larger tensor) are in memory at a time.
     """
     written: dict[str, Written] = {}
     shard: dict[str, Tensor] = {}
@@ -103,7 +103,7 @@ def write_shards(
 
 
 def write_index(written: Mapping[str, Written], folder: Path) -> None:
-    """Write the index over all that `write_shards` wrote into `folder`, on every rank."""
+    """Write the index of all tensors that `write_shards` wrote into `folder`, by all ranks."""
     sizes = {"total_size": sum(place.nbytes for place in written.values())}
     files = {name: place.file for name, place in written.items()}
     _write_json(folder / INDEX, {"metadata": sizes, "weight_map": files})
@@ -112,7 +112,7 @@ def write_index(written: Mapping[str, Written], folder: Path) -> None:
 def write_config(config: ModelConfig, dtype: torch.dtype, folder: Path, stops: Sequence[int] = ()) -> None:
     """Write config.json and generation_config.json, with the keys of the released models.
 
-    `stops` are the ids at which generation stops, the end of a document last: it is what pads, too.
+    `stops` are the ids at which generation stops. The last one ends a document and is also used as padding.
     """
     special = {key: stops[-1] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if stops}
     kind = {"torch_dtype": str(dtype).removeprefix("torch.")}
@@ -123,9 +123,9 @@ def write_config(config: ModelConfig, dtype: torch.dtype, folder: Path, stops: S
 
 
 def save_hf(model: CausalLM, folder: Path, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
-    """Write a model that this process holds whole as a folder that transformers loads.
+    """Write a model of which this process holds all tensors to a folder that transformers can load.
 
-    Raises ConfigError if the folder holds weights already: leftover shards would be taken for this model's.
+    Raises ConfigError if the folder already holds weights: old shards would be read as part of this model.
     """
     if any(folder.glob("*.safetensors")):
         raise ConfigError(f"{folder} already holds weights; choose an empty folder")
@@ -146,7 +146,7 @@ def _write_json(path: Path, value: object) -> None:
 
 
 class Place(NamedTuple):
-    """Where a folder holds a tensor of the hub: part `part` of the tensor `stored` of a file."""
+    """Where a folder holds a hub tensor: the part `part` of the tensor `stored` in `file`."""
 
     file: Path
     stored: str
@@ -159,9 +159,9 @@ class Place(NamedTuple):
 def load_hf(model: CausalLM, folder: Path, *, ep_rank: int = 0, dense_slices: int = 0) -> None:
     """Fill the model from a folder, cast to the dtypes of its parameters, in place.
 
-    One file or shards, per-expert or fused expert tensors (transformers 5 in memory). Of an expert-parallel
-    model only the slices of `ep_rank`'s experts are read. `dense_slices`: see `locate`.
-    Raises ConfigError as `locate` does; the model is untouched then.
+    Reads one file or shards, with per-expert or fused expert tensors (the form of transformers 5 in memory).
+    For an expert-parallel model only the experts of `ep_rank` are read. `dense_slices`: see `locate`.
+    Raises ConfigError as `locate` does; the model is unchanged then.
     """
     places = locate(model.config, folder, dense_slices)
     reads: dict[Path, list[tuple[Place, Tensor]]] = defaultdict(list)
@@ -177,8 +177,8 @@ def load_hf(model: CausalLM, folder: Path, *, ep_rank: int = 0, dense_slices: in
 def locate(config: ModelConfig, folder: Path, dense_slices: int = 0) -> dict[str, Place]:
     """Hub name -> place of every tensor of a model of `config`, in the order of the model.
 
-    `dense_slices` > 0: the folder is of a dense model; expert e is slice e % dense_slices of the intermediate
-    dimension of its MLP, and routers have no place.
+    `dense_slices` > 0: the folder holds a dense model; expert e is slice e % dense_slices of the intermediate
+    dimension of its MLP, and routers are left out.
     Raises ConfigError that lists all missing, extra and misshapen tensors; the same on every rank.
     """
     found, places = _headers(folder), {}
@@ -202,7 +202,7 @@ def locate(config: ModelConfig, folder: Path, dense_slices: int = 0) -> dict[str
             misshapen.append(f"{stored} {list(found[stored].shape)} instead of {list(stored_shape)}")
         else:
             places[name] = found[stored]._replace(part=part, shape=shape)
-    # a folder may hold a layer of multi-token prediction that is not wanted
+    # a folder may hold a layer of multi-token prediction that the model does not have
     extra = sorted(name for name in found.keys() - known if not name.startswith("mtp."))
     kinds = {"missing": missing, "extra": extra, "misshapen": misshapen}
     if problems := [f"{folder}: {_listed(kind, names)}" for kind, names in kinds.items() if names]:
@@ -211,13 +211,13 @@ def locate(config: ModelConfig, folder: Path, dense_slices: int = 0) -> dict[str
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
-    """The dtype of a folder's token embedding; fp32 where it has none, or one that is not in TORCH."""
+    """The dtype of a folder's token embedding; fp32 if the embedding is missing or its dtype not in TORCH."""
     place = _headers(folder).get("model.embed_tokens.weight")
     return torch.float32 if place is None else TORCH.get(place.dtype, torch.float32)
 
 
 def _headers(folder: Path) -> dict[str, Place]:
-    """Every tensor of the folder's weights, from the headers alone."""
+    """Every tensor of the folder's weight files, by name; reads only the headers."""
     files = [SINGLE]
     if (folder / INDEX).exists():
         try:
@@ -230,7 +230,7 @@ def _headers(folder: Path) -> dict[str, Place]:
     for file in files:
         try:
             with safe_open(folder / file, framework="pt") as reader:
-                for name in reader.keys():  # noqa: SIM118, the reader is no mapping
+                for name in reader.keys():  # noqa: SIM118, the reader is not a mapping
                     view = reader.get_slice(name)
                     shape = tuple(view.get_shape())
                     stored[name] = Place(folder / file, name, view.get_dtype(), (slice(None),), shape)
@@ -239,11 +239,11 @@ def _headers(folder: Path) -> dict[str, Place]:
     return stored
 
 
-_Part = tuple[str, tuple[int | slice, ...], tuple[int, ...]]  # stored name, part of it, shape of all of it
+_Part = tuple[str, tuple[int | slice, ...], tuple[int, ...]]  # stored name, part of it, whole stored shape
 
 
 def _fused_part(parameter: str, expert: int, shape: tuple[int, ...], experts: int) -> _Part:
-    """Where a fused folder has one expert's tensor of this shape."""
+    """Where a folder with fused experts holds one expert's tensor of this shape."""
     prefix, _, weight = parameter.rpartition(".")
     fused, half, halves = _FUSED[weight]
     rows, columns = shape
@@ -252,7 +252,7 @@ def _fused_part(parameter: str, expert: int, shape: tuple[int, ...], experts: in
 
 
 def _dense_part(name: str, shape: tuple[int, ...], slices: int) -> _Part:
-    """Where a dense folder has what becomes one expert's tensor of this shape."""
+    """Where a dense folder holds the slice that becomes one expert's tensor of this shape."""
     prefix, expert, projection, _ = name.rsplit(".", 3)
     stored = f"{prefix.removesuffix('.experts')}.{projection}.weight"
     rows, columns = shape
@@ -264,10 +264,10 @@ def _dense_part(name: str, shape: tuple[int, ...], slices: int) -> _Part:
 
 
 def _listed(kind: str, names: Sequence[str]) -> str:
-    """`3 missing: model.layers.{0-1,5}.mlp.gate.weight`: every name, numbers that vary put together."""
+    """`3 missing: model.layers.{0-1,5}.mlp.gate.weight`: all names, with numbers that differ as ranges."""
     lines = list(dict.fromkeys(names))
     count = len(lines)
-    for number in (r"(.*\.)(\d+)(\..*)", r"(.*?\.)(\d+)(\..*)"):  # the last one, an expert; then the layer
+    for number in (r"(.*\.)(\d+)(\..*)", r"(.*?\.)(\d+)(\..*)"):  # expert (last), then layer (first)
         alike: dict[tuple[str, str], list[int]] = defaultdict(list)
         for line in lines:
             match = re.fullmatch(number, line)

@@ -1,4 +1,4 @@
-"""First values of the weights: functions of (seed, name on the hub), so that every layout starts alike."""
+"""Initial weights: functions of (seed, hub name), so that all layouts of ranks start from the same values."""
 
 from pathlib import Path
 
@@ -13,12 +13,12 @@ from moe.router import seeded
 
 @torch.no_grad()
 def init_weights(model: CausalLM, seed: int, ep_rank: int = 0, router_scale: float = 1.0) -> None:
-    """Draw every weight from N(0, initializer_range), in place; norms become the identity, biases 0,
-    and of linear attention dt_bias 1 and A_log the logarithm of U(0.01, 16), as in transformers. Routers
-    have `router_scale` times that standard deviation.
+    """Draw every weight from N(0, initializer_range), in place; norms become the identity, biases 0.
 
-    Each tensor that the hub names (one per expert and projection) is drawn in fp32 from a generator of its
-    own: the values do not depend on ep_size, nor, but for rounding, on the dtype. CPU and CUDA differ.
+    Routers have the standard deviation router_scale * initializer_range. In linear attention dt_bias is 1 and
+    A_log the logarithm of U(0.01, 16), as in transformers. Each hub tensor (one per expert and projection) is
+    drawn in fp32 from its own generator: the values do not depend on ep_size, and on the dtype only by
+    rounding. CPU and CUDA draw different values.
     """
     for name, tensor in hub_tensors(model, ep_rank):
         if name.endswith(("norm.weight", "norm_hidden.weight", "norm_embedding.weight", "dt_bias")):
@@ -37,10 +37,10 @@ def init_weights(model: CausalLM, seed: int, ep_rank: int = 0, router_scale: flo
 def upcycle_weights(
     model: CausalLM, folder: Path, *, seed: int, noise: float = 0.0, ep_rank: int = 0, router_scale: float = 1
 ) -> None:
-    """Fill the mixture `model` from the dense folder, in place: see moe/upcycle.py, whose laws hold.
+    """Fill the mixture `model` from the dense folder, in place. The laws of moe/upcycle.py must hold.
 
-    `noise` is added to every expert's weights: its standard deviation, relative to theirs. Values do not
-    depend on ep_size. Raises ConfigError for a folder without its tensors.
+    `noise` is the standard deviation of the normal noise that is added to each expert tensor, relative to the
+    standard deviation of that tensor. Values do not depend on ep_size. Raises ConfigError as `load_hf` does.
     """
     slices = ModelConfig.of_folder(folder).intermediate_size // model.config.moe_intermediate_size
     load_hf(model, folder, ep_rank=ep_rank, dense_slices=slices)

@@ -1,4 +1,4 @@
-"""What one forward hands to all its layers beside the hidden states."""
+"""The inputs that one forward passes to all its layers besides the hidden states."""
 # B rows, S tokens per row, T = B*S tokens, D documents, P cached tokens per row
 # G key/value heads, C head_dim
 
@@ -15,8 +15,8 @@ from moe.router import PLAIN, RoutingInputs
 class Documents:
     """Borders of the documents in a batch, shared by all layers of a forward.
 
-    cu_seqlens: [D+1] int32, the first 0, the last T. lengths: the same on the host, as the length of each
-    document; without them the host waits for the device to have `cu_seqlens`. Nothing else here waits.
+    cu_seqlens: [D+1] int32, the first 0, the last T. lengths: the length of each document, on the host; None
+    reads them from `cu_seqlens`, which waits for the device. Nothing else here waits.
     """
 
     def __init__(self, cu_seqlens: Tensor, lengths: Sequence[int] | None = None) -> None:
@@ -26,12 +26,12 @@ class Documents:
 
     @cached_property
     def groups(self) -> list[tuple[int, int]]:
-        """(number of documents, length), ascending in length: the calls that attention per document makes."""
+        """(number of documents, length) for each length, ascending: the calls of `attend_per_document`."""
         return [(self.lengths.count(length), length) for length in sorted(set(self.lengths))]
 
     @cached_property
     def order(self) -> Tensor | None:
-        """[T] tokens sorted by the length of their document, stably; None where they lie so already."""
+        """[T] tokens sorted stably by the length of their document; None if they are already sorted."""
         if list(self.lengths) == sorted(self.lengths):
             return None
         return self.cu_seqlens.diff()[self.number].argsort(stable=True)
@@ -43,12 +43,12 @@ class Documents:
 
     @cached_property
     def borders(self) -> Tensor:
-        """[D+1] int64 `cu_seqlens`, as one tensor for all layers: flash-linear-attention reads each once."""
+        """[D+1] `cu_seqlens` in int64, one tensor for all layers: flash-linear-attention reads it once."""
         return self.cu_seqlens.long()
 
     @cached_property
     def position(self) -> Tensor:
-        """[T] the place of each token in its document, from 0."""
+        """[T] the position of each token in its document, from 0."""
         return torch.arange(len(self.number), device=self.number.device) - self.cu_seqlens[self.number]
 
     @cached_property
@@ -58,10 +58,10 @@ class Documents:
 
 
 class Cache:
-    """What the layers keep of the tokens seen so far, for generation: rows are sequences of equal length.
+    """What the layers keep of earlier tokens, for generation. Each row is a sequence; all have equal length.
 
-    length: P, the number of tokens per row that the whole model has seen.
-    layers: two tensors for each, keys and values or the two states of linear attention.
+    length: P, the number of tokens per row that the whole model has processed.
+    layers: two tensors per layer: keys and values, or the convolution inputs and state of linear attention.
     """
 
     def __init__(self) -> None:
@@ -69,7 +69,7 @@ class Cache:
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Append [B, S, G, C] to a layer of attention; returns all its keys and values [B, P+S, G, C]."""
+        """Append [B, S, G, C] to an attention layer; returns all its keys and values [B, P+S, G, C]."""
         if layer in self.layers:
             old_keys, old_values = self.layers[layer]
             keys, values = torch.cat((old_keys, keys), dim=1), torch.cat((old_values, values), dim=1)
@@ -79,7 +79,7 @@ class Cache:
 
 @dataclass(frozen=True)
 class LayerInputs:
-    """The same for every layer; a dataclass, whose tensors DeepSpeed's hooks leave alone."""
+    """Inputs that are equal for every layer. A dataclass, because DeepSpeed's hooks ignore its tensors."""
 
     rotary: tuple[Tensor, Tensor]  # the tables of `moe.rope.rotary_tables` for the T tokens
     documents: Documents

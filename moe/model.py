@@ -1,4 +1,4 @@
-"""The language model, dense or sparse: arithmetic on one rank, modules named as in Hugging Face."""
+"""The language model, dense or sparse: arithmetic on one rank. Modules have the names of Hugging Face."""
 # B rows, S tokens per row, T = B*S tokens, D documents, H hidden, V vocabulary, L sparse layers
 
 from collections.abc import Callable, Sequence
@@ -25,15 +25,15 @@ RECOMPUTE = ("none", "experts", "full")
 
 
 class ModelOutput(NamedTuple):
-    """What one forward gives, as values: the modules keep no state."""
+    """The results of one forward; the modules keep no state."""
 
-    logits: Tensor | None  # [B, S, V], where no labels were given
-    cross_entropy_sum: Tensor | None  # scalar fp32, sum over labels != -100, where labels were given
+    logits: Tensor | None  # [B, S, V], if no labels were given
+    cross_entropy_sum: Tensor | None  # scalar fp32, sum over labels != -100, if labels were given
     router: RouterStatistics | None  # stacked over the L sparse layers; None for a dense model
-    mtp_cross_entropy_sum: Tensor | None = None  # the same of the token after next, where it is trained
+    mtp_cross_entropy_sum: Tensor | None = None  # the same for the token after next, if it is trained
 
 
-# the sequence mixers: the name of the module in a layer, and its class
+# for each kind of sequence mixer: the name of its module in a layer, and its class
 MIXERS: dict[str, tuple[str, type[Attention] | type[GatedDeltaNet]]] = {
     FULL: ("self_attn", Attention),
     LINEAR: ("linear_attn", GatedDeltaNet),
@@ -41,7 +41,7 @@ MIXERS: dict[str, tuple[str, type[Attention] | type[GatedDeltaNet]]] = {
 
 
 class DecoderLayer(nn.Module):
-    """Sequence mixer and feed-forward, each normed before and added to the residual stream."""
+    """Sequence mixer and feed-forward, each with a norm before it and a residual connection around it."""
 
     def __init__(self, config: ModelConfig, layer: int, backend: str, recompute: str) -> None:
         super().__init__()
@@ -99,10 +99,11 @@ class Decoder(nn.Module):
 
 
 class MultiTokenPrediction(nn.Module):
-    """One more decoder layer, of full attention, for the token after next (arXiv 2412.19437, section 2.2).
+    """One more decoder layer, with full attention, that predicts the token after next.
 
-    It sees a token's hidden state, after the model's final norm, beside the embedding of the next token; the
-    embedding and the head are the model's. Names and order as in the released Qwen3-Next folders.
+    Its input is a token's hidden state, after the model's final norm, and the embedding of the next token. It
+    shares the embedding and the head of the model (arXiv 2412.19437, section 2.2). Modules have the names and
+    the order of the released Qwen3-Next folders.
     """
 
     def __init__(self, config: ModelConfig, backend: str, recompute: str) -> None:
@@ -118,14 +119,14 @@ class MultiTokenPrediction(nn.Module):
     def forward(
         self, hidden: Tensor, embedding: Tensor, inputs: LayerInputs
     ) -> tuple[Tensor, list[RouterStatistics]]:
-        """hidden and the next tokens' embedding [B, S, H] -> what the head takes [B, S, H], statistics."""
+        """hidden, embedding of next tokens [B, S, H] -> input of the head [B, S, H], router statistics."""
         both = torch.cat((self.pre_fc_norm_embedding(embedding), self.pre_fc_norm_hidden(hidden)), dim=-1)
         hidden, statistics = _call(self.layers[0], self.fc(both), inputs, recompute=self.recompute_layers)
         return self.norm(hidden), [] if statistics is None else [statistics]
 
 
 def _next(values: Tensor, documents: Documents, reach: int, otherwise: Tensor | int) -> Tensor:
-    """values [B, S] of the next token, if `reach` tokens on is the same document; else `otherwise` [B, S]."""
+    """values [B, S] of the next token; `otherwise` where the token `reach` later is in another document."""
     number = documents.number  # [T]
     same = number[reach:] == number[:-reach]
     same = F.pad(same, (0, len(number) - len(same))).view_as(values)
@@ -135,7 +136,7 @@ def _next(values: Tensor, documents: Documents, reach: int, otherwise: Tensor | 
 class LanguageModelHead(nn.Linear):
     """hidden [B, S, H] -> logits [B, S, V], or with labels [B, S] -> the summed cross entropy.
 
-    The loss lives in here because ZeRO-3 gathers parameters for the module that is called.
+    The loss is computed here because ZeRO-3 gathers only the parameters of the module that is called.
     """
 
     def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor:
@@ -145,9 +146,9 @@ class LanguageModelHead(nn.Linear):
 
 
 class CausalLM(nn.Module):
-    """The language model. `backend` computes the experts; `recompute` names what the backward computes again.
+    """The language model. `backend` computes the experts; `recompute` says what the backward computes again.
 
-    recompute: "none"; "experts", every feed-forward; "full", every decoder layer.
+    recompute: "none"; "experts" = every feed-forward; "full" = every decoder layer.
     Raises ConfigError for a broken configuration.
     """
 
@@ -180,16 +181,16 @@ class CausalLM(nn.Module):
     ) -> ModelOutput:
         """Logits, or with labels the summed cross entropy; and the router statistics.
 
-        In training mode multi-token prediction, where the model has it, comes besides, its router last.
+        In training mode, a model with multi-token prediction also returns its loss; its router comes last.
 
         input_ids, position_ids [B, S] int64; cu_seqlens [D+1] int32, borders of the documents over T tokens.
         token_mask [B, S] bool: False keeps a token (padding) out of the router statistics.
         labels [B, S] int64, already shifted, -100 = no loss.
-        cache: the tokens go on where its rows ended; one sequence per row, and position_ids say so.
+        cache: state of earlier tokens. Each row continues one sequence; position_ids must continue too.
         selection_bias [L, E] fp32: added to the routers' scores for the choice of experts only.
-        routing_only: the router statistics are all that is wanted; the head does not run.
-        routing: what routing does in training alone.
-        lengths: of the documents, on the host; without them they are read back from cu_seqlens' device.
+        routing_only: return only the router statistics; the head does not run.
+        routing: settings of routing that apply in training only.
+        lengths: the lengths of the documents, on the host; None reads cu_seqlens, which waits for its device.
         Ids must lie in the vocabulary: nothing checks them here.
         """
         documents, hidden = Documents(cu_seqlens, lengths), self.model.embed_tokens(input_ids)
@@ -216,7 +217,7 @@ class CausalLM(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
-        # Leaving the meta device replaces every parameter, which would part the tied two.
+        # Leaving the meta device replaces every parameter, so the two tied weights must be tied again.
         super()._apply(fn, recurse)
         self._tie()
         return self
@@ -224,6 +225,6 @@ class CausalLM(nn.Module):
 
 def _call(function: Callable[..., Any], *arguments: Any, recompute: bool) -> Any:
     """function(*arguments); with `recompute` its activations are computed again in the backward."""
-    if recompute:  # no numbers of the global random generators are drawn inside
+    if recompute:  # `function` draws nothing from the global random generators
         return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
     return function(*arguments)

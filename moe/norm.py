@@ -1,4 +1,4 @@
-"""RMSNorm (arXiv 1910.07467): torch's own, and the one whose weight is centred at zero."""
+"""RMSNorm (arXiv 1910.07467): torch's version, and a version whose weight is centred at zero."""
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +8,7 @@ from moe.config import ModelConfig
 
 
 def precise(x: Tensor) -> Tensor:
-    """x in at least fp32."""
+    """x in fp32, or in its own dtype if that is wider."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -20,6 +20,6 @@ class ZeroCenteredRMSNorm(nn.RMSNorm):
 
 
 def rms_norm(config: ModelConfig, size: int) -> nn.RMSNorm:
-    """The norm of this model over `size` values."""
+    """The kind of norm that the model uses, over `size` values."""
     kind = ZeroCenteredRMSNorm if config.zero_centered_norm else nn.RMSNorm
     return kind(size, eps=config.rms_norm_eps)

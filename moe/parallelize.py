@@ -1,4 +1,4 @@
-"""Expert parallelism as a plan applied to a model that knows nothing of it."""
+"""Expert parallelism, applied to a model after it is built."""
 
 from torch import nn
 
@@ -7,9 +7,9 @@ from moe.dispatch import Dispatcher
 
 
 def apply_expert_parallel(model: nn.Module, *, ep_rank: int, ep_size: int, dispatcher: Dispatcher) -> None:
-    """Keep this rank's contiguous 1/ep_size of the experts of every block and hand it `dispatcher`.
+    """In every block, keep this rank's contiguous 1/ep_size of the experts and set `dispatcher`.
 
-    Works on the meta device, where it keeps a slice of the shape. `ep_size` divides the number of experts.
+    Works on the meta device too, where weights have only shapes. `ep_size` divides the number of experts.
     """
     for block in model.modules():
         if not isinstance(block, MoEBlock):
@@ -25,7 +25,7 @@ def apply_expert_parallel(model: nn.Module, *, ep_rank: int, ep_size: int, dispa
 
 
 def dispatched(model: nn.Module) -> tuple[int, int, int]:
-    """Bytes sent to other ranks, slots routed and received by the forward passes of this rank so far."""
+    """Bytes sent to other ranks, slots routed and slots received, in this rank's forward passes so far."""
     dispatchers = {b.dispatcher for b in model.modules() if isinstance(b, MoEBlock)}
     counts = [(d.bytes_sent, d.slots_routed, d.slots_received) for d in dispatchers]
     sent, routed, received = map(sum, zip(*counts, strict=True)) if counts else (0, 0, 0)

@@ -1,5 +1,5 @@
 """Rotary position embeddings (RoFormer, arXiv 2104.09864) in the half-split layout of Hugging Face."""
-# T tokens, N heads, C head_dim, R <= C values that turn
+# T tokens, N heads, C head_dim, R <= C values that are rotated
 
 import math
 
@@ -17,13 +17,13 @@ def rotary_tables(position_ids: Tensor, config: ModelConfig, dtype: torch.dtype)
     """
     size, scaling, scale = config.rotary_dim, config.rope_scaling, 1.0
     exponents = torch.arange(0, size, 2, dtype=torch.float32, device=position_ids.device) / size
-    wavelengths = config.rope_theta**exponents  # [R/2], over 2 pi
+    wavelengths = config.rope_theta**exponents  # [R/2], divided by 2 pi
     frequencies = 1.0 / wavelengths
     if scaling is not None:
         scale = scaling.attention_factor or 0.1 * math.log(scaling.factor) + 1
 
         def pair(turns: float) -> float:
-            """The pair, as a fraction of its number, that turns so often in the original context."""
+            """The number (a fraction) of the pair that makes `turns` turns in the original context."""
             wavelength = scaling.original_max_position_embeddings / (turns * 2 * math.pi)
             return size * math.log(wavelength) / (2 * math.log(config.rope_theta))
 
@@ -37,9 +37,9 @@ def rotary_tables(position_ids: Tensor, config: ModelConfig, dtype: torch.dtype)
 
 
 def rotate(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn the pairs (i, i + R/2) of every head of x [T, N, C] by the angles of `rotary_tables`.
+    """Rotate the pairs (i, i + R/2) of every head of x [T, N, C] by the angles of `rotary_tables`.
 
-    The values from R on stay.
+    The values from index R on are unchanged.
     """
     cos, sin = tables
     half = cos.shape[-1]

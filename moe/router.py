@@ -15,43 +15,43 @@ from torch.autograd.function import once_differentiable
 
 
 class RouterStatistics(NamedTuple):
-    """Sums over the tokens of one micro-batch on one rank, padding left out; one layer, or L stacked.
+    """Sums over the tokens of one micro-batch on one rank, without padding; for one layer, or L stacked.
 
-    Values, never module state: a forward that activation recompute runs again counts nothing twice.
+    They are returned, not kept in a module, so that the second forward of recompute counts nothing twice.
     """
 
     tokens_per_expert: Tensor  # [E] or [L,E] fp32, how often each expert was selected; no gradient
     probability_sums: Tensor  # [E] or [L,E] fp32, softmax over all experts; gradient flows
     z_sums: Tensor  # [] or [L] fp32, logsumexp(logits)^2 (ST-MoE, arXiv 2202.08906); gradient flows
     entropy_sums: Tensor  # [] or [L] fp32, entropy of the softmax in nats; no gradient
-    logit_range: Tensor  # [] or [L] fp32, over tokens the largest of max - min of the logits; no gradient
+    logit_range: Tensor  # [] or [L] fp32, the largest max - min of the logits of any token; no gradient
 
 
 class TrainingRouting(NamedTuple):
-    """What routing does in training alone; evaluation and generation have None."""
+    """Settings of routing that apply in training only; evaluation and generation pass None instead."""
 
     jitter_noise: float  # the router's input times U(1 - noise, 1 + noise) (Switch, arXiv 2101.03961)
     capacity_factor: float | None  # see `within_capacity`; None is dropless
-    keys: list[str]  # [B] what the noise of each row is a function of, beside the layer
+    keys: list[str]  # [B] the noise of each row is a function of its key and the layer
 
 
 @dataclass(frozen=True)
 class RoutingInputs:
-    """What moves routing beside the router's weights: of a whole forward, or by `of_layer` of one layer."""
+    """Inputs of routing besides the hidden states: for a whole forward or, from `of_layer`, for one layer."""
 
-    token_mask: Tensor | None = None  # [B,S] bool; False (padding) is in no statistic
+    token_mask: Tensor | None = None  # [B,S] bool; False (padding) keeps a token out of the statistics
     selection_bias: Tensor | None = None  # [L,E] or [E] fp32: added to the scores that choose experts
     training: TrainingRouting | None = None
 
     def of_layer(self, layer: int, sparse_layer: int) -> "RoutingInputs":
-        """Those of decoder layer `layer`, the `sparse_layer`-th of the L that have experts."""
+        """The inputs for decoder layer `layer`, which has index `sparse_layer` among the L sparse layers."""
         bias, training = self.selection_bias, self.training
         if training is not None:
             training = training._replace(keys=[f"{key}:{layer}" for key in training.keys])
         return RoutingInputs(self.token_mask, None if bias is None else bias[sparse_layer], training)
 
 
-PLAIN = RoutingInputs()  # every token counts, and nothing else moves the choice
+PLAIN = RoutingInputs()  # no padding, no selection bias, no training settings
 
 
 def stack_statistics(layers: list[RouterStatistics]) -> RouterStatistics:
@@ -78,8 +78,8 @@ class Router(nn.Module):
     ) -> tuple[Tensor, Tensor, RouterStatistics]:
         """hidden [T,H], token_mask [T] bool (None: all count) -> routing_weights [T,K], expert_indices [T,K].
 
-        `selection_bias` [E] fp32 moves the choice of experts, not their weights, which have the dtype of
-        `hidden`.
+        `selection_bias` [E] fp32 changes the choice of experts, but not their weights. The weights have the
+        dtype of `hidden`.
         """
         logits = _Float32Linear.apply(hidden, self.weight)  # [T,E] fp32
         probabilities = logits.softmax(-1)
@@ -103,7 +103,7 @@ def seeded(key: str, device: torch.device) -> torch.Generator:
 def jittered(hidden: Tensor, noise: float, keys: list[str]) -> Tensor:
     """hidden [B,S,H] times U(1 - noise, 1 + noise), drawn for each row from its key: [B,S,H].
 
-    So recompute, a forward that only counts, a resumed run and another layout of ranks draw the same.
+    Recompute, a counting forward, a resumed run and a different layout of ranks thus draw the same noise.
     """
     factors = torch.empty_like(hidden, dtype=torch.float32)
     for row, key in zip(factors.unbind(), keys, strict=True):
@@ -118,10 +118,10 @@ def within_capacity(
     capacity_factor: float,
     token_mask: Tensor | None = None,
 ) -> Tensor:
-    """expert_indices [T,K] with `num_experts` for the slots that an expert has no room for: [T,K].
+    """expert_indices [T,K] with the id `num_experts` in every slot beyond its expert's capacity: [T,K].
 
-    An expert takes ceil(capacity_factor * T * K / E) of the slots of this micro-batch on this rank: those of
-    the largest routing weights [T,K], of equal ones the first; padding comes last (the policy "probs" of
+    An expert takes at most ceil(capacity_factor * T * K / E) slots of this micro-batch on this rank: those of
+    the largest routing weights [T,K] (the earlier slot if two are equal), padding last (the policy "probs" of
     Megatron-LM and DeepSpeed).
     """
     capacity = math.ceil(capacity_factor * expert_indices.numel() / num_experts)
@@ -129,7 +129,7 @@ def within_capacity(
     if token_mask is not None:
         priority = priority.masked_fill(~token_mask.unsqueeze(1), -1.0)
     slots = priority.flatten().argsort(descending=True, stable=True)  # [T*K]
-    slots = slots[expert_indices.flatten()[slots].argsort(stable=True)]  # by expert, the first ones stay
+    slots = slots[expert_indices.flatten()[slots].argsort(stable=True)]  # by expert, then by priority
     experts = expert_indices.flatten()[slots]
     starts = torch.searchsorted(experts, torch.arange(num_experts, device=experts.device))  # [E]
     place = torch.arange(len(slots), device=experts.device) - starts[experts]
@@ -160,7 +160,7 @@ def _statistics(
 
 
 class _Float32Linear(Function):
-    """x @ weight^T in fp32 that keeps its operands as they came: an fp32 copy of x is 4H bytes a token."""
+    """x @ weight^T in fp32 that saves its operands uncast: an fp32 copy of x takes 4H bytes per token."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:

@@ -1,16 +1,17 @@
-"""A dense model becomes a mixture of experts that computes the same (arXiv 2410.07524); torch-free laws.
+"""Laws for turning a dense model into a mixture of experts with the same output (arXiv 2410.07524).
 
 Expert e is slice e % G of the dense MLP's intermediate dimension: G = 1 copies the MLP, more slices make
-fine-grained experts. Routers are drawn anew, a row for each virtual group of G consecutive experts, which are
-thus chosen together and weigh the same: 1 / G of what their group weighs. With down projections times G, the
-groups add up to the dense MLP whatever the router says. `moe.init.upcycle_weights` does it.
+fine-grained experts. Routers are drawn at random, one row for each virtual group of G consecutive experts:
+the experts of a group are selected together, each with 1 / G of the group's weight. Because down projections
+are multiplied by G, the selected groups add up to the dense MLP whatever the router selects.
+`moe.init.upcycle_weights` fills the weights.
 """
 
 from moe.config import ModelConfig
 
 
 def upcycle_problems(dense: ModelConfig, model: ModelConfig, how: str) -> list[str]:
-    """What keeps a dense model from becoming `model` with the same output; `how` is copy or split."""
+    """Why `dense` cannot become `model` with the same output, one line per law; `how` is copy or split."""
     width, size = dense.intermediate_size, model.moe_intermediate_size
     slices = max(width // max(size, 1), 1)
     fits = size == width if how == "copy" else 0 < size < width and width % size == 0

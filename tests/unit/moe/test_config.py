@@ -126,12 +126,12 @@ def test_each_law(change: dict[str, Any], line: str) -> None:
         ({"partial_rotary_factor": 1.5}, "model.partial_rotary_factor=1.5 must be above 0 and at most 1"),
         (
             {"partial_rotary_factor": 0.2},
-            "model.partial_rotary_factor=0.2 must leave an even part of model.head_dim=16: "
+            "model.partial_rotary_factor=0.2 must select an even part of model.head_dim=16: "
             "rotary embeddings turn pairs",
         ),
         (
             {"rope_scaling": RopeScaling("yarn", 0.5, 64)},
-            "model.rope_scaling.factor=0.5 must be at least 1: a context grows",
+            "model.rope_scaling.factor=0.5 must be at least 1: YaRN cannot shorten the context",
         ),
         (
             {"rope_scaling": RopeScaling("linear", 2.0, 64)},
@@ -144,7 +144,7 @@ def test_each_law(change: dict[str, Any], line: str) -> None:
         ),
         (
             {"rope_scaling": RopeScaling("yarn", 2.0, 64, beta_fast=1.0)},
-            "model.rope_scaling.beta_fast=1.0 must exceed beta_slow, which is above 0",
+            "model.rope_scaling.beta_fast=1.0 must exceed beta_slow, which must be above 0",
         ),
     ],
 )

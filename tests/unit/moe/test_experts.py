@@ -201,9 +201,9 @@ def test_on_a_cpu_auto_is_the_loop(moe_config, wanted: str, chosen: str, dtype: 
         ((10, 3), False, BF16, True, "grouped", None),
         ((8, 0), True, BF16, False, "liger", None),
         ((12, 0), True, BF16, False, "liger", None),  # Blackwell, but not that of data centers
-        ((8, 9), False, BF16, False, "loop", f"none for compute capability 8.9; {INSTALL}"),
+        ((8, 9), False, BF16, False, "loop", f"no grouped kernel for compute capability 8.9; {INSTALL}"),
         ((8, 0), True, BF16, True, "loop", "capability 8.0; nothing faster is deterministic here"),
-        ((9, 0), True, FP32, False, "loop", "there are none in torch.float32; use dtype=bf16"),
+        ((9, 0), True, FP32, False, "loop", "no grouped kernel in torch.float32; use dtype=bf16"),
     ],
 )
 def test_auto_on_a_gpu(aligned, gpu, capability, liger, dtype, deterministic, chosen, slow) -> None:
@@ -216,7 +216,7 @@ def test_auto_on_a_gpu(aligned, gpu, capability, liger, dtype, deterministic, ch
     ("wanted", "capability", "slow"),
     [
         ("loop", (9, 0), "ten times slower on a GPU than grouped products; use experts.backend=auto"),
-        ("grouped", (8, 0), f"waits for the GPU at every product here: there are none for .* 8.0; {LIGER}"),
+        ("grouped", (8, 0), f"waits for the GPU at every product here: torch has no .* 8.0; {LIGER}"),
         ("grouped", (9, 0), None),
         ("liger", (9, 0), None),
     ],

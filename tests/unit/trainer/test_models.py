@@ -52,7 +52,7 @@ def test_yarn_from_the_command_line(run_config):
 @pytest.mark.parametrize(
     ("overrides", "line"),
     [
-        ([YARN % 0.5], "model.rope_scaling.factor=0.5 must be at least 1: a context grows"),
+        ([YARN % 0.5], "model.rope_scaling.factor=0.5 must be at least 1: YaRN cannot shorten the context"),
         (["model.layer_types=[full_attention,full_attention,full_attention]"], "does not divide"),
         (["model.moe_intermediate_size=0"], "model.moe_intermediate_size=0 must be above 0"),
         (["model.num_key_value_heads=3"], "model.num_key_value_heads=3 does not divide"),
