@@ -94,6 +94,6 @@ class _TimedWork:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until a GPU has finished all its queued work; nothing on a CPU."""
+    """Wait until a GPU has finished all its queued work; do nothing on a CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

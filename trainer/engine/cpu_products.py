@@ -17,7 +17,7 @@ _PRODUCTS.add(aten._scaled_dot_product_flash_attention_for_cpu_backward)
 
 @contextmanager
 def fast_products(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
-    """Inside, a CPU multiplies matrices of `dtype` as fast as it can, summing in fp32; GPUs as always."""
+    """Inside, a CPU multiplies matrices of `dtype` as fast as it can, summing in fp32; no effect on a GPU."""
     if device.type != "cpu":
         yield
     elif dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
