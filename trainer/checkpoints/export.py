@@ -1,8 +1,8 @@
 """The weights of a checkpoint as a folder for the Hugging Face hub.
 
 Only one shard is in memory at a time; it is written under a temporary name, renamed when it is on the disk,
-read back and compared. If an export is killed, the same command continues it. config.json is written last: a
-folder without it is incomplete.
+read back and compared. If an export is killed, the same command continues it. config.json is written
+after the weights: a folder without it is incomplete.
 """
 
 import json

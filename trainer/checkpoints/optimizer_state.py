@@ -57,4 +57,4 @@ def fill_fragments(fragments: Iterable[Fragment], files: Iterable[Path]) -> None
                         missing[parameter, field] -= high - low
     absent = [f"{parameter} ({field})" for (parameter, field), left in missing.items() if left]
     if absent:
-        raise ValueError(f"the files lack elements of {', '.join(absent[:8])}" + " and more" * (len(absent) > 8))
+        raise ValueError(f"files lack elements of {', '.join(absent[:8])}" + " and more" * (len(absent) > 8))

@@ -1,8 +1,7 @@
 """Save checkpoints, in the background while training continues, and restore them on any layout of ranks.
 
 The ranks write into a hidden folder named by step and attempt. When all have written, rank 0 adds the
-manifest, renames the folder and replaces `latest`, so that only complete checkpoints are visible. For the
-format see `trainer/checkpoints/folder.py`.
+manifest, renames the folder and replaces `latest`: only complete checkpoints are visible. See also folder.py.
 """
 
 import gc
@@ -168,7 +167,7 @@ class Checkpoints:
         return 0
 
     def _agree(self, what: str, work: Callable[..., T], *args: Any) -> list[T]:
-        """Return what `work(*args)` returns on each rank; if it fails on one, all ranks raise TrainingError."""
+        """Return what `work(*args)` returns on each rank; if it fails on one, all raise TrainingError."""
         result, problem = None, None
         try:
             result = work(*args)

@@ -122,7 +122,7 @@ def _wait(ranks: list[subprocess.Popen]) -> int:
         if not failed and any(codes):
             first, failed = next((rank, code) for rank, code in enumerate(codes) if code)
             deadline = time.monotonic() + _GRACE_SECONDS
-            if failed == -signal.SIGKILL:  # it cannot log this itself
+            if failed == -signal.SIGKILL:  # a killed rank cannot log this
                 why = "by a second stop signal, or by the kernel because memory ran out (see dmesg)"
                 print(f"rank {first} was killed: {why}", file=sys.stderr)
         if None not in codes:
