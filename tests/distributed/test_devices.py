@@ -33,4 +33,4 @@ def test_ranks_share_no_gpu_and_all_or_none_have_one():
     host = os.uname().nodename
     (shared,), (mixed,) = first["shared"], first["mixed"]
     assert shared.startswith(f"parallel.nproc_per_node: ranks 0, 1 share one GPU of {host}; use as many")
-    assert mixed.startswith(f"device: CUDA cannot be used on {host}, but on other machines of this run; mend")
+    assert mixed.startswith(f"device: CUDA works on some machines of this run, but not on {host}; repair")

@@ -90,7 +90,7 @@ def test_a_device_that_is_not_there_is_one_message_before_anything_is_built(trai
     done = train("name=a", "device=cuda")
     assert done.returncode == 2, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
-    message = "device=cuda cannot be had: CUDA_VISIBLE_DEVICES= hides every GPU; unset it; or use device=cpu"
+    message = "device=cuda cannot be used: CUDA_VISIBLE_DEVICES= hides every GPU; unset it; or use device=cpu"
     assert done.stderr.count(message) == 1
     assert "logs are in" not in done.stderr, "there are none"
     done = train("name=a", "device=cpu")

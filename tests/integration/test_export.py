@@ -198,7 +198,7 @@ def test_multi_token_prediction_stays_behind_where_it_has_no_place(tmp_path, cap
     ahead = replace(SHAPE, num_hidden_layers=1, num_nextn_predict_layers=1)
     plain = make_folder(tmp_path / "qwen3_moe", ahead)
     assert run_export(plain, tmp_path / "out") == 0
-    assert "multi-token prediction stays behind" in capsys.readouterr().out
+    assert "multi-token prediction is not exported" in capsys.readouterr().out
     assert weights(tmp_path / "out").keys() == {name for name in weights(plain) if name[:4] != "mtp."}
     assert "num_nextn_predict_layers" not in json.loads((tmp_path / "out/config.json").read_text())
     hybrid = replace(
@@ -209,7 +209,7 @@ def test_multi_token_prediction_stays_behind_where_it_has_no_place(tmp_path, cap
         shared_expert_intermediate_size=64,
     )
     assert run_export(make_folder(tmp_path / "qwen3_next", hybrid), tmp_path / "next") == 0
-    assert "stays behind" not in capsys.readouterr().out
+    assert "is not exported" not in capsys.readouterr().out
     assert "mtp.fc.weight" in weights(tmp_path / "next")
     _, report = AutoModelForCausalLM.from_pretrained(tmp_path / "next", output_loading_info=True)
     assert not any(report.values()), report
@@ -319,14 +319,14 @@ def test_an_out_of_something_else_is_refused(small_folder, tmp_path, capsys):
             small_folder,
             out,
             [],
-            r"is of \S+/other/hf \(float32, 1 .*, not of \S+/hf .*; choose another folder",
+            r"is from \S+/other/hf \(float32, 1 .*, not from \S+/hf .*; choose another folder",
         ),
-        (small_folder, other, [], r"hf/model.safetensors is of another program, not of"),
-        (small_folder, tmp_path / "damaged", [], r"damaged/model.safetensors is of a damaged file"),
+        (small_folder, other, [], r"hf/model.safetensors is from another program, not from"),
+        (small_folder, tmp_path / "damaged", [], r"damaged/model.safetensors is from an unknown source"),
         (small_folder, mine, [], r"mine holds config.json; choose a new folder"),
         (small_folder, mine / "config.json", [], r"mine/config.json cannot be made"),
-        (other, out, ["--max-shard-size", "300KB"], r"is of .*5,000,000,000 B\), not of .*300,000 B\)"),
-        (other, out, ["--dtype", "bf16"], r"is of .*\(float32, .*, not of .*\(bfloat16, "),
+        (other, out, ["--max-shard-size", "300KB"], r"is from .*5,000,000,000 B\), not from .*300,000 B\)"),
+        (other, out, ["--dtype", "bf16"], r"is from .*\(float32, .*, not from .*\(bfloat16, "),
     ]:
         assert run_export(source, target, *arguments) == 2
         assert re.search(message, capsys.readouterr().err)

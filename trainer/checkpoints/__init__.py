@@ -1,1 +1,1 @@
-"""States and weights on disk: saving, restoring, export. May ask settings/, ranks/, engine/ and monitor/."""
+"""States and weights on disk: saving, restoring, export. May import settings/, ranks/, engine/, monitor/."""

@@ -1,4 +1,4 @@
-"""The model of a run that begins: this rank's experts, and weights from another folder or from the seed."""
+"""Build the model of a run: this rank's experts, with weights from another folder or from the seed."""
 
 from pathlib import Path
 
@@ -34,14 +34,14 @@ def build_model(config: RunConfig, plan: ParallelPlan, ranks: Ranks) -> CausalLM
         kind, chunks = DISPATCHERS[config.parallel.dispatcher], config.parallel.dispatch_chunks
         dispatcher = kind(expert_parallel_group(plan.ep_size), all_to_all, chunks)
         apply_expert_parallel(model, ep_rank=ep_rank, ep_size=plan.ep_size, dispatcher=dispatcher)
-    if not upcycles:  # whose arithmetic wants fp32
+    if not upcycles:  # upcycling computes in fp32
         model.to(DTYPES[config.dtype])
     model.to_empty(device=ranks.device)
     if config.stage.init_from is None:
         init_weights(model, config.seed, ep_rank=ep_rank, router_scale=config.init.router_scale)
     else:
         found = [hf_folder(Path(config.stage.init_from))]
-        dist.broadcast_object_list(found)  # one for all ranks, also of a run that goes on meanwhile
+        dist.broadcast_object_list(found)  # the same checkpoint for all ranks, even if that run saves now
         (weights,) = found
         check_tokenizer(weights, config.data)
         with reading(weights):
@@ -53,16 +53,16 @@ def build_model(config: RunConfig, plan: ParallelPlan, ranks: Ranks) -> CausalLM
                     model, weights, seed=config.seed, noise=noise, ep_rank=ep_rank, router_scale=scale
                 )
                 model.to(DTYPES[config.dtype])
-    # Last: a parameter that is made anew loses its marks.
+    # Last, because a parameter that is replaced loses its marks.
     mark_experts(model, config.model.num_experts, plan.ep_size, ep_rank)
     return model
 
 
 def check_tokenizer(weights: Path, data: DataConfig) -> None:
-    """Raises ConfigError if the tokenizer that lies beside the weights is not that of the data."""
+    """Raises ConfigError if a tokenizer is beside the weights and differs from that of the data."""
     known = (weights / "tokenizer.json").is_file()
     if known and load_tokenizer(weights).vocabulary() != tokenizer_of(data).vocabulary():
         raise ConfigError(
-            f"stage.init_from: {weights} was trained with another tokenizer than data.dir={data.dir}; "
-            f"prepare the data with data.tokenizer={weights}"
+            f"stage.init_from: {weights} was trained with a different tokenizer from that of "
+            f"data.dir={data.dir}; prepare the data with data.tokenizer={weights}"
         )

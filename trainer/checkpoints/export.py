@@ -1,8 +1,8 @@
 """The weights of a checkpoint as a folder for the Hugging Face hub.
 
-One shard is in memory at a time; it is written under a temporary name, renamed when it is on the disk, read
-back and compared. What a kill leaves behind, the same command goes on with. config.json comes last: a folder
-without it is not whole.
+Only one shard is in memory at a time; it is written under a temporary name, renamed when it is on the disk,
+read back and compared. If an export is killed, the same command continues it. config.json is written
+after the weights: a folder without it is incomplete.
 """
 
 import json
@@ -28,11 +28,11 @@ from trainer.monitor.terminal import duration
 DTYPES = {"fp32": "F32", "bf16": "BF16"}
 IM_END = "<|im_end|>"
 
-Shard = dict[str, Place]  # the dtype of a place is the one that is written
+Shard = dict[str, Place]  # the dtype of a place is the dtype to write
 
 
 def plan_shards(places: Shard, max_bytes: int) -> dict[str, Shard]:
-    """File name -> its tensors, in the order of the model: at most `max_bytes`, or one larger tensor."""
+    """File name -> its tensors, in the order of the model: at most `max_bytes` each, or one larger tensor."""
     shards: list[Shard] = []
     room = 0
     for name, place in places.items():
@@ -52,7 +52,7 @@ def nbytes(shard: Shard) -> int:
 
 
 def check_out(out: Path, ours: str) -> None:
-    """Raises ConfigError for an OUT that is neither new nor this export begun; makes a new one."""
+    """Raises ConfigError if `out` is neither new nor started by this export (`ours`); makes a new one."""
     present = sorted(path.name for path in out.glob("[!.]*") if path.name != "README.md")
     files = [name for name in present if name.endswith(".safetensors")]
     for name in files:
@@ -60,9 +60,9 @@ def check_out(out: Path, ours: str) -> None:
             with safe_open(out / name, framework="pt") as reader:
                 theirs = (reader.metadata() or {}).get("export", "another program")
         except SafetensorError:
-            theirs = "a damaged file"
+            theirs = "an unknown source (it is damaged)"
         if theirs != ours:
-            raise ConfigError(f"{out / name} is of {theirs}, not of {ours}; choose another folder")
+            raise ConfigError(f"{out / name} is from {theirs}, not from {ours}; choose another folder")
     if present and not files:
         raise ConfigError(f"{out} holds {', '.join(present[:8])}; choose a new folder")
     try:
@@ -72,9 +72,9 @@ def check_out(out: Path, ours: str) -> None:
 
 
 def write_shard(path: Path, shard: Shard, mark: str) -> None:
-    """Make the file, or leave what there was; then compare what the disk holds with the sources.
+    """Write the file unless it exists; then compare the bytes on the disk with the sources.
 
-    A file that is there is whole: it is only compared. Raises OSError where a byte differs.
+    An existing file is complete, so it is only compared. Raises OSError if a byte differs.
     """
     with ExitStack() as stack:
         readers = {
@@ -91,7 +91,7 @@ def write_shard(path: Path, shard: Shard, mark: str) -> None:
             save_file({name: read(place) for name, place in shard.items()}, partial, metadata)
             with partial.open("rb") as file:
                 os.fsync(file.fileno())
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # reading back asks the disk
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # read back from the disk
             partial.replace(path)
             sync(path.parent)
         written = stack.enter_context(safe_open(path, framework="pt", backend="pread"))
@@ -103,14 +103,14 @@ def write_shard(path: Path, shard: Shard, mark: str) -> None:
 
 
 def write_tokenizer(folder: Path, out: Path, config: ModelConfig) -> list[int]:
-    """tokenizer.json as it is, and tokenizer_config.json with Qwen3's chat template; the ids that stop."""
+    """Copy tokenizer.json, write tokenizer_config.json with Qwen3's chat template; returns the stop ids."""
     tokenizer = load_tokenizer(folder)
     serialized = (folder / "tokenizer.json").read_bytes()
     vocabulary = tokenizer.vocabulary()
     chat = {"<|im_start|>", IM_END} <= vocabulary.keys()
     added = json.loads(serialized)["added_tokens"]
     fields = {
-        "tokenizer_class": "PreTrainedTokenizerFast",  # takes tokenizer.json as it is
+        "tokenizer_class": "PreTrainedTokenizerFast",  # loads tokenizer.json unchanged
         "model_max_length": config.max_position_embeddings,
         "bos_token": None,
         "eos_token": END_OF_TEXT,
@@ -127,12 +127,12 @@ def write_tokenizer(folder: Path, out: Path, config: ModelConfig) -> list[int]:
 
 
 def export(folder: Path, out: Path, max_shard_bytes: int, dtype: str | None) -> None:
-    """Write OUT, telling how it goes. Raises ConfigError, DataError (what the user gave), OSError (disks)."""
+    """Write `out`, printing progress. Raises ConfigError or DataError for wrong input, OSError for disks."""
     config = ModelConfig.of_folder(folder)
     if config.num_nextn_predict_layers and config.to_hf()["model_type"] not in MTP_FORMATS:
-        print("multi-token prediction stays behind: the format has no place for it")
+        print("multi-token prediction is not exported: the format has no place for it")
         config = replace(config, num_nextn_predict_layers=0)
-    load_tokenizer(folder)  # what is wrong with it shows before the weights are written
+    load_tokenizer(folder)  # raises its errors before the weights are written
     places = locate(config, folder)
     if dtype:
         places = {name: place._replace(dtype=dtype) for name, place in places.items()}
@@ -157,7 +157,7 @@ def export(folder: Path, out: Path, max_shard_bytes: int, dtype: str | None) -> 
     write_config(config, written_as, out, write_tokenizer(folder, out, config))
     if selection_bias(folder, torch.device("cpu")) is not None:
         what = "the run chose experts with a selection bias (balance.bias_update_rate)"
-        print(f"warning: {what}; the format has no place for it, so the exported model routes without")
+        print(f"warning: {what}; the format has no place for it, so the exported model routes without it")
     print(
         f"{out}: {config.num_parameters() / 1e6:,.1f}M parameters, {kind}, from {origin}\n"
         f'  load    AutoModelForCausalLM.from_pretrained("{out}", dtype="auto")\n'

@@ -1,4 +1,4 @@
-"""A checkpoint on disk: its manifest, whether it is whole, which one a run goes on from. Torch-free.
+"""A checkpoint on disk: its files, whether it is whole, and the lock that readers hold. Torch-free.
 
     checkpoints/step-00000150/
         manifest.json               step, position in the data, layout, size and checksum of every file
@@ -6,8 +6,8 @@
         hf/                         the weights as a Hugging Face folder
         balance.pt random.pt        the balance's state; the random generators of all ranks
 
-A fragment is named `PARAMETER:START:FIELD`: elements of the whole parameter, flattened,
-from START on. No name depends on the layout of ranks, so that any other layout reads them.
+A fragment named `PARAMETER:START:FIELD` holds elements of the flattened whole parameter, from index
+START on. Names do not depend on the layout of ranks, so that any other layout can read them.
 """
 
 import fcntl
@@ -23,7 +23,7 @@ BLOCK_BYTES = 1 << 22
 
 
 def measure(path: Path) -> list[int]:
-    """Size and crc32 of a file, from all its bytes, which are on the disk then."""
+    """Size and crc32 of a file, from all its bytes, after flushing them to the disk."""
     size = checksum = 0
     with open(path, "rb") as file:
         os.fsync(file.fileno())
@@ -35,7 +35,7 @@ def measure(path: Path) -> list[int]:
 def damage(checkpoint: Path, part: int = 0, parts: int = 1) -> list[str]:
     """What is wrong with a checkpoint, one line each; empty if it is whole.
 
-    Reads all bytes of every `parts`-th file from `part` on, so that ranks can share the work.
+    Reads every `parts`-th file, starting with number `part`, so that ranks can share the work.
     """
     try:
         files = read_manifest(checkpoint)["files"]
@@ -56,9 +56,9 @@ def damage(checkpoint: Path, part: int = 0, parts: int = 1) -> list[str]:
 
 @contextmanager
 def reading(folder: Path) -> Iterator[None]:
-    """While it is open, no run removes this checkpoint (or the one around this hf folder).
+    """Inside, no run removes this checkpoint (or the checkpoint that contains this hf folder).
 
-    It holds as far as the file system has locks between machines.
+    Between machines, this works only if the file system supports locks between them.
     """
     with ExitStack() as stack:
         with suppress(OSError):
@@ -69,7 +69,7 @@ def reading(folder: Path) -> Iterator[None]:
 
 
 def is_read(checkpoint: Path) -> bool:
-    """Whether anybody is `reading` it; no where the file system has no such locks."""
+    """Whether any process is `reading` it; False if the file system has no such locks."""
     descriptor = os.open(checkpoint, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,4 +1,4 @@
-"""Fragments of optimizer state in safetensors files: written as ranks hold them, read as others need them."""
+"""Fragments of optimizer state in safetensors files: written in one layout of ranks, read in any other."""
 
 import json
 from collections import defaultdict
@@ -12,7 +12,7 @@ from trainer.engine.engine import Fragment
 
 
 def write_fragments(path: Path, fragments: Iterable[Fragment]) -> int:
-    """Write fragments into a new file, one tensor at a time on the host; returns the elements of all."""
+    """Write a new file, with one tensor at a time copied to the host; returns the number of all elements."""
     tensors = [
         (f"{fragment.parameter}:{fragment.start}:{field}", view)
         for fragment in fragments
@@ -32,9 +32,9 @@ def write_fragments(path: Path, fragments: Iterable[Fragment]) -> int:
 
 
 def fill_fragments(fragments: Iterable[Fragment], files: Iterable[Path]) -> None:
-    """Fill the views of `fragments` from files in which the same parameters may be cut elsewhere.
+    """Fill the views of `fragments` from files that may divide the parameters into other fragments.
 
-    Files are opened in order until nothing is missing. Raises ValueError that names what is.
+    Files are opened in order until no element is missing. Raises ValueError that names missing states.
     """
     wanted: dict[tuple[str, str], list[tuple[int, Tensor]]] = defaultdict(list)
     missing: dict[tuple[str, str], int] = defaultdict(int)
@@ -46,7 +46,7 @@ def fill_fragments(fragments: Iterable[Fragment], files: Iterable[Path]) -> None
         if not any(missing.values()):
             break
         with safe_open(path, framework="pt") as reader:
-            for name in reader.keys():  # noqa: SIM118, the reader is no mapping
+            for name in reader.keys():  # noqa: SIM118, the reader is not a mapping
                 parameter, start, field = name.rsplit(":", 2)
                 stored, first = reader.get_slice(name), int(start)
                 last = first + stored.get_shape()[0]
@@ -57,4 +57,4 @@ def fill_fragments(fragments: Iterable[Fragment], files: Iterable[Path]) -> None
                         missing[parameter, field] -= high - low
     absent = [f"{parameter} ({field})" for (parameter, field), left in missing.items() if left]
     if absent:
-        raise ValueError(f"no file holds all of {', '.join(absent[:8])}" + " and more" * (len(absent) > 8))
+        raise ValueError(f"files lack elements of {', '.join(absent[:8])}" + " and more" * (len(absent) > 8))

@@ -1,7 +1,7 @@
-"""Checkpoints: whole or invisible, written while training goes on, read on any layout of ranks.
+"""Save checkpoints, in the background while training continues, and restore them on any layout of ranks.
 
-Each rank writes what it holds under a temporary name that carries the attempt. When all have, rank 0 adds
-the manifest, renames the folder and replaces `latest`. `trainer/checkpoints/folder.py` says what is in it.
+The ranks write into a hidden folder named by step and attempt. When all have written, rank 0 adds the
+manifest, renames the folder and replaces `latest`: only complete checkpoints are visible. See also folder.py.
 """
 
 import gc
@@ -34,15 +34,15 @@ from trainer.settings.parallel import ParallelPlan
 from trainer.settings.run_folder import NAMES, checkpoints, read_manifest, read_state, write_manifest
 
 T = TypeVar("T")
-FIELDS = 3  # of a fragment: master, exp_avg, exp_avg_sq
+FIELDS = 3  # per fragment: master, exp_avg, exp_avg_sq
 
 
 class Part(NamedTuple):
-    """What one rank has written of a checkpoint."""
+    """The part of a checkpoint that one rank has written."""
 
     weights: dict[str, Written]  # by hub name
-    elements: int  # of optimizer state
-    files: dict[str, list[int]]  # what `measure` says of them
+    elements: int  # number of elements of optimizer state
+    files: dict[str, list[int]]  # path -> `measure` of the file
 
 
 class Writing(NamedTuple):
@@ -54,7 +54,7 @@ class Writing(NamedTuple):
 
 
 class Checkpoints:
-    """The `checkpoints/` of one run folder. Every method without an underscore is called by every rank."""
+    """The `checkpoints/` of one run folder. Every rank must call every method without an underscore."""
 
     def __init__(
         self,
@@ -72,9 +72,9 @@ class Checkpoints:
         self._layout |= {"zero_stage": config.zero_stage, "dtype": config.dtype}
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Writing | None = None
-        self._saved = 0  # the step whose state is on the disk, or on its way
+        self._saved = 0  # the step last restored, or last saved (perhaps still being written)
         self._stall = 0.0
-        self._told = False  # that it writes in place
+        self._told = False  # whether `_fits` has printed its message
 
     @property
     def written(self) -> bool:
@@ -82,7 +82,7 @@ class Checkpoints:
         return self._writing is not None and self._writing.part.done()
 
     def take_stall(self) -> float:
-        """Seconds that training has stood still for checkpoints since the last call."""
+        """Seconds that training has waited for checkpoints since the last call."""
         stall, self._stall = self._stall, 0.0
         return stall
 
@@ -90,7 +90,7 @@ class Checkpoints:
         """Write a checkpoint of the state after `step`; with checkpoint.background, copy it and write later.
 
         Does nothing if this step has just been saved or restored.
-        Raises TrainingError on all ranks where one cannot write (a full disk); earlier checkpoints stay.
+        Raises TrainingError on all ranks if one cannot write (a full disk); earlier checkpoints stay.
         """
         if step == self._saved:
             return
@@ -117,7 +117,7 @@ class Checkpoints:
                 part.set_result(self._write(folder, weights, fragments, extras))
             except Exception as error:
                 part.set_exception(error)
-            for _ in weights:  # gathered by all ranks together, also by one that could not write
+            for _ in weights:  # all ranks must gather, even one that could not write
                 pass
         self._writing = Writing(step, folder, part)
         self._stall += time.perf_counter() - started
@@ -141,13 +141,13 @@ class Checkpoints:
         self._stall += time.perf_counter() - started
 
     def close(self) -> None:
-        """Wait until what this rank still writes or removes is done; nothing is committed any more."""
+        """Wait until this rank has finished writing and removing files; commits nothing."""
         self._writer.shutdown()
 
     def load_latest(self, engine: Engine, balance: Balance) -> int:
-        """Restore the newest whole checkpoint, of whatever layout of ranks; returns its step, 0 without one.
+        """Restore the newest whole checkpoint, saved on any layout of ranks; returns its step, 0 without one.
 
-        Raises ConfigError if there are checkpoints, but no whole one: training never restarts unasked.
+        Raises ConfigError if all checkpoints are damaged: a run must not silently restart from step 0.
         """
         problems: list[str] = []
         for checkpoint in self._agree(f"list {self._folder}", checkpoints, self._run_dir)[0]:
@@ -162,12 +162,12 @@ class Checkpoints:
                     return self._restore(checkpoint, engine, balance)
             problems += [f"{checkpoint.name}: {line}" for line in found]
         if problems:
-            remedy = "put one of them right, or move them away to start from step 0"
+            remedy = "repair one of them, or move them away to start from step 0"
             raise ConfigError([f"{self._folder} holds no whole checkpoint; {remedy}:", *problems])
         return 0
 
     def _agree(self, what: str, work: Callable[..., T], *args: Any) -> list[T]:
-        """What `work(*args)` returns on each rank; if it fails on any, all raise TrainingError."""
+        """Return what `work(*args)` returns on each rank; if it fails on one, all raise TrainingError."""
         result, problem = None, None
         try:
             result = work(*args)
@@ -193,13 +193,13 @@ class Checkpoints:
                 (folder / name).mkdir(parents=True)
 
     def _check_fence(self) -> None:
-        """Ranks that were cut off and came back must not touch what a later attempt does."""
+        """Raise if a later attempt has started: ranks cut off for a time must not touch its files."""
         attempt = read_state(self._run_dir)["attempt"]
         if attempt > self._attempt:
             raise TrainingError(f"attempt {attempt} has taken over the run from attempt {self._attempt}")
 
     def _fits(self) -> bool:
-        """Whether the host has room for a copy of what its ranks write, their share of the whole."""
+        """Whether copies of all that this host's ranks write fit into half of its available memory."""
         nbytes = self._config.model.num_parameters() * (4 * FIELDS + DTYPES[self._config.dtype].itemsize)
         needed = nbytes * self._config.parallel.nproc_per_node / self._ranks.world_size
         available = available_memory()
@@ -207,7 +207,7 @@ class Checkpoints:
         if not fits and not self._told:
             self._told = True
             self._say(
-                f"checkpoints are written in place, not in the background: a copy takes {needed / 2**30:.1f} "
+                f"training waits while checkpoints are written: a copy would take {needed / 2**30:.1f} "
                 f"GiB, more than half of the {available / 2**30:.1f} GiB that this host has available"
             )
         return fits
@@ -219,7 +219,7 @@ class Checkpoints:
         fragments: Iterable[Fragment],
         extras: dict[str, Any],
     ) -> Part:
-        """This rank's files, on the disk when it returns."""
+        """Write this rank's files; they are on the disk when it returns."""
         rank = self._ranks.rank
         written = write_shards(weights, folder / "hf", rank=rank, ep_rank=self._ep_rank)
         states = f"optimizer/rank-{rank:05d}.safetensors"
@@ -230,7 +230,7 @@ class Checkpoints:
         return Part(written, elements, {name: measure(folder / name) for name in names})
 
     def _commit(self, step: int, folder: Path, parts: list[Part]) -> None:
-        """Rank 0, once all ranks have written: make the folder a checkpoint."""
+        """On rank 0, once all ranks have written: turn the folder into a checkpoint."""
         if not self._ranks.is_main:
             return
         model, stage, dtype = self._config.model, self._config.stage, DTYPES[self._config.dtype]
@@ -264,7 +264,7 @@ class Checkpoints:
         self._prune(final)
 
     def _prune(self, newest: Path) -> None:
-        """Remove what the configuration does not keep, and checkpoints of a future that was undone."""
+        """Remove checkpoints beyond those to keep, and any later than `newest` (left by a rollback)."""
         keep, every = self._config.checkpoint.keep, self._config.checkpoint.keep_every_steps
         there = sorted(self._folder.glob(NAMES))
         past = [path for path in there if path < newest]
@@ -275,12 +275,12 @@ class Checkpoints:
         self._writer.submit(self._sweep)
 
     def _hide(self, doomed: list[Path]) -> None:
-        """Hidden first, removed later: none is ever seen half gone."""
+        """Rename to hidden names; `_sweep` removes the folders, so that none is visible when half removed."""
         for path in doomed:
             path.rename(path.with_name(f".{path.name}.retired-{self._attempt}"))
 
     def _sweep(self) -> None:
-        """Remove what is hidden, but what this attempt or a later one is writing."""
+        """Remove hidden folders, except those that this attempt or a later one is writing."""
         for leftover in self._folder.glob(".step-*"):
             kind, _, attempt = leftover.suffix.rpartition("-")
             if attempt.isdigit() and int(attempt) < self._attempt + (kind == ".retired"):
@@ -296,7 +296,7 @@ class Checkpoints:
         engine.end_restore(step)
         balance.load_state(_load(checkpoint / "balance.pt"))
         generators = _load(checkpoint / "random.pt")
-        if self._ranks.rank < len(generators):  # a rank that is new keeps its seed's
+        if self._ranks.rank < len(generators):  # a new rank keeps the state from its seed
             set_random_state(generators[self._ranks.rank])
         return step
 
@@ -306,7 +306,7 @@ def _load(path: Path) -> Any:
 
 
 def _on_host(tensor: Tensor) -> Tensor:
-    """A copy on the host; a GPU's tensor goes by way of pinned memory, which it fills much faster."""
+    """A copy on the host; from a GPU through pinned memory, to which transfers are much faster."""
     return staged(tensor, _pinned()) if tensor.is_cuda else tensor.detach().to("cpu", copy=True)
 
 
@@ -316,7 +316,7 @@ def _pinned() -> Tensor:
 
 
 def staged(tensor: Tensor, buffer: Tensor) -> Tensor:
-    """A copy on the host that passes through a buffer of bytes there, as often as it takes."""
+    """A copy on the host, made in parts that pass through `buffer`, bytes on the host."""
     copy = torch.empty_like(tensor, device="cpu", memory_format=torch.contiguous_format)
     stage = buffer.view(tensor.dtype)
     parts = (whole.detach().flatten().split(len(stage)) for whole in (tensor, copy))

@@ -1,4 +1,4 @@
-"""The model of a folder of weights, as commands read it: whole, on one device."""
+"""Load the whole model of a folder onto one device, for commands such as evaluate and generate."""
 
 import sys
 from pathlib import Path
@@ -16,7 +16,7 @@ from trainer.settings.run_folder import read_run, run_of
 
 
 def device_for(source: Path) -> torch.device:
-    """Where a command computes the model of `source`: on CUDA where usable, unless the run has device=cpu."""
+    """The device for the model of `source` in a command: CUDA if usable, unless the run has device=cpu."""
     run_dir = run_of(source)
     ruled_out = (run_dir / "config.yaml").is_file() and read_run(run_dir).get("device") == "cpu"
     device, warning = choose_device("cpu" if ruled_out else "auto")
@@ -41,7 +41,7 @@ def load_model(folder: Path, device: torch.device) -> CausalLM:
 
 
 def selection_bias(folder: Path, device: torch.device) -> Tensor | None:
-    """[L,E] by which the run of a checkpoint's `hf` folder chooses experts; None where nothing biases it."""
+    """[L,E] selection bias stored in the checkpoint of this `hf` folder; None if the run has none."""
     balance = folder.parent / "balance.pt"
     if not balance.is_file():
         return None

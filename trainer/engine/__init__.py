@@ -1,1 +1,1 @@
-"""How a step is computed: DeepSpeed, gradients, optimizer, losses, kernels. May ask settings/ and ranks/."""
+"""How a step is computed: DeepSpeed, gradients, optimizer, losses, kernels. May import settings/, ranks/."""

@@ -1,4 +1,4 @@
-"""Which kernels compute a model's layers on a device: chosen by rules of moe/, told by the trainer."""
+"""Which kernels compute a model's layers on a device; the rules of the choice are in moe/."""
 
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ from trainer.settings.config import RunConfig
 
 
 class Backends(NamedTuple):
-    """What computes the layers of each kind that the model has, and warnings of what is slow."""
+    """The kernels chosen for each kind of layer in the model, and warnings about slow ones."""
 
     names: dict[str, str]  # "experts", "attention", "linear attention" -> e.g. "grouped", "varlen", "fla"
     warnings: list[str]
@@ -23,9 +23,9 @@ class Backends(NamedTuple):
 def choose_backends(
     model: ModelConfig, experts: str, device: torch.device, dtype: torch.dtype, deterministic: bool = False
 ) -> Backends:
-    """What the layers run on; `experts` is the key experts.backend. Raises ConfigError where it cannot run.
+    """Choose the kernels; `experts` is the key experts.backend. Raises ConfigError if it cannot run here.
 
-    Of a model with linear attention, flash-linear-attention is tried on a CUDA device, once per process.
+    For a model with linear attention on CUDA, flash-linear-attention is tried out once per process.
     """
     names: dict[str, str] = {}
     warnings: list[str] = []
@@ -36,17 +36,17 @@ def choose_backends(
         obstacle = varlen_obstacle(device, dtype)
         names["attention"] = "per document" if obstacle else "varlen"
         if obstacle and device.type == "cuda":
-            warnings.append(f"attention computes document by document: {obstacle}")
+            warnings.append(f"attention is computed document by document: {obstacle}")
     if LINEAR in model.layer_types:
         key_dim, value_dim = model.linear_key_head_dim, model.linear_value_head_dim
         obstacle = kernel_obstacle(device, dtype, key_dim, value_dim)
         names["linear attention"] = "chunked" if obstacle else "fla"
         if obstacle and device.type == "cuda":
-            warnings.append(f"linear attention computes in chunks by torch, which is slower: {obstacle}")
+            warnings.append(f"linear attention is computed in chunks by torch, which is slower: {obstacle}")
     return Backends(names, warnings)
 
 
 def backends_of(config: RunConfig, ranks: Ranks) -> Backends:
-    """What computes the layers on the device of this rank."""
+    """The kernels that compute the layers on the device of this rank."""
     dtype = DTYPES[config.dtype]
     return choose_backends(config.model, config.experts.backend, ranks.device, dtype, config.deterministic)

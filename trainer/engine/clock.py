@@ -1,4 +1,4 @@
-"""Where the time of a step goes."""
+"""Measure where the time of a step goes."""
 
 import time
 from collections import defaultdict
@@ -10,11 +10,11 @@ import torch
 
 
 class StepClock:
-    """Where the time between two laps goes.
+    """Measures where the time between two laps goes.
 
-    `wait` is for what the host waits for between steps, summed over all of them. `part` is for what a step
-    does, in steps with `measuring` set; parts leave out the parts inside them. On a GPU its marks are events
-    on the compute stream, which nobody waits for before the lap; what runs on other streams takes no part.
+    `wait` counts what the host waits for between steps, summed over all steps since the last lap. `part`
+    counts the work inside a step while `measuring` is set; a part excludes the parts inside it. On a GPU a
+    part is timed by events on the compute stream, read only at the lap; work on other streams is not counted.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -45,7 +45,7 @@ class StepClock:
         self._open = around
 
     def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function`, each call of which is a `part`, and each wait for the work that a call began."""
+        """`function`, with each call counted as a `part`, and also each `wait` on the handle it returns."""
 
         def call(*args: Any, **kwargs: Any) -> Any:
             with self.part(name):
@@ -55,7 +55,7 @@ class StepClock:
         return call
 
     def lap(self) -> tuple[float, dict[str, float], dict[str, float]]:
-        """Seconds since the last lap, of these each `wait`, and each `part` of the measured step."""
+        """Seconds since the last lap, in each `wait` since then, and in each `part` of the measured step."""
         parts: defaultdict[str, float] = defaultdict(float)
         if self._spans:
             synchronize(self._device)
@@ -80,7 +80,7 @@ class StepClock:
 
 
 class _TimedWork:
-    """The handle of an asynchronous collective, whose `wait` is a part."""
+    """The handle of an asynchronous collective, with its `wait` counted as a part."""
 
     def __init__(self, clock: StepClock, name: str, work: Any) -> None:
         self._clock, self._name, self._work = clock, name, work
@@ -94,6 +94,6 @@ class _TimedWork:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until a GPU has done what it was given."""
+    """Wait until a GPU has finished all its queued work; do nothing on a CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

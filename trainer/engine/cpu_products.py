@@ -1,4 +1,4 @@
-"""Matrix products on a CPU: which library computes fp32, and bf16 where it has no instructions for it."""
+"""Fast matrix products on a CPU: the library for fp32, and bf16 on CPUs without instructions for it."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +17,7 @@ _PRODUCTS.add(aten._scaled_dot_product_flash_attention_for_cpu_backward)
 
 @contextmanager
 def fast_products(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
-    """Within it a CPU multiplies matrices of `dtype` as fast as it can, summing in fp32; a GPU as always."""
+    """Inside, a CPU multiplies matrices of `dtype` as fast as it can, summing in fp32; no effect on a GPU."""
     if device.type != "cpu":
         yield
     elif dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
@@ -33,9 +33,9 @@ def fast_products(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
 
 
 def _exact() -> bool:
-    """Whether fp32 products are fp32: oneDNN, allowed to round operands to bf16, does so only where it gains.
+    """Whether fp32 products stay fp32: oneDNN may now round operands to bf16, and does so if that is faster.
 
-    Elsewhere (no AMX) the permission puts oneDNN in the place of MKL, and it is twice as fast on some CPUs.
+    Otherwise (no AMX) the setting only replaces MKL by oneDNN, which is twice as fast on some CPUs.
     """
     a, b = torch.randn(2, 256, 256, generator=torch.Generator().manual_seed(0)).unbind()
     exact = a.double() @ b.double()
@@ -44,9 +44,9 @@ def _exact() -> bool:
 
 
 class _InFp32(TorchDispatchMode):
-    """Products of bf16 operands computed in fp32 and rounded once; the CPU's own take over ten times as long.
+    """Computes products of bf16 operands in fp32 and rounds once: bf16 itself takes over ten times as long.
 
-    It sees the operators below autograd, so backward too.
+    The mode sees operators below autograd, so it also covers the backward.
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

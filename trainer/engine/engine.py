@@ -1,8 +1,8 @@
-"""The one file that knows DeepSpeed: ZeRO, expert groups, gradient scaling, where it keeps optimizer states.
+"""All use of DeepSpeed, with gradients.py: ZeRO, expert groups, gradient scaling, access to optimizer states.
 
-`mark_experts` makes our MoE blocks DeepSpeed's: each block's class becomes one that also inherits
-AutoEPMoELayer (as torch's `fully_shard` does with its class), and the expert weights carry the attributes by
-which DeepSpeed reduces, partitions and clips them over the expert-data-parallel group.
+`mark_experts` makes DeepSpeed accept our MoE blocks: it replaces the class of each block by one that also
+inherits AutoEPMoELayer (torch's `fully_shard` replaces classes likewise), and gives the expert weights the
+attributes by which DeepSpeed reduces, partitions and clips them over the expert-data-parallel group.
 """
 
 import math
@@ -38,25 +38,25 @@ from deepspeed.utils import groups
 
 from trainer.engine.gradients import Fp32Sums, ReduceScatter, reduce_and_clip
 
-all_to_all = deepspeed.comm.all_to_all_single  # for dispatchers: DeepSpeed's communication log sees it
-# DeepSpeed's collectives, as its backend names them
+all_to_all = deepspeed.comm.all_to_all_single  # for dispatchers; DeepSpeed's communication log counts it
+# the collectives of DeepSpeed's backend that the clock times
 _COLLECTIVES = ["all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "reduce"]
 _COLLECTIVES += ["all_to_all_single"]
 
 
 def init_deepspeed(device: torch.device) -> None:
     """Hand the existing process group to DeepSpeed."""
-    # at every collective
+    # Without this filter, the warning appears at every collective.
     warnings.filterwarnings("ignore", r"`torch\.distributed\..*` is deprecated", FutureWarning)
-    # It would compile a shared-memory operator for inference, for a minute, on every rank.
+    # Every rank would spend a minute compiling a shared-memory operator for inference.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
 
 
 def communication_log(run: Callable[[], Any]) -> str:
-    """What DeepSpeed's log says of the collectives in `run`, a line per operation, the slowest first.
+    """DeepSpeed's log of the collectives in `run`, one line per operation, the slowest first.
 
-    It waits for each collective, and sees those that go through deepspeed.comm.
+    While logging, DeepSpeed waits for each collective. It logs only calls through deepspeed.comm.
     """
     log = deepspeed.comm.comm.comms_logger
     deepspeed.comm.configure(enabled=True, prof_all=True, verbose=False)
@@ -66,7 +66,7 @@ def communication_log(run: Callable[[], Any]) -> str:
     for name, sizes in log.get_raw_data().items():
         mebibytes = sum(size * count for size, (count, *_) in sizes.items()) / 2**20
         calls = sum(count for count, *_ in sizes.values())
-        # of an operation's latencies each holds those before it: its timer is never reset
+        # latencies of an operation are cumulative, as its timer is never reset: the largest is the sum
         milliseconds = max(max(latencies) for _, latencies, *_ in sizes.values())
         rows.append((milliseconds, f"{name:<28}{calls:>8}{mebibytes:>12.2f}{milliseconds:>12.2f}"))
     head = f"{'collective':<28}{'calls':>8}{'MiB':>12}{'ms':>12}"
@@ -79,7 +79,7 @@ def expert_parallel_group(ep_size: int) -> dist.ProcessGroup:
     if name not in groups._get_expert_parallel_group_dict():
         if ep_size > 1:
             groups._create_expert_and_data_parallel(ep_size)
-        else:  # it would make a group for each rank, one after another, and all ranks wait for each
+        else:  # DeepSpeed would make one group per rank, one after another, and all ranks wait for each
             alone = dist.new_group([dist.get_rank()], use_local_synchronization=True)
             groups._EXPERT_PARALLEL_GROUP[name] = alone
             groups._EXPERT_PARALLEL_GROUP_RANKS[name] = [dist.get_rank()]
@@ -89,17 +89,17 @@ def expert_parallel_group(ep_size: int) -> dist.ProcessGroup:
 
 
 class _AutoEPBlock(MoEBlock, AutoEPMoELayer):
-    """A block with DeepSpeed's marker class as a second parent; the arithmetic stays the block's."""
+    """An MoE block with DeepSpeed's class as a second parent; the computation is still MoEBlock's."""
 
     ep_size: int
 
     def set_deepspeed_parallelism(self, *args: Any, **kwargs: Any) -> None:
-        """DeepSpeed asks every layer for its group; ours exists already."""
+        """Called by DeepSpeed on every layer to create its group; ours exists already."""
         self.ep_group = expert_parallel_group(self.ep_size)
 
 
 def mark_experts(model: nn.Module, num_experts: int, ep_size: int, ep_rank: int) -> None:
-    """Make every MoE block of `model`, which holds this rank's experts, an AutoEP layer for DeepSpeed."""
+    """Turn every MoE block of `model` (with this rank's experts only) into an AutoEP layer of DeepSpeed."""
     group_name = f"ep_size_{ep_size}"
     for block in model.modules():
         if not isinstance(block, MoEBlock):
@@ -115,16 +115,16 @@ def mark_experts(model: nn.Module, num_experts: int, ep_size: int, ep_rank: int)
 
 
 def _settings(config: RunConfig, plan: ParallelPlan) -> dict[str, Any]:
-    """What DeepSpeed is told: the section of the run, and what other keys of ours say."""
+    """The settings for DeepSpeed: the section `deepspeed` of the run, and values from our other keys."""
     stage, in_bf16 = config.zero_stage, config.dtype == "bf16"
     settings: dict[str, Any] = {
-        # torch's AdamW runs on CPU tensors, and DeepSpeed's would have to be compiled
+        # torch's AdamW can update CPU tensors; DeepSpeed's would have to be compiled
         "zero_force_ds_cpu_optimizer": False,
         **config.deepspeed,
         "train_batch_size": plan.global_batch_size,
         "train_micro_batch_size_per_gpu": plan.micro_batch_size,
         "gradient_accumulation_steps": plan.gradient_accumulation_steps,
-        # its own norm is wrong for experts without ZeRO, so stage 0 clips here
+        # DeepSpeed's norm is wrong for experts without ZeRO, so `_reduce_and_clip` clips at stage 0
         "gradient_clipping": config.optimizer.max_grad_norm if stage > 0 else 0.0,
         "steps_per_print": None,
         # ZeRO-1 frees each bf16 gradient as soon as it is added to the fp32 sum
@@ -141,9 +141,9 @@ class Fragment:
     """Consecutive elements of one parameter, with their optimizer state, that this rank holds."""
 
     parameter: str
-    start: int  # of its first element in the flattened whole parameter, of experts [E, ...]
+    start: int  # index of its first element in the flattened whole parameter (experts: [E, ...])
     state: dict[str, Tensor]  # master (fp32 weights), exp_avg, exp_avg_sq: 1-D fp32 views, to read or to fill
-    owned: bool  # whether it falls to this rank to write them (without ZeRO several ranks hold the same)
+    owned: bool  # whether this rank writes it to disk (without ZeRO several ranks hold the same elements)
 
 
 class Engine:
@@ -161,17 +161,17 @@ class Engine:
         self._engine, *_ = deepspeed.initialize(**given, dist_init_required=False)
         self.module: nn.Module = self._engine.module
         self._masters: dict[nn.Parameter, Tensor] = {}  # bf16 without ZeRO: fp32 masters by parameter
-        self._averaged_over = plan.world_size  # by which DeepSpeed divides a sum over ranks
+        self._averaged_over = plan.world_size  # DeepSpeed divides sums over ranks by this number
         self.clock = StepClock(ranks.device)
         backend: Any = deepspeed.comm.comm.cdb
-        for name in _COLLECTIVES:  # of the class, because another engine may come later
+        for name in _COLLECTIVES:  # from the class: a later engine must not wrap this wrapper
             collective = getattr(type(backend), name).__get__(backend)
             setattr(backend, name, self.clock.timed("communication", collective))
         sums = self._engine.optimizer
         if self._zero_stage == 0:
-            # It would copy all gradients into a buffer and back, also those that no other rank shares.
+            # DeepSpeed would copy all gradients into a buffer and back, even those no other rank shares.
             self._engine.enable_backward_allreduce, self._averaged_over = False, 1
-            optimizer.state.clear()  # in bf16 it would start Adam's bias correction at its second step
+            optimizer.state.clear()  # in bf16, DeepSpeed's set-up has counted one step of Adam
             if config.dtype == "bf16":
                 sums.__class__ = Fp32Sums
                 self._masters = sums.take_over()
@@ -203,8 +203,8 @@ class Engine:
     def backward(self, loss_share: Tensor) -> None:
         """Accumulate the gradient of this rank's share; shares add up over ranks and micro-batches.
 
-        DeepSpeed would divide by the accumulation steps, and averages over ranks where it reduces. Both are
-        undone here; no other line of the project scales a loss by a number of ranks.
+        DeepSpeed would divide by the accumulation steps, and it averages over ranks. Both are undone here;
+        no other line of the project scales a loss by a number of ranks.
         """
         with self.clock.part("backward"):
             self._engine.backward(loss_share * self._averaged_over, scale_wrt_gas=False)
@@ -214,7 +214,7 @@ class Engine:
     def step(self, learning_rate: float) -> float:
         """Clip and update after the last micro-batch; returns the global gradient norm before clipping.
 
-        Where that is no finite number, the weights stay as they were.
+        If the norm is not finite, the weights do not change.
         """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
@@ -230,7 +230,7 @@ class Engine:
         experts: list[Tensor] = []
         for parameter in self.module.parameters():
             master = self._masters.get(parameter, parameter)
-            if master.grad is None:  # perhaps on this rank only
+            if master.grad is None:  # other ranks may have one
                 master.grad = torch.zeros_like(master)
             (experts if _is_expert(parameter) else shared).append(master.grad)
         return reduce_and_clip(
@@ -238,12 +238,12 @@ class Engine:
         )
 
     def owned_parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, whole tensor) of what this rank writes to disk, one at a time; all ranks must iterate.
+        """Yield (name, whole tensor) of each parameter that this rank writes to disk; all ranks must iterate.
 
-        The ranks that hold a parameter (experts: that hold the same slice) take turns in owning one.
+        The parameters are divided among the ranks that hold them (experts: that hold the same slice).
         """
         for name, parameter, owned in self._parameters():
-            # ZeRO-3 cuts parameters up, of experts this rank's slice
+            # ZeRO-3 partitions each parameter (experts: the slice of this rank)
             with deepspeed.zero.GatheredParameters([parameter], enabled=self._zero_stage == 3):
                 if owned:
                     yield name, parameter.detach()
@@ -256,9 +256,9 @@ class Engine:
             yield name, parameter, turn == dist.get_rank(group)
 
     def fragments(self) -> Iterator[Fragment]:
-        """The optimizer state that this rank holds, wherever DeepSpeed keeps it; no collectives.
+        """Yield the optimizer state that this rank holds, wherever DeepSpeed keeps it; no collectives.
 
-        Filling the views restores a state, on whatever layout it was read: `end_restore` ends it.
+        To restore a state, saved on any layout, fill the views and then call `end_restore`.
         """
         for name, parameter, owned in self._parameters():
             if (place := self._locate(parameter)) is None:
@@ -266,15 +266,15 @@ class Engine:
             flat, offset, start, numel = place
             state = self._adam_state(flat)
             views = {"master": flat.detach(), "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
-            if _is_expert(parameter):  # this rank holds its slice of them
+            if _is_expert(parameter):  # skip the slices of lower expert-parallel ranks
                 start += self._ep_rank * getattr(parameter, "ds_numel", parameter.numel())
             cut = {key: view.view(-1)[offset : offset + numel] for key, view in views.items()}
             yield Fragment(name, start, cut, owned or self._zero_stage > 0)
 
     def _locate(self, parameter: Any) -> tuple[Tensor, int, int, int] | None:
-        """Where fp32 elements of a parameter lie on this rank, None if they all lie on others.
+        """Where this rank holds fp32 elements of a parameter; None if it holds none.
 
-        (tensor that the optimizer updates, first element there, first element in the parameter, elements)
+        (tensor that the optimizer updates, first index in it, first index in the parameter, element count)
         """
         optimizer = self._engine.optimizer
         if self._zero_stage == 3:
@@ -292,7 +292,7 @@ class Engine:
         return self._masters.get(parameter, parameter), 0, 0, parameter.numel()
 
     def _adam_state(self, flat: Tensor) -> dict[str, Tensor]:
-        """The state of a tensor that the optimizer updates; that of no step yet where it has none."""
+        """The state of a tensor that the optimizer updates; created with zeros if there is none yet."""
         state = self._engine.basic_optimizer.state[flat]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
@@ -301,7 +301,7 @@ class Engine:
 
     @torch.no_grad()
     def end_restore(self, step: int) -> None:
-        """After all fragments are filled, on all ranks: set the step, and the weights from their masters."""
+        """Call on all ranks once all fragments are filled: sets the step, and weights from their masters."""
         for state in self._engine.basic_optimizer.state.values():
             state["step"].fill_(step)
         optimizer = self._engine.optimizer
@@ -326,10 +326,10 @@ def _is_expert(parameter: nn.Parameter) -> bool:
 
 
 def _in_one_order(model: nn.Module) -> None:
-    """ZeRO-3: have all ranks gather parameters in one order.
+    """ZeRO-3: make all ranks gather parameters in the same order.
 
-    DeepSpeed prefetches a set of parameters, whose order differs between processes, over one group of ranks
-    after another. Collectives of two groups that two ranks start in another order can wait for each other.
+    DeepSpeed prefetches a Python set of parameters, whose order differs between processes, one group of ranks
+    at a time. If two ranks start the collectives of two groups in different orders, they can deadlock.
     """
     parameter: Any
     for parameter in model.parameters():

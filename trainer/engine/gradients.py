@@ -1,8 +1,8 @@
-"""How gradients are summed where DeepSpeed's own way rounds the sums to bf16, or moves more than it must.
+"""Sums of gradients where DeepSpeed would round the sums to bf16, or transfer more data than necessary.
 
-Weights in bf16 have gradients in bf16; their sums over micro-batches and ranks are fp32. DeepSpeed's ZeRO 2
-and 3 do that when told to (`trainer/engine/engine.py`). Without ZeRO and under ZeRO-1 its optimizers, which
-hold the fp32 master weights, become one of the classes below, in place.
+Weights in bf16 have gradients in bf16, but their sums over micro-batches and ranks are fp32. ZeRO 2 and 3 can
+be configured so (`trainer/engine/engine.py`). Without ZeRO and under ZeRO-1, DeepSpeed's optimizer object,
+which holds the fp32 master weights, gets one of the classes below instead of its own.
 """
 
 import math
@@ -17,15 +17,15 @@ from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from torch import Tensor, nn
 
-SMALL = 2**20  # elements of a gradient that is not worth a collective of its own
-bf16_optimizer.see_memory_usage = lambda *_, **__: None  # prints a table for each parameter group
+SMALL = 2**20  # gradients with fewer elements share one collective
+bf16_optimizer.see_memory_usage = lambda *_, **__: None  # it would print a table for each parameter group
 
 
 class Fp32Sums(FP16_UnfusedOptimizer):
     """bf16 without ZeRO: the gradient of each master weight is the fp32 sum over micro-batches."""
 
     def take_over(self) -> dict[nn.Parameter, Tensor]:
-        """From now on a gradient is added to that of its master as soon as the backward has it.
+        """From now on, add each gradient to that of its master as soon as the backward has computed it.
 
         Returns the master of each weight.
         """
@@ -37,21 +37,21 @@ class Fp32Sums(FP16_UnfusedOptimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:
-        """Update the masters by their gradients, which others have reduced, and the weights from them."""
+        """Update the masters with their gradients (reduced and clipped before), and the weights from them."""
         self.optimizer.step()
         for weights, masters in zip(self.fp16_groups, self.fp32_groups, strict=True):
             torch._foreach_copy_(weights, masters)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the sums."""
+        """Reset the sums of gradients."""
         self.optimizer.zero_grad(set_to_none)
 
 
 class ReduceScatter(BF16_Optimizer):
-    """ZeRO-1 in bf16: each rank receives the sums of what it steps, and nothing else, in fp32.
+    """ZeRO-1 in bf16: each rank receives only the gradient sums of the elements that it updates, in fp32.
 
     DeepSpeed adds gradients up in a flat fp32 buffer for each parameter group, and would all-reduce the whole
-    buffer in bf16. Sums are over ranks here, not means.
+    buffer in bf16. Here gradients are summed over ranks, not averaged.
     """
 
     def reduce_gradients(self, pipeline_parallel: bool = False) -> None:
@@ -72,10 +72,10 @@ class ReduceScatter(BF16_Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:
-        """Clip by the global norm and update. Where the norm is no finite number, nothing moves."""
+        """Clip by the global norm and update. If the norm is not finite, nothing changes."""
         gradients = self.fp32_groups_gradient_flat_partition
         squares = square_sum(gradients, gradients[0].device)
-        dist.all_reduce(squares)  # no two ranks step the same element
+        dist.all_reduce(squares)  # each element is updated by one rank only
         norm = self._global_grad_norm = float(squares.sqrt())
         self.overflow = not math.isfinite(norm)
         if self.overflow:
@@ -87,7 +87,7 @@ class ReduceScatter(BF16_Optimizer):
         self.update_lp_params()
 
     def _update_hp_grad(self, lp: nn.Parameter, group_idx: int, param_idx: int, clear_lp_grads: bool) -> None:
-        """Called by DeepSpeed as soon as the backward has a gradient, which it frees afterwards."""
+        """Called by DeepSpeed as soon as the backward has computed a gradient; DeepSpeed then frees it."""
         self.fp32_groups_gradients[group_idx][param_idx].view_as(lp).add_(lp.grad)
 
 
@@ -100,8 +100,8 @@ def reduce_and_clip(
 ) -> float:
     """Without ZeRO: sum gradients over the ranks that hold the same weights, in place, and clip them.
 
-    shared: of weights that all ranks hold; experts: of those that the ranks of `edp_group` hold, the other
-    experts being spread over `ep_group`. Returns the global norm before clipping. Every rank must call it.
+    shared: gradients of weights that all ranks hold; experts: of weights that the ranks of `edp_group` hold;
+    `ep_group` holds all experts once. Returns the global norm before clipping. Every rank must call it.
     """
     for gradients, group in ((shared, None), (experts, edp_group)):
         if dist.get_world_size(group) > 1:
@@ -114,7 +114,7 @@ def reduce_and_clip(
 
 
 def all_reduce(gradients: list[Tensor], group: dist.ProcessGroup | None) -> None:
-    """Sum gradients over the ranks of `group` in place; the many small ones travel together."""
+    """Sum gradients over the ranks of `group` in place; all small ones share one collective."""
     large = [gradient for gradient in gradients if gradient.numel() >= SMALL]
     small = [gradient for gradient in gradients if gradient.numel() < SMALL]
     for gradient in large:
@@ -134,7 +134,7 @@ def square_sum(tensors: list[Tensor], device: torch.device) -> Tensor:
 
 
 def clip(gradients: list[Tensor], norm: float, max_norm: float) -> None:
-    """Scale gradients of this global norm down to `max_norm`, in place; 0 leaves them as they are."""
+    """Scale gradients with this global norm down to `max_norm`, in place; `max_norm` 0 turns this off."""
     if max_norm > 0 and norm > max_norm:
         torch._foreach_mul_(gradients, max_norm / (norm + 1e-6))
 

@@ -1,8 +1,8 @@
 """The loss of a step as a sum of shares.
 
-Rule of shares: every term given to `backward` is this rank's share of this micro-batch, normalised by a total
-of the global batch; shares add up, over ranks and micro-batches, to the loss of the global batch, however it
-was cut.
+Rule of shares: every term given to `backward` is the share of one micro-batch on one rank, divided by a total
+of the global batch. Over all ranks and micro-batches the shares add up to the loss of the global batch,
+however the batch is divided.
 """
 
 from collections.abc import Callable
@@ -32,7 +32,7 @@ class Totals:
 def agree_on_totals(micro_batches: list[Batch], stop: bool, written: bool = False) -> Totals:
     """One all-reduce of four integers; every rank must call it once a step.
 
-    They travel between the hosts, so that nobody waits for a device that still works on the last step.
+    The integers are in host memory, so that no rank waits for a device that still computes the last step.
     """
     counts = [sum(batch.label_tokens for batch in micro_batches)]
     counts += [sum(batch.tokens for batch in micro_batches), int(stop), int(written)]
@@ -44,11 +44,11 @@ def agree_on_totals(micro_batches: list[Batch], stop: bool, written: bool = Fals
 
 @dataclass(frozen=True)
 class LossShares:
-    """The terms of one micro-batch's loss: scalars, fp32, already shares of the global batch."""
+    """The terms of one micro-batch's loss in fp32, already shares of the global batch; [L] or scalars."""
 
     cross_entropy: Tensor
     balance: Tensor  # [L], before its weight
-    local_balance: Tensor  # [L], with the frequencies of this micro-batch alone, before its weight
+    local_balance: Tensor  # [L], from the frequencies of this micro-batch alone, before its weight
     z: Tensor  # [L], before its weight
     mtp: Tensor  # of multi-token prediction, before its weight; 0 without it
 
@@ -56,9 +56,9 @@ class LossShares:
     def of(
         cls, cross_entropy: Tensor, output: ModelOutput, frequencies: Tensor | None, totals: Totals
     ) -> "LossShares":
-        """A micro-batch's terms: its share of the `cross_entropy`, and what follows from the model's output.
+        """The terms of a micro-batch: `cross_entropy`, already a share, and terms from the model's output.
 
-        A dense model has no balance and no z-loss.
+        A dense model has no balance loss and no z-loss.
         """
         ahead, router = output.mtp_cross_entropy_sum, output.router
         nothing = cross_entropy.new_zeros(0)
@@ -76,7 +76,7 @@ class LossShares:
         )
 
     def total(self, config: RunConfig) -> Tensor:
-        """What `backward` takes."""
+        """The weighted sum of the terms, for `backward`."""
         balance = self.balance.sum() + config.balance.micro_weight * self.local_balance.sum()
         loss = self.cross_entropy + config.mtp_loss_scaling_factor * self.mtp
         return loss + config.model.router_aux_loss_coef * balance + config.balance.z_loss_coef * self.z.sum()

@@ -1,4 +1,4 @@
-"""AdamW over parameter groups: decayed matrices, undecayed rest, experts apart; its learning rate."""
+"""AdamW and its learning rate. Parameter groups: with and without weight decay, by kind, experts apart."""
 
 import math
 
@@ -8,7 +8,7 @@ from torch import nn
 from moe.norm import ZeroCenteredRMSNorm
 from trainer.settings.config import OptimizerConfig, ScheduleConfig
 
-# Kinds of parameters, and a part of the names of each; the rest (norms, dense feed-forwards) is `other`.
+# Kinds of parameters, and parts of names by which each is found; the rest (norms, dense MLPs) is `other`.
 _NAMES = {
     "experts": (".mlp.experts.",),
     "router": (".mlp.gate.weight",),
@@ -24,13 +24,13 @@ def kind_of(name: str) -> str:
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """torch's AdamW; weight decay falls on matrices other than embeddings, and on zero-centred norms of query
+    """torch's AdamW. Weight decay applies to matrices except embeddings, and to zero-centred norms of query
     and key heads, which it pulls to the identity, as in Qwen3-Next (Megatron-LM's apply_wd_to_qk_layernorm).
 
-    A group holds parameters of one `kind`, so that norms by kind follow from what the optimizer steps.
+    A group holds parameters of one `kind`, so that norms by kind can be computed from the groups.
     Parameters that the engine marked with `group_name` (experts, reduced over their own group) form groups of
     their own, with DeepSpeed's keys `moe` and `name`. The rate is 0 until the loop sets it at every step:
-    DeepSpeed steps once while it sets up, and that must move nothing.
+    DeepSpeed takes one step during its set-up, which must not change the weights.
     """
     groups: dict[str, dict] = {}
     centred = [name for name, module in model.named_modules() if isinstance(module, ZeroCenteredRMSNorm)]
@@ -42,7 +42,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ad
         key = f"{expert_group or kind_of(name)}/{'decay' if decayed else 'no_decay'}"
         decay = config.weight_decay if decayed else 0.0
         group = groups.setdefault(key, {"params": [], "kind": kind_of(name), "weight_decay": decay})
-        group["name"] = expert_group or key  # DeepSpeed finds an expert group by this very name
+        group["name"] = expert_group or key  # DeepSpeed finds an expert group by this name
         if expert_group:
             group["moe"] = True
         group["params"].append(parameter)
@@ -53,8 +53,8 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ad
 def learning_rate(config: ScheduleConfig, peak: float, step: int, total_steps: int) -> float:
     """Learning rate of the update numbered `step` (from 0) out of `total_steps`.
 
-    Linear warmup to `peak`, a plateau, then a fall to `min_lr_ratio * peak` over the last `decay_fraction` of
-    the run: half a cosine (arXiv 1608.03983), a line for `wsd` (arXiv 2404.06395), none for `constant`.
+    Linear warmup to `peak`, a plateau, then decay to `min_lr_ratio * peak` over the last `decay_fraction` of
+    the run: half a cosine (arXiv 1608.03983), linear for `wsd` (arXiv 2404.06395), none for `constant`.
     """
     if step < config.warmup_steps:
         return peak * (step + 1) / config.warmup_steps

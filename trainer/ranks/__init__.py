@@ -1,1 +1,1 @@
-"""The processes of a run: how they start, their devices, seeds and output. May ask settings/."""
+"""The processes of a run: how they start, their devices, seeds and output. May import settings/."""

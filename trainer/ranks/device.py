@@ -1,4 +1,4 @@
-"""The device of a rank, chosen before anything is built, and what a user must do where it cannot be had."""
+"""The device of a rank, chosen before anything is built, and the remedy if it cannot be used."""
 
 import os
 import re
@@ -22,10 +22,10 @@ _OLDER_CUDA = "https://download.pytorch.org/whl/cu126"
 def choose_device(
     wanted: str, local_rank: int = 0, ranks_here: int = 1, world_size: int = 1
 ) -> tuple[torch.device, str | None]:
-    """The device of rank `local_rank` of the `ranks_here` on this machine, and a warning where one is due.
+    """The device of rank `local_rank` of the `ranks_here` on this machine, and a warning if one is needed.
 
-    `wanted` is the key `device`; raises ConfigError where it cannot be had. To be called before anything asks
-    for CUDA: "cpu" hides the GPUs from this process, so that nothing, DeepSpeed included, opens a context.
+    `wanted` is the key `device`; raises ConfigError if it cannot be used. Call this before anything uses
+    CUDA: "cpu" hides the GPUs from this process, so that nothing, DeepSpeed included, opens a context.
     """
     if wanted == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -33,11 +33,11 @@ def choose_device(
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if obstacle := _obstacle(visible):
         if wanted == "cuda":
-            raise ConfigError([f"device=cuda cannot be had: {obstacle}; or use device=cpu"])
+            raise ConfigError([f"device=cuda cannot be used: {obstacle}; or use device=cpu"])
         return torch.device("cpu"), f"training on the CPU: {obstacle}" if sees_gpu(wanted) else None
 
     count, ranks_here = torch.cuda.device_count(), max(ranks_here, local_rank + 1)
-    # Some sites show every task one GPU, its own. Whether it is its own, `check_devices` asks.
+    # Some clusters show each task only its own GPU; `check_devices` checks that no two ranks share it.
     one_each = count == 1 and bool(visible) and "," not in str(visible)
     if ranks_here > count and not one_each:
         shown = f"{count} GPU{'s' * (count > 1)}" + (f" (CUDA_VISIBLE_DEVICES={visible})" if visible else "")
@@ -52,9 +52,9 @@ def choose_device(
 
 
 def _obstacle(visible: str | None) -> str | None:
-    """Why CUDA cannot be used in this process, and the remedy; None where it can."""
+    """Why CUDA cannot be used in this process, and the remedy; None if it can."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what torch warns of is told below
+        warnings.simplefilter("ignore")  # the text below replaces torch's warning
         if torch.cuda.is_available():
             return None
     if visible in NO_GPUS:
@@ -78,7 +78,7 @@ def _obstacle(visible: str | None) -> str | None:
 
 
 def driver_version() -> str | None:
-    """The version of NVIDIA's driver, such as 580.95.05; None where the kernel names none."""
+    """The version of NVIDIA's driver, such as 580.95.05; None if the kernel reports none."""
     with suppress(OSError):
         found = re.search(r"\d+\.\d+(\.\d+)?", Path("/proc/driver/nvidia/version").read_text())
         return found[0] if found else None
@@ -86,9 +86,9 @@ def driver_version() -> str | None:
 
 
 def check_devices(gpu: str | None) -> None:
-    """Raises ConfigError on every rank where two share a GPU, or only some of them have one.
+    """Raises ConfigError on every rank if two ranks share a GPU, or if only some ranks have one.
 
-    `gpu` is the UUID of this rank's, None on a CPU. Every rank must call it, after the process group is made.
+    `gpu`: UUID of this rank's GPU, None on a CPU. Every rank must call it, after joining the process group.
     """
     everywhere: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everywhere, (socket.gethostname(), gpu))
@@ -98,8 +98,8 @@ def check_devices(gpu: str | None) -> None:
     without = sorted(host for host, gpu in ranks_of if gpu is None)
     problems = []
     if 0 < len(without) < len(ranks_of):
-        what = f"device: CUDA cannot be used on {', '.join(without)}, but on other machines of this run"
-        problems.append(f"{what}; mend or leave out these, or use device=cpu")
+        what = f"device: CUDA works on some machines of this run, but not on {', '.join(without)}"
+        problems.append(f"{what}; repair or leave out the latter, or use device=cpu")
     for (host, gpu), ranks in ranks_of.items():
         if gpu is not None and len(ranks) > 1:
             what = f"parallel.nproc_per_node: ranks {', '.join(ranks)} share one GPU of {host}"
@@ -109,12 +109,12 @@ def check_devices(gpu: str | None) -> None:
 
 
 def device_name(device: torch.device) -> str:
-    """What the vendor calls it, such as NVIDIA H100 80GB HBM3; "the CPU" of any CPU."""
+    """The vendor's name of a GPU, such as NVIDIA H100 80GB HBM3; "the CPU" for any CPU."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
 
 
 def device_facts(device: torch.device) -> dict[str, Any]:
-    """What the results of a rank may depend on, for the record: its device and the versions below torch."""
+    """What a rank's results may depend on, to be recorded: host, device, versions of torch, CUDA and NCCL."""
     facts: dict[str, Any] = {"host": socket.gethostname(), "torch": torch.__version__}
     facts |= {"device": device_name(device), "device_count": 0}
     if device.type == "cuda":
@@ -125,11 +125,11 @@ def device_facts(device: torch.device) -> dict[str, Any]:
 
 
 def use_deterministic_algorithms() -> None:
-    """From now on equal inputs give equal bits on a GPU too; an operation that cannot raises RuntimeError.
+    """Make equal inputs give equal bits, also on a GPU; operations that cannot do so raise RuntimeError.
 
-    To be called before the first product and the first collective: cuBLAS and NCCL read their settings then.
+    Call this before the first matrix product and collective: cuBLAS and NCCL read their settings then.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # sums inside the NVLink switch have no fixed order
     torch.use_deterministic_algorithms(True)
-    deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nothing reads it
+    deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # no code reads such memory

@@ -1,4 +1,4 @@
-"""One rank's place in the world: process group, device, seeds, stop signals, and where its output goes."""
+"""The setup of one rank: process group, device, random generators, output, garbage collection."""
 
 import gc
 import io
@@ -20,7 +20,7 @@ import torch.distributed as dist
 from trainer.ranks.device import check_devices, choose_device
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-# Collectives that wait longer than this belong to a dead run.
+# A collective that waits longer fails: another rank has died or hangs.
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
 
@@ -36,7 +36,7 @@ class Ranks:
     local_rank: int
     world_size: int
     device: torch.device
-    warning: str | None = None  # of the choice of the device
+    warning: str | None = None  # about the choice of the device
 
     @property
     def is_main(self) -> bool:
@@ -47,7 +47,7 @@ class Ranks:
     def join(cls, wanted: str = "auto") -> "Ranks":
         """Join the process group named by RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
 
-        `wanted` is the key `device`. Raises ConfigError where a rank cannot have it, or not one of its own.
+        `wanted` is the key `device`. Raises ConfigError if a rank cannot use it, or shares its GPU.
         """
         rank, local_rank, world_size = (int(os.environ[key]) for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -55,20 +55,20 @@ class Ranks:
         gpu = None
         if device.type == "cuda":
             torch.cuda.set_device(device)
-            os.environ["LOCAL_RANK"] = str(device.index)  # by which DeepSpeed sets the device again
+            os.environ["LOCAL_RANK"] = str(device.index)  # DeepSpeed sets the device again from it
             gpu = str(torch.cuda.get_device_properties(device).uuid)
         dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=COLLECTIVE_TIMEOUT)
         check_devices(gpu)
         return cls(rank, local_rank, world_size, device, warning)
 
     def leave(self) -> None:
-        """Leave the process group, all ranks together: one that goes early may abort the others."""
+        """Leave the process group after all ranks have arrived: one that left early could abort others."""
         dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
         dist.destroy_process_group()
 
 
 def seed_everything(seed: int, rank: int) -> None:
-    """Seed every generator; ranks differ, attempts do not."""
+    """Seed every random generator: differently on each rank, equally in each attempt."""
     random.seed(seed + rank)
     np.random.seed(seed + rank)
     torch.manual_seed(seed + rank)
@@ -95,12 +95,12 @@ def set_random_state(state: dict) -> None:
     np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
-    if "cuda" in state and torch.cuda.is_available():  # a run may go on with another `device`
+    if "cuda" in state and torch.cuda.is_available():  # a run may resume on another `device`
         torch.cuda.set_rng_state(state["cuda"])
 
 
 class _Guest(io.FileIO):
-    """What cannot be written is lost: a terminal or a pipe that is closed does not end a run."""
+    """Drops output that cannot be written, so that a closed terminal or pipe does not end the run."""
 
     def write(self, data: Any) -> int:
         try:
@@ -110,7 +110,7 @@ class _Guest(io.FileIO):
 
 
 def redirect_output(log_file: Path) -> TextIO:
-    """Send file descriptors 1 and 2 and Python logging to `log_file`: libraries talk there, C code too.
+    """Send file descriptors 1 and 2 (also used by C libraries) and Python logging to `log_file`.
 
     Returns the old standard output, for progress and errors that a person must see.
     """
@@ -130,12 +130,12 @@ def redirect_output(log_file: Path) -> TextIO:
 
 @contextmanager
 def garbage_collected_by_hand() -> Iterator[None]:
-    """Inside, Python frees cycles of objects only where gc.collect is called: all ranks do it at one place.
+    """Inside, Python frees cycles of objects only when gc.collect is called, at the same step on all ranks.
 
-    Left to itself it stops each rank at another step, a fraction of a second that all others wait for.
+    Automatic collection pauses each rank at a different step for a fraction of a second; all others wait.
     """
     gc.collect()
-    gc.freeze()  # what is there stays, and need not be looked at again
+    gc.freeze()  # exclude the objects that exist now from later collections
     gc.disable()
     try:
         yield

@@ -32,7 +32,7 @@ def test_another_tokenizer_is_refused(tmp_path: Path, mode: str) -> None:
     check_tokenizer(weights, data(same))
     with pytest.raises(ConfigError) as error:
         check_tokenizer(weights, data(other))
-    assert f"stage.init_from: {weights} was trained with another tokenizer than" in str(error.value)
+    assert f"stage.init_from: {weights} was trained with a different tokenizer from" in str(error.value)
     assert f"data.tokenizer={weights}" in str(error.value)
     (weights / "tokenizer.json").unlink()
     check_tokenizer(weights, data(other))  # nothing is known

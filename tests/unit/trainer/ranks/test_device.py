@@ -68,7 +68,7 @@ def test_a_machine_without_gpus(machine):
     machine(gpus=0)
     assert choose_device("auto", 1, 2, 2) == (torch.device("cpu"), None), "no warning: it has none"
     assert refused("cuda") == (
-        "device=cuda cannot be had: this machine shows no NVIDIA GPU (/dev/nvidia0); or use device=cpu"
+        "device=cuda cannot be used: this machine shows no NVIDIA GPU (/dev/nvidia0); or use device=cpu"
     )
 
 
