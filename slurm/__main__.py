@@ -1,10 +1,10 @@
-"""`python -m slurm experiment=NAME slurm=CLUSTER [key=value ...]`: validate, freeze, queue; -m sweeps."""
+"""`python -m slurm experiment=NAME slurm=CLUSTER [key=value ...]`: check, freeze and queue; -m: a sweep."""
 
 import logging
 
 from slurm.submit import Submission
 from trainer.settings.command import compose_and
 
-logging.getLogger("hydra").setLevel(logging.WARNING)  # it would say that a sweep is launched here
+logging.getLogger("hydra").setLevel(logging.WARNING)  # hide its message that it launches a sweep
 submission = Submission()
 compose_and("submit", submission.take, submission.submit)
