@@ -69,7 +69,7 @@ class SlurmConfig:
         }
 
     def problems(self, nproc_per_node: int, device: str) -> list[str]:
-        """Every broken rule except those in the types of single values, one line each."""
+        """Every broken rule that the types of single values do not express, one line each."""
         found = []
         if self.resume not in ("requeue", "chain"):
             found.append(f"slurm.resume={self.resume} is unknown; use requeue or chain")
@@ -95,7 +95,7 @@ class SlurmConfig:
             if not re.fullmatch(r"[A-Za-z_]\w*", key):
                 found.append(f"slurm.env.{key} is no name of an environment variable")
             elif re.search(r"KEY|TOKEN(?!IZER)|SECRET|PASSW", key.upper()):
-                remedy = "it would be in the job script: export it in the shell that submits, jobs get it"
+                remedy = "keep it out of the job script: export it in the shell that submits"
                 found.append(f"slurm.env.{key} looks like a secret; {remedy}")
         return found
 

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 _BOUND = (
-    "health: every task sees one GPU only, so NCCL may not use NVLink between the GPUs of a node; "
+    "health: every task sees one GPU only, and NCCL may be unable to use NVLink within a node; "
     "leave out --gpus-per-task and --gpu-bind if training is slow"
 )
 

@@ -42,10 +42,10 @@ go_on() { # REASON
     say "$1; going on after the newest checkpoint ($(latest))"
     if [[ $RESUME = chain ]]; then
         for id in $(successors); do avoid_bad_nodes "$id"; done
-        [[ -n $(successors) ]] || say "the chain has no more jobs; resume with: python -m slurm.resume $RUN_DIR"
+        [[ -n $(successors) ]] || say "the chain has no more jobs; resume: python -m slurm.resume $RUN_DIR"
         exit 0
     fi
-    trap '' TERM # requeueing terminates this script
+    trap '' TERM # requeueing sends TERM, but bad nodes are still to be excluded
     patiently scontrol requeue "$JOB" || give_up "the job cannot be requeued; use slurm.resume=chain"
     avoid_bad_nodes "$JOB"
     exit 0
@@ -59,7 +59,7 @@ restart() { # REASON: at most MAX_RESTARTS times
     go_on "$1 (restart $((before + 1)) of $MAX_RESTARTS)"
 }
 
-ask_to_stop() { # USR1: the time limit is near, or slurm.stop. Repeated: a rank may have no handler yet
+ask_to_stop() { # USR1: the time limit is near, or slurm.stop. USR2 is repeated: a rank may lack a handler
     STOPPING=1
     say "asking all ranks to save and stop"
     [[ -z $CHILD ]] || while kill -USR2 "$CHILD" 2>/dev/null; do sleep 5; done &
@@ -98,7 +98,7 @@ RANK='trap "" USR2 TERM
 export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS LOCAL_WORLD_SIZE=$RANKS_PER_NODE
 [[ ${CUDA_VISIBLE_DEVICES:-,} = *,* ]] || LOCAL_RANK=0 LOCAL_WORLD_SIZE=1
 exec "$@"'
-on_ranks() { # STEP (srun), ARGUMENTS (python)...: consecutive ranks, so an expert group, share a node
+on_ranks() { # STEP: of srun, ARGUMENTS...: of python. Consecutive ranks (an expert group) share a node
     # shellcheck disable=SC2086
     exec $1 --mpi=none --distribution=block:block "${SRUN[@]}" bash -c "$RANK" rank "${WRAP[@]}" "$PYTHON" "${@:2}"
 }

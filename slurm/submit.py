@@ -115,7 +115,7 @@ def queue(folder: Path, run_dirs: list[Path], request: SlurmConfig) -> list[str]
     Raises ConfigError if SLURM refuses; nothing stays queued then.
     """
     for run_dir in run_dirs:
-        for name in ("stop", "restarts", "excluded"):  # files from earlier jobs to later ones
+        for name in ("stop", "restarts", "excluded"):  # left by earlier jobs for later ones
             (run_dir / name).unlink(missing_ok=True)
     sweep, parallel = is_sweep(folder), f"%{request.max_parallel}" if request.max_parallel else ""
     array = [f"--array={','.join(run_dir.name for run_dir in run_dirs)}{parallel}"] if sweep else []

@@ -55,7 +55,7 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m trainer.generate", description=__doc__)
     parser.add_argument("source", type=Path, help="run folder, checkpoint, or Hugging Face folder")
     parser.add_argument("prompt")
-    parser.add_argument("--tokens", type=int, default=120, help="maximum of new tokens")
+    parser.add_argument("--tokens", type=int, default=120, help="maximum number of new tokens")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 = greedy")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)

@@ -44,9 +44,9 @@ def buffer_bytes(zero_stage: int, dtype: str) -> float:
     if zero_stage < 2:
         return 0
     bucket, in_bf16 = zero.reduce_bucket_size, dtype == "bf16"
-    if zero_stage == 2:  # one is filled while the other is reduced, under bf16 in an fp32 copy
+    if zero_stage == 2:  # one is filled while the other is reduced; bf16 is reduced in an fp32 copy
         return bucket * (2 * 2 + 4 if in_bf16 else 2 * 4)
-    # one bucket is filled, another reduced; the last term: gradients of a group that is updated at once
+    # one bucket is filled while another is reduced; sub_group_size: gradients copied for one update
     return bucket * 4 * 2 + zero.sub_group_size * 4
 
 
@@ -82,7 +82,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--dtype", default="bf16", choices=("bf16", "fp32"), help="of the weights")
     parser.add_argument("--ep-size", type=int, default=1, help="ranks that share the experts")
     parser.add_argument("--world-size", type=int, default=8, help="number of ranks")
-    parser.add_argument("--seq-len", type=int, default=4096, help="of a row; reduced to the model's maximum")
+    parser.add_argument("--seq-len", type=int, default=4096, help="tokens per row, at most the model's limit")
     options = parser.parse_args(arguments)
     if min(options.ep_size, options.world_size, options.seq_len) < 1 or options.world_size % options.ep_size:
         parser.error("--ep-size must divide --world-size, and all must be above 0")

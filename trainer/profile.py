@@ -83,7 +83,7 @@ def main(arguments: list[str]) -> int:
         parser.error("--steps must be above 0")
     run_dir, folder = options.run_dir, options.run_dir / "profile"
     if "RANK" in os.environ:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # nothing to save
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # end at once: nothing to save
         profile_rank(run_dir, options.steps)
         return 0
     config = RunConfig.of_run(run_dir)

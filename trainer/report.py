@@ -1,6 +1,6 @@
-"""`python -m trainer.report RUN_DIR|SWEEP...`: does it learn, is it balanced, is it fast?
+"""`python -m trainer.report RUN_DIR|SWEEP...`: report whether runs learn, are balanced and are fast.
 
-Writes a page and pictures from the run folder alone, also while the run is going on or after a crash.
+Writes a page and pictures from run folders alone, also of running or crashed runs, with or without W&B.
 """
 
 import argparse

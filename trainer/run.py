@@ -26,7 +26,7 @@ def main(arguments: list[str]) -> int:
     if len(arguments) != 1:
         print("usage: python -m trainer.run RUN_DIR (with RANK, WORLD_SIZE and so on set)", file=sys.stderr)
         return 2
-    stop = StopRequest()  # before the slow imports, so that a signal during them is kept
+    stop = StopRequest()  # before the slow imports, so that a signal during them is noticed
     import torch
     import torch.distributed as dist
 

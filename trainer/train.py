@@ -34,7 +34,8 @@ from trainer.settings.run_folder import record_attempt
 from trainer.stages.stage import Stage
 from trainer.stages.supervised import Supervised
 
-KEPT = 4  # most forwards kept until a step is counted; each holds its layers' inputs and the head's gradient
+# Most forwards kept until a step's routing is counted; each holds its layers' inputs and the head's gradient.
+KEPT = 4
 
 
 def train(
@@ -75,7 +76,7 @@ def train(
     meter, clock = Meter(config, ranks, engine, optimizer, step), engine.clock
     screen.say("\n  ".join([opening(config, plan, ranks.device, backends, step), *stage.describe()]))
 
-    cleanup.enter_context(garbage_collected_by_hand())  # in Checkpoints.save
+    cleanup.enter_context(garbage_collected_by_hand())  # collected in Checkpoints.save
     metrics: dict = {}
     saved_step, outcome = step, "finished"
     while step < total_steps:
@@ -178,7 +179,7 @@ def train_step(
 def prepare_device(
     config: RunConfig, run_dir: Path, attempt: int, ranks: Ranks, screen: Terminal
 ) -> Backends:
-    """Set up this rank's device, warn of slow backends, and record the attempt's device and backends."""
+    """Set up this rank's device; warn about slow devices and backends; record both for the attempt."""
     if config.deterministic:
         use_deterministic_algorithms()
     backends = backends_of(config, ranks)
@@ -190,7 +191,7 @@ def prepare_device(
 
 
 def check_hosts(config: RunConfig, plan: ParallelPlan, screen: Terminal) -> list[str]:
-    """The host of each rank. Warns of expert-parallel groups that span nodes: their tokens cross the network.
+    """The host of each rank. Warns about expert-parallel groups that span nodes: tokens cross the network.
 
     With `parallel.ep_within_node` raises ConfigError instead. Every rank must call it.
     """

@@ -40,7 +40,7 @@ class Terminal:
             self._live.start()
 
     def say(self, message: str) -> None:
-        """Print a line, which stays above the live panel."""
+        """Print a line that stays above the live panel."""
         when = "" if self._console.is_terminal else time.strftime("%H:%M:%S ")
         self._console.print(when + message, markup=False)
 

@@ -1,4 +1,4 @@
-"""Write metrics to JSON Lines files and to Weights & Biases, online or offline, whose errors stop no run."""
+"""Write metrics to JSON Lines files and to Weights & Biases; errors of W&B never stop a run."""
 
 import json
 import netrc
@@ -26,9 +26,9 @@ _CODE = {".py", ".yaml", ".sh", ".html"}
 class Tracker:
     """Writes metrics and alarms of one run; a context manager. Does nothing except on the main rank.
 
-    W&B gets each step once, in order, under one run id for all attempts: a repeated step is the same bit for
-    bit. Each attempt first sends the earlier metrics that W&B may lack: a killed client loses its last
-    seconds, and a new offline file has to hold the whole run. `say` prints to the terminal.
+    W&B gets each step once, in order, under one run id for all attempts: a repeated step has the same values
+    bit for bit. Each attempt first sends the earlier metrics that W&B may lack: a killed client loses its
+    last seconds, and a new offline file has to hold the whole run. `say` prints to the terminal.
     """
 
     def __init__(

@@ -4,7 +4,7 @@ from typing import Any
 
 from trainer.settings.typed import similar
 
-# Keys of DeepSpeed that our own keys set: the same number in two places could contradict itself.
+# Keys of DeepSpeed that our own keys set: the same number in two places could differ.
 _OURS = {
     "train_batch_size": "stage.global_batch_size",
     "train_micro_batch_size_per_gpu": "micro_batch_size",
@@ -40,7 +40,7 @@ _REFUSED = {
 
 
 def deepspeed_problems(section: dict[str, Any], dtype: str) -> list[str]:
-    """Keys that are unknown, set by our own keys, not supported here, or in contradiction, one line each."""
+    """Keys that are unknown, set by our own keys, not supported, or contradictory, one line each."""
     found = []
     for key in section:
         if key in _OURS:

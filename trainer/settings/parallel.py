@@ -1,4 +1,4 @@
-"""The layout of ranks, and which rows and experts each has. Pure arithmetic, torch-free."""
+"""The layout of ranks, rows and experts. Pure arithmetic, torch-free."""
 
 from dataclasses import dataclass
 from typing import Literal

@@ -19,7 +19,7 @@ from trainer.settings.config import RunConfig
 
 
 class Supervised:
-    """A `Stage` on the data of the run, which begins with the first row after the first `step` steps."""
+    """A `Stage` whose batches come from the run's data, from the first row after `step` steps."""
 
     def __init__(self, config: RunConfig, ranks: Ranks, engine: Engine, balance: Balance, step: int) -> None:
         self._config, self._ranks, self._engine, self._balance = config, ranks, engine, balance
@@ -39,7 +39,7 @@ class Supervised:
     def loss_shares(
         batch: Batch, output: ModelOutput, frequencies: Tensor | None, totals: Totals
     ) -> LossShares:
-        """Cross entropy per labelled token of the global batch, and the other terms of the model."""
+        """Cross entropy per labelled token of the global batch, and the terms of routers and of MTP."""
         assert output.cross_entropy_sum is not None
         cross_entropy = output.cross_entropy_sum / max(totals.label_tokens, 1)
         return LossShares.of(cross_entropy, output, frequencies, totals)
@@ -73,7 +73,7 @@ class Supervised:
 
 
 def open_loader(config: RunConfig, ranks: Ranks, **settings: Any) -> Loader:
-    """A Loader of this rank's rows; `settings` replace arguments that follow from the run."""
+    """A Loader of this rank's rows; `settings` override the arguments from the run."""
     of_run: dict[str, Any] = {
         "seq_len": config.stage.seq_len,
         "global_batch_size": config.stage.global_batch_size,
