@@ -1,1 +1,1 @@
-"""Runs on a SLURM cluster."""
+"""Submit and manage runs on a SLURM cluster."""

@@ -14,6 +14,6 @@ from slurm.submit import Submission
 from trainer.settings.command import compose_and
 
 if __name__ == "__main__":
-    logging.getLogger("hydra").setLevel(logging.WARNING)  # it would say that a sweep is launched here
+    logging.getLogger("hydra").setLevel(logging.WARNING)  # hide Hydra's message that it launches a sweep
     submission = Submission()
     compose_and("submit", __doc__, submission.take, submission.submit)

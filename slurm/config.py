@@ -1,4 +1,4 @@
-"""What a submission is: a run and what it asks of the cluster. Torch-free, for login nodes."""
+"""The settings of a submission: a run and its request to the cluster. Torch-free, for login nodes."""
 
 import re
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from trainer.settings.typed import AtLeast0, AtLeast1
 
 @dataclass
 class HealthConfig:
-    """What the nodes must pass before training."""
+    """Limits of the health check of the nodes before training."""
 
     seconds: AtLeast0
     min_free_gib: float
@@ -20,7 +20,7 @@ class HealthConfig:
 
 @dataclass
 class ContainerConfig:
-    """The image in which the ranks run."""
+    """The container in which the ranks run."""
 
     kind: str
     image: str | None
@@ -30,7 +30,7 @@ class ContainerConfig:
 
 @dataclass
 class SlurmConfig:
-    """What the job asks for, and how it goes on after an interruption. Values in conf/slurm/, laws here."""
+    """What the job requests, and how it continues after an interruption. The values are in conf/slurm/."""
 
     nodes: AtLeast1
     gpus_per_node: AtLeast0
@@ -60,7 +60,7 @@ class SlurmConfig:
     dry_run: bool
 
     def flags(self) -> dict[str, str | None]:
-        """sbatch's long flags and their values (None for a switch); `sbatch` goes before typed keys."""
+        """sbatch's long flags and their values (None for a switch); keys of `sbatch` replace the others."""
         given: dict[str, Any] = {key: getattr(self, key) or None for key in _FLAGS} | self.sbatch
         return {
             str(key).replace("_", "-"): None if value is True else str(value)
@@ -69,7 +69,7 @@ class SlurmConfig:
         }
 
     def problems(self, nproc_per_node: int, device: str) -> list[str]:
-        """Every broken law that the types of single values do not show, one line each."""
+        """Every broken rule that the types of single values do not express, one line each."""
         found = []
         if self.resume not in ("requeue", "chain"):
             found.append(f"slurm.resume={self.resume} is unknown; use requeue or chain")
@@ -90,12 +90,12 @@ class SlurmConfig:
             if flag in _OURS:
                 found.append(f"slurm.sbatch.{flag} is set by {_OURS[flag]}; remove it")
             elif not re.fullmatch(r"[a-z][a-z0-9-]+", flag) or re.search(r"[\x00-\x1f]", value or ""):
-                found.append(f"slurm: --{flag}={value!r} is no long flag of sbatch with a value of one line")
+                found.append(f"slurm: --{flag}={value!r} is no long flag of sbatch with a one-line value")
         for key in self.env:
             if not re.fullmatch(r"[A-Za-z_]\w*", key):
                 found.append(f"slurm.env.{key} is no name of an environment variable")
             elif re.search(r"KEY|TOKEN(?!IZER)|SECRET|PASSW", key.upper()):
-                remedy = "the job script is no place for one: export it where you submit, jobs get it"
+                remedy = "keep it out of the job script: export it in the shell that submits"
                 found.append(f"slurm.env.{key} looks like a secret; {remedy}")
         return found
 
@@ -117,17 +117,17 @@ _OURS = {
 
 @dataclass
 class SubmitConfig(RunConfig):
-    """A run and the cluster it goes to."""
+    """A run and its request to the cluster."""
 
     slurm: SlurmConfig
 
     @property
     def world_size(self) -> int:
-        """The ranks on all nodes."""
+        """The number of ranks on all nodes."""
         return self.slurm.nodes * self.parallel.nproc_per_node
 
     def check(self, world_size: int | None = None) -> None:
-        """Raises ConfigError with every broken law of the run and of the request."""
+        """Raises ConfigError with every broken rule of the run and of the request."""
         problems = self.slurm.problems(self.parallel.nproc_per_node, self.device)
         try:
             super().check(world_size)

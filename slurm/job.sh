@@ -1,11 +1,11 @@
 # shellcheck shell=bash disable=SC2016,SC2153,SC2154,SC2329
-# One job: check the nodes, run the ranks, decide what comes next. Static text; the lines above it, written by
-# slurm/script.py, set its variables. What happened is read from the run folder, never from an exit code (a crash
-# under --kill-on-bad-exit looks like a kill):
-#   state      the attempt and its running | stopped | finished | failed, written by rank 0
-#   latest     names the newest checkpoint: moved = this attempt got somewhere
-#   restarts   how many crashes and bad nodes were answered by another try
-#   stop       why no job goes on with this run; python -m slurm.resume removes it
+# One job: check the nodes, run the ranks, decide what comes next. This text is fixed; slurm/script.py
+# writes the lines above it, which set its variables. The result of an attempt is read from the run folder,
+# never from an exit code (a crash under --kill-on-bad-exit looks like a kill):
+#   state      the attempt and its state, running | stopped | finished | failed, written by rank 0
+#   latest     the name of the newest checkpoint: if it has changed, this attempt made progress
+#   restarts   how often the run was restarted after crashes and bad nodes
+#   stop       why no job continues this run; python -m slurm.resume removes the file
 set -u
 
 JOB=$SLURM_JOB_ID
@@ -17,10 +17,10 @@ mapfile -t HOSTS < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 say() { printf '%(%F %T)T job %s: %s\n' -1 "$JOB" "$*"; }
 field() { sed -n "s/.*\"$1\": *\"\{0,1\}\([a-z0-9]*\).*/\1/p" "$RUN_DIR/state" 2>/dev/null; }
 latest() { cat "$RUN_DIR/latest" 2>/dev/null; }
-patiently() { for _ in {1..60}; do "$@" && return; sleep 5; done; false; } # slurmctld may be away for a while
-successors() { sed "0,/^$JOB\$/d" "$RUN_DIR/jobs"; } # the rest of a chain
+patiently() { for _ in {1..60}; do "$@" && return; sleep 5; done; false; } # slurmctld may be down for a while
+successors() { sed "0,/^$JOB\$/d" "$RUN_DIR/jobs"; } # the later jobs of a chain
 
-leave() { # CODE: no job goes on, nor what is left of a chain
+leave() { # CODE: end this job, and cancel the later jobs of a chain
     if [[ $RESUME = chain ]]; then successors | xargs -r scancel; fi
     exit "$1"
 }
@@ -42,16 +42,16 @@ go_on() { # REASON
     say "$1; going on after the newest checkpoint ($(latest))"
     if [[ $RESUME = chain ]]; then
         for id in $(successors); do avoid_bad_nodes "$id"; done
-        [[ -n $(successors) ]] || say "that was the last job of the chain; more: python -m slurm.resume $RUN_DIR"
+        [[ -n $(successors) ]] || say "the chain has no more jobs; resume: python -m slurm.resume $RUN_DIR"
         exit 0
     fi
-    trap '' TERM # requeueing ends this script
-    patiently scontrol requeue "$JOB" || give_up "the job cannot be requeued; slurm.resume=chain does without"
+    trap '' TERM # requeueing sends TERM, but bad nodes are still to be excluded
+    patiently scontrol requeue "$JOB" || give_up "the job cannot be requeued; use slurm.resume=chain"
     avoid_bad_nodes "$JOB"
     exit 0
 }
 
-restart() { # REASON: as often as allowed
+restart() { # REASON: at most MAX_RESTARTS times
     local before
     before=$(cat "$RUN_DIR/restarts" 2>/dev/null || echo 0)
     ((before < MAX_RESTARTS)) || give_up "$1, after $before restarts (slurm.max_restarts=$MAX_RESTARTS)"
@@ -59,21 +59,21 @@ restart() { # REASON: as often as allowed
     go_on "$1 (restart $((before + 1)) of $MAX_RESTARTS)"
 }
 
-ask_to_stop() { # USR1: the time limit is near, or slurm.stop. Repeated, as a rank may not listen yet
+ask_to_stop() { # USR1: the time limit is near, or slurm.stop. USR2 is repeated: a rank may lack a handler
     STOPPING=1
     say "asking all ranks to save and stop"
     [[ -z $CHILD ]] || while kill -USR2 "$CHILD" 2>/dev/null; do sleep 5; done &
 }
-terminated() { # TERM: scancel, preemption, a failed node. SLURM itself requeues what must be. KILL is near
+terminated() { # TERM: scancel, preemption, a failed node. SLURM itself requeues if necessary. KILL follows
     TERMINATED=1
     if [[ $RESUME = chain && $(scontrol -o show job "$JOB") != *PreemptTime=[0-9]* ]] &&
         ! sinfo -h -N -n "$SLURM_JOB_NODELIST" -o %T | grep -qE 'down|fail|[*]'; then
-        echo "cancelled" >"$RUN_DIR/stop" # the next job of the chain could not tell
+        echo "cancelled" >"$RUN_DIR/stop" # tells the next job of the chain not to start
     fi
 }
 trap ask_to_stop USR1
 trap terminated TERM
-trap '' USR2 # srun passes it on, but would die of it in its first milliseconds
+trap '' USR2 # srun forwards it, but would be killed by it before it has installed its handler
 
 still_ours() { # after a network partition the job may have been started again elsewhere
     local job
@@ -81,7 +81,7 @@ still_ours() { # after a network partition the job may have been started again e
     [[ $job = *" Restarts=${SLURM_RESTART_COUNT:-0} "* && $job = *" JobState=RUNNING "* ]]
 }
 
-run() { # COMMAND...: `wait` returns at every signal, so again until the command is gone
+run() { # COMMAND...: `wait` returns at every signal, so repeat it until the command has ended
     "$@" </dev/null &
     CHILD=$!
     ((!STOPPING)) || ask_to_stop
@@ -92,20 +92,21 @@ run() { # COMMAND...: `wait` returns at every signal, so again until the command
     exit 143
 }
 
-# A rank must not die of a signal that comes before it listens. One that sees a single GPU has it as number 0.
+# Ignore USR2 and TERM until the rank has its handlers: srun forwards them from the first millisecond.
+# A rank that sees a single GPU has it as number 0.
 RANK='trap "" USR2 TERM
 export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS LOCAL_WORLD_SIZE=$RANKS_PER_NODE
 [[ ${CUDA_VISIBLE_DEVICES:-,} = *,* ]] || LOCAL_RANK=0 LOCAL_WORLD_SIZE=1
 exec "$@"'
-on_ranks() { # STEP ARGUMENTS...: of srun, of python; blocks of ranks: consecutive ones, an expert group, share a node
+on_ranks() { # STEP: of srun, ARGUMENTS...: of python. Consecutive ranks (an expert group) share a node
     # shellcheck disable=SC2086
     exec $1 --mpi=none --distribution=block:block "${SRUN[@]}" bash -c "$RANK" rank "${WRAP[@]}" "$PYTHON" "${@:2}"
 }
 
-check_nodes() { # names bad nodes and starts again without them
+check_nodes() { # reports bad nodes and restarts without them
     local report="$RUN_DIR/logs/health/$JOB.${SLURM_RESTART_COUNT:-0}" host found bad=()
     mkdir -p "$report"
-    ((START_SECONDS == 0)) || # a container: how long its image takes to arrive says nothing of the node
+    ((START_SECONDS == 0)) || # load the container image first: its load time says nothing about the node
         run on_ranks "timeout -k 10 $START_SECONDS srun -K0 -n ${#HOSTS[@]} --ntasks-per-node=1" -c "import torch"
     ((STOPPING)) || run on_ranks "timeout -k 10 $HEALTH_SECONDS srun --kill-on-bad-exit=0" \
         -m slurm.health "$report" "$((HEALTH_SECONDS / 3))" "${HEALTH[@]}"
@@ -128,7 +129,7 @@ for line in "${SETUP[@]}"; do eval "$line" || give_up "slurm.setup failed: $line
 export PYTHONPATH="$CODE${PYTHONPATH:+:$PYTHONPATH}" PYTHONSAFEPATH=1 RANKS_PER_NODE MASTER_ADDR="${HOSTS[0]}"
 export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}" OMP_NUM_THREADS="${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}"
 export MASTER_PORT=$((10000 + SLURM_JOB_ID * 2 % 20000))
-export TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-${SCRATCH:-${TMPDIR:-/tmp}}/triton-$JOB}" # not a home that all nodes share
+export TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-${SCRATCH:-${TMPDIR:-/tmp}}/triton-$JOB}" # not in a shared home
 ((HEALTH_SECONDS == 0)) || MASTER_PORT=$((MASTER_PORT + 1)) check_nodes
 
 before=$(latest) attempt=$(field attempt)

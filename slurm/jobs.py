@@ -1,4 +1,4 @@
-"""Jobs of run folders: which there are, what SLURM says of them, with and without accounting. Torch-free."""
+"""The SLURM jobs of run folders, and their states, with or without accounting. Torch-free."""
 
 import os
 import subprocess
@@ -14,7 +14,7 @@ ACTIVE = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUE
 
 
 def slurm(*command: str) -> str:
-    """The output of a SLURM command. Raises ConfigError with its message where it fails."""
+    """The output of a SLURM command. Raises ConfigError with its message if it fails."""
     # a submission from inside another job must not inherit that job's layout
     inherited = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_") or k == "SLURM_CONF"}
     try:
@@ -32,7 +32,7 @@ def is_sweep(folder: Path) -> bool:
 
 
 def runs_of(folder: Path) -> list[Path]:
-    """The run folders of a sweep, or the run folder itself. Raises ConfigError where it is neither."""
+    """The run folders of a sweep, or the run folder itself. Raises ConfigError if it is neither."""
     if is_sweep(folder):
         return sorted((path.parent for path in folder.glob("*/config.yaml")), key=lambda path: int(path.name))
     if (folder / "config.yaml").is_file():
@@ -41,13 +41,13 @@ def runs_of(folder: Path) -> list[Path]:
 
 
 def jobs_of(run_dir: Path) -> list[str]:
-    """The SLURM jobs of a run, oldest first; one of an array is `12_3`."""
+    """The SLURM jobs of a run, oldest first; a job of an array is `12_3`."""
     path = run_dir / "jobs"
     return path.read_text().split() if path.is_file() else []
 
 
 def ask(run_dirs: list[Path]) -> dict[str, tuple[str, str]]:
-    """{job: (state, nodes or reason)} of all jobs of the runs that SLURM still knows of."""
+    """{job: (state, nodes or reason)} of all jobs of the runs that SLURM still knows."""
     found: dict[str, tuple[str, str]] = {}
     for job in sorted({job.split("_")[0] for run_dir in run_dirs for job in jobs_of(run_dir)}):
         try:
@@ -55,7 +55,7 @@ def ask(run_dirs: list[Path]) -> dict[str, tuple[str, str]]:
         except ConfigError as error:
             if "Invalid job id" not in str(error):
                 raise
-            try:  # long gone: the accounting, where there is one, remembers
+            try:  # an old job, which only accounting (if there is any) remembers
                 lines = slurm("sacct", "-n", "-X", "-P", "-o", "JobID,State,NodeList", "-j", job)
             except ConfigError:
                 continue
@@ -66,15 +66,15 @@ def ask(run_dirs: list[Path]) -> dict[str, tuple[str, str]]:
 
 
 def active(run_dirs: list[Path]) -> dict[str, str]:
-    """{job: state} of those that wait, run or end just now."""
+    """{job: state} of the jobs that are waiting, running or just ending."""
     return {job: state for job, (state, _) in ask(run_dirs).items() if state in ACTIVE}
 
 
 def refuse_queued(run_dirs: list[Path]) -> None:
-    """Raises ConfigError if a job of one of the runs waits or runs."""
+    """Raises ConfigError if a job of one of the runs is waiting or running."""
     queued = active(run_dirs)
     problems = [
-        f"{run_dir} is in the queue as job {job} ({queued[job]}); slurm.stop it, or choose another name"
+        f"{run_dir} is in the queue as job {job} ({queued[job]}); use slurm.stop, or another name"
         for run_dir in run_dirs
         for job in jobs_of(run_dir)
         if job in queued

@@ -1,4 +1,4 @@
-"""`python -m slurm.logs [-f] RUN_DIR [RANK]`: the log of its jobs, or the newest of a rank. Torch-free."""
+"""`python -m slurm.logs [-f] RUN_DIR [RANK]`: the log of its jobs, or a rank's newest log. Torch-free."""
 
 import argparse
 import os
@@ -11,7 +11,7 @@ from trainer.settings.run_folder import read_state
 
 @tells_mistakes
 def main(arguments: list[str]) -> int:
-    """Hand over to tail; -f follows, also over a requeue."""
+    """Run tail in place of this process; -f follows the log, also after a requeue."""
     parser = argparse.ArgumentParser(prog="python -m slurm.logs", description=__doc__)
     parser.add_argument("-f", action="store_true", dest="follow")
     parser.add_argument("run_dir", type=Path)

@@ -1,4 +1,4 @@
-"""`python -m slurm.resume RUN_DIR|SWEEP`: queue again what is not finished. Torch-free."""
+"""`python -m slurm.resume RUN_DIR|SWEEP`: queue unfinished runs again. Torch-free."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What a job runs: its script, a block of flags and variables before job.sh, and the code. Torch-free."""
+"""What a job runs: its script (flags and variables, then job.sh), and a copy of the code. Torch-free."""
 
 import os
 import shlex
@@ -38,7 +38,7 @@ def job_script(folder: Path, configs: list[SubmitConfig], sweep: bool) -> str:
         "START_SECONDS": slurm.container.start_seconds if contained else 0,
         "HEALTH_SECONDS": slurm.health.seconds,
         "HEALTH": [slurm.gpus_per_node, slurm.health.min_free_gib, slurm.health.max_skew_seconds],
-        "SCRATCH": "/tmp" if contained else "",  # TMPDIR of the node, which need not be there in a container
+        "SCRATCH": "/tmp" if contained else "",  # the TMPDIR of the node may be missing in a container
         "SRUN": step,
         "WRAP": wrap,
         "SETUP": slurm.setup,
@@ -48,14 +48,14 @@ def job_script(folder: Path, configs: list[SubmitConfig], sweep: bool) -> str:
         f"#SBATCH --{flag}" + (f"={shlex.quote(v)}" if v is not None else "") for flag, v in flags.items()
     ]
     lines += [f"{name}={_quoted(value)}" for name, value in variables.items()]
-    # some nodes show their GPUs to every job
+    # some nodes show their GPUs also to jobs that did not request any
     cpu_only = {} if slurm.gpus_per_node else {"CUDA_VISIBLE_DEVICES": ""}
     lines += [f"export {name}={shlex.quote(value)}" for name, value in (cpu_only | slurm.env).items()]
     return "\n".join([*lines, "", Path(__file__).with_name("job.sh").read_text()])
 
 
 def _container(folder: Path, configs: list[SubmitConfig]) -> tuple[list[str], list[str]]:
-    """Flags of srun, and words before the rank command, that put the ranks into the image."""
+    """Flags of srun, and a prefix of the rank command, with which ranks run in the container."""
     container, code = configs[0].slurm.container, folder / "code"
     needed = {folder.resolve()}.union(*map(_places, configs))
     mounts = [*sorted(map(str, needed)), *container.mounts]
@@ -71,7 +71,7 @@ def _container(folder: Path, configs: list[SubmitConfig]) -> tuple[list[str], li
 
 
 def _places(config: SubmitConfig) -> set[Path]:
-    """Where the data and the first weights of a run lie; of a pattern, the folder that it begins with."""
+    """The paths of the data and the initial weights of a run, or their nearest existing parent folders."""
     if config.data.mode == "streaming":
         text = absolute_paths(config.data)
         named = [text["tokenizer"], *(path for of in text["sources"].values() for path in of["paths"])]
@@ -84,14 +84,14 @@ def _places(config: SubmitConfig) -> set[Path]:
 
 
 def _quoted(value: object) -> str:
-    """A value of bash: a string, or an array for a list."""
+    """A value as bash text: an array for a list, else a string."""
     if isinstance(value, list):
         return f"({shlex.join(map(str, value))})"
     return shlex.quote(str(value))
 
 
 def snapshot(target: Path, root: Path = ROOT) -> None:
-    """Copy the code of `root` into `target` as it lies there, so that later edits do not change a queued job.
+    """Copy the current code of `root` into `target`, so that later edits do not change a queued job.
 
     In a git checkout these are the files that git does not ignore; an installed package is copied whole.
     """
@@ -100,6 +100,6 @@ def snapshot(target: Path, root: Path = ROOT) -> None:
     for package in _PACKAGES if not listed else ():
         shutil.copytree(root / package, target / package, ignore=shutil.ignore_patterns("__pycache__"))
     for file in filter(None, listed.split("\0")):
-        if (root / file).is_file():  # not: deleted, but not committed so
+        if (root / file).is_file():  # git still lists deleted files until that is committed
             (target / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(root / file, target / file)

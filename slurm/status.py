@@ -1,4 +1,4 @@
-"""`python -m slurm.status RUN_DIR|SWEEP`: where each run is, with and without accounting. Torch-free."""
+"""`python -m slurm.status RUN_DIR|SWEEP`: the state of each run, with or without accounting. Torch-free."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ from trainer.settings.run_folder import read_state
 
 
 def state_of(run_dir: Path, state: dict[str, Any], answers: dict[str, tuple[str, str]]) -> tuple[str, str]:
-    """(state, job) of a run: what SLURM says of a job that waits or runs, else what the folder says."""
+    """(state, job) of a run: SLURM's state of a waiting or running job, else the folder's."""
     jobs, stop = jobs_of(run_dir) or ["-"], run_dir / "stop"
     for job in jobs:
         name, where = answers.get(job, ("", ""))
@@ -19,19 +19,19 @@ def state_of(run_dir: Path, state: dict[str, Any], answers: dict[str, tuple[str,
     said = state["state"]
     if said != "finished" and stop.is_file():
         said = stop.read_text().strip()
-    elif said in ("running", "new"):  # no rank could say how it ended
+    elif said in ("running", "new"):  # no rank recorded the end of the run
         said = answers.get(jobs[-1], ("lost: its job is gone", ""))[0].lower()
     return said, jobs[-1]
 
 
 def last_metrics(run_dir: Path) -> dict[str, Any]:
-    """The newest logged training step, {} before the first."""
+    """The metrics of the newest logged training step, {} before the first."""
     path = run_dir / "metrics.jsonl"
     if path.is_file():
         with path.open("rb") as file:
             file.seek(max(0, path.stat().st_size - 65536))
             for line in reversed(file.read().splitlines()):
-                if b'"loss":' in line and line[:1] == b"{" and line[-1:] == b"}":  # whole
+                if b'"loss":' in line and line[:1] == b"{" and line[-1:] == b"}":  # a complete line
                     return json.loads(line)
     return {}
 

@@ -1,4 +1,4 @@
-"""`python -m slurm.stop RUN_DIR|SWEEP`: running jobs save and end, waiting ones go. Torch-free."""
+"""`python -m slurm.stop RUN_DIR|SWEEP`: running jobs save and end, waiting jobs are cancelled. Torch-free."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ from slurm.jobs import active, command, runs_of, slurm
 
 
 def stop(folder: Path) -> None:
-    """Ask for the end of every job; none of them goes on until `slurm.resume`."""
+    """Ask every job to end; no job continues these runs until `slurm.resume`."""
     run_dirs = runs_of(folder)
     for run_dir in run_dirs:
         (run_dir / "stop").write_text("stopped by slurm.stop\n")
@@ -17,10 +17,10 @@ def stop(folder: Path) -> None:
         try:
             slurm("scancel", *(["--batch", "--signal=USR1"] if state == "RUNNING" else []), job)
             print(f"job {job}: {'saves and ends' if state == 'RUNNING' else 'taken from the queue'}")
-        except ConfigError as error:  # it may have ended just now; the others must be told all the same
+        except ConfigError as error:  # the job may have just ended; stop the others nevertheless
             problems.append(f"job {job}: {error}")
     if not jobs:
-        print("no job waits or runs")
+        print("no job is waiting or running")
     if problems:
         raise ConfigError(problems)
 

@@ -1,4 +1,4 @@
-"""From a command line to queued jobs: gather runs, check all, freeze their folders, sbatch. Torch-free."""
+"""From a command line to queued jobs: collect and check runs, freeze folders, call sbatch. Torch-free."""
 
 import json
 import os
@@ -23,7 +23,7 @@ from trainer.settings.typed import typed
 class Submission:
     """The runs of one command line: one, or with -m the points of a sweep, which become one job array.
 
-    Hydra hands them to `take` one by one; all are checked, and then written, in `submit`.
+    Hydra passes the runs to `take` one by one; `submit` checks all of them before it writes any folder.
     """
 
     def __init__(self) -> None:
@@ -42,10 +42,10 @@ class Submission:
         return 0
 
     def submit(self) -> int:
-        """Freeze the folders and queue the job, or print its script.
+        """Freeze the folders and queue the job, or (slurm.dry_run) print its script.
 
-        Raises ConfigError, with nothing queued, for what is wrong with any of the runs, for a folder that
-        cannot be used, and where sbatch refuses.
+        Raises ConfigError, with nothing queued, if a run has a problem, if a folder cannot be used, or if
+        sbatch refuses.
         """
         configs = self._checked()
         config, request = configs[0], configs[0].slurm
@@ -71,7 +71,7 @@ class Submission:
         return 0
 
     def _checked(self) -> list[SubmitConfig]:
-        """Raises ConfigError with what is wrong with any of the runs."""
+        """The checked configurations. Raises ConfigError with the problems of all runs."""
         configs: list[SubmitConfig] = []
         problems: list[str] = []
         first = self._cfgs[0]
@@ -103,19 +103,19 @@ class Submission:
             freeze(run_dir, of_run, overrides)
             (run_dir / "logs").mkdir(exist_ok=True)
         if not any((run_dir / "jobs").exists() for run_dir in run_dirs):
-            snapshot(folder / "code")  # a run goes on with the code that it began with
+            snapshot(folder / "code")  # a run continues with the code with which it started
         if self._sweep:
             write_atomically(folder / "sweep.json", json.dumps(self._overrides, indent=1).encode())
         (folder / "slurm.yaml").write_text(OmegaConf.to_yaml(self._cfgs[0].slurm, resolve=True))
 
 
 def queue(folder: Path, run_dirs: list[Path], request: SlurmConfig) -> list[str]:
-    """sbatch the script of a frozen run, or of points of a sweep; returns the job ids, several for a chain.
+    """Submit the script of a frozen run, or of points of a sweep; returns the job ids, several for a chain.
 
-    Raises ConfigError where SLURM refuses; nothing stays queued then.
+    Raises ConfigError if SLURM refuses; nothing stays queued then.
     """
     for run_dir in run_dirs:
-        for name in ("stop", "restarts", "excluded"):  # what earlier jobs left to those after them
+        for name in ("stop", "restarts", "excluded"):  # left by earlier jobs for later ones
             (run_dir / name).unlink(missing_ok=True)
     sweep, parallel = is_sweep(folder), f"%{request.max_parallel}" if request.max_parallel else ""
     array = [f"--array={','.join(run_dir.name for run_dir in run_dirs)}{parallel}"] if sweep else []

@@ -22,7 +22,7 @@ from trainer.settings.run_folder import freeze, lock, read_state
 
 
 def train_here(cfg: DictConfig) -> int:
-    """Validate, freeze the run folder and train on this machine's ranks."""
+    """Check the configuration, freeze the run folder and train on the ranks of this machine."""
     hydra_config = HydraConfig.get()
     if hydra_config.mode == RunMode.MULTIRUN:  # a sweep is a folder of numbered runs
         cfg.name = f"{cfg.name}/{hydra_config.job.num}"
@@ -33,7 +33,7 @@ def train_here(cfg: DictConfig) -> int:
     freeze(config.run_dir, cfg, list(hydra_config.overrides.task))
     code = start(config.run_dir, RunConfig.of_run(config.run_dir), held, frozen)
     if read_state(config.run_dir)["state"] == "stopped":
-        sys.exit(code)  # a stop is also for the points of a sweep that are left
+        sys.exit(code)  # a stop request also ends the remaining points of a sweep
     return code
 
 

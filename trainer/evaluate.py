@@ -1,4 +1,4 @@
-"""`python -m trainer.evaluate RUN_DIR|CHECKPOINT`: the held-out loss of each source of a run."""
+"""`python -m trainer.evaluate RUN_DIR|CHECKPOINT`: the held-out loss of each data source of a run."""
 
 import sys
 from pathlib import Path
@@ -16,9 +16,9 @@ from trainer.stages.supervised import held_out_losses
 
 
 def evaluate_checkpoint(source: Path) -> dict[str, float]:
-    """The losses of a checkpoint, or a run's newest, in one process, on the held-out rows of the run.
+    """The losses of a checkpoint, or of a run's newest one, on the run's held-out rows, in one process.
 
-    Raises ConfigError or DataError for a source that is neither, or whose data is not there.
+    Raises ConfigError or DataError if `source` is neither of the two, or if its data is missing.
     """
     run_dir = run_of(source)
     config, folder = RunConfig.of_run(run_dir), hf_folder(source)

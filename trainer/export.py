@@ -23,17 +23,17 @@ def _size(text: str) -> int:
 def main(arguments: list[str]) -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m trainer.export", description=__doc__)
-    parser.add_argument("source", type=Path, help="run folder (the newest checkpoint), checkpoint, HF folder")
-    parser.add_argument("out", type=Path, metavar="OUT", help="new folder, or one that this export has begun")
-    parser.add_argument("--max-shard-size", type=_size, default="5GB", metavar="SIZE", help="KB, MB or GB")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the weights; else as they are in the checkpoint")
+    parser.add_argument("source", type=Path, help="run folder (newest checkpoint), checkpoint, or HF folder")
+    parser.add_argument("out", type=Path, metavar="OUT", help="new folder, or one of an unfinished export")
+    parser.add_argument("--max-shard-size", type=_size, default="5GB", metavar="SIZE", help="e.g. 300MB")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the weights; default: as in the checkpoint")
     options = parser.parse_args(arguments)
     try:
         folder = hf_folder(options.source)
         with reading(folder):
             export(folder, options.out, options.max_shard_size, DTYPES.get(options.dtype))
     except (OSError, SafetensorError) as error:
-        print(f"the export is not whole: {error}; the same command goes on where it stopped", file=sys.stderr)
+        print(f"the export is incomplete: {error}; run the same command again to continue", file=sys.stderr)
         return 1
     return 0
 

@@ -1,4 +1,4 @@
-"""`python -m trainer.generate RUN_DIR "prompt"`: what has it learned? Greedy, or --temperature."""
+"""`python -m trainer.generate RUN_DIR "prompt"`: continue a prompt, greedily or with --temperature."""
 
 import argparse
 import sys
@@ -27,9 +27,9 @@ def generate(
     stop_id: int | None,
     bias: Tensor | None,
 ) -> Iterator[int]:
-    """Token ids that continue `prompt`, one by one, until `stop_id`; temperature 0 is greedy.
+    """Yield the token ids that continue `prompt`, until `stop_id`; temperature 0 is greedy.
 
-    `bias` is `selection_bias`. Every step computes one token; what came before is in the cache.
+    `bias` comes from `selection_bias`. Earlier tokens are in the cache: a step computes only the new ones.
     """
     device = next(model.parameters()).device
     cache = Cache()
@@ -55,12 +55,12 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m trainer.generate", description=__doc__)
     parser.add_argument("source", type=Path, help="run folder, checkpoint, or Hugging Face folder")
     parser.add_argument("prompt")
-    parser.add_argument("--tokens", type=int, default=120, help="most new tokens")
+    parser.add_argument("--tokens", type=int, default=120, help="maximum number of new tokens")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 = greedy")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     if options.tokens < 1 or not 0 <= options.temperature < float("inf"):
-        parser.error("--tokens must be above 0 and --temperature a finite number from 0 on")
+        parser.error("--tokens must be above 0 and --temperature a finite number, 0 or more")
     torch.manual_seed(options.seed)
     folder = hf_folder(options.source)
     device = device_for(options.source)

@@ -1,4 +1,4 @@
-"""`python -m trainer.inspect RUN_DIR|CHECKPOINT`: what is in a checkpoint, and is it whole? Torch-free."""
+"""`python -m trainer.inspect RUN_DIR|CHECKPOINT`: list and check what checkpoints hold. Torch-free."""
 
 import math
 import sys
@@ -11,7 +11,7 @@ from moe.config import ConfigError
 from trainer.checkpoints.folder import damage
 from trainer.settings.run_folder import MANIFEST, checkpoints, read_manifest, read_state
 
-# What a tensor is, by a part of its hub name; the first that matches.
+# The kind of a tensor by a part of its hub name; the first match counts.
 _KINDS = {
     "mlp.experts.": "experts",
     "mlp.gate.": "router",
@@ -25,12 +25,12 @@ _BYTES = {"F32": 4, "BF16": 2}
 
 
 def describe(checkpoint: Path) -> list[str]:
-    """Lines on a checkpoint that is whole, from its manifest and the headers of its weights."""
+    """Lines that describe an undamaged checkpoint, from its manifest and the headers of its weights."""
     manifest = read_manifest(checkpoint)
     elements, nbytes = Counter[str](), Counter[str]()  # by kind
     for path in (checkpoint / "hf").glob("*.safetensors"):
         with safe_open(path, framework="numpy") as reader:
-            for name in reader.keys():  # noqa: SIM118, the reader is no mapping
+            for name in reader.keys():  # noqa: SIM118, the reader is not a mapping
                 stored = reader.get_slice(name)
                 count = math.prod(stored.get_shape())
                 kind = next((kind for part, kind in _KINDS.items() if part in name), "other")
@@ -48,7 +48,7 @@ def describe(checkpoint: Path) -> list[str]:
 
 
 def main(arguments: list[str]) -> int:
-    """Returns 0 if all is whole, 1 if a checkpoint is damaged, 2 if there is none."""
+    """Returns 0 if no checkpoint is damaged, 1 if one is, 2 if there is none or the usage is wrong."""
     if len(arguments) != 1:
         print("usage: python -m trainer.inspect RUN_DIR|CHECKPOINT", file=sys.stderr)
         return 2
@@ -63,7 +63,7 @@ def main(arguments: list[str]) -> int:
     elif folder.is_dir() and (folder.name.startswith("step-") or (folder / MANIFEST).is_file()):
         found = [folder]
     if not found:
-        print(f"{folder} is no checkpoint, and no run folder that has one", file=sys.stderr)
+        print(f"{folder} is neither a checkpoint nor a run folder with a checkpoint", file=sys.stderr)
         return 2
     problems = {checkpoint: damage(checkpoint) for checkpoint in found}
     for checkpoint, lines in problems.items():

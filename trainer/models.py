@@ -1,4 +1,4 @@
-"""`python -m trainer.models`: every shipped model, what it costs, and what a rank holds of it. Torch-free."""
+"""`python -m trainer.models`: size, FLOPs and memory per rank of every shipped model. Torch-free."""
 
 import argparse
 import sys
@@ -11,7 +11,7 @@ from trainer.settings.typed import typed
 
 
 def shipped_models() -> dict[str, ModelConfig]:
-    """Name and shape of each file in conf/model, small ones first."""
+    """Name and shape of each model in conf/model, smallest first."""
     paths = (path.name for path in files("conf").joinpath("model").iterdir())
     names = [name.removesuffix(".yaml") for name in paths if name[0] != "_"]
     with initialize_config_module("conf", version_base="1.3"):
@@ -24,9 +24,9 @@ def bytes_per_rank(
 ) -> list[float]:
     """Bytes of weights, gradient sums and optimizer (master weights and two moments) on one rank.
 
-    All but the weights are fp32; in fp32 without ZeRO the weights are their own masters. ZeRO cuts the
-    optimizer (from stage 1 on), gradients (2) and weights (3) over the ranks that hold the same parameter:
-    all of them, or for routed experts every ep_size-th.
+    Everything except the weights is fp32; in fp32 without ZeRO the weights also serve as master weights. ZeRO
+    partitions the optimizer (from stage 1 on), gradients (2) and weights (3) over the ranks that hold the
+    same parameter: all ranks, or every ep_size-th rank for routed experts.
     """
     experts = model.num_expert_parameters()
     shared, local = model.num_parameters() - experts, experts / ep_size
@@ -38,17 +38,16 @@ def bytes_per_rank(
 
 
 def buffer_bytes(zero_stage: int, dtype: str) -> float:
-    """Bytes of the buffers in which DeepSpeed reduces gradients and steps, as conf/deepspeed sizes them."""
+    """Bytes of DeepSpeed's buffers for gradient reduction and optimizer step, as set in conf/deepspeed."""
     with initialize_config_module("conf", version_base="1.3"):
         zero = compose(overrides=[f"+deepspeed=zero{zero_stage}"]).deepspeed.zero_optimization
     if zero_stage < 2:
         return 0
     bucket, in_bf16 = zero.reduce_bucket_size, dtype == "bf16"
-    if zero_stage == 2:  # one is filled while the other is reduced, in an fp32 copy
+    if zero_stage == 2:  # one is filled while the other is reduced; bf16 is reduced in an fp32 copy
         return bucket * (2 * 2 + 4 if in_bf16 else 2 * 4)
-    return (
-        bucket * 4 * 2 + zero.sub_group_size * 4
-    )  # filled, reduced; the gradients of what is stepped at once
+    # one bucket is filled while another is reduced; sub_group_size: gradients copied for one update
+    return bucket * 4 * 2 + zero.sub_group_size * 4
 
 
 def table(options: argparse.Namespace) -> list[str]:
@@ -72,7 +71,7 @@ def table(options: argparse.Namespace) -> list[str]:
         weights, gradients, optimizer = (size / 2**30 for size in sizes)
         held = f"{weights:10.2f}{gradients:11.2f}{optimizer:11.2f}{buffers:9.2f}"
         lines.append(f"{line}{held}{weights + gradients + optimizer + buffers:9.2f}")
-    lines.append("Activations, kept forwards and what CUDA and NCCL take (1 to 3 GiB) come besides.")
+    lines.append("Not included: activations, kept forward passes, and 1 to 3 GiB for CUDA and NCCL.")
     return lines
 
 
@@ -80,10 +79,10 @@ def main(arguments: list[str]) -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m trainer.models", description=__doc__)
     parser.add_argument("--zero-stage", type=int, default=1, choices=range(4))
-    parser.add_argument("--dtype", default="bf16", choices=("bf16", "fp32"), help="of weights")
-    parser.add_argument("--ep-size", type=int, default=1, help="ranks over which experts are dealt out")
-    parser.add_argument("--world-size", type=int, default=8, help="ranks in all")
-    parser.add_argument("--seq-len", type=int, default=4096, help="of a row, at most what the model takes")
+    parser.add_argument("--dtype", default="bf16", choices=("bf16", "fp32"), help="of the weights")
+    parser.add_argument("--ep-size", type=int, default=1, help="ranks that share the experts")
+    parser.add_argument("--world-size", type=int, default=8, help="number of ranks")
+    parser.add_argument("--seq-len", type=int, default=4096, help="tokens per row, at most the model's limit")
     options = parser.parse_args(arguments)
     if min(options.ep_size, options.world_size, options.seq_len) < 1 or options.world_size % options.ep_size:
         parser.error("--ep-size must divide --world-size, and all must be above 0")

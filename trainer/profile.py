@@ -1,8 +1,8 @@
-"""`python -m trainer.profile RUN_DIR [--steps N]`: what do steps from the newest checkpoint cost?
+"""`python -m trainer.profile RUN_DIR [--steps N]`: measure the cost of steps from the newest checkpoint.
 
 Writes into RUN_DIR/profile: rank-R.json, a trace for Perfetto (https://ui.perfetto.dev), and rank-R.txt, the
-ten largest costs and DeepSpeed's log of the communication of one step. The rest of the run folder stays as it
-is. Under srun or torchrun, with RANK and so on set, it is one rank; else it starts them here.
+ten largest costs and DeepSpeed's log of the communication of one step. The rest of the run folder is not
+changed. Under srun or torchrun, which set RANK, this is one rank; otherwise it starts all ranks here.
 """
 
 import argparse
@@ -17,11 +17,11 @@ from trainer.settings.command import tells_mistakes
 from trainer.settings.config import RunConfig
 from trainer.settings.run_folder import lock
 
-_WARM_UP = 2  # steps before those that are measured
+_WARM_UP = 2  # steps before the measured ones
 
 
 def profile_rank(run_dir: Path, steps: int) -> None:
-    """One rank's part: the steps under torch's profiler, then again under the communication log."""
+    """One rank's part: the steps under torch's profiler, then one more step under the communication log."""
     import torch
 
     from trainer.ranks.device import use_deterministic_algorithms
@@ -77,13 +77,13 @@ def main(arguments: list[str]) -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m trainer.profile", description=__doc__)
     parser.add_argument("run_dir", type=Path)
-    parser.add_argument("--steps", type=int, default=3, help="steps that are measured")
+    parser.add_argument("--steps", type=int, default=3, help="number of measured steps")
     options = parser.parse_args(arguments)
     if options.steps < 1:
         parser.error("--steps must be above 0")
     run_dir, folder = options.run_dir, options.run_dir / "profile"
     if "RANK" in os.environ:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # nothing to save: any of them ends it
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # end at once: nothing to save
         profile_rank(run_dir, options.steps)
         return 0
     config = RunConfig.of_run(run_dir)

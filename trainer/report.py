@@ -1,6 +1,6 @@
-"""`python -m trainer.report RUN_DIR|SWEEP...`: does it learn, is it balanced, fast? A page and pictures.
+"""`python -m trainer.report RUN_DIR|SWEEP...`: report whether runs learn, are balanced and are fast.
 
-Needs the run folder only: of a run that goes on, is finished or has crashed, with or without W&B.
+Writes a page and pictures from run folders alone, also of running or crashed runs, with or without W&B.
 """
 
 import argparse
@@ -15,7 +15,7 @@ def main(arguments: list[str]) -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m trainer.report", description=__doc__)
     parser.add_argument("paths", type=Path, nargs="+", help="run folders, or folders of run folders")
-    parser.add_argument("--out", type=Path, help="default: report/ in the folder, or here for several")
+    parser.add_argument("--out", type=Path, help="default: report/ in the folder; ./report for several")
     options = parser.parse_args(arguments)
     try:
         out = options.out or (options.paths[0] if len(options.paths) == 1 else Path()) / "report"

@@ -1,4 +1,4 @@
-"""`python -m trainer.resume RUN_DIR [key=value ...]`: go on with a run here, also laid out anew."""
+"""`python -m trainer.resume RUN_DIR [key=value ...]`: continue a run here, also in another layout."""
 
 import sys
 from pathlib import Path
@@ -16,7 +16,7 @@ from trainer.settings.command import tells_mistakes
 from trainer.settings.config import RunConfig
 from trainer.settings.run_folder import ROOT, lock, read_run, read_state
 
-# What a resume may change: where and how the ranks compute and what is kept, never what is computed.
+# Keys that a resume may change: where and how the ranks compute and what is kept, not what they compute.
 _LAYOUT_KEYS = (
     *("device", "parallel", "deepspeed", "micro_batch_size", "recompute", "deterministic", "experts.backend"),
     *("checkpoint", "evaluate", "tracker"),
@@ -24,7 +24,7 @@ _LAYOUT_KEYS = (
 
 
 def change_layout(cfg: Any, overrides: list[str]) -> dict[str, Any]:
-    """Apply the overrides of a resume to `cfg`; returns the sections that they touch.
+    """Apply the overrides of a resume to `cfg`; returns the sections that they change.
 
     Raises ConfigError for a key that could change what the run computes.
     """
@@ -53,7 +53,7 @@ def change_layout(cfg: Any, overrides: list[str]) -> dict[str, Any]:
 
 
 def record_layout(run_dir: Path, sections: dict[str, Any], overrides: list[str]) -> Path:
-    """Write resume-K.yaml, K the attempt that is about to start: from now on the run goes on with it."""
+    """Write resume-K.yaml, where K is the next attempt; it applies to this and all later attempts."""
     path = run_dir / f"resume-{read_state(run_dir)['attempt'] + 1}.yaml"
     text = f"# python -m trainer.resume with {overrides}\n{OmegaConf.to_yaml(OmegaConf.create(sections))}"
     write_atomically(path, text.encode())

@@ -15,18 +15,18 @@ from trainer.settings.config import ConfigError, RunConfig
 from trainer.settings.run_folder import read_state, write_state
 
 _OUT_OF_MEMORY = (
-    "Go on with less at a time: python -m trainer.resume {} with recompute=full, a smaller "
-    "micro_batch_size, deepspeed=zero3, or on more ranks; python -m trainer.models lists bytes per rank"
+    "Continue with less memory per rank: python -m trainer.resume {} with recompute=full, a smaller "
+    "micro_batch_size, deepspeed=zero3, or more ranks; python -m trainer.models lists the memory per rank"
 )
 ENVIRONMENT = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def main(arguments: list[str]) -> int:
-    """Train this rank's part. Returns 0 done or stopped, 2 for the user's error, 1 for anything else."""
+    """Train as one rank. Returns 0 if finished or stopped, 2 for an error of the user, 1 for any other."""
     if len(arguments) != 1:
         print("usage: python -m trainer.run RUN_DIR (with RANK, WORLD_SIZE and so on set)", file=sys.stderr)
         return 2
-    stop = StopRequest()  # before the slow imports: a signal during start-up counts
+    stop = StopRequest()  # before the slow imports, so that a signal during them is noticed
     import torch
     import torch.distributed as dist
 
@@ -40,17 +40,17 @@ def main(arguments: list[str]) -> int:
         config = RunConfig.of_run(run_dir)
         config.check(int(os.environ["WORLD_SIZE"]))
         shared = [read_state(run_dir)["attempt"] + 1]
-        # where NCCL leaves what it was doing when it timed out
+        # the files in which NCCL records its collectives when one times out
         record = run_dir.absolute() / "logs" / f"attempt-{shared[0]}" / "nccl-rank-"
         os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", str(record))
     except ConfigError as error:
-        if os.environ.get("RANK", "0") == "0":  # every rank meets it
+        if os.environ.get("RANK", "0") == "0":  # all ranks have the same error
             print(error, file=sys.stderr)
         return 2
     try:
         ranks = Ranks.join(config.device)
     except ConfigError as error:
-        if os.environ["LOCAL_RANK"] == "0":  # every rank of this machine meets it
+        if os.environ["LOCAL_RANK"] == "0":  # all ranks of this machine have the same error
             print(f"{socket.gethostname()}: {error}", file=sys.stderr)
         return 2
     dist.broadcast_object_list(shared)
@@ -68,7 +68,7 @@ def main(arguments: list[str]) -> int:
         code = 0
     except (ConfigError, DataError, TrainingError) as error:
         logging.error("%s", error)
-        if _first(logs / f"error-{crc32(str(error).encode()):08x}"):  # most errors are met by all ranks
+        if _first(logs / f"error-{crc32(str(error).encode()):08x}"):  # most errors occur on all ranks
             print(f"rank {ranks.rank}: {error}", file=terminal)
         state, code = "failed", 1 if isinstance(error, TrainingError) else 2
     except Exception as error:
@@ -87,7 +87,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _first(marker: Path) -> bool:
-    """Whether this rank is the first to make the file, or none can."""
+    """Whether this rank is the first to create the file; also true if no rank can create it."""
     with suppress(OSError):
         marker.touch(exist_ok=False)
         return True
@@ -103,5 +103,5 @@ if __name__ == "__main__":
     sys.stdout.flush()
     sys.stderr.flush()
     logging.shutdown()
-    # Not by way of the interpreter's exit: threads of process groups that are left may block or abort there.
+    # Skip the interpreter's shutdown, where threads of remaining process groups may block or abort.
     os._exit(code)

@@ -1,4 +1,4 @@
-"""The run, from top to bottom."""
+"""Training on one rank, from start to end."""
 
 import math
 import socket
@@ -34,7 +34,8 @@ from trainer.settings.run_folder import record_attempt
 from trainer.stages.stage import Stage
 from trainer.stages.supervised import Supervised
 
-KEPT = 4  # forwards that wait for the counts of a step: each holds its layers' inputs and the head's gradient
+# Most forwards kept until a step's routing is counted; each holds its layers' inputs and the head's gradient.
+KEPT = 4
 
 
 def train(
@@ -48,8 +49,8 @@ def train(
 ) -> str:
     """Train until the token budget or a stop request; returns "finished" or "stopped".
 
-    `cleanup` closes what is open however training ends. Raises TrainingError when the loss is no number any
-    more, or a checkpoint cannot be written; the last good checkpoint stays.
+    `cleanup` closes all that is open, also after an error. Raises TrainingError when the gradient norm is no
+    longer finite, or a checkpoint cannot be written; the last good checkpoint stays.
     """
     plan = config.plan(ranks.world_size)
     seed_everything(config.seed, ranks.rank)
@@ -75,7 +76,7 @@ def train(
     meter, clock = Meter(config, ranks, engine, optimizer, step), engine.clock
     screen.say("\n  ".join([opening(config, plan, ranks.device, backends, step), *stage.describe()]))
 
-    cleanup.enter_context(garbage_collected_by_hand())  # where a checkpoint is saved
+    cleanup.enter_context(garbage_collected_by_hand())  # collected in Checkpoints.save
     metrics: dict = {}
     saved_step, outcome = step, "finished"
     while step < total_steps:
@@ -94,9 +95,9 @@ def train(
         micro_batches = [batch.to(ranks.device) for batch in micro_batches]
         rate = learning_rate(config.schedule, config.optimizer.lr, step, total_steps)
         sums, losses, grad_norm = train_step(engine, balance, stage.loss_shares, micro_batches, totals, rate)
-        if not math.isfinite(grad_norm):  # the same on every rank: the norm is global
+        if not math.isfinite(grad_norm):  # true on all ranks or none: the norm is global
             checkpoints.finish()
-            with first_not_finite(engine.module) as first:  # the same step again: it moved nothing
+            with first_not_finite(engine.module) as first:  # repeat the step, which changed no weight
                 train_step(engine, balance, stage.loss_shares, micro_batches, totals, rate)
             message = diverged(step + 1, micro_batches, losses, first, ranks, run_dir)
             tracker.alert(step + 1, Alarm("not finite", message))
@@ -123,10 +124,10 @@ def train(
 
     checkpoints.save(engine, balance, step)
     checkpoints.finish()
-    if stall := checkpoints.take_stall():  # of saves after the last logged step
+    if stall := checkpoints.take_stall():  # from saves after the last logged step
         tracker.log({"step": step, "tokens": step * step_tokens, "save_stall_seconds": stall})
     if outcome == "stopped":
-        screen.say(f"stopped at step {step} of {total_steps}; go on with: python -m trainer.resume {run_dir}")
+        screen.say(f"stopped at step {step} of {total_steps}; resume: python -m trainer.resume {run_dir}")
     elif metrics:
         screen.say(closing(config, metrics, stage.results(metrics), run_dir))
     else:
@@ -143,12 +144,12 @@ def train_step(
     totals: Totals,
     rate: float,
 ) -> tuple[StepSums, list[Tensor], float]:
-    """One optimizer step: this rank's sums, its losses per micro-batch, and the global gradient norm."""
+    """One optimizer step; returns this rank's sums, loss per micro-batch, and the global gradient norm."""
     config, bias = engine.config, balance.bias
     model = config.model
     kept: list[ModelOutput] = []
     if balance.counts_first:
-        # Full recompute keeps little of a forward: a few wait for the counts. ZeRO-3 would lose gradients.
+        # With full recompute a forward needs little memory: keep a few of them. ZeRO-3 would lose gradients.
         if config.recompute == "full" and config.zero_stage < 3 and len(batches) <= KEPT:
             kept = counted = [engine.forward(batch, bias) for batch in batches]
         else:
@@ -178,7 +179,7 @@ def train_step(
 def prepare_device(
     config: RunConfig, run_dir: Path, attempt: int, ranks: Ranks, screen: Terminal
 ) -> Backends:
-    """Set this rank's device up, say what is slow on it, and record what the attempt computes on."""
+    """Set up this rank's device; warn about slow devices and backends; record both for the attempt."""
     if config.deterministic:
         use_deterministic_algorithms()
     backends = backends_of(config, ranks)
@@ -190,9 +191,9 @@ def prepare_device(
 
 
 def check_hosts(config: RunConfig, plan: ParallelPlan, screen: Terminal) -> list[str]:
-    """The host of each rank. Say which expert-parallel groups span nodes, where all tokens cross the network.
+    """The host of each rank. Warns about expert-parallel groups that span nodes: tokens cross the network.
 
-    Raises ConfigError instead under `parallel.ep_within_node`. Every rank must call it.
+    With `parallel.ep_within_node` raises ConfigError instead. Every rank must call it.
     """
     hosts: list = [None] * plan.world_size
     dist.all_gather_object(hosts, socket.gethostname())

@@ -1,1 +1,1 @@
-"""What a person sees of a run: metrics, alarms, W&B, terminal, report. May ask settings/, ranks/, engine/."""
+"""What users see of a run: metrics, alarms, W&B, terminal, report. May import settings/, ranks/, engine/."""

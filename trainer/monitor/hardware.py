@@ -1,4 +1,4 @@
-"""What the machine can do and has left: the peak of a device, the memory of a rank and of its host."""
+"""Peak FLOP/s of a device, memory of a rank, and available memory of its host."""
 
 import re
 import resource
@@ -10,14 +10,14 @@ import torch
 
 from trainer.engine.clock import synchronize
 
-# Dense bf16 peak in FLOP/s by vendor data sheets, by a part of the device's name; the first that fits counts.
+# Dense bf16 peak in FLOP/s from vendor data sheets, by a part of the device's name; the first match counts.
 _PEAKS = {"GB200": 2.5e15, "B300": 2.25e15, "B200": 2.25e15, "H200": 989e12}  # GH200 too
 _PEAKS |= {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H800": 989e12, "H20": 148e12}
 _PEAKS |= {"A100": 312e12, "A800": 312e12, "L40S": 362e12, "MI300X": 1307e12}
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Peak FLOP/s of one rank's device: of the table for known GPUs in bf16, else measured by a product."""
+    """Peak FLOP/s of one rank's device: from the table for known GPUs in bf16, else measured."""
     if device.type == "cuda" and dtype == torch.bfloat16:
         name = torch.cuda.get_device_name(device)
         if known := [peak for part, peak in _PEAKS.items() if part in name]:
@@ -45,14 +45,14 @@ def memory_gib(device: torch.device) -> dict[str, float]:
 
 
 def available_memory() -> int:
-    """Bytes of host memory that may still be taken, within the limits of all cgroups; 0 where unknown."""
+    """Bytes of host memory still available, within the limits of all cgroups; 0 if unknown."""
     rooms = []
     with suppress(OSError):
         meminfo = Path("/proc/meminfo").read_text()
         rooms.append(1024 * int(meminfo.partition("MemAvailable:")[2].split()[0]))
         for line in Path("/proc/self/cgroup").read_text().splitlines():
             _, controllers, path = line.split(":", 2)
-            limit = "memory.limit_in_bytes" if controllers else "memory.max"  # version 1, version 2
+            limit = "memory.limit_in_bytes" if controllers else "memory.max"  # cgroup version 1, version 2
             group = Path(f"/sys/fs/cgroup/{'memory' if controllers else ''}{path}")
             for folder in (group, *group.parents):
                 with suppress(OSError, ValueError, IndexError):  # another controller, or no limit

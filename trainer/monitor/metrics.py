@@ -1,4 +1,4 @@
-"""What a logged step says, from sums kept on the device and one packed all-reduce: docs/monitoring.md."""
+"""Metrics of a logged step, from sums kept on the device and one packed all-reduce: docs/monitoring.md."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -20,7 +20,7 @@ from trainer.settings.parallel import ParallelPlan
 
 # L MoE layers, E experts, R ranks, N kinds of parameters
 
-SLICE = 2**24  # elements that are looked at together: a few times 64 MiB
+SLICE = 2**24  # elements processed at once, which takes a few times 64 MiB
 HISTOGRAM_LOG2 = (-40, 8)  # |gradient| from 2^-40 to 2^8, a bin per power of two
 
 
@@ -33,17 +33,17 @@ class StepSums(NamedTuple):
     z: Tensor  # [L] shares
     entropy: Tensor  # [L]
     tokens_per_expert: Tensor  # [L,E]
-    logit_range: Tensor  # [L], the largest instead of a sum
+    logit_range: Tensor  # [L], the maximum instead of a sum
 
     @classmethod
     def zeros(cls, num_layers: int, num_experts: int, device: torch.device) -> "StepSums":
-        """Nothing seen yet."""
+        """Sums before the first micro-batch."""
         layers = (num_layers,)
         shapes = [(), (), layers, layers, layers, (num_layers, num_experts), layers]
         return cls(*(torch.zeros(shape, device=device) for shape in shapes))
 
     def add(self, shares: LossShares, router: RouterStatistics | None) -> None:
-        """Count one micro-batch."""
+        """Add one micro-batch."""
         self.cross_entropy.add_(shares.cross_entropy.detach())
         self.mtp.add_(shares.mtp.detach())
         if router is not None:
@@ -54,7 +54,7 @@ class StepSums(NamedTuple):
             self.logit_range.clamp_(min=router.logit_range)
 
     def over_ranks(self, *more: Tensor) -> "StepSums":
-        """The same over all ranks, and each tensor of `more` replaced by its sum over them.
+        """Return these sums over all ranks, and replace each tensor of `more` by its sum over all ranks.
 
         One packed all-reduce in fp64 (counts stay exact); every rank must call it.
         """
@@ -72,7 +72,7 @@ class StepSums(NamedTuple):
         return StepSums._make([*sums, ranges.amax(dim=0)])
 
     def describe(self, totals: Totals) -> dict[str, Any]:
-        """The metrics of a step from sums over all ranks; `layers` holds a list of L for each."""
+        """The metrics of a step from sums over all ranks; `layers` holds L values of each layer metric."""
         loss = {"loss": self.cross_entropy.item()}
         if self.mtp:
             loss["mtp_loss"] = self.mtp.item()
@@ -94,12 +94,12 @@ class StepSums(NamedTuple):
 
 
 class OptimizerNorms:
-    """Squares of gradients, weights and updates by kind of parameter, taken while AdamW steps.
+    """Sums of squared gradients, weights and updates by kind of parameter, measured while AdamW steps.
 
-    The optimizer sees flat fp32 partitions under ZeRO, in groups of one kind each, so that a sum over what
-    every rank steps counts each element once; without ZeRO a sum over replicas is divided by their number.
-    A partition may fill much of a GPU: nothing of its size is copied. What a step changed follows from Adam's
-    moments after it, slice by slice.
+    Under ZeRO the optimizer holds flat fp32 partitions in groups of one kind each, so that a sum over all
+    ranks counts each element once; without ZeRO the sum over replicas is divided by their number. A partition
+    may fill much of a GPU, so it is never copied: the update is computed from Adam's moments after the step,
+    slice by slice.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, config: RunConfig, plan: ParallelPlan) -> None:
@@ -111,7 +111,7 @@ class OptimizerNorms:
         optimizer.register_step_post_hook(self._after)
 
     def arm(self, device: torch.device, histograms: bool) -> None:
-        """Measure at the next step; the sums lie on `device`, wherever the optimizer's states are."""
+        """Measure the next step; the sums are on `device`, even if the optimizer's states are not."""
         self._armed, self._with_histograms = True, histograms
         self.squares = torch.zeros(len(KINDS), 3, device=device, dtype=torch.float64)
         self.histograms = torch.zeros(len(KINDS), HISTOGRAM_LOG2[1] - HISTOGRAM_LOG2[0], device=device)
@@ -132,7 +132,7 @@ class OptimizerNorms:
                 _add(self.squares[kind, 2], _square(_change(group, state["step"], *parts)))
 
     def _stepped(self, optimizer: torch.optim.Optimizer) -> Iterator[tuple[dict[str, Any], Any]]:
-        """Group and parameter of what an armed step updates."""
+        """Yield group and parameter of each update, if this step is measured."""
         for group in optimizer.param_groups if self._armed else ():
             for parameter in group["params"]:
                 if parameter.grad is not None:
@@ -157,7 +157,7 @@ class OptimizerNorms:
 
 
 class Meter:
-    """Gathers what a logged step says. Every rank makes the same calls: they contain collectives."""
+    """Collects the metrics of logged steps. Every rank makes the same calls, which contain collectives."""
 
     def __init__(
         self, config: RunConfig, ranks: Ranks, engine: Engine, optimizer: torch.optim.Optimizer, step: int
@@ -174,7 +174,7 @@ class Meter:
         engine.clock.lap()
 
     def begin(self, step: int) -> None:
-        """Before the work of `step`: `due` says whether it is logged, and what only then is measured."""
+        """Call before the work of `step`: sets `due`, and prepares the measurements if the step is logged."""
         self.due = step % self._config.tracker.log_every_steps == 0 or step == self._config.stage.total_steps
         self._engine.clock.measuring = self.due
         self._begun = time.perf_counter()
@@ -184,7 +184,7 @@ class Meter:
     def measure(
         self, step: int, sums: StepSums, totals: Totals, grad_norm: float, rate: float, save_stall: float
     ) -> dict[str, Any]:
-        """The metrics of a step that is due; `save_stall` is in seconds since the last one."""
+        """The metrics of a step that is due; `save_stall`: seconds of saving since the last such step."""
         elapsed, waits, parts = self._engine.clock.lap()
         now = time.perf_counter()
         steps, traffic = step - self._logged_step, dispatched(self._engine.module)
@@ -232,7 +232,7 @@ class Meter:
         return metrics
 
     def _describe_dispatch(self, sent: list, routed: list, received: list) -> dict[str, Any]:
-        """From [R] bytes sent, slots routed and slots received, per step."""
+        """Dispatch metrics from bytes sent, slots routed and slots received per step, each [R]."""
         if not sum(routed):
             return {}
         by_ep_rank = [received[rank :: self._plan.ep_size] for rank in range(self._plan.ep_size)]
@@ -249,7 +249,7 @@ class Meter:
 
 
 def _change(group: dict[str, Any], step: Tensor, new: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
-    """What AdamW has taken off weights, `new` by now, from its moments, all [n] (arXiv 1711.05101)."""
+    """Old minus `new` weights of an AdamW step, from the moments, all [n] (arXiv 1711.05101)."""
     beta1, beta2 = group["betas"]
     rate, decay = group["lr"], group["lr"] * group["weight_decay"]
     scale1, scale2 = ((1 - beta ** step.double()).to(new.dtype) for beta in (beta1, beta2))
@@ -259,7 +259,7 @@ def _change(group: dict[str, Any], step: Tensor, new: Tensor, mean: Tensor, vari
 
 
 def _add(total: Tensor, value: Tensor) -> None:
-    """Add in place what may lie on another device."""
+    """Add in place a value that may be on another device."""
     total += value.to(total.device, non_blocking=True)
 
 
@@ -271,5 +271,5 @@ def _histogram(gradient: Tensor) -> Tensor:
     """How many values lie in each bin of HISTOGRAM_LOG2. (torch.histc is not deterministic on CUDA.)"""
     first, last = HISTOGRAM_LOG2
     exponents = gradient.float().abs().log2_().floor_().nan_to_num_(nan=first - 1).clamp_(first - 1, last)
-    bins = exponents.long().sub_(first - 1)  # the outer two: whatever lies outside
+    bins = exponents.long().sub_(first - 1)  # the first and the last bin hold all values out of range
     return torch.bincount(bins.flatten(), minlength=last - first + 2)[1:-1]

@@ -1,4 +1,4 @@
-"""The report of runs: a page that answers whether a run learns, is balanced and fast, and its pictures."""
+"""The report of runs: a page, with its pictures, on whether a run learns, is balanced and is fast."""
 
 import json
 from base64 import b64encode
@@ -26,41 +26,41 @@ _COLUMNS = ("loss", "loss/validation", "effective_experts", "tokens_per_second",
 
 @dataclass
 class Run:
-    """What a run folder says; of a step that was done again, what was said last."""
+    """The contents of a run folder; for a repeated step, its last metrics."""
 
     folder: Path
     config: RunConfig
     state: str
-    points: list[dict[str, Any]]  # of metrics.jsonl, flat, in the order of steps
+    points: list[dict[str, Any]]  # of metrics.jsonl, flattened, in the order of steps
     loads: list[dict[str, Any]]  # step, tokens_per_expert [L,E]
     alarms: list[dict[str, Any]]
 
     @classmethod
     def read(cls, folder: Path) -> "Run":
-        """Raises ConfigError for a folder that is no run's."""
+        """Raises ConfigError for a folder that is not a run folder."""
         points = [dict(flat_metrics(line)) for line in _lines(folder / "metrics.jsonl")]
         loads, alarms = _lines(folder / "expert_load.jsonl"), _lines(folder / "alarms.jsonl")
         state = read_state(folder)["state"]
         return cls(folder, RunConfig.of_run(folder), state, _last_said(points), _last_said(loads), alarms)
 
     def series(self, *keys: str) -> list[np.ndarray]:
-        """Tokens and the values of metrics, where all of these were logged."""
+        """Tokens and the values of `keys`, from the points that have all of them."""
         points = [point for point in self.points if all(key in point for key in keys)]
         return [np.array([point[key] for point in points]) for key in ("tokens", *keys)]
 
     def last(self, key: str, default: float = float("nan")) -> float:
-        """The newest value of a metric."""
+        """The newest value of a metric, or `default`."""
         return next((point[key] for point in reversed(self.points) if key in point), default)
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a JSON Lines file: a run that goes on or was killed may have left a part of one."""
+    """The complete lines of a JSON Lines file: a running or killed run may leave an incomplete last line."""
     text = path.read_text(errors="replace") if path.exists() else ""
     return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
 def _last_said(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One line per step and kind of line (training, evaluation, other)."""
+    """The last line of each step and kind of line (training, evaluation, other)."""
     last = {(line["step"], "loss" in line, "loss/validation" in line): line for line in lines}
     return [last[key] for key in sorted(last)]
 
@@ -68,7 +68,7 @@ def _last_said(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def find_runs(paths: list[Path]) -> list[Run]:
     """The runs with a logged step in run folders and sweeps (folders of run folders), the best first.
 
-    Raises ConfigError where there is none.
+    Raises ConfigError if there is none.
     """
     configs = [file for path in paths for name in ("", "*/") for file in path.glob(f"{name}config.yaml")]
     runs = [run for run in (Run.read(file.parent) for file in sorted(configs)) if run.series("loss")[0].size]
@@ -79,7 +79,7 @@ def find_runs(paths: list[Path]) -> list[Run]:
 
 
 def draw(runs: list[Run], panels: dict[str, list[str]]) -> Figure:
-    """The panels of report.yaml: one with one metric shows all runs, others the best run's, over tokens."""
+    """Draw the panels of report.yaml over tokens: all runs if a panel has one metric, else the best run."""
     figure, places = _grid(len(panels), 3, 2.6)
     known = sorted({key for point in runs[0].points for key in point})
     for axes, (title, patterns) in zip(places, panels.items(), strict=True):
@@ -103,7 +103,7 @@ def draw(runs: list[Run], panels: dict[str, list[str]]) -> Figure:
 
 
 def _grid(panels: int, across: int, height: float, shared: bool = False) -> tuple[Figure, list[Axes]]:
-    """A figure of so many panels, at most `across` side by side."""
+    """A figure of `panels` panels, at most `across` side by side."""
     across = min(across, panels)
     down = -(-panels // across)
     figure = Figure(figsize=(11, 0.4 + height * down))
@@ -136,7 +136,7 @@ def draw_experts(run: Run) -> Figure:
 
 
 def sweep_table(runs: list[Run]) -> str:
-    """The runs as rows, the best first: the keys in which they differ, and what came out."""
+    """A table of the runs, the best first: the keys in which they differ, and their results."""
     configs = [flat(read_frozen(run.folder / "config.yaml")) for run in runs]
     swept = [key for key in configs[0] if len({str(config.get(key)) for config in configs}) > 1]
     keys = [key for key in swept if key != "name"]
@@ -153,7 +153,7 @@ def cards(run: Run) -> str:
     """Three answers: does it learn, is it balanced, is it fast?"""
     limits, (_, losses) = run.config.tracker.alarms, run.series("loss")
     _, held_out = run.series("loss/validation")
-    recent = max(1, len(losses) // 8)  # logged steps, compared with as many before
+    recent = max(1, len(losses) // 8)  # logged steps, compared with the same number before them
     fell = losses[-2 * recent : -recent].mean() - losses[-recent:].mean() if len(losses) > 1 else 0.0
     verdict = "good" if fell > 0 else "watch" if fell > -0.02 * losses[-1] else "bad"
     said = [f"{losses[0]:.3f} at the start", *(f"held out {loss:.3f}" for loss in held_out[-1:])]

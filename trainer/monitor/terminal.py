@@ -1,4 +1,4 @@
-"""What a person sees while a run goes: a live line on a terminal, plain lines in a job log. Rank 0 only."""
+"""Progress of a run: a live panel on a terminal, plain lines in a job log. Rank 0 only."""
 
 import time
 from pathlib import Path
@@ -17,7 +17,7 @@ from trainer.ranks.device import device_name
 from trainer.settings.config import RunConfig
 from trainer.settings.parallel import ParallelPlan
 
-# What the live panel says of a step; a plain line says the first two of each.
+# The live panel shows all of these for a step; a plain line shows the first two of each row.
 _SHOWN = {
     "learning": ["loss {loss:.3f}", "grad {grad_norm:.2f}", "learning rate {learning_rate:.2e}"],
     "balance": ["balance {balance_loss:.3f}", "busiest {busiest:.1f}x", "{dead_experts} unused"],
@@ -40,12 +40,12 @@ class Terminal:
             self._live.start()
 
     def say(self, message: str) -> None:
-        """One line that stays."""
+        """Print a line that stays above the live panel."""
         when = "" if self._console.is_terminal else time.strftime("%H:%M:%S ")
         self._console.print(when + message, markup=False)
 
     def progress(self, metrics: dict[str, Any], saved_step: int) -> None:
-        """The state of the run at a logged step; `saved_step` has the last checkpoint, 0 = none."""
+        """Show the run at a logged step; `saved_step` is the step of the last checkpoint, 0 = none."""
         step, total = metrics["step"], self._total_steps
         eta = f"ETA {duration(metrics['eta_seconds'])}"
         known = metrics | {"busiest": 1 + metrics.get("max_violation", 0.0)}
@@ -66,12 +66,12 @@ class Terminal:
         self._live.update(Panel.fit(rows))
 
     def evaluated(self, step: int, held_out: dict[str, float]) -> None:
-        """Say what an evaluation found; perplexities follow from the losses."""
+        """Print the results of an evaluation, except perplexities, which follow from the losses."""
         shown = (f"{key} {value:.3f}" for key, value in held_out.items() if not key.startswith("perplexity"))
         self.say(f"step {step}: {', '.join(shown)}")
 
     def close(self) -> None:
-        """End the live line."""
+        """Remove the live panel."""
         if self._live is not None:
             self._live.stop()
 
@@ -79,7 +79,7 @@ class Terminal:
 def opening(
     config: RunConfig, plan: ParallelPlan, device: torch.device, backends: Backends, step: int
 ) -> str:
-    """What is about to be trained, and on what, in one line."""
+    """One line on the model, the hardware and the batch of a run that starts."""
     total, active = config.model.num_parameters(), config.model.num_active_parameters()
     devices = f"{plan.world_size} " if device.type == "cuda" else ""
     return (
@@ -93,7 +93,7 @@ def opening(
 
 
 def closing(config: RunConfig, metrics: dict[str, Any], results: dict[str, str], run_dir: Path) -> str:
-    """The last words of a finished run, `results` of its stage among them, and what to do next."""
+    """The summary of a finished run, with the `results` of its stage and the next commands."""
     rows = {
         "loss": f"{metrics['loss']:.3f} nats per token at step {metrics['step']:,}",
         **results,

@@ -1,4 +1,4 @@
-"""Where metrics go: JSON Lines files always, Weights & Biases online or offline, never in training's way."""
+"""Write metrics to JSON Lines files and to Weights & Biases; errors of W&B never stop a run."""
 
 import json
 import netrc
@@ -24,11 +24,11 @@ _CODE = {".py", ".yaml", ".sh", ".html"}
 
 
 class Tracker:
-    """Metrics and alarms of one run folder; a context. Only the tracker of the main rank does anything.
+    """Writes metrics and alarms of one run; a context manager. Does nothing except on the main rank.
 
-    W&B gets each step once, in order, under one run id over all attempts: a step that is done again is the
-    same bit for bit. Each attempt first tells it what it may not know: an offline file begins anew, so that
-    the newest holds the whole run, and a killed client loses its last seconds. `say` tells a person.
+    W&B gets each step once, in order, under one run id for all attempts: a repeated step has the same values
+    bit for bit. Each attempt first sends the earlier metrics that W&B may lack: a killed client loses its
+    last seconds, and a new offline file has to hold the whole run. `say` prints to the terminal.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Tracker:
         self._guarded(lambda: self._start(mode, config, run_dir))
 
     def log(self, metrics: dict[str, Any]) -> None:
-        """One line of metrics.jsonl and one point of W&B; `metrics` holds at least `step`."""
+        """Write a line to metrics.jsonl, and a point to W&B; `metrics` holds at least `step`."""
         rest = dict(metrics)
         load = rest.pop("tokens_per_expert", None)
         self._write("metrics", rest)
@@ -52,7 +52,7 @@ class Tracker:
         self._guarded(lambda: self._send(metrics))
 
     def alert(self, step: int, alarm: Alarm) -> None:
-        """Tell a person, alarms.jsonl and W&B."""
+        """Send an alarm to the terminal, alarms.jsonl and W&B."""
         title = f"{alarm.kind} at step {step}"
         self._say(f"ALARM {title}: {alarm.text}")
         self._write("alarms", {"step": step, **alarm._asdict()})
@@ -71,21 +71,21 @@ class Tracker:
             self._files[name].write(json.dumps({**values, "attempt": self._attempt}) + "\n")
 
     def _guarded(self, act: Callable[[], None]) -> None:
-        """W&B is a guest: whatever goes wrong in its client ends its part, not the run's."""
+        """Use W&B: after any error in its client the run continues without it."""
         try:
             if self._wandb:
                 act()
         except Exception as error:
             self._wandb = False
-            self._say(f"warning: W&B has failed ({error}); metrics.jsonl goes on")
+            self._say(f"warning: W&B has failed ({error}); metrics are still written to metrics.jsonl")
 
     def _start(self, mode: Any, config: RunConfig, run_dir: Path) -> None:
-        # It would wait for a dead server at exit, and keep our code in the home directory.
+        # Else W&B waits at exit for a server that does not answer, and copies our code to the home directory.
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         os.environ.setdefault("WANDB_DATA_DIR", str((run_dir / "wandb").resolve()))
         import wandb
 
-        identity = run_dir / "wandb_id"  # over all attempts; the agent of a W&B sweep chooses it
+        identity = run_dir / "wandb_id"  # one for all attempts; a W&B sweep's agent sets it
         if not identity.exists():
             write_atomically(identity, os.environ.get("WANDB_RUN_ID", os.urandom(6).hex()).encode())
         folder, seconds = Path(config.name).parent.as_posix(), config.tracker.timeout_seconds
@@ -94,7 +94,7 @@ class Tracker:
             wandb.init,
             dir=run_dir,
             id=identity.read_text(),
-            project=os.environ.get("WANDB_PROJECT", config.tracker.project),  # which a W&B sweep sets
+            project=os.environ.get("WANDB_PROJECT", config.tracker.project),  # set by a W&B sweep
             group=config.tracker.group or (None if folder == "." else folder),
             tags=config.tracker.tags,
             name=config.name,
@@ -106,11 +106,11 @@ class Tracker:
         except Exception as error:
             if mode != "online":
                 raise
-            later = f"upload later by wandb sync {run_dir}/wandb/latest-run"
-            self._say(f"warning: W&B does not answer ({error}); going on offline, {later}")
-            wandb.teardown()  # its service holds the run id
+            later = f"upload later with wandb sync {run_dir}/wandb/latest-run"
+            self._say(f"warning: W&B does not answer ({error}); continuing offline, {later}")
+            wandb.teardown()  # the service of W&B still holds the run id
             self._run = init(mode="offline")
-        self._run.define_metric("*", step_metric="step")  # `tokens` is there for the other axis
+        self._run.define_metric("*", step_metric="step")  # `tokens` may be chosen as the x axis
         for key in ("loss", "loss/validation"):
             self._run.define_metric(key, step_metric="step", summary="min,last")
         code = wandb.Artifact(f"code-{self._run.id}", type="code")
@@ -121,7 +121,7 @@ class Tracker:
         for name in ("config.yaml", "overrides.txt", "environment.json", "git.txt"):
             code.add_file(str(run_dir / name), f"run/{name}")
         self._run.log_artifact(code)
-        self._told_step = self._run.step  # online, what the server has
+        self._told_step = self._run.step  # online: the step that the server has reached
         with (run_dir / "metrics.jsonl").open() as known, (run_dir / "expert_load.jsonl").open() as loads:
             load = {line["step"]: line for line in map(json.loads, loads)}
             for line in map(json.loads, known):
@@ -146,25 +146,25 @@ class Tracker:
 
 
 def heatmap(load: np.ndarray) -> np.ndarray:
-    """[L,E] tokens -> [8L,4E,3] uint8: white = the layer's mean, blue = nothing, red = twice the mean."""
+    """[L,E] tokens -> [8L,4E,3] uint8: white = the layer's mean, blue = no token, red = twice the mean."""
     away = np.clip(load / np.maximum(load.mean(axis=1, keepdims=True), 1e-9) - 1, -1, 1)
     colours = np.stack([1 + np.minimum(away, 0), 1 - abs(away), 1 - np.maximum(away, 0)], axis=-1)
     return (255 * colours).astype(np.uint8).repeat(8, axis=0).repeat(4, axis=1)
 
 
 def _open(path: Path) -> TextIO:
-    """To append. Half a line that a killed attempt may have left goes: the next would be glued to it."""
+    """Open to append, after removing the incomplete last line that a killed attempt may have left."""
     path.touch()
     os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
     return path.open("a", buffering=1)
 
 
 def _wandb_mode(configured: str) -> str:
-    """`auto` is online where a key is at hand, else offline; WANDB_MODE of the environment goes before it."""
+    """`auto` is online if there is an API key, else offline; the variable WANDB_MODE overrides `auto`."""
     if configured != "auto":
         return configured
     key: Any = os.environ.get("WANDB_API_KEY")
-    with suppress(OSError, netrc.NetrcParseError):  # none, or not ours to read: a home of somebody else
+    with suppress(OSError, netrc.NetrcParseError):  # there is none, or it cannot be read or parsed
         host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
         key = key or netrc.netrc().authenticators(host)
     return os.environ.get("WANDB_MODE", "online" if key else "offline")

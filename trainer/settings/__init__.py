@@ -1,1 +1,1 @@
-"""What a run is: composed, typed, checked, and frozen in its folder. Asks nobody in trainer/; torch-free."""
+"""The settings of a run: composed, checked, frozen in its folder. Imports nothing of trainer/; torch-free."""

@@ -1,10 +1,10 @@
-"""The laws of the section `deepspeed`, which DeepSpeed reads verbatim. Torch-free."""
+"""Checks of the section `deepspeed`, which is given to DeepSpeed as it is. Torch-free."""
 
 from typing import Any
 
 from trainer.settings.typed import similar
 
-# Keys of DeepSpeed that other keys of ours set; a second place for the same number would be a contradiction.
+# Keys of DeepSpeed that our own keys set: the same number in two places could differ.
 _OURS = {
     "train_batch_size": "stage.global_batch_size",
     "train_micro_batch_size_per_gpu": "micro_batch_size",
@@ -17,7 +17,7 @@ _OURS = {
     **dict.fromkeys(("sequence_parallel_size", "data_parallel_size"), "parallel"),
     **{key: key for key in ("optimizer", "checkpoint")},
 }
-# DeepSpeed ignores an unknown top-level key in silence: a typo would do nothing.
+# The known top-level keys: DeepSpeed silently ignores others, so that a typo would have no effect.
 _DEEPSPEED = {
     *("zero_optimization", "zero_force_ds_cpu_optimizer", "communication_data_type", "prescale_gradients"),
     *("gradient_predivide_factor", "sparse_gradients", "wall_clock_breakdown", "memory_breakdown"),
@@ -29,18 +29,18 @@ _ZERO = "deepspeed.zero_optimization"
 # Keys of zero_optimization that cannot work here, and why.
 _REFUSED = {
     "offload_param": "weights stay on the device; use offload_optimizer, or deepspeed=zero3",
-    "zero_hpz_partition_size": "DeepSpeed cannot cut experts up twice",
-    "zero_quantized_weights": "weights would not be those of the checkpoints",
-    "zero_quantized_nontrainable_weights": "weights would not be those of the checkpoints",
+    "zero_hpz_partition_size": "DeepSpeed cannot partition experts twice",
+    "zero_quantized_weights": "weights would differ from the checkpoints",
+    "zero_quantized_nontrainable_weights": "weights would differ from the checkpoints",
     "zero_quantized_gradients": "DeepSpeed cannot quantise gradients of experts",
-    "mics_shard_size": "DeepSpeed cannot cut experts up twice",
-    "zenflow": "checkpoints know the states of AdamW alone",
-    "cpu_offload": "DeepSpeed has given it up; use offload_optimizer.device=cpu",
+    "mics_shard_size": "DeepSpeed cannot partition experts twice",
+    "zenflow": "checkpoints hold the states of AdamW only",
+    "cpu_offload": "deprecated in DeepSpeed; use offload_optimizer.device=cpu",
 }
 
 
 def deepspeed_problems(section: dict[str, Any], dtype: str) -> list[str]:
-    """Keys that are unknown, set by others of ours, that cannot work here, or that contradict one another."""
+    """Keys that are unknown, set by our own keys, not supported, or contradictory, one line each."""
     found = []
     for key in section:
         if key in _OURS:
@@ -59,19 +59,19 @@ def deepspeed_problems(section: dict[str, Any], dtype: str) -> list[str]:
     reduced_in = section.get("communication_data_type")
     if reduced_in is not None and (dtype != "bf16" or stage not in (2, 3)):
         found.append(
-            f"deepspeed.communication_data_type={reduced_in} changes nothing but with dtype=bf16 and ZeRO "
+            f"deepspeed.communication_data_type={reduced_in} has an effect only with dtype=bf16 and ZeRO "
             "2 or 3; remove it: gradients are summed in fp32"
         )
     return found + _offload_problems(zero.get("offload_optimizer"), stage, section)
 
 
 def _offload_problems(offload: Any, stage: Any, section: dict[str, Any]) -> list[str]:
-    """What is wrong with optimizer states in host memory."""
+    """What is wrong with the keys that move optimizer states to host memory."""
     key = f"{_ZERO}.offload_optimizer"
     if offload is None:
         return []
     if not isinstance(offload, dict):
-        return [f"{key}={offload} is no group of keys; use {key}.device=cpu"]
+        return [f"{key}={offload} is not a group of keys; use {key}.device=cpu"]
     device, found = str(offload.get("device", "none")), []
     if device not in ("none", "cpu") or offload.get("ratio", 1) != 1 or offload.get("super_offload"):
         found.append(
@@ -86,7 +86,7 @@ def _offload_problems(offload: Any, stage: Any, section: dict[str, Any]) -> list
         found.append(f"{key}.nvme_path={offload['nvme_path']} contradicts device={device}; remove it")
     if section.get("zero_force_ds_cpu_optimizer"):
         found.append(
-            "deepspeed.zero_force_ds_cpu_optimizer=true contradicts offload_optimizer: torch's AdamW steps "
-            "the states, also those in host memory; remove it"
+            "deepspeed.zero_force_ds_cpu_optimizer=true contradicts offload_optimizer: torch's AdamW "
+            "updates the states, also those in host memory; remove it"
         )
     return found

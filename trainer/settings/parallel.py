@@ -1,4 +1,4 @@
-"""Who does what: the arithmetic of ranks, rows and experts. Pure and torch-free."""
+"""The layout of ranks, rows and experts. Pure arithmetic, torch-free."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -21,8 +21,8 @@ class ParallelConfig:
 class ParallelPlan:
     """The layout of one run over `world_size` ranks.
 
-    Every rank is a data-parallel rank. Expert-parallel groups are `ep_size` consecutive ranks, so that one
-    stays inside a node; expert-data-parallel groups hold every ep_size-th rank.
+    Every rank is a data-parallel rank. Expert-parallel groups are `ep_size` consecutive ranks, so that a
+    group can stay inside a node; expert-data-parallel groups hold every ep_size-th rank.
     """
 
     world_size: int
@@ -49,7 +49,7 @@ class ParallelPlan:
         return found
 
     def problems(self, num_experts: int) -> list[str]:
-        """Every broken law of the layout, one line each."""
+        """Every broken rule of the layout, one line each."""
         ranks, experts = self.world_size, f"parallel.ep_size={self.ep_size}"
         sizes = {
             "number of ranks (parallel.nproc_per_node x nodes)": ranks,
@@ -75,6 +75,6 @@ class ParallelPlan:
 
 
 def _listed(number: int) -> str:
-    """The divisors of a number, as a sentence part."""
+    """The divisors of a number as text, at most 12."""
     divisors = [d for d in range(1, number + 1) if number % d == 0]
     return ", ".join(map(str, divisors[:12])) + (", ..." if len(divisors) > 12 else "")

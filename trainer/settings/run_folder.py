@@ -1,4 +1,4 @@
-"""The run folder: frozen once, then the one thing a rank needs to know. Torch-free."""
+"""The run folder: written once, then the only input of a rank. Torch-free."""
 
 import fcntl
 import json
@@ -22,14 +22,14 @@ from moe.config import ConfigError
 
 ROOT = Path(__file__).parents[2]
 MANIFEST = "manifest.json"
-NAMES = "step-" + 8 * "[0-9]"  # of checkpoints; what else lies beside them, such as a copy, is the user's
+NAMES = "step-" + 8 * "[0-9]"  # of checkpoints; any other folder, such as a copy, is the user's
 
 
 def freeze(run_dir: Path, cfg: DictConfig, overrides: list[str]) -> None:
     """Write config.yaml, overrides.txt, environment.json and git.txt of a new run.
 
-    A folder that holds the same configuration already is left as it is (the run goes on); one that holds
-    another raises ConfigError with the keys that differ.
+    A folder that already holds the same configuration is not changed (the run continues). A folder with a
+    different configuration raises ConfigError with the keys that differ.
     """
     frozen = run_dir / "config.yaml"
     if frozen.exists():
@@ -53,18 +53,18 @@ def freeze(run_dir: Path, cfg: DictConfig, overrides: list[str]) -> None:
 
 
 def read_frozen(path: Path) -> Any:
-    """The composed configuration in a config.yaml. Raises ConfigError for a file that is none."""
+    """Load a configuration from a frozen YAML file. Raises ConfigError if it cannot be read."""
     try:
         return OmegaConf.load(path)
     except (OSError, UnicodeDecodeError, YAMLError, OmegaConfBaseException) as error:
-        remedy = "restore it, or start a run of another name"
+        remedy = "restore it, or start a run with another name"
         raise ConfigError(f"{path} cannot be read ({error}); {remedy}") from error
 
 
 def read_run(run_dir: Path) -> Any:
-    """The configuration that a run goes on with: config.yaml, then the sections of each resume-K.yaml.
+    """The configuration with which a run continues: config.yaml, then the sections of each resume-K.yaml.
 
-    Raises ConfigError for a folder that is no run.
+    Raises ConfigError for a folder that is not a run folder.
     """
     frozen = run_dir / "config.yaml"
     if not frozen.is_file():
@@ -78,16 +78,16 @@ def read_run(run_dir: Path) -> Any:
 
 
 def forget_origin(config: Any, run_dir: Path) -> None:
-    """A run that has weights of its own does not need those it started from, whose folder may be gone."""
+    """Once a run has a checkpoint, clear the source of its initial weights, whose folder may be gone."""
     if latest_checkpoint(run_dir) is not None:
         config.stage.init_from, config.init.upcycle = None, "none"
 
 
 def lock(run_dir: Path) -> int:
-    """A descriptor that holds the run folder, as long as it or an inherited copy is open.
+    """Lock the run folder; the lock lasts as long as the returned descriptor or an inherited copy is open.
 
-    Raises ConfigError while another run holds it, and where the folder cannot be written. Warns where the
-    file system has no locks.
+    Raises ConfigError if the folder is locked already or cannot be written. Warns if the file system has no
+    locks.
     """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -100,22 +100,22 @@ def lock(run_dir: Path) -> int:
     except BlockingIOError as error:
         os.close(descriptor)
         raise ConfigError(f"{run_dir} is running already; stop it first, or choose another name") from error
-    except OSError as error:  # Lustre without its option flock, for one
+    except OSError as error:  # for example Lustre without its option flock
         why = f"its file system has no locks ({error.strerror})"
-        print(f"warning: {run_dir} may be running already, {why}; see to it yourself", file=sys.stderr)
+        print(f"warning: {run_dir} may be running already: {why}; make sure it is not", file=sys.stderr)
     return descriptor
 
 
 def write_manifest(checkpoint: Path, fields: dict[str, Any]) -> None:
-    """Make a folder a checkpoint, last of all: `fields` with a checksum of their own.
+    """Write the manifest, the last file of a checkpoint: `fields` and their checksum.
 
-    step, tokens, next_row (of the data), attempt; layout, for people; files: path -> `measure` of it.
+    Fields: step, tokens, next_row (of the data), attempt; layout, for people; files: path -> its `measure`.
     """
     write_atomically(checkpoint / MANIFEST, to_json({**fields, "crc32": zlib.crc32(to_json(fields))}))
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
-    """What `write_manifest` wrote. Raises ValueError where it is missing or damaged."""
+    """What `write_manifest` wrote. Raises ValueError if it is missing or damaged."""
     try:
         fields = json.loads((checkpoint / MANIFEST).read_bytes())
         if fields.pop("crc32") == zlib.crc32(to_json(fields)):
@@ -127,7 +127,7 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
-    """The checkpoints of a run, the one to go on from first: that which `latest` names, then newest first."""
+    """The checkpoints of a run: first the one that the file `latest` names, then the others, newest first."""
     found, latest = sorted((run_dir / "checkpoints").glob(NAMES), reverse=True), ""
     with suppress(OSError):
         latest = (run_dir / "latest").read_text().strip()
@@ -135,7 +135,7 @@ def checkpoints(run_dir: Path) -> list[Path]:
 
 
 def latest_checkpoint(run_dir: Path) -> Path | None:
-    """The checkpoint that a run goes on from, as far as the manifests tell; None where there is none."""
+    """The first of `checkpoints` with a valid manifest: a run continues from it. None if there is none."""
     for path in checkpoints(run_dir):
         with suppress(ValueError):
             read_manifest(path)
@@ -144,7 +144,7 @@ def latest_checkpoint(run_dir: Path) -> Path | None:
 
 
 def hf_folder(source: Path) -> Path:
-    """The Hugging Face folder in a run folder (its newest checkpoint), in a checkpoint, or the folder itself.
+    """The Hugging Face folder of a run folder (its newest checkpoint) or of a checkpoint, or `source` itself.
 
     Raises ConfigError for a run that has no checkpoint yet.
     """
@@ -157,7 +157,7 @@ def hf_folder(source: Path) -> Path:
 
 
 def run_of(source: Path) -> Path:
-    """The run folder that `source` is, or that holds the checkpoint `source`."""
+    """`source` itself if it is a run folder, else the run folder of the checkpoint `source`."""
     return source if (source / "config.yaml").is_file() else source.resolve().parent.parent
 
 
@@ -181,10 +181,10 @@ def write_state(run_dir: Path, state: str, attempt: int) -> None:
 
 
 def record_attempt(run_dir: Path, attempt: int, facts: dict[str, Any]) -> None:
-    """Add what an attempt runs on to environment.json: {"attempts": {"1": facts, ...}}. Rank 0 only."""
+    """Add the hardware of an attempt to environment.json: {"attempts": {"1": facts, ...}}. Rank 0 only."""
     path = run_dir / "environment.json"
     environment: dict[str, Any] = {}
-    with suppress(OSError, ValueError):  # lost or damaged: it is for people to read
+    with suppress(OSError, ValueError):  # missing or damaged: only people read this file
         environment = json.loads(path.read_text())
     environment.setdefault("attempts", {})[str(attempt)] = facts
     write_atomically(path, json.dumps(environment, indent=1).encode())
@@ -214,7 +214,7 @@ def _environment() -> dict[str, Any]:
 
 
 def git(*command: str, root: Path = ROOT) -> str:
-    """What git says of the code in `root`; nothing outside a git checkout, and where there is no git."""
+    """The output of git in `root`; empty outside a git checkout and without git."""
     with suppress(FileNotFoundError):
         done = subprocess.run(["git", *command], cwd=root, capture_output=True, check=False)
         return done.stdout.decode(errors="replace")  # a diff holds the bytes of files, in any encoding

@@ -1,4 +1,4 @@
-"""A composed configuration as nested dataclasses: every mismatch and every broken law named. Torch-free."""
+"""A composed configuration as nested dataclasses, with every mismatch and broken rule named. Torch-free."""
 
 import difflib
 from collections.abc import Iterable
@@ -11,7 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 from moe.config import ConfigError
 
 T = TypeVar("T")
-# The law of a field is in its type: Literal[...] names the choices, the second part of these the least value.
+# The type of a field holds its rule: Literal[...] names the choices, the number below is the least value.
 AtLeast0 = Annotated[int, 0]
 AtLeast1 = Annotated[int, 1]
 NotNegative = Annotated[float, 0]
@@ -20,7 +20,7 @@ NotNegative = Annotated[float, 0]
 def typed(cls: type[T], cfg: Any) -> T:
     """`cfg` as an instance of the dataclass `cls`, values converted by OmegaConf.
 
-    Unlike with its own merge, every unknown, missing and mistyped key is reported, in one ConfigError.
+    Unlike OmegaConf's own merge, one ConfigError reports every unknown, missing and mistyped key.
     """
     problems: list[str] = []
     instance = _typed(cls, cfg, "", problems)
@@ -30,7 +30,7 @@ def typed(cls: type[T], cfg: Any) -> T:
 
 
 def value_problems(config: Any, path: str = "") -> list[str]:
-    """Every field of a dataclass, and of those inside, that breaks the law of its type, one line each."""
+    """Every field of a dataclass, nested ones included, that breaks the rule of its type, one line each."""
     found = []
     for key, hint in get_type_hints(type(config), include_extras=True).items():
         name, value = f"{path}{key}", getattr(config, key)
@@ -38,7 +38,7 @@ def value_problems(config: Any, path: str = "") -> list[str]:
             found += value_problems(value, f"{name}.")
         elif get_origin(hint) is Literal and value not in get_args(hint):
             found.append(f"{name}={value} is unknown; use {', '.join(get_args(hint))}")
-        elif get_origin(hint) is Annotated and not value >= (least := get_args(hint)[1]):  # or no number
+        elif get_origin(hint) is Annotated and not value >= (least := get_args(hint)[1]):  # or NaN
             found.append(f"{name}={value} is below {least}; use {least} or more")
     return found
 
@@ -50,7 +50,7 @@ def similar(key: str, known: Iterable[str]) -> str:
 
 
 def _typed(cls: Any, cfg: Any, path: str, problems: list[str]) -> Any:
-    """An instance of `cls`, or None where a key of it is missing; appends to `problems`."""
+    """An instance of `cls`, or None if one of its keys is missing; appends to `problems`."""
     if not isinstance(cfg, DictConfig):
         problems.append(f"{path.rstrip('.')}={cfg} must be a group of keys")
         return None

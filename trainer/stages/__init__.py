@@ -1,1 +1,1 @@
-"""Kinds of training stage: what a step trains on, and its loss. May ask settings/, ranks/ and engine/."""
+"""Kinds of training stage: what a step trains on, and its loss. May import settings/, ranks/ and engine/."""

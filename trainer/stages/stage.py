@@ -1,4 +1,4 @@
-"""What the loop asks of a training stage. Another kind of stage is another file beside supervised.py."""
+"""The interface of a training stage to the loop. A new kind of stage is a new file beside supervised.py."""
 
 from typing import Any, Protocol
 
@@ -16,7 +16,7 @@ class Stage(Protocol):
     """
 
     def describe(self) -> list[str]:
-        """What it trains on, as lines for the start of the run."""
+        """Lines on the training data, printed at the start of the run."""
 
     def micro_batches(self) -> list[Batch]:
         """This rank's micro-batches of the next step, on the host."""
@@ -26,17 +26,17 @@ class Stage(Protocol):
     ) -> LossShares:
         """The terms of a micro-batch's loss, as shares of the global batch (the rule of engine/loss.py).
 
-        `frequencies` [L,E] are those of the balance loss; None for a dense model.
+        `frequencies` [L,E]: the expert frequencies for the balance loss; None for a dense model.
         """
 
     def evaluate(self) -> dict[str, float]:
-        """Metrics on held-out data; the model is in evaluation mode meanwhile."""
+        """Metrics on held-out data, with the model in evaluation mode."""
 
     def metrics(self) -> dict[str, Any]:
-        """What a logged step says of the stage beside its loss."""
+        """Metrics of the stage for a logged step, in addition to its loss."""
 
     def results(self, metrics: dict[str, Any]) -> dict[str, str]:
-        """Lines of the last words of a finished run, by title, from its last metrics."""
+        """Lines for the summary of a finished run, by title, from its last metrics."""
 
     def close(self) -> None:
-        """End its threads and close its files."""
+        """End the threads of the stage and close its files."""

@@ -1,4 +1,4 @@
-"""Supervised training: the next token of prepared or streamed rows. Pre-training, long context, SFT."""
+"""Next-token training on prepared or streamed rows: pre-training, long context, SFT."""
 
 import math
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from trainer.settings.config import RunConfig
 
 
 class Supervised:
-    """A `Stage` whose batches come from the data of the run, from the row that follows `step` steps on."""
+    """A `Stage` whose batches come from the run's data, from the first row after `step` steps."""
 
     def __init__(self, config: RunConfig, ranks: Ranks, engine: Engine, balance: Balance, step: int) -> None:
         self._config, self._ranks, self._engine, self._balance = config, ranks, engine, balance
@@ -39,7 +39,7 @@ class Supervised:
     def loss_shares(
         batch: Batch, output: ModelOutput, frequencies: Tensor | None, totals: Totals
     ) -> LossShares:
-        """Cross entropy per labelled token of the global batch, and the terms of the routers."""
+        """Cross entropy per labelled token of the global batch, and the terms of routers and of MTP."""
         assert output.cross_entropy_sum is not None
         cross_entropy = output.cross_entropy_sum / max(totals.label_tokens, 1)
         return LossShares.of(cross_entropy, output, frequencies, totals)
@@ -54,11 +54,11 @@ class Supervised:
         return losses | {f"perplexity{key[4:]}": math.exp(min(loss, 700)) for key, loss in losses.items()}
 
     def metrics(self) -> dict[str, Any]:
-        """What has been seen of each source."""
+        """Tokens and epochs that training has seen of each source."""
         return {"sources": self._loader.seen()}
 
     def results(self, metrics: dict[str, Any]) -> dict[str, str]:
-        """The held-out loss of each source, beside that of knowing only how common each token is."""
+        """The held-out loss of each source, next to the loss of a model that knows only token frequencies."""
         manifest, lines = self._loader.manifest, []
         for name, source in manifest.sources.items() if manifest else ():
             if f"loss/{name}" in metrics:
@@ -73,7 +73,7 @@ class Supervised:
 
 
 def open_loader(config: RunConfig, ranks: Ranks, **settings: Any) -> Loader:
-    """The rows of a run for this rank; `settings` of Loader go before the run's."""
+    """A Loader of this rank's rows; `settings` override the arguments from the run."""
     of_run: dict[str, Any] = {
         "seq_len": config.stage.seq_len,
         "global_batch_size": config.stage.global_batch_size,
@@ -92,7 +92,7 @@ def held_out_losses(
 ) -> dict[str, float]:
     """Cross entropy per labelled token: `loss/<source>` for each source, `loss/validation` over all of them.
 
-    Every rank must call it; rows are dealt out like those of training.
+    Every rank must call it; rows are distributed over ranks as in training.
     """
     sums = torch.zeros(len(config.data.sources), 2, dtype=torch.float64, device=ranks.device)
     rows_at_once = ranks.world_size * config.micro_batch_size

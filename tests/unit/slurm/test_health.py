@@ -68,7 +68,7 @@ def test_missing_gpus_and_a_full_disk(tmp_path):
     assert f"GiB free in {tmp_path}, below slurm.health.min_free_gib" in reports["node0.0"]
 
 
-MIG = "is a part of a GPU, and NCCL joins whole ones; ask for those, or for one rank"
+MIG = "is a part of a GPU, and NCCL joins whole GPUs; request whole GPUs, or one rank"
 CPU = torch.device("cpu")  # computes in place of a GPU that is not here
 
 

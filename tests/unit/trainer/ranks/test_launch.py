@@ -187,7 +187,7 @@ def test_a_gpu_without_memory_is_told_with_what_helps(tmp_path, composed, reposi
         monkeypatch.setenv(key, value)
     done = python(OUT_OF_MEMORY, tmp_path, repository)
     assert done.returncode == 1
-    assert "rank 0: CUDA out of memory. Tried to allocate 2.00 GiB.\nGo on with less at a time" in done.stdout
+    assert "rank 0: CUDA out of memory. Tried to allocate 2.00 GiB.\nContinue with less memory" in done.stdout
     assert all(what in done.stdout for what in ("recompute=full", "micro_batch_size", "deepspeed=zero3"))
     assert "Traceback" not in done.stdout
     assert "Traceback" in (tmp_path / "logs/attempt-1/rank-0.log").read_text()

@@ -100,7 +100,7 @@ def test_laws_come_together(run_config):
             ["deepspeed=zero3", "+deepspeed.zero_optimization.offload_param.device=cpu"],
             "offload_param is not supported",
         ),
-        ("+deepspeed.communication_data_type=bf16", "communication_data_type=bf16 changes nothing but with"),
+        ("+deepspeed.communication_data_type=bf16", "communication_data_type=bf16 has an effect only with"),
         ("experts.capacity_factor=0", "experts.capacity_factor=0.0 must be above 0; null drops nothing"),
         ("experts.router_jitter_noise=-0.1", "experts.router_jitter_noise=-0.1 is outside 0 to 1"),
         ("init.router_scale=-1", "init.router_scale=-1.0 is below 0"),
