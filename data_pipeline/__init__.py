@@ -1,1 +1,1 @@
-"""Text to token shards, and token shards to batches, in an order that is a pure function of the config."""
+"""From text to token shards, and from shards to batches in an order that is a pure function of the config."""

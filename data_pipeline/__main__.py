@@ -1,4 +1,4 @@
-"""Prepare the data of a run, check a prepared folder, or show rows as the model sees them.
+"""Prepare the data of a run, check a prepared folder, or print rows as the model sees them.
 
   python -m data_pipeline experiment=demo                  text -> token shards; what is done already is kept
   python -m data_pipeline verify data/embedded             read every byte of a prepared folder
@@ -27,7 +27,7 @@ from trainer.settings.config import RunConfig
 
 
 def prepare_here(cfg: DictConfig) -> int:
-    """Read the sources and write token shards; what is done already is left alone."""
+    """Read the sources and write token shards; work that is already done is kept."""
     config = RunConfig.load(cfg)
     if problems := [*config.model.problems(), *config.data.problems()]:
         raise ConfigError(problems)
@@ -38,44 +38,44 @@ def prepare_here(cfg: DictConfig) -> int:
 
 
 def verify_here(folder: str) -> int:
-    """Read every byte of a prepared folder; say what it holds, or what is damaged."""
+    """Read every byte of a prepared folder; print its number of tokens, or the damage."""
     try:
         shards = verify(Path(folder)).shards()
     except DataError as error:
         print(error, file=sys.stderr)
         return 2
-    print(f"{folder} is whole: {sum(shard.tokens for shard in shards):,} tokens in {len(shards)} shards")
+    print(f"{folder} is undamaged: {sum(shard.tokens for shard in shards):,} tokens in {len(shards)} shards")
     return 0
 
 
 def show(config: DataConfig, which: str, *, seq_len: int, seed: int) -> str:
     """One row as the model sees it: decoded, with the borders and origins of its documents.
 
-    which: ROW, a global row number of the run; or SOURCE or SOURCE:ROW, a training row of one source in plain
-    order. Raises DataError for what is no row of the prepared folder.
+    which: ROW, a global row number of the run; or SOURCE or SOURCE:ROW, a training row of one source, without
+    shuffling. Raises DataError if the prepared folder has no such row.
     """
-    from data_pipeline.loader import Loader  # imports torch, which workers have no use for
+    from data_pipeline.loader import Loader  # imports torch, which workers do not need
 
     source, _, number = which.partition(":") if not which.isdecimal() else ("", "", which)
     if (source and source not in config.sources) or not (number or "0").isdecimal():
         known = ", ".join(config.sources)
-        raise DataError(f"{which} is no row: give ROW, SOURCE or SOURCE:ROW; sources: {known}")
+        raise DataError(f"{which} is not a row; give ROW, SOURCE or SOURCE:ROW, with SOURCE of {known}")
     if config.mode == "streaming":
-        raise DataError("data.mode=streaming: only rows of a prepared folder have a place; prepare the data")
+        raise DataError("data.mode=streaming: only rows of a prepared folder can be shown; prepare the data")
     shape: dict[str, Any] = {"global_batch_size": 1, "micro_batch_size": 1, "rank": 0, "world_size": 1}
     shape |= {"next_row": int(number or 0), "source": source or None}
     with Loader(config, seq_len=seq_len, seed=seed, **shape) as loader:
         batch = next((batch for [batch] in loader), None)
         if batch is None:
-            raise DataError(f"{which}: there are not so many rows")
-        loader.close()  # the files of the row are read in this thread from here on
+            raise DataError(f"{which}: there is no such row")
+        loader.close()  # stop reading ahead: this thread now reads the files
         origins, tokenizer = loader.origins(batch.rows[0]), load_tokenizer(config.dir)
     tokens, has_label = batch.input_ids[0].numpy(), batch.labels[0].numpy() != NO_LOSS
-    # the target of position t is token t+1; the first token is a target of another row, if of any
+    # the target of position t is token t+1, so the first token is not a target in this row
     learned, valid = np.append(False, has_label[:-1]), int(batch.token_mask.sum())
     lines = [f"row {batch.rows[0]}: {valid} tokens, {has_label.sum()} targets; [- not learned -]"]
     borders = [border for border in batch.cu_seqlens.tolist() if border <= valid]
-    # a document that begins with the last target has an origin and no input
+    # a document whose first token is the last target has an origin but no input token
     for (start, stop), origin in zip(itertools.pairwise(borders), origins, strict=False):
         lines += [f"--- tokens {start} to {stop}: {origin}", ""]
         changes = np.flatnonzero(np.diff(learned[start:stop])) + start + 1
@@ -88,7 +88,7 @@ def show(config: DataConfig, which: str, *, seq_len: int, seed: int) -> str:
 
 
 def main(arguments: list[str]) -> None:
-    """The command line; exits with its code."""
+    """Run the command and exit with its exit code."""
     if arguments[:1] == ["verify"] and len(arguments) == 2:
         sys.exit(verify_here(arguments[1]))
     if arguments[:1] == ["inspect"] and len(arguments) >= 2:
@@ -98,7 +98,7 @@ def main(arguments: list[str]) -> None:
             print(show(config.data, arguments[1], seq_len=config.stage.seq_len, seed=config.seed))
             return 0
 
-        sys.argv[1:] = arguments[2:]  # the rest is Hydra's
+        sys.argv[1:] = arguments[2:]  # Hydra reads the other arguments
         compose_and("prepare", __doc__, inspect_here)
     compose_and("prepare", __doc__, prepare_here)
 

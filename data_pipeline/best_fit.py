@@ -1,12 +1,13 @@
-"""Plans of packing "best_fit": which documents fill a row, from their lengths, kept beside the shards.
+"""Plans of packing "best_fit": which documents fill each row. They are stored beside the shards.
 
-    packing/<name>.items    uint64, documents by length: number of the source << 48 | first token
-    packing/<name>.npz      which lengths stand together in a row, and how often; written last
+    packing/<name>.items    uint64, documents sorted by length: number of the source << 48 | first token
+    packing/<name>.npz      which lengths share a row, and in how many rows; written last
 
-A plan is a pure function of the shards and the configuration: whoever finds none makes the same one. Making
-it takes memory for histograms and one shard's offsets; using it, for what is read.
+A plan is a pure function of the shards and the configuration: every process that finds none makes the same
+one. Making a plan needs memory for histograms and for the offsets of one shard; using it needs memory for
+the .npz file and for the items that are read.
 """
-# P documents or pieces of documents
+# G groups of equal bins, P parts of groups; in _pieces, P documents or pieces of documents
 
 import bisect
 import itertools
@@ -25,19 +26,19 @@ from data_pipeline.shards import TokenStream, file_crc32
 
 ITEM = np.dtype("<u8")
 STREAM_SHIFT = 48
-_BUCKETS = 1 << 16  # under length_shares, documents are taken by hash in steps of 1/65536 of their class
+_BUCKETS = 1 << 16  # under length_shares, documents are selected by hash, in steps of 1/65536 of their class
 
-Shares = dict[int, float]  # of the tokens, by the least length of their documents
-# (length, items in each bin, first item): bin j of a group has the items from first + j * items on
+Shares = dict[int, float]  # least length of a document -> share of the tokens
+# (length, items in each bin, first item): bin j of a group has `items` items, from first + j * items on
 _Part = tuple[int, int, int]
-_Group = tuple[int, tuple[_Part, ...]]  # number of bins with the same contents, and what these are
+_Group = tuple[int, tuple[_Part, ...]]  # number of bins with the same contents, and these contents
 
 
 class Bins(NamedTuple):
-    """What stands in each bin. Items of a length are numbered from 0."""
+    """The contents of each bin. Items of the same length are numbered from 0."""
 
-    first_bins: np.ndarray  # [G+1] first bin of each group of like bins, and the end
-    first_parts: np.ndarray  # [G+1] likewise into `parts`
+    first_bins: np.ndarray  # [G+1] first bin of each group of equal bins, then the number of bins
+    first_parts: np.ndarray  # [G+1] first row of `parts` of each group, then P
     parts: np.ndarray  # [P,3] length, items of it in each bin, first item
 
     @property
@@ -55,9 +56,10 @@ class Bins(NamedTuple):
 def pack_lengths(counts: np.ndarray, capacity: int) -> Bins:
     """Bins of `capacity` for counts[length] items of each length from 1 to capacity.
 
-    Best-fit-decreasing (Johnson 1973; for documents arXiv 2404.10830): the longest come first, each into the
-    bin with the least space that it fits into. Items of one length are interchangeable, and so are bins with
-    the same space left: groups of equal bins are filled at once, and the cost does not grow with the items.
+    Best-fit-decreasing (Johnson 1973; for documents arXiv 2404.10830): the longest items come first, and each
+    goes into the fullest bin that has room for it. Items of the same length are interchangeable, and so are
+    bins with the same space left: equal bins are filled together, so the cost does not grow with the number
+    of items.
     """
     assert len(counts) <= capacity + 1, (len(counts), capacity)
     groups: defaultdict[int, list[_Group]] = defaultdict(list)  # space left -> groups of bins
@@ -93,13 +95,13 @@ def pack_lengths(counts: np.ndarray, capacity: int) -> Bins:
 
 
 class PackingReport(NamedTuple):
-    """What packing made of the documents."""
+    """The result of packing."""
 
     rows: int
-    documents: int  # and pieces of documents, in the rows
-    tokens: int  # of these
-    too_long: int  # documents that are cut or, conversations, left out
-    tokens_not_taken: int  # of the documents that length_shares leaves out
+    documents: int  # documents and pieces of documents in the rows
+    tokens: int  # of these documents and pieces
+    too_long: int  # documents that are cut and conversations that are left out
+    tokens_not_taken: int  # tokens of the documents that length_shares leaves out
 
     def padding(self, seq_len: int) -> float:
         """Share of the positions of all rows that hold no token."""
@@ -110,8 +112,9 @@ class PackingReport(NamedTuple):
 def make_plan(
     streams: list[TokenStream], weights: list[float], seq_len: int, shares: Shares, path: Path
 ) -> None:
-    """Write the plan `path` of rows that several streams fill, all of it or nothing; several processes may do
-    it at once. weights: relative share of the documents of a stream that is taken, under length_shares."""
+    """Write the plan `path` of the rows that the streams fill together. The file appears only when it is
+    complete; several processes may write it at once. weights: under length_shares, the relative share of
+    each stream's documents that is taken."""
     taken = _buckets_taken(streams, weights, seq_len, shares) if shares else None
     counts = np.zeros(seq_len + 2, dtype=np.int64)  # by length
     for _, _, lengths in _pieces(streams, seq_len, shares, taken):
@@ -119,7 +122,7 @@ def make_plan(
     bins = pack_lengths(counts, seq_len + 1)
 
     path.parent.mkdir(exist_ok=True)
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # process numbers repeat on other nodes
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # other nodes may use the same process id
     partial.touch()
     if counts.any():
         items = np.memmap(partial, ITEM, "w+", shape=int(counts.sum()))
@@ -146,12 +149,13 @@ def make_plan(
 def _pieces(
     streams: list[TokenStream], seq_len: int, shares: Shares | None = None, taken: np.ndarray | None = None
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """For each shard: number of the stream, first tokens [P] and lengths [P] of what fits into rows; with
-    `taken`, of that what falls into the buckets that its stream and class may use.
+    """For each shard: number of the stream, first tokens [P] and lengths [P] of the pieces for the rows; with
+    `taken`, only of the pieces in hash buckets that are taken for their stream and length class.
 
-    A longer document is cut into the fewest pieces, of near-equal length; each ends with the token that the
-    next begins with, so that every token but the first is predicted once. A conversation is left out instead:
-    its pieces would be answers without their questions. Closing ids alone are left out too.
+    A longer document is cut into the fewest possible pieces of nearly equal length. Each piece ends with the
+    token that the next one begins with, so that every token except the first is predicted once. A longer
+    conversation is left out, because its pieces would be answers without their questions. A document that is
+    only a closing id is left out too.
     """
     for number, stream in enumerate(streams):
         for offsets in stream.document_offsets():
@@ -173,9 +177,10 @@ def _pieces(
 def _buckets_taken(
     streams: list[TokenStream], weights: list[float], seq_len: int, shares: Shares
 ) -> np.ndarray:
-    """[stream, class] how many hash buckets are taken, so that the classes have their shares of tokens.
+    """[stream, class] number of hash buckets to take, so that the classes get their shares of the tokens.
 
-    As many documents as the shares allow are taken: of the scarcest class, all of the heaviest stream.
+    Takes as many documents as the shares allow: from the class that is scarcest relative to its share, it
+    takes all documents of the stream with the largest weight.
     """
     tokens = np.zeros((len(streams), len(shares) + 1, _BUCKETS))  # class 0: too short
     for stream, starts, lengths in _pieces(streams, seq_len):
@@ -184,7 +189,7 @@ def _buckets_taken(
     offered = tokens.sum(axis=2) * (np.array(weights) / max(weights))[:, None]  # [stream, class]
     of_class, wanted = offered.sum(axis=0), np.array([0.0, *(shares[least] for least in sorted(shares))])
     if missing := [least for least, of in zip(sorted(shares), of_class[1:], strict=True) if not of]:
-        law = f"no training document is of the lengths from {missing} tokens on, with stage.seq_len={seq_len}"
+        law = f"no training document is in the length classes {missing} with stage.seq_len={seq_len}"
         raise DataError(f"data.length_shares: {law}; change the lengths or add such documents")
     target = offered * (of_class[1:] / wanted[1:]).min() * wanted / np.maximum(of_class, 1)
     before_middle = np.cumsum(tokens, axis=2) - tokens / 2

@@ -1,7 +1,7 @@
-"""Conversations as Qwen3's chat template writes them, in pieces: text or control token, learned or not.
+"""Conversations as Qwen3's chat template renders them, as pieces: text or a control token, learned or not.
 
-Only the template makes control tokens. What a message says stays text, whatever it looks like; so a user who
-writes `<|im_end|>` ends nothing.
+Only the template makes control tokens. The content of a message always stays text, so a user who writes
+`<|im_end|>` does not end the message.
 """
 
 import json
@@ -38,14 +38,14 @@ class Piece(NamedTuple):
 
 class _Pieces(list[Piece]):
     def text(self, text: str, loss: bool = False) -> None:
-        """Append what a person or a program wrote; joins the text before it, as one tokenization."""
+        """Append text of a message. It joins a text piece before it, so that both are tokenized as one."""
         if text and self and self[-1].text is not None and self[-1].loss == loss:
             text = str(self.pop().text) + text
         if text:
             self.append(Piece(text, None, loss))
 
     def markup(self, template: str, loss: bool = False) -> None:
-        """Append what the template itself writes: its control strings are control tokens."""
+        """Append text of the template itself; control strings in it become control tokens."""
         for part in _MARKUP.split(template):
             if _MARKUP.fullmatch(part):
                 self.append(Piece(None, part, loss))
@@ -56,8 +56,8 @@ class _Pieces(list[Piece]):
 def render(row: Mapping[str, Any], options: Mapping[str, Any], *, loss_from: int = 0) -> list[Piece]:
     """The pieces of a row's `messages` and `tools`; joined, they are what Qwen3's own template renders.
 
-    options: `add_generation_prompt`, `enable_thinking` as the template knows them. Learned are the bodies of
-    assistant messages from number `loss_from` on, each with the `<|im_end|>` that closes it.
+    options: `add_generation_prompt` and `enable_thinking`, as the template defines them. The bodies of
+    assistant messages from message number `loss_from` on are learned, each with its closing `<|im_end|>`.
     """
     messages = row["messages"]
     last_query = max(_queries(messages), default=len(messages) - 1)
@@ -97,13 +97,13 @@ def render(row: Mapping[str, Any], options: Mapping[str, Any], *, loss_from: int
 
 
 def samples(row: Mapping[str, Any], think_flag_share: float | None) -> list[list[Piece]]:
-    """What is trained on of a row: one sample per answer with reasoning, and one for what comes after.
+    """The training samples of a row: one per answer with reasoning, and one for later messages, if any.
 
-    The template drops the reasoning of all but the last answer, so an answer with reasoning is learned as the
-    last of a sample. Every assistant message is learned in one sample. think_flag_share: None leaves
-    questions as they are; a number marks the mode in them (arXiv 2505.09388, section 4.3; docs/data.md).
-    Raises ValueError, with the reason, for a row that is malformed, has no target, or ignores its flags;
-    UnicodeEncodeError, which is one, for a lone surrogate.
+    The template drops the reasoning of all answers but the last, so an answer with reasoning is learned as
+    the last one of a sample. Every assistant message is learned in exactly one sample. think_flag_share: None
+    leaves questions as they are; a number adds mode flags to them (arXiv 2505.09388, section 4.3;
+    docs/data.md). Raises ValueError, with the reason, for a row that is malformed, has no target, or has an
+    answer that contradicts its flag; for a lone surrogate this is a UnicodeEncodeError.
     """
     messages = _checked(row)
     queries = _queries(messages)
@@ -119,14 +119,14 @@ def samples(row: Mapping[str, Any], think_flag_share: float | None) -> list[list
         if thinks or query == exchanges[-1][0]:
             cut = {"messages": messages[:end], "tools": row.get("tools")}
             pieces = render(cut, {}, loss_from=learned)
-            "".join(piece.text or "" for piece in pieces).encode()  # fails for a lone surrogate
+            "".join(piece.text or "" for piece in pieces).encode()  # raises for a lone surrogate
             found.append(pieces)
             learned = end
     return found
 
 
 def encode(pieces: Sequence[Piece], tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
-    """Ids (uint32 [n]) and whether each is learned (bool [n]) of rendered pieces."""
+    """Ids of rendered pieces (uint32 [n]), and whether each id is learned (bool [n])."""
     ids, loss = list[int](), list[bool]()
     for text, control, learned in pieces:
         new = tokenizer.encode(text) if text is not None else [tokenizer.control_id(str(control))]
@@ -155,7 +155,7 @@ def _render_body(out: _Pieces, message: Mapping[str, Any], thinks: bool, loss: b
 
 
 def _to_json(value: object, **options: Any) -> str:
-    """Raises ValueError for what JSON cannot hold, as a date in a table."""
+    """Raises ValueError for a value that JSON cannot hold, such as a date in a table."""
     try:
         return json.dumps(value, **options)
     except (TypeError, RecursionError) as error:
@@ -168,7 +168,7 @@ def _content(message: Mapping[str, Any]) -> str:
 
 
 def _split_reasoning(message: Mapping[str, Any]) -> tuple[str, str]:
-    """Reasoning and answer, from a field of its own or from within the content."""
+    """Reasoning and answer; the reasoning comes from its own field or from the content."""
     content, reasoning = _content(message), message.get("reasoning_content")
     if isinstance(reasoning, str):
         return reasoning, content
@@ -179,13 +179,13 @@ def _split_reasoning(message: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def _queries(messages: Sequence[Mapping[str, Any]]) -> list[int]:
-    """Numbers of the user messages that ask something (some rows send tool responses as the user)."""
+    """Numbers of the user messages that are questions (some rows send tool responses with the role user)."""
     spoken = [(i, of.get("content")) for i, of in enumerate(messages) if of["role"] == "user"]
     return [i for i, content in spoken if isinstance(content, str) and not _RESPONSE.fullmatch(content)]
 
 
 def _checked(row: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Copies of the messages of a sound row. Raises ValueError with what is wrong."""
+    """Copies of the messages of a valid row. Raises ValueError, with the fault, for another row."""
     messages, tools = row.get("messages"), row.get("tools")
     if not messages or not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
         raise ValueError("messages: not a list of objects")
@@ -203,10 +203,10 @@ def _checked(row: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _fault(message: dict[str, Any]) -> str | None:
-    """What is wrong with a message; None for a sound one."""
+    """The fault of a message; None for a valid one."""
     role, content, calls = message.get("role"), message.get("content"), message.get("tool_calls")
     if role not in ("system", "user", "assistant", "tool"):
-        return f"role {role!r} is none of system, user, assistant, tool"
+        return f"role {role!r} is not one of system, user, assistant, tool"
     if not isinstance(content, str) and not (content is None and calls):
         return f"content is of type {type(content).__name__}, not text"
     if role != "assistant":
@@ -214,7 +214,7 @@ def _fault(message: dict[str, Any]) -> str | None:
     if not isinstance(message.get("reasoning_content"), str | None):
         return "reasoning_content is not text"
     if not isinstance(calls, list | None) or not all(_is_call(call) for call in calls or ()):
-        return "tool_calls is no list of objects with a name and arguments"
+        return "tool_calls is not a list of objects with a name and arguments"
     reasoning, answer = _split_reasoning(message)
     tags = [tag for tag in _MARKUP.findall(_content(message)) if tag.endswith("think>")]
     in_content = message.get("reasoning_content") is None and _content(message).lstrip().startswith("<think>")
@@ -235,8 +235,8 @@ def _is_call(call: Any) -> bool:
 def _apply_flags(
     messages: list[dict[str, Any]], exchanges: list[tuple[int, int, bool]], think_flag_share: float | None
 ) -> None:
-    """Add the flags of the modes to the questions. Raises ValueError where an answer ignores its flag."""
-    mode, start = None, 0  # mode: what the last flag, of the system or a user, asks for
+    """Add mode flags to the questions. Raises ValueError if an answer contradicts its flag."""
+    mode, start = None, 0  # mode: that of the last flag in a system or user message
     for query, end, thinks in exchanges:
         asked = [m["content"] for m in messages[start : query + 1] if m["role"] in ("system", "user")]
         flags = _FLAG.findall("\n".join(asked))

@@ -1,4 +1,4 @@
-"""Is the data of a run there, and does it fit the model? Torch-free."""
+"""Check that the data of a run exists and fits the model. Does not import torch."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from data_pipeline.tokenizer import check_vocab_size, tokenizer_of
 def check_data(config: DataConfig, vocab_size: int, seed: int) -> None:
     """Raises DataError if the data is not prepared for this run, is damaged, or does not fit the model.
 
-    `vocab_size` is the model's. Sources that are streamed are opened, and their first rows read.
+    `vocab_size` is that of the model. In streaming mode the sources are opened and their first rows are read.
     """
     if config.mode == "streaming":
         tokenizer = tokenizer_of(config)

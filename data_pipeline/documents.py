@@ -1,4 +1,4 @@
-"""Documents from rows, and their ids: every row becomes documents or a reject that says why it is none."""
+"""Documents from rows, and their token ids. A row that is not a document becomes a reject with the reason."""
 
 import hashlib
 import itertools
@@ -18,7 +18,7 @@ from data_pipeline.tokenizer import Tokenizer
 _HEAD_BYTES = 200
 _BATCH_BYTES = 1 << 20
 _PROBED_ROWS = 64
-_HASHES_AT_ONCE = 1 << 26  # sorted in about 3 GB
+_HASHES_AT_ONCE = 1 << 26  # sorting this many takes about 3 GB
 
 
 class Document(NamedTuple):
@@ -27,42 +27,42 @@ class Document(NamedTuple):
     row: Row
     text: str  # empty for a conversation
     pieces: list[chat.Piece] | None
-    data: bytes  # what equal documents have equal; the UTF-8 of a text
+    data: bytes  # equal for equal documents: the UTF-8 of a text, the JSON of `pieces`
 
     def is_held_out(self, seed: int, validation_fraction: float) -> bool:
-        """Whether it is for validation, by its hash: equal documents fall on the same side."""
+        """Whether its hash selects it for validation; equal documents are in the same split."""
         digest = hashlib.blake2b(self.data, digest_size=8, key=str(seed).encode()).digest()
         return int.from_bytes(digest, "little") < validation_fraction * 2**64
 
 
 class Reject(NamedTuple):
-    """A row that is no document. reason: `code` or `code: details`."""
+    """A rejected row, or a rejected sample of a row. reason: `code` or `code: details`."""
 
     row: Row
     reason: str
 
     @property
     def code(self) -> str:
-        """The kind of reason, to be counted."""
+        """The code of the reason, by which rejects are counted."""
         found = re.match(r"(?:messages\[\d+\]: )?(\w+)(?::|$)", self.reason)
         return found[1] if found else "messages"
 
     def head(self, size: int | None = _HEAD_BYTES) -> str:
-        """The first bytes of the row, or all; what is no UTF-8 stands as surrogates (`surrogateescape`)."""
+        """The first `size` bytes of the row (None = all), decoded with `surrogateescape` where not UTF-8."""
         raw = json.dumps(self.row.value, default=str).encode() if self.row.raw is None else self.row.raw
         return raw[:size].decode("utf-8", "surrogateescape")
 
     def error(self) -> DataError:
-        """What on_bad_row=error raises."""
+        """The error to raise under on_bad_row=error."""
         what = f"{self.row.part.path}: the row at {self.row.offset} is bad ({self.reason}): {self.head()!r}"
-        return DataError(f"{what}; mend it, or set data.on_bad_row to skip or quarantine")
+        return DataError(f"{what}; fix it, or set data.on_bad_row to skip or quarantine")
 
 
 def read_documents(
     config: DataConfig, name: str, rows: Iterable[Row], tokenizer: Tokenizer | None = None
 ) -> Iterator[Document | Reject]:
-    """The documents of rows of source `name`, in order, and the rows between them that are none, blank lines
-    included. The tokenizer is needed to hold conversations to `max_chat_tokens`."""
+    """The documents and rejects of the rows of source `name`, in order; blank lines are rejects too. The
+    tokenizer is needed only to apply `max_chat_tokens` to conversations."""
     source = config.sources[name]
     for row in rows:
         items: list[Document | Reject]
@@ -80,7 +80,7 @@ def read_documents(
 
 
 def _content(row: Row, column: str | None) -> Any:
-    """What a row holds. Raises ValueError, with the reason, where that is nothing."""
+    """The content of a row. Raises ValueError, with the reason, if there is none."""
     if row.fault is not None:
         raise ValueError(row.fault)
     if column is not None and column not in row.value:
@@ -93,7 +93,7 @@ def _content(row: Row, column: str | None) -> Any:
 
 
 def _text(row: Row, content: object, min_characters: int) -> Document:
-    """Raises ValueError, with the reason, for what is no text."""
+    """A text as a document. Raises ValueError, with the reason, if it is not a usable text."""
     if not isinstance(content, str):
         raise ValueError(f"type: the text is of type {type(content).__name__}")
     if not content or content.isspace():
@@ -109,7 +109,7 @@ def _conversations(row: Row, config: DataConfig, tokenizer: Tokenizer | None) ->
     most = config.max_chat_tokens
     for pieces in chat.samples(row.value, config.think_flag_share):
         data, length = json.dumps(pieces).encode(), 0
-        # a token is at least a byte: most conversations need not be counted
+        # a token has at least one byte, so most conversations need not be tokenized for the count
         if tokenizer and most is not None and len(data) > most:
             length = len(chat.encode(pieces, tokenizer)[0]) + 1
         if most is not None and length > most:
@@ -122,8 +122,8 @@ def _conversations(row: Row, config: DataConfig, tokenizer: Tokenizer | None) ->
 def encoded(
     tokenizer: Tokenizer, documents: Iterable[Document]
 ) -> Iterator[tuple[Document, np.ndarray, np.ndarray | None]]:
-    """Documents with their ids (uint32), closed by the end-of-text id, and, for conversations, what is
-    learned (bool)."""
+    """Documents with their ids (uint32), closed by the end-of-text id, and, for conversations, which
+    ids are learned (bool)."""
     documents = iter(documents)
     while batch := list(_megabyte(documents)):
         texts = iter(tokenizer.encode_batch([item.text for item in batch if item.pieces is None]))
@@ -165,13 +165,13 @@ def check_columns(name: str, source: SourceConfig, rows: Iterable[Row]) -> None:
 
 
 def hash_document(data: bytes) -> bytes:
-    """16 bytes, as `find_duplicates` reads them."""
+    """A hash of 16 bytes, as `find_duplicates` reads it."""
     return hashlib.blake2b(data, digest_size=16).digest()
 
 
 def find_duplicates(files: list[Path], at_once: int = _HASHES_AT_ONCE) -> np.ndarray:
-    """Numbers (int64, ascending, counted over all files of hashes) of the documents equal to one before, in
-    as many rounds, each over a range of hash values, as it takes to sort about `at_once` hashes at a time."""
+    """Numbers (int64, ascending, counted over all files of hashes) of documents that equal an earlier one.
+    Each round takes the hashes with one remainder, so that about `at_once` hashes are sorted at a time."""
     rounds = -(-sum(path.stat().st_size for path in files) // (16 * at_once))
     found = [np.empty(0, np.int64)]
     for turn in range(rounds):
@@ -183,7 +183,7 @@ def find_duplicates(files: list[Path], at_once: int = _HASHES_AT_ONCE) -> np.nda
             hashes.append(of_file[chosen])
             first += len(of_file)
         number, key = np.concatenate(numbers), np.concatenate(hashes)
-        order = np.lexsort((key[:, 1], key[:, 0]))  # stable: the first of equals stays first
+        order = np.lexsort((key[:, 1], key[:, 0]))  # stable: the first of equal documents stays first
         is_repeat = (key[order[1:]] == key[order[:-1]]).all(axis=1)
         found.append(number[order[1:][is_repeat]])
     return np.sort(np.concatenate(found))

@@ -43,7 +43,7 @@ class Batch:
     cu_seqlens: Tensor  # [D+1] int32: document borders over the flattened B*S tokens, first 0, last B*S
     token_mask: Tensor  # [B,S] bool: False on padding
     rows: tuple[int, ...]  # global row numbers, as data.skip counts them
-    lengths: tuple[int, ...]  # [D] of the documents
+    lengths: tuple[int, ...]  # [D] tokens of each document
     label_tokens: int  # tokens with a label
     tokens: int  # tokens that are not padding
 
@@ -57,13 +57,13 @@ class Batch:
         token_mask: Tensor,
         rows: tuple[int, ...],
     ) -> "Batch":
-        """A batch of tensors that lie on the host; what the host needs of them is counted here, once."""
+        """A batch of tensors on the host. The numbers that the host needs are computed here, once."""
         lengths, label_tokens = tuple(cu_seqlens.diff().tolist()), int((labels != NO_LOSS).sum())
         tensors = (input_ids, labels, position_ids, cu_seqlens, token_mask)
         return cls(*tensors, rows, lengths, label_tokens, int(token_mask.sum()))
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The same batch on a device. From pinned memory the host does not wait for the copies."""
+        """The same batch on a device. If it is in pinned memory, the host does not wait for the copies."""
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pinned(self) -> "Batch":
@@ -81,13 +81,13 @@ class Loader(Iterator[list[Batch]], AbstractContextManager["Loader"]):
     """Iterates over optimizer steps; each is the list of this rank's micro-batches.
 
     Slot b of micro-batch m on rank r is global row step * global_batch_size + (m * world_size + r) *
-    micro_batch_size + b of those that data.skip leaves, and what a row holds does not depend on the ranks.
-    `next_row` is the first row that has not been handed out: a new Loader that starts there goes on exactly.
+    micro_batch_size + b of the rows that data.skip leaves. The content of a row does not depend on the ranks.
+    `next_row` is the first row that is not yet handed out: a new Loader that starts there continues exactly.
 
-    source=None: the endless mixture of the sources. source=NAME: that source alone, in plain order, once; the
-    last step is filled up with rows of padding, so every rank has as many micro-batches. Batches are read
-    ahead in a thread; with `pin` into pinned memory, which a GPU copies while the host goes on. Raises
-    DataError for a folder that is not prepared as configured, or is damaged.
+    source=None: the endless mixture of the sources. source=NAME: only that source, once, without shuffling;
+    the last step is filled up with padding rows, so that all ranks have the same number of micro-batches. A
+    thread reads batches ahead; with `pin`, into pinned memory, from which a GPU copies while the host works.
+    Raises DataError for a folder that is damaged or was not prepared as configured.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class Loader(Iterator[list[Batch]], AbstractContextManager["Loader"]):
         self._global_batch_size, self._micro_batch_size = global_batch_size, micro_batch_size
         self._rank, self._world_size, self._source, self._pin = rank, world_size, source, pin
 
-        if source is not None:  # in plain order: not joined with others to have shares of lengths
+        if source is not None:  # length_shares apply only to all sources together
             config = replace(config, length_shares={})
         names = config.trained_sources() if source is None else {source}
         self.manifest: Manifest | None = None
@@ -130,7 +130,7 @@ class Loader(Iterator[list[Batch]], AbstractContextManager["Loader"]):
             self._end_of_text = tokenizer.end_of_text
         self._rows = open_rows(config, self._streams, self._end_of_text, split, seq_len, seed)
         self._mixture = self._mix(config, seed) if source is None else None
-        self._end_row = sys.maxsize if source is None else len(self._rows[source])  # plain order ends
+        self._end_row = sys.maxsize if source is None else len(self._rows[source])  # the mixture is endless
         self._skip = config.skip if source is None else []
 
         self._pool = ThreadPoolExecutor(1, "loader")
@@ -138,12 +138,12 @@ class Loader(Iterator[list[Batch]], AbstractContextManager["Loader"]):
         self._error: BaseException | None = None
 
     def check_budget(self, total_rows: int) -> None:
-        """Raise a DataError that lists the sources which max_epochs keeps from serving `total_rows` rows."""
+        """Raise a DataError that lists the sources whose max_epochs is too low for `total_rows` rows."""
         if self._mixture is not None:
             self._mixture.check_budget(skip_rows(total_rows - 1, self._skip) + 1)
 
     def origins(self, row: int) -> list[str]:
-        """Where each document of a row of a prepared folder, as Batch.rows counts them, comes from."""
+        """Where each document of a row of a prepared folder comes from. row: as counted in Batch.rows."""
         assert self.manifest is not None
         names = {id(stream): name for name, stream in self._streams.items()}
         found = []
@@ -157,12 +157,12 @@ class Loader(Iterator[list[Batch]], AbstractContextManager["Loader"]):
         return found
 
     def describe(self) -> list[str]:
-        """A line for each source that is read: rows in an epoch, and what packing made of its documents."""
+        """A line for each source that is read: rows in an epoch, and the result of packing its documents."""
         return [f"{name}: {rows.describe()}" for name, rows in self._rows.items()]
 
     def seen(self) -> dict[str, dict[str, float]]:
-        """Tokens and epochs that the rows handed out so far took of each source of the mixture; nothing is
-        known of a text stream."""
+        """Tokens and epochs of each source of the mixture in the rows handed out so far; empty for text
+        streams."""
         if self._mixture is None or self.manifest is None or self.next_row == 0:
             return {}
         rows = self._mixture.rows_needed(skip_rows(self.next_row - 1, self._skip) + 1)
@@ -194,7 +194,7 @@ class Loader(Iterator[list[Batch]], AbstractContextManager["Loader"]):
         return batches
 
     def close(self) -> None:
-        """Stop reading ahead, after the step that is being read. The iteration ends."""
+        """Stop reading ahead after the step that is being read, and end the iteration."""
         self._end_row, self._ahead = 0, deque()
         self._pool.shutdown(cancel_futures=True)
         for stream in self._streams.values():

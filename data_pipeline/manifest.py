@@ -1,4 +1,4 @@
-"""The prepared folder and the manifest that commits it.
+"""The prepared folder, and the manifest that marks it as complete.
 
     manifest.json                     written last: a folder without it is not prepared
     tokenizer.json
@@ -6,10 +6,10 @@
         train-00000.tokens            uint32 little-endian: documents end to end, each closed by <|endoftext|>
         train-00000.offsets           uint64 little-endian: where the documents begin, then the shard's end
         train-00000.rows              per document: uint32 input file, uint64 offset of its row in it
-        train-00000.loss              conversations only: a bit per token, lowest first: is it learned?
+        train-00000.loss              conversations only: a bit per token, lowest bit first; 1 = learned
         validation-00000.tokens ...
         slice.json unigrams.npy       what the slice adds to the manifest
-    rejects.jsonl                     rows that are no documents: file, line, offset, reason, first bytes
+    rejects.jsonl                     rejected rows: file, line, offset, reason, first bytes
     packing/                          plans of best_fit, made from the shards: see best_fit.py
 
 The tokens of a source and split are those of its shards in the order of the manifest.
@@ -31,7 +31,7 @@ REMEDY = "move the folder away and run python -m data_pipeline again"
 
 @dataclass
 class InputFile:
-    """A file that is read; `mtime_ns` only saves reading it again to see that it is unchanged."""
+    """An input file. It is not hashed again while `bytes` and `mtime_ns` are unchanged."""
 
     path: str
     bytes: int
@@ -73,8 +73,8 @@ class TokenizerRecord:
 
 @dataclass
 class Manifest:
-    """The commit record: what was prepared, from what, and how to know that it is unharmed. Without sources
-    yet it is plan.json: what a folder is being prepared from."""
+    """The record of a prepared folder: settings, inputs, shards and their checksums. Without sources it is
+    plan.json: the settings and inputs of a folder whose preparation is not complete."""
 
     format: str
     settings: dict[str, Any]
@@ -85,7 +85,7 @@ class Manifest:
 
     @staticmethod
     def load(folder: Path, name: str = "manifest.json") -> "Manifest":
-        """Read manifest.json. Raises DataError where it is missing, damaged, or of another format."""
+        """Read manifest.json. Raises DataError if it is missing, damaged, or of another format."""
         path = folder / name
         try:
             fields = json.loads(path.read_bytes())
@@ -106,15 +106,15 @@ class Manifest:
             raise DataError(f"{path} is damaged ({error}); {REMEDY}") from error
 
     def save(self, folder: Path, name: str = "manifest.json") -> None:
-        """Write manifest.json, all of it or nothing."""
+        """Write manifest.json, which appears only when it is complete."""
         write_atomically(folder / name, to_json(self))
 
     def shards(self) -> list[ShardRecord]:
         return [shard for of in self.sources.values() for split in SPLITS for shard in of.shards[split]]
 
     def check_settings(self, settings: dict[str, Any], folder: Path) -> None:
-        """Raise DataError that lists the keys of `settings` which the folder was not prepared with."""
-        # a kind that is not in `settings` is that of a source which is not named any more
+        """Raise a DataError that lists the keys of `settings` that differ from those of the folder."""
+        # a `kind` that is missing in `settings` belongs to a source that is no longer configured
         keys = [key for key in self.settings.keys() | settings if key in settings or key.endswith(".kind")]
         differing = [
             f"  {key}: prepared with {self.settings.get(key, 'nothing')}, now {settings.get(key, 'nothing')}"
@@ -131,25 +131,25 @@ def shards_from_json(splits: dict[str, list[dict[str, Any]]]) -> Shards:
 
 
 def sha256_of(path: Path) -> str:
-    """Hex digits of the hash of a file."""
+    """The SHA-256 of a file in hex digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def to_json(value: Any) -> bytes:
-    """Readable JSON, the same bytes for equal values; dataclasses are objects."""
+    """Readable JSON: equal values give the same bytes, and dataclasses become objects."""
     return (json.dumps(value, indent=1, sort_keys=True, default=vars) + "\n").encode()
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Make `path` hold `data`: after a crash it holds all of it or is as before."""
+    """Write `data` to `path`: after a crash the file has either all of `data` or its old content."""
     partial = path.with_name(f".{path.name}.partial")
     partial.write_bytes(data)
     replace_synced(partial, path)
 
 
 def replace_synced(partial: Path, path: Path) -> None:
-    """Rename a finished file to `path`; it is on the disk before it has the name."""
+    """Rename a finished file to `path`, after its content is on the disk."""
     sync(partial)
     os.replace(partial, path)
     sync(path.parent)

@@ -1,8 +1,8 @@
 """The order of the run: global row g -> (source, epoch, row), a pure function of the configuration.
 
 Rows are dealt in blocks. Each block holds a fixed integer quota of every source, spread evenly over the
-block; the rows of a source are dealt one after the other, through a permutation of its own in every epoch.
-Weights may change at given rows: a new stretch of blocks begins there, and every source goes on where it was.
+block; the rows of a source are dealt in the order of a permutation, which is different in every epoch.
+Weights may change at given rows: a new stretch of blocks begins there, and every source goes on with its next row.
 """
 
 import bisect
@@ -15,11 +15,11 @@ import numpy as np
 from data_pipeline.config import BLOCK_ROWS, DataError
 from data_pipeline.permutation import Permutation, derive_key, mix
 
-Changes = dict[int, dict[str, float]] | None  # row -> the weights of sources that hold from it on
+Changes = dict[int, dict[str, float]] | None  # row -> weights of sources from that row on
 
 
 class Location(NamedTuple):
-    """Where a global row comes from: the row is in range(rows of the source)."""
+    """Where a global row comes from. row: in range(rows of the source)."""
 
     source: str
     epoch: int
@@ -27,16 +27,16 @@ class Location(NamedTuple):
 
 
 class MixtureSource(NamedTuple):
-    """What the order has to know of a source."""
+    """The properties of a source that decide the order."""
 
     weight: float  # relative share of the tokens
     rows: int  # in one epoch
     max_epochs: float | None  # None = no limit
-    row_tokens: float  # in a row, on average
+    row_tokens: float  # tokens in a row, on average
 
 
 class _Stretch(NamedTuple):
-    """Rows from `first` on have these quotas; `dealt` [source] rows were dealt before."""
+    """Rows from `first` on have these quotas; before, `dealt` [source] rows of each source were dealt."""
 
     first: int
     quotas: np.ndarray
@@ -44,7 +44,7 @@ class _Stretch(NamedTuple):
 
 
 def integer_quotas(weights: list[float], total: int) -> list[int]:
-    """Integers that sum to `total`, each within one of its exact share (method of the largest remainder)."""
+    """Integers that sum to `total`, each less than 1 away from its exact share (largest remainder method)."""
     shares = [weight * total / sum(weights) for weight in weights]
     quotas = [int(share) for share in shares]
     by_remainder = sorted(range(len(shares)), key=lambda i: (quotas[i] - shares[i], i))
@@ -56,8 +56,8 @@ def integer_quotas(weights: list[float], total: int) -> list[int]:
 class Mixture:
     """The infinite sequence of rows that the weights, the seed and the number of rows of every source define.
 
-    Sources are taken in the order of their names; those that never have a weight are left out. Without
-    `shuffle` the rows of a source keep their order. Raises DataError for a source with a weight and no row.
+    Sources are taken in the order of their names; sources whose weight is always 0 are left out. Without
+    `shuffle` the rows of a source keep their order. Raises DataError for a source with a weight but no row.
     """
 
     def __init__(
@@ -106,12 +106,12 @@ class Mixture:
         return dict(zip(self._names, self._dealt(total_rows).tolist(), strict=True))
 
     def check_budget(self, total_rows: int) -> None:
-        """Raise a DataError that lists every source which max_epochs keeps from serving `total_rows` rows."""
+        """Raise a DataError that lists every source whose max_epochs is too low for `total_rows` rows."""
         exhausted = []
         for name, needed in self.rows_needed(total_rows).items():
             source, limit = self.sources[name], self._limits[name]
             if needed > limit:
-                law = f"max_epochs={source.max_epochs} allows {limit} rows of its {source.rows}"
+                law = f"max_epochs={source.max_epochs} allows {limit} rows ({source.rows} in an epoch)"
                 need = f"but {total_rows} rows of the run need {needed}"
                 remedy = "raise max_epochs, lower its weight, or train on fewer tokens"
                 exhausted.append(f"data.sources.{name}.{law}, {need}; {remedy}")
@@ -130,10 +130,10 @@ class Mixture:
         return stretch.dealt + blocks * stretch.quotas + of_last_block
 
     def _deal_block(self, stretch: int, block: int) -> tuple[np.ndarray, np.ndarray]:
-        """Source number of each slot of a block, and how many earlier slots of it have the same source.
+        """Source number of each slot of a block, and the number of earlier slots with the same source.
 
-        Card k of a source with quota q lies at a random time in [k, k+1) / q; slots are in the order of time.
-        So every stretch of the block, not only the whole, holds every source close to its share.
+        Row k of a source with quota q gets a random time in [k, k+1) / q, and the slots are sorted by time.
+        So every part of the block, not only the whole block, has nearly the right share of every source.
         """
         quotas = self._stretches[stretch].quotas
         dealt = np.repeat(np.arange(len(quotas)), quotas)
@@ -149,7 +149,7 @@ class Mixture:
 
 
 def skip_rows(row: int, skip: list[list[int]]) -> int:
-    """The number, before ranges [first, end) in order are left out, of the row that is number `row` after."""
+    """Convert the number of a row outside `skip`, sorted ranges [first, end), to its number among all rows."""
     for first, end in skip:
         if row >= first:
             row += end - first

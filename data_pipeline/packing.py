@@ -1,8 +1,8 @@
-"""Rows of token streams, and what the model needs to know about the documents in them.
+"""Rows of token streams, with the document borders, positions and labels that the model needs.
 
-A row is at most seq_len + 1 tokens: its inputs and the targets one further. Packing "concat": the documents
-of a source stand end to end, each closed by the end-of-text id; row r is the span of seq_len + 1 tokens that
-starts at token r * seq_len, so every token is a target once. "best_fit": whole documents, see best_fit.py.
+A row has at most seq_len + 1 tokens: the inputs, and the targets shifted by one. Packing "concat": the
+documents of a source stand end to end, each closed by the end-of-text id; row r is the span of seq_len + 1
+tokens that starts at token r * seq_len, so no token is a target twice. "best_fit": see best_fit.py.
 """
 # B rows, S seq_len, D documents, N tokens of a row
 
@@ -23,16 +23,16 @@ from data_pipeline.streaming import TextStream
 from data_pipeline.tokenizer import Tokenizer, tokenizer_of
 
 NO_LOSS = -100
-JOINT = "joint"  # the name of what several sources fill together, under length_shares
+JOINT = "joint"  # the name of the rows that all sources fill together, under length_shares
 Stream = TokenStream | TextStream
 
 
 class Row(NamedTuple):
-    """What stands in a row, before it is padded."""
+    """The contents of a row before padding."""
 
     tokens: np.ndarray  # [N] uint32, N <= S+1
     starts: np.ndarray  # [D] int64: where its documents begin
-    learned: np.ndarray  # [N] bool: the tokens that are targets
+    learned: np.ndarray  # [N] bool: which tokens may be targets
 
 
 class PackedRows(NamedTuple):
@@ -46,12 +46,12 @@ class PackedRows(NamedTuple):
 
 
 class FillInTheMiddle:
-    """Fill-in-the-middle (arXiv 2207.14255) of a share `rate` of the documents, `spm_share` of these as SPM.
+    """Fill-in-the-middle (arXiv 2207.14255) for a share `rate` of the documents; `spm_share` of them use SPM.
 
     PSM: `<|fim_prefix|> P <|fim_suffix|> S <|fim_middle|> M`; SPM, in the paper's form for joint training:
     `<|fim_prefix|> <|fim_suffix|> S <|fim_middle|> P M`. It is applied to the part of a document that stands
-    in a row ("context-level" in the paper); the three ids take the place of the last three tokens of the
-    suffix, so all lengths stay. Raises DataError for a tokenizer without these ids.
+    in a row ("context-level" in the paper); the three ids replace the last three tokens of the suffix, so no
+    length changes. Raises DataError for a tokenizer without these ids.
     """
 
     def __init__(self, rate: float, spm_share: float, tokenizer: Tokenizer, seed: int, source: str) -> None:
@@ -61,8 +61,8 @@ class FillInTheMiddle:
         self._key = derive_key(seed, "fim", source)
 
     def __call__(self, document: np.ndarray, position: int) -> np.ndarray:
-        """`document` rearranged, or itself; its length and a closing end-of-text id stay. A pure function of
-        the seed, the source and `position`, that of the document's first token in it."""
+        """`document`, rearranged or unchanged; its length and a closing end-of-text id stay. The choice is a
+        pure function of the seed, the source and `position`, where the document begins in the stream."""
         word = mix((self._key + position) & MASK)
         if _uniform(word) >= self._rate:
             return document
@@ -86,7 +86,7 @@ def _uniform(word: int) -> float:
 
 
 class ConcatRows:
-    """The rows of a stream under "concat". Tokens that fill no row are left out, or (`pad`) padded."""
+    """The rows of a stream under "concat". Tokens after the last full row are dropped or (`pad`) padded."""
 
     def __init__(
         self, stream: Stream, seq_len: int, end_of_text: int, *, pad: bool, fim: FillInTheMiddle | None
@@ -94,21 +94,21 @@ class ConcatRows:
         self._stream, self._seq_len, self._end_of_text, self._fim = stream, seq_len, end_of_text, fim
         targets = max(len(stream) - 1, 0)
         self._rows = -(-targets // seq_len) if pad else targets // seq_len
-        self.mean_tokens = min(targets / max(self._rows, 1), seq_len)  # of a row that are not padding
+        self.mean_tokens = min(targets / max(self._rows, 1), seq_len)  # of a row, without padding
 
     def __len__(self) -> int:
         return self._rows
 
     def describe(self) -> str:
-        """What an epoch is."""
+        """The size of an epoch."""
         return f"{len(self):,} rows of {self._seq_len}"
 
     def places(self, row: int) -> list[tuple[Stream, int]]:
-        """For each document of a row, its stream and the token there that its part begins with."""
+        """For each document of a row, its stream and the token of the stream where its part begins."""
         return [(self._stream, row * self._seq_len + start) for start in self.read(row).starts.tolist()]
 
     def read(self, row: int) -> Row:
-        """Row number `row`; an empty one beyond the last."""
+        """Row number `row`; an empty row beyond the last one."""
         start = min(row * self._seq_len, len(self._stream))
         stop = min(start + self._seq_len + 1, len(self._stream))
         tokens = self._stream.read(start, stop)
@@ -128,9 +128,9 @@ class PackedSource(NamedTuple):
 
 
 class BestFitRows:
-    """The rows of one source, or of several together. `name` tells plans of the folder apart; `shares` are
-    length_shares. Raises DataError for a plan that is damaged or cannot be written, and for shares of what no
-    document has.
+    """The rows of one source, or of several that fill them together. `name` distinguishes the plans of the
+    folder; `shares` are the length_shares. Raises DataError for a plan that is damaged or cannot be written,
+    and for a length class without documents.
     """
 
     def __init__(
@@ -146,9 +146,9 @@ class BestFitRows:
             streams, weights = [of.stream for of in self._sources], [of.weight for of in self._sources]
             try:
                 make_plan(streams, weights, seq_len, shares, path)
-            except OSError as error:  # a folder that others prepared, for rows of another length
-                law = f"is missing and cannot be written ({error}); run python -m data_pipeline where it can"
-                raise DataError(f"{path} {law}") from error
+            except OSError as error:  # such as a read-only folder, prepared for another row length
+                law = f"{path} is missing and cannot be written ({error})"
+                raise DataError(f"{law}; run python -m data_pipeline where it is writable") from error
         try:
             with np.load(path) as plan:
                 self.report = PackingReport(*plan["report"].tolist())
@@ -158,14 +158,14 @@ class BestFitRows:
             if len(self._items) != self.report.documents:
                 raise ValueError(f"{items_path} has {len(self._items)} items, not {self.report.documents}")
         except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
-            raise DataError(f"{path} is damaged ({error}); remove it, it is made again") from error
+            raise DataError(f"{path} is damaged ({error}); remove it, it will be made again") from error
         self.mean_tokens = (self.report.tokens - self.report.rows) / max(self.report.rows, 1)
 
     def __len__(self) -> int:
         return self.report.rows
 
     def describe(self) -> str:
-        """What an epoch is, and what packing made of the documents."""
+        """The size of an epoch, and the result of packing."""
         rows, documents, _, too_long, left_out = self.report
         made = f"{documents:,} documents in {rows:,} rows of {self._seq_len}"
         more = f", {too_long:,} longer than a row" if too_long else ""
@@ -173,11 +173,11 @@ class BestFitRows:
         return f"{made}, {self.report.padding(self._seq_len):.2%} padding{more}"
 
     def places(self, row: int) -> list[tuple[Stream, int]]:
-        """For each document of a row, its stream and the token there that its part begins with."""
+        """For each document of a row, its stream and the token of the stream where its part begins."""
         return [(source.stream, start) for source, start, _ in self._contents(row)]
 
     def read(self, row: int) -> Row:
-        """Row number `row`; an empty one beyond the last."""
+        """Row number `row`; an empty row beyond the last one."""
         tokens, learned, lengths = [], [], []
         for source, start, length in self._contents(row):
             document = source.stream.read(start, start + length)
@@ -198,8 +198,9 @@ class BestFitRows:
 
 
 def pack_rows(rows: list[Row], seq_len: int, padding_id: int, predict_first_token: bool) -> PackedRows:
-    """Turn rows into a batch; a short one is padded at its end: a document of its own, without loss. The last
-    token of a document predicts nothing, as what follows is unrelated, unless `predict_first_token`."""
+    """Turn rows into a batch. The padding at the end of a short row is a document of its own, without loss.
+    The last token of a document has no label, because an unrelated document follows, unless
+    `predict_first_token`."""
     shape = len(rows), seq_len + 1
     tokens = np.full(shape, padding_id, dtype=np.int64)
     learned, starts = np.ones(shape, dtype=np.bool_), np.zeros(shape, dtype=np.bool_)
@@ -236,10 +237,10 @@ def open_streams(
 def open_rows(
     config: DataConfig, streams: Mapping[str, Stream], end_of_text: int, split: str, seq_len: int, seed: int
 ) -> dict[str, ConcatRows | BestFitRows]:
-    """The rows of each stream; under length_shares the training rows of all together, as `JOINT`. Plans that
-    best_fit needs and that are not there are made. Validation documents are not rearranged for
-    fill-in-the-middle, and their rest gets a padded row under concat. Raises DataError for a tokenizer
-    without control tokens that are needed."""
+    """The rows of each stream; under length_shares, the training rows of all streams together, as `JOINT`.
+    Makes the plans of best_fit that are missing. Validation documents are not rearranged for
+    fill-in-the-middle, and their last tokens get a padded row under concat. Raises DataError for a tokenizer
+    without the control tokens of fill-in-the-middle."""
     folder, is_train, fims = Path(config.dir), split == "train", dict[str, FillInTheMiddle]()
     if rates := {name: rate for name, rate in config.fim_rates.items() if rate > 0 and is_train}:
         tokenizer, spm = tokenizer_of(config), config.fim_spm_share
@@ -260,7 +261,7 @@ def open_rows(
 
 
 def make_plans(config: DataConfig, seq_len: int) -> None:
-    """Make the plans of best_fit that a run with rows of `seq_len` opens, if they are not there."""
+    """Make the missing best_fit plans of a run with rows of `seq_len`, and print the rows of each source."""
     manifest = open_prepared(Path(config.dir))
     for split in SPLITS:
         names = config.trained_sources() if split == "train" else config.sources

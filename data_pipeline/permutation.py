@@ -28,8 +28,8 @@ def mix(word: Word) -> Word:
 class Permutation:
     """A bijection of range(n), a pure function of (n, key), for 1 <= n <= 2^62.
 
-    A Feistel network (Luby, Rackoff 1988) permutes the next power of four; values that leave the range go
-    through it until they come back ("cycle walking", Black, Rogaway 2002): fewer than 4 passes on average.
+    A Feistel network (Luby, Rackoff 1988) permutes the next power of four. A value outside range(n) goes
+    through again until it is inside ("cycle walking", Black, Rogaway 2002): fewer than 4 passes on average.
     """
 
     def __init__(self, n: int, key: int) -> None:

@@ -1,7 +1,7 @@
-"""Text to token shards: cut the sources into slices, survey them, write every slice, commit with a manifest.
+"""From text to token shards: cut the sources into slices, survey and write every slice, write the manifest.
 
-A run that was killed is run again: finished slices stay, the result is the same to the byte for any number
-of workers.
+After a kill, run the same command again: finished slices are kept, and the result is the same, byte for
+byte, for any number of workers.
 """
 
 import contextlib
@@ -48,8 +48,8 @@ from data_pipeline.tokenizer import (
     train_tokenizer,
 )
 
-_TRAINING_CHARACTERS = 4_000_000  # of text that a tokenizer is trained on, shared evenly by the sources
-_TRAINING_PLACES = 16  # slices of a source, evenly spaced, that this text is taken from
+_TRAINING_CHARACTERS = 4_000_000  # of text to train a tokenizer on, divided evenly among the sources
+_TRAINING_PLACES = 16  # at most this many evenly spaced slices of a source provide this text
 _SECONDS_BETWEEN_LINES = 10.0
 
 Jobs = dict[str, list[SliceJob]]  # by source
@@ -57,10 +57,10 @@ Act = Callable[[SliceJob], int]  # returns how many units it made
 
 
 def prepare(config: DataConfig, vocab_size: int, seed: int) -> Manifest:
-    """Prepare `config.dir` for models of `vocab_size` ids; what is already done is left alone.
+    """Prepare `config.dir` for models of `vocab_size` ids; work that is already done is kept.
 
     The seed chooses which documents are held out for validation. Raises DataError for inputs that cannot be
-    read, a tokenizer that is too large, and a folder that holds another preparation (nothing is changed).
+    read, a tokenizer that is too large, and a folder with a different preparation (which stays as it is).
     """
     given = None if config.tokenizer is None else fetch_tokenizer(config.tokenizer)
     size = given.vocab_size if given else config.tokenizer_vocab_size
@@ -68,7 +68,7 @@ def prepare(config: DataConfig, vocab_size: int, seed: int) -> Manifest:
     check_vocab_size(size, vocab_size)
     folder = Path(config.dir)
     folder.mkdir(parents=True, exist_ok=True)
-    # spawn: a fork would copy the threads of the tokenizer in an unknown state
+    # spawn, because a fork would copy the state of the tokenizer's threads at a random moment
     spawn, number = multiprocessing.get_context("spawn"), config.num_workers
     pool = ProcessPoolExecutor(number, spawn, initializer=start_worker) if number > 1 else None
     with _only_one(folder), pool or contextlib.nullcontext() as workers:
@@ -78,7 +78,7 @@ def prepare(config: DataConfig, vocab_size: int, seed: int) -> Manifest:
         else:
             _clean(folder)
             jobs = {name: _jobs(name, config, plan.inputs[name], seed) for name in sorted(plan.inputs)}
-            if not (folder / "tokenizer.json").exists():  # an earlier attempt may have come so far
+            if not (folder / "tokenizer.json").exists():  # an earlier attempt may have written it
                 text = given.serialized if given else train_tokenizer(_training_texts(jobs), size)
                 write_atomically(folder / "tokenizer.json", text.encode())
             to_do = [job for of in jobs.values() for job in of if not job.survey.is_dir()]
@@ -96,7 +96,7 @@ def prepare(config: DataConfig, vocab_size: int, seed: int) -> Manifest:
 
 @contextlib.contextmanager
 def _only_one(folder: Path) -> Iterator[None]:
-    """Keep a second preparation out of the folder; the lock ends with the process, however it ends."""
+    """Lock the folder against a second preparation until this process ends, even by a kill."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         try:
@@ -104,38 +104,38 @@ def _only_one(folder: Path) -> Iterator[None]:
         except BlockingIOError as error:
             raise DataError(f"data.dir={folder} is being prepared by another process; wait for it") from error
         except OSError:
-            pass  # a file system without locks: a second run fails or wastes work, but harms nothing
+            pass  # a file system without locks: a second run may fail or waste work, but damages nothing
         yield
-    except OSError as error:  # a full disk, an input without permission
-        raise DataError(f"data.dir={folder}: {error}; mend it and run again, which goes on") from error
+    except OSError as error:  # such as a full disk, or an input without read permission
+        raise DataError(f"data.dir={folder}: {error}; fix this and run again to go on") from error
     except BrokenProcessPool as error:
-        what = "a worker was killed, perhaps for its memory; run again to go on, with a smaller"
-        raise DataError(f"{what} data.num_workers if it returns") from error
+        what = "a worker was killed, perhaps for lack of memory; run again to go on, with a smaller"
+        raise DataError(f"{what} data.num_workers if it happens again") from error
     finally:
         os.close(descriptor)
 
 
 def _clean(folder: Path) -> None:
-    """Remove what killed workers left half-written."""
+    """Remove the incomplete files and folders of killed workers."""
     for path in folder.glob(".*.partial"):
         path.unlink(missing_ok=True)
     for path in [*(folder / "slices").glob(".*"), *(folder / "survey").glob(".*")]:
         removed = path.with_name(f".{uuid.uuid4().hex}")
         with contextlib.suppress(OSError):  # a dying worker may still write there, or has just finished it
-            path.rename(removed)  # first, so that nobody can finish what is half removed
+            path.rename(removed)  # first, so that no worker can complete a half-removed folder
             shutil.rmtree(removed)
 
 
 def _agree_on_plan(config: DataConfig, seed: int, given: Tokenizer | None, folder: Path) -> Manifest:
-    """Our plan, written down first, so that nobody else's folder is touched. Raises DataError if the folder
-    has another's."""
+    """The plan of this preparation, saved before anything else is written. Raises DataError, without any
+    change to the folder, if it holds other files or a different plan."""
     names = [name for name in ("manifest.json", "plan.json") if (folder / name).exists()]
     recorded = Manifest.load(folder, names[0]) if names else None
     known = {file.path: file for files in recorded.inputs.values() for file in files} if recorded else {}
     if recorded is None and any(not entry.name.endswith(".partial") for entry in folder.iterdir()):
         raise DataError(f"data.dir={folder} holds other files; name a new or an empty folder")
     inputs = {name: list_inputs(name, source, known) for name, source in config.sources.items()}
-    described = {}  # of a source's inputs, wherever the files lie
+    described = {}  # the inputs of each source, without their paths
     for name, files in inputs.items():
         digest = _sha256("".join(file.sha256 for file in files))[:12]
         size = sum(file.bytes for file in files)
@@ -166,13 +166,13 @@ def _jobs(name: str, config: DataConfig, inputs: list[InputFile], seed: int) -> 
     slices = plan_slices(source, inputs, config.slice_bytes)
     if not slices:
         files = ", ".join(file.path for file in inputs)
-        raise DataError(f"data.sources.{name}.paths: {files} hold nothing; name files with text")
+        raise DataError(f"data.sources.{name}.paths: no content in {files}; name files with text")
     check_columns(name, source, (row for part in slices[0] for row in read_rows(source, part)))
     return [SliceJob(f"{name}-{i:05d}", name, parts, config, seed) for i, parts in enumerate(slices)]
 
 
 def _training_texts(jobs: Jobs) -> Iterator[str]:
-    """Text to train a tokenizer on: as much of every source, from evenly spaced places in it."""
+    """Text to train a tokenizer on: the same amount of every source, from evenly spaced slices."""
     for of_source in jobs.values():
         places = of_source[:: -(-len(of_source) // _TRAINING_PLACES)]
         for job in places:
@@ -186,8 +186,8 @@ def _training_texts(jobs: Jobs) -> Iterator[str]:
 
 
 def _run(pool: Executor | None, act: Act, title: str, unit: str, jobs: Jobs, to_do: list[SliceJob]) -> None:
-    """Act on the jobs that are not done yet; a bar on a terminal, a line now and then elsewhere, with `unit`
-    per second of this attempt."""
+    """Apply `act` to the jobs that are not done yet. Shows a bar on a terminal, and prints a line every ten
+    seconds elsewhere; the rate is in `unit` per second of this attempt."""
     units, started = 0, time.monotonic()
     total, last_line = sum(job.bytes for of_source in jobs.values() for job in of_source), started
     columns = TextColumn(title), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[rate]}")
@@ -206,10 +206,10 @@ def _run(pool: Executor | None, act: Act, title: str, unit: str, jobs: Jobs, to_
 
 
 def _conclude_survey(jobs: Jobs, config: DataConfig, folder: Path) -> dict[str, Counter[str]]:
-    """Write rejects.jsonl, the bad rows of all sources in order, their lines counted from the start of the
-    file; find the duplicates, and tell every slice which of its documents are repeats. Returns the rows that
-    each source leaves out, by the code of the reason. Raises DataError for sources with too many bad rows or
-    without a document."""
+    """Write rejects.jsonl, the bad rows of all sources in order, with line numbers from the start of each
+    file; find the duplicates, and write the numbers of those in each slice to its repeats.npy. Returns the
+    number of rows that each source leaves out, by the code of the reason. Raises DataError for sources with
+    too many bad rows or without a document."""
     found, broken = {}, []
     partial = folder / ".rejects.jsonl.partial"
     with open(partial, "w") as rejects:
@@ -228,16 +228,16 @@ def _conclude_survey(jobs: Jobs, config: DataConfig, folder: Path) -> dict[str, 
             bad = skipped.total() - skipped[BLANK]
             law = None
             if not documents:
-                law = "it has no document"
+                law = "the source has no document"
             elif bad > config.max_bad_fraction * (bad + documents):
                 law = f"more than data.max_bad_fraction={config.max_bad_fraction} allows"
-            elif bad and config.on_bad_row == "error":  # the attempt that surveyed them may have had another
+            elif bad and config.on_bad_row == "error":  # surveyed by an attempt with another on_bad_row
                 law = "data.on_bad_row=error allows none"
             if law is not None:
                 reasons = ", ".join(f"{count} {code}" for code, count in skipped.most_common()) or "no rows"
                 broken.append(
-                    f"data.sources.{name}: {bad} of {bad + documents} rows are bad ({reasons}), {law}; they"
-                    f" are listed in {folder}/rejects.jsonl: mend the files or the source"
+                    f"data.sources.{name}: {bad} of {bad + documents} rows are bad ({reasons}), {law};"
+                    f" fix the files or the source: {folder}/rejects.jsonl lists the bad rows"
                 )
             # the files of hashes are empty without data.deduplicate
             repeats = find_duplicates([job.survey / "hashes" for job in of_source])
@@ -252,7 +252,7 @@ def _conclude_survey(jobs: Jobs, config: DataConfig, folder: Path) -> dict[str, 
 
 
 def _commit(plan: Manifest, jobs: Jobs, skipped: dict[str, Counter[str]], folder: Path) -> Manifest:
-    """Gather what the slices hold and write the manifest."""
+    """Collect the records of the slices and write the manifest."""
     tokenizer, sources = load_tokenizer(folder), {}
     for name, of_source in jobs.items():
         source = SourceRecord({split: [] for split in SPLITS}, dict(skipped[name]), None)
@@ -264,7 +264,7 @@ def _commit(plan: Manifest, jobs: Jobs, skipped: dict[str, Counter[str]], folder
                 source.shards[split] += shards[split]
         if not source.shards["train"]:
             what = f"data.sources.{name}: every document is held out for validation"
-            raise DataError(f"{what}; lower data.validation_fraction or name more files, in another folder")
+            raise DataError(f"{what}; lower data.validation_fraction or add files, and use a new data.dir")
         if validation.any():
             seen = validation > 0
             shares = (train[seen] + 1) / (train + 1).sum()

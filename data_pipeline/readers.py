@@ -1,5 +1,5 @@
 """The files of a source, how they are cut into slices, and their rows: JSON lines, tables, text. A row that
-cannot be read costs that row and says why."""
+cannot be read has a `fault`, and reading continues after it."""
 
 import contextlib
 import functools
@@ -30,8 +30,8 @@ _TABLE_ROWS = 1024
 
 
 class Part(NamedTuple):
-    """What a slice reads of one file: [start, stop) in bytes of lines, row groups of parquet, record batches
-    of arrow, documents of an embedded collection; all of a file that cannot be cut."""
+    """The part of a file that a slice reads: [start, stop) in bytes of JSON lines, row groups of parquet,
+    record batches of arrow, or documents of an embedded collection. A file that cannot be cut is one part."""
 
     file: int  # its number among the inputs of the source
     path: str
@@ -44,20 +44,20 @@ class Row(NamedTuple):
     """A row of a part."""
 
     part: Part
-    line: int  # from 1 in the part
+    line: int  # counted from 1 in the part
     offset: int  # of its first byte in the (decompressed) file, or its row number in a table
-    raw: bytes | None  # None where only `value` is known
+    raw: bytes | None  # None if only `value` is known
     value: Any  # a JSON object, a table's row, or a text
-    fault: str | None  # why it holds no value, `code` or `code: details`
+    fault: str | None  # why the row has no value: `code` or `code: details`
 
 
 Known = dict[str, InputFile]  # by path
 
 
 def list_inputs(name: str, source: SourceConfig, known: Known, *, hashed: bool = True) -> list[InputFile]:
-    """The files of a source, in the order in which they are read; hashed, unless `known` has them at this
-    size and age. A hub dataset is fetched: it is the arrow files of the `datasets` cache. Raises DataError
-    for a path that leads to no file and for a dataset that cannot be had."""
+    """The files of a source, in the order in which they are read. A file is hashed unless `known` has it with
+    the same size and modification time. A hub dataset is downloaded; its files are the arrow files in the
+    cache of `datasets`. Raises DataError for a path without files and a dataset that cannot be loaded."""
     found: Known = {}
     for path in source.paths:
         key = f"data.sources.{name}.paths: {path}"
@@ -71,15 +71,15 @@ def list_inputs(name: str, source: SourceConfig, known: Known, *, hashed: bool =
         else:
             files = [file for file in sorted(glob.glob(path, recursive=True)) if os.path.isfile(file)]
             if not files:
-                raise DataError(f"{key} matches no file; a folder is named as folder/**/*.EXT")
+                raise DataError(f"{key} matches no file; for a folder use folder/**/*.EXT")
         new = [file for file in files if file not in found]
-        with ThreadPoolExecutor() as pool:  # hashing lets other threads run
+        with ThreadPoolExecutor() as pool:  # hashing releases the GIL
             found |= zip(new, pool.map(lambda file: _input(file, known.get(file), hashed), new), strict=True)
     return list(found.values())
 
 
 def plan_slices(source: SourceConfig, inputs: list[InputFile], slice_bytes: int) -> list[list[Part]]:
-    """Cut a source into slices of about `slice_bytes` (what cannot be cut, as a .gz, is never split)."""
+    """Cut a source into slices of about `slice_bytes` (some files, such as a .gz, cannot be cut)."""
     slices: list[list[Part]] = []
     room = 0
     for number, file in enumerate(inputs):
@@ -93,8 +93,8 @@ def plan_slices(source: SourceConfig, inputs: list[InputFile], slice_bytes: int)
 
 
 def read_rows(source: SourceConfig, part: Part) -> Iterator[Row]:
-    """The rows of a part, in order, blank lines included. Raises DataError for a file that cannot be read as
-    what it is said to be, and for a table without the text column."""
+    """The rows of a part, in order, blank lines included. Raises DataError for a file that cannot be read in
+    its format, and for a table without the text column."""
     format = format_of(source.kind, part.path)
     with _whole(part.path, format):
         if format == "embedded":
@@ -117,12 +117,12 @@ def read_rows(source: SourceConfig, part: Part) -> Iterator[Row]:
 
 
 def hub_rows(key: str, dataset: str) -> Iterator[Row]:
-    """The rows of a dataset of the hub, fetched as they are read."""
+    """The rows of a hub dataset, downloaded while they are read."""
     return _numbered(Part(0, dataset, 0, 0, 0), _load_dataset(key, dataset, streaming=True), 0)
 
 
 def format_of(kind: str, path: str) -> str:
-    """What a file of a source is read as: jsonl, parquet, arrow, text or embedded."""
+    """The format of a file of a source: jsonl, parquet, arrow, text or embedded."""
     if kind == "sft":
         of_suffix = {".parquet": "parquet", ".arrow": "arrow"}.get(Path(path).suffix, "jsonl")
         return "embedded" if path in samples.COLLECTIONS else of_suffix
@@ -130,7 +130,7 @@ def format_of(kind: str, path: str) -> str:
 
 
 def column_of(source: SourceConfig) -> str | None:
-    """The key or column that holds a document; None where the whole row does."""
+    """The key or column that holds a document; None if the whole row is the document."""
     return "messages" if source.kind == "sft" else source.text_column
 
 
@@ -145,8 +145,8 @@ def _numbered(part: Part, values: Iterable[Any], first: int) -> Iterator[Row]:
 
 
 def _table_rows(part: Part, batches: Iterable["pyarrow.RecordBatch"], first: int) -> Iterator[Row]:
-    """One row at a time: what writes a table need not check its texts, and one that is not UTF-8 costs its
-    row alone. `raw` is then that text."""
+    """Converts one row at a time: programs that write tables may not check texts, and a text that is not
+    UTF-8 must make only its own row a bad row. `raw` is then that text."""
     singles = (batch.slice(i, 1) for batch in batches for i in range(batch.num_rows))
     for line, single in enumerate(singles, 1):
         raw, value, fault = None, None, None
@@ -154,20 +154,20 @@ def _table_rows(part: Part, batches: Iterable["pyarrow.RecordBatch"], first: int
             [value] = single.to_pylist()
         except UnicodeDecodeError as error:
             raw, fault = error.object, f"utf8: byte {error.start} of the text is not UTF-8"
-        except (ValueError, OverflowError) as error:  # a date that Python does not know
+        except (ValueError, OverflowError) as error:  # such as a date that Python cannot represent
             raw, fault = b"", f"type: {error}"
         yield Row(part, line, first + line - 1, raw, value, fault)
 
 
 def _load_dataset(key: str, dataset: str, streaming: bool) -> Any:
-    """A dataset NAME[@REVISION][:CONFIG]:SPLIT. Raises DataError where it cannot be had."""
-    from datasets import load_dataset  # slow to import: only for those who read the hub
+    """A dataset NAME[@REVISION][:CONFIG]:SPLIT. Raises DataError if it cannot be loaded."""
+    from datasets import load_dataset  # slow to import, and only hub datasets need it
 
     try:
         name, *config, split = dataset.split(":")
         name, _, revision = name.partition("@")
         return load_dataset(name, *config, split=split, revision=revision or None, streaming=streaming)
-    except Exception as error:  # the library raises whatever its many layers raise
+    except Exception as error:  # the library raises exceptions of many types
         what = f"{key} cannot be loaded by datasets.load_dataset ({type(error).__name__}: {error})"
         remedy = "copy the files of the dataset here and use kind=parquet, jsonl, or arrow for what"
         remedy += " datasets.save_to_disk wrote (paths=[FOLDER/*.arrow])"
@@ -176,17 +176,17 @@ def _load_dataset(key: str, dataset: str, streaming: bool) -> Any:
 
 
 def _tree_files(key: str, folder: str) -> list[str]:
-    """The text files below a folder; hidden ones, links and binary files are no part of a source tree."""
+    """The text files below a folder, without links, binary files, and hidden files and folders."""
     found = []
     for parent, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for path in (os.path.join(parent, name) for name in sorted(files) if not name.startswith(".")):
-            if os.path.isfile(path) and not os.path.islink(path):  # a pipe would be waited for
+            if os.path.isfile(path) and not os.path.islink(path):  # reading a pipe would block
                 with open(path, "rb") as file:
-                    if b"\0" not in file.read(_PROBED_BYTES):  # as git decides it
+                    if b"\0" not in file.read(_PROBED_BYTES):  # git's test for text
                         found.append(path)
     if not found:
-        raise DataError(f"{key} is no folder with text files below it")
+        raise DataError(f"{key} is not a folder with text files below it")
     return found
 
 
@@ -227,11 +227,11 @@ def _parts(number: int, file: InputFile, format: str, slice_bytes: int) -> Itera
 
 
 def _read_jsonl(part: Part) -> Iterator[Row]:
-    """The lines that begin in the part, cut at \\n only: a row may hold other line separators of Unicode."""
+    """The lines that begin in the part, cut at \\n only, as rows may hold other Unicode line separators."""
     line, offset, is_compressed = 0, part.start, part.path.endswith(_COMPRESSED)
     try:
         with _open_lines(part.path) as file:
-            if part.start:  # the line that covers the byte before belongs to the part before
+            if part.start:  # a line that contains the byte before belongs to the previous part
                 file.seek(part.start - 1)
                 offset += len(file.readline()) - 1
             while is_compressed or offset < part.stop:
@@ -276,8 +276,8 @@ _Reader = Callable[[int, int, list[str]], Iterable["pyarrow.RecordBatch"]]
 
 
 def _open_table(format: str, path: str) -> tuple["pyarrow.Schema", list[tuple[int, int]], _Reader]:
-    """Schema, (rows, bytes) of each row group of parquet or record batch of arrow, and what reads columns of
-    [start, stop) of these; arrow is the stream that `datasets` writes, or the file format."""
+    """Schema, (rows, bytes) of each row group of parquet or record batch of arrow, and a function that reads
+    columns of units [start, stop). Arrow: the stream format, which `datasets` writes, or the file format."""
     import pyarrow.parquet
 
     if format == "parquet":
@@ -300,7 +300,8 @@ def _open_table(format: str, path: str) -> tuple["pyarrow.Schema", list[tuple[in
 
 
 def _columns(source: SourceConfig, path: str, schema: "pyarrow.Schema") -> list[str]:
-    """The columns to read: the text, or all that a conversation may need. Raises DataError without it."""
+    """The columns to read: the text column, or for conversations all columns. Raises DataError if the column
+    of the documents is missing or of the wrong type."""
     from pyarrow import types
 
     column, is_chat = column_of(source), source.kind == "sft"
@@ -317,13 +318,13 @@ def _columns(source: SourceConfig, path: str, schema: "pyarrow.Schema") -> list[
 
 @contextlib.contextmanager
 def _whole(path: str, format: str) -> Iterator[None]:
-    """Name the file in the errors of those who read it."""
+    """Turn errors of reading into a DataError that names the file."""
     damage: tuple[type[Exception], ...] = (OSError,)
     if format in ("parquet", "arrow"):
-        import pyarrow  # slow to import: only for those who read tables
+        import pyarrow  # slow to import, and only tables need it
 
         damage = (OSError, pyarrow.ArrowException)
     try:
         yield
     except damage as error:
-        raise DataError(f"{path} is no whole {format} file ({error}); fetch or write it again") from error
+        raise DataError(f"{path} cannot be read as {format} ({error}); fetch or write it again") from error

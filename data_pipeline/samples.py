@@ -1,4 +1,4 @@
-"""Real text that lies on every machine: the standard library of the running interpreter. No download."""
+"""Real text without a download: the standard library of the running interpreter."""
 
 import ast
 import functools
@@ -12,16 +12,16 @@ from data_pipeline.config import DataError
 # Tests, other people's packages, near-duplicates of other modules (lib2to3) and tables (encodings).
 _EXCLUDED = {*("test", "tests", "idle_test"), *("site-packages", "dist-packages")}
 _EXCLUDED |= {"lib2to3", "encodings", "pydoc_data"}
-_SHORTEST_PROSE = 200  # characters; a module with less docstring than this says nothing
+_SHORTEST_PROSE = 200  # characters; modules with less docstring text are left out
 
 
 @functools.cache
 def documents(collection: str) -> tuple[str, ...]:
-    """The documents of a collection: in a fixed order, no two equal. Raises DataError for another name.
+    """The documents of a collection: in a fixed order, no two equal. Raises DataError for an unknown name.
 
     `stdlib_code`: one module's source is one document. `stdlib_prose`: the language reference of pydoc, and
-    one module's docstrings as one document. `stdlib_chat`: JSON of conversations: what a function does, by
-    its docstring; every other one thinks about the arguments first.
+    one module's docstrings as one document. `stdlib_chat`: conversations as JSON: the user asks what a
+    function does, and the answer is its docstring; every second answer has reasoning about the arguments.
     """
     if collection not in COLLECTIONS:
         raise DataError(f"embedded collection {collection!r} is unknown; use {', '.join(COLLECTIONS)}")
@@ -30,7 +30,7 @@ def documents(collection: str) -> tuple[str, ...]:
 
 @functools.cache
 def _modules() -> dict[str, str]:
-    """Dotted name -> source of the modules of the standard library, by path."""
+    """Dotted name -> source of the modules of the standard library, in the order of their paths."""
     root, modules = Path(sysconfig.get_paths()["stdlib"]), {}
     for path in sorted(root.rglob("*.py")):
         parts = path.relative_to(root).with_suffix("").parts

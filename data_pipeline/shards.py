@@ -1,6 +1,6 @@
-"""Token shards: written with a checksum per block, read by pread, checked at the start and on request.
+"""Token shards: written with a checksum per block, read by pread, checked at the start and by `verify`.
 
-pread and not a memory map: faster for rows, and a file that was cut off raises an error instead of SIGBUS.
+pread is faster for rows than a memory map, and a truncated file raises an error instead of SIGBUS.
 """
 
 import os
@@ -28,7 +28,7 @@ _BLOCKS_CHECKED = 3
 
 class ShardWriter:
     """Writes documents into shards `<folder>/<split>-00000`, ...; a document never crosses shards. `label` is
-    the folder's final name, which the records carry. The caller waits for the disk."""
+    the folder's final name, which goes into the records. The caller must sync the files to the disk."""
 
     def __init__(self, folder: Path, label: str, split: str, shard_bytes: int) -> None:
         self._folder, self._label, self._split = folder, label, split
@@ -40,8 +40,8 @@ class ShardWriter:
         self._offsets, self._files, self._loss = [0], dict[str, BinaryIO](), list[np.ndarray]()
 
     def add(self, ids: np.ndarray, row: tuple[int, int], loss: np.ndarray | None = None) -> None:
-        """Append one document, its closing id included. row: its input file and offset there. loss: which of
-        its tokens are learned, for all documents or for none."""
+        """Append one document, its closing id included. row: its input file and the offset there. loss: which
+        of its tokens are learned; given for all documents or for none."""
         if self._files and self._offsets[-1] + len(ids) > self._capacity:
             self._finish_shard()
         self._write("tokens", ids.astype(TOKEN))
@@ -51,7 +51,7 @@ class ShardWriter:
         self._offsets.append(self._offsets[-1] + len(ids))
 
     def close(self) -> list[ShardRecord]:
-        """Finish the last shard; returns all of them."""
+        """Finish the last shard; returns the records of all shards."""
         if self._files:
             self._finish_shard()
         return self._records
@@ -85,8 +85,8 @@ class Place(NamedTuple):
 
 
 class TokenStream:
-    """The tokens of one source and split, end to end over its shards, as if they were one array. Few files
-    are open at a time. Reading raises DataError for a shard that is missing or was cut off."""
+    """The tokens of one source and split, read as one array over all its shards. Keeps few files open.
+    Reading raises DataError for a shard that is missing or truncated."""
 
     def __init__(self, folder: Path, shards: list[ShardRecord]) -> None:
         self._folder, self._shards = folder, shards
@@ -104,7 +104,7 @@ class TokenStream:
         return np.concatenate(parts) if parts else np.empty(0, dtype=TOKEN)
 
     def read_loss(self, start: int, stop: int) -> np.ndarray:
-        """Which of the tokens [start, stop) are learned, as bool; all of them where no loss is kept."""
+        """Which of the tokens [start, stop) are learned, as bool; all of them if there are no loss files."""
         if not self.has_loss:
             return np.ones(stop - start, dtype=np.bool_)
         parts = [np.empty(0, dtype=np.bool_)]
@@ -184,9 +184,9 @@ def check_size(folder: Path, shard: ShardRecord) -> None:
 
 
 def open_prepared(folder: Path) -> Manifest:
-    """The manifest, after a look at sizes and random blocks that takes no longer for more data."""
+    """The manifest, after a check of sizes and random blocks whose cost does not grow with the data."""
     manifest = Manifest.load(folder)
-    shards, chance = manifest.shards(), random.Random()  # not seeded: every rank and start looks elsewhere
+    shards, chance = manifest.shards(), random.Random()  # not seeded: every rank and start checks others
     blocks = chance.choices(shards, k=_BLOCKS_CHECKED)
     for shard in [*chance.sample(shards, min(len(shards), _SIZES_CHECKED)), *blocks]:
         check_size(folder, shard)
@@ -196,7 +196,7 @@ def open_prepared(folder: Path) -> Manifest:
 
 
 def verify(folder: Path) -> Manifest:
-    """Read all that the manifest commits. Raises DataError that lists every damaged file, with the offset."""
+    """Read and check a prepared folder. Raises a DataError that lists all damaged files, with the offsets."""
     manifest = Manifest.load(folder)
     found = []
     for name, sha256, what in (
@@ -217,20 +217,20 @@ def verify(folder: Path) -> Manifest:
             found.append(str(error))
     for path in sorted((folder / "packing").glob("*.npz")):
         try:
-            with np.load(path) as plan:  # checks a checksum of its own
+            with np.load(path) as plan:  # the zip format has its own checksum
                 arrays = dict(plan.items())
             is_whole = file_crc32(path.with_suffix(".items")) == str(arrays["items_crc32"])
         except (OSError, ValueError, KeyError, zipfile.BadZipFile):
             is_whole = False
         if not is_whole:
-            found.append(f"{path} or its .items is damaged; remove both, they are made again")
+            found.append(f"{path} or its .items is damaged; remove both, they will be made again")
     if found:
         raise DataError("\n".join(found))
     return manifest
 
 
 def _check_documents(folder: Path, shard: ShardRecord, tokenizer: TokenizerRecord) -> None:
-    """The documents of a shard must end where its offsets say, with known ids between."""
+    """Raise DataError unless documents end where the offsets say and all ids are in the vocabulary."""
     tokens = np.fromfile(shard_file(folder, shard, "tokens")[0], dtype=TOKEN)
     offsets = np.fromfile(shard_file(folder, shard, "offsets")[0], dtype=OFFSET)
     ends = np.flatnonzero(tokens == tokenizer.end_of_text) + 1
@@ -248,7 +248,7 @@ def _check_block(folder: Path, shard: ShardRecord, suffix: str, number: int) -> 
 
 
 def file_crc32(path: Path) -> str:
-    """Eight hex digits per block of a file."""
+    """The crc32 of each block of a file, as eight hex digits per block."""
     return "".join(_block_crc32(path, start) for start in range(0, path.stat().st_size, _BLOCK_BYTES))
 
 

@@ -1,4 +1,4 @@
-"""One slice of a preparation: first surveyed, then written. Each makes a folder, all of it or nothing.
+"""One slice of a preparation: surveyed, then written. Each step makes a folder, which appears when complete.
 
 survey/<source>-00000/      removed when the manifest is written
     record.json rejects.jsonl hashes repeats.npy
@@ -30,7 +30,7 @@ from data_pipeline.tokenizer import Tokenizer, load_tokenizer
 
 @dataclass
 class SliceJob:
-    """All that a worker needs. name: that of the slice's folders."""
+    """Everything that a worker needs. name: the name of the slice's folders."""
 
     name: str
     source: str
@@ -51,9 +51,9 @@ class SliceJob:
 
 
 def survey_slice(job: SliceJob) -> int:
-    """List the bad rows of a slice and hash its documents; returns their number. record.json holds it, the
-    rows that are left out by the code of the reason, and how many lines begin in the slice, by file. Raises
-    DataError for an input that cannot be read and, with on_bad_row=error, for a bad row."""
+    """List the bad rows of a slice and hash its documents; returns their number. record.json holds this
+    number, the number of rows left out by code of the reason, and the number of lines that begin in the slice
+    by file. Raises DataError for an input that cannot be read and, with on_bad_row=error, for a bad row."""
     documents, skipped, lines, hashes = 0, Counter[str](), {}, bytearray()
     is_limited = job.config.max_chat_tokens is not None and job.config.sources[job.source].kind == "sft"
     tokenizer = load_tokenizer(job.config.dir) if is_limited else None
@@ -83,8 +83,8 @@ def survey_slice(job: SliceJob) -> int:
 
 
 def write_slice(job: SliceJob) -> int:
-    """Write the shards of a slice; returns its number of tokens. The bytes depend on the job and the survey
-    alone. Raises DataError for an input that cannot be read."""
+    """Write the shards of a slice; returns its number of tokens. The bytes depend only on the job and the
+    survey. Raises DataError for an input that cannot be read."""
     tokenizer, repeats = load_tokenizer(job.config.dir), set(np.load(job.survey / "repeats.npy").tolist())
     unigrams = np.zeros((len(SPLITS), tokenizer.vocab_size), dtype=np.int64)
     documents = enumerate(item for item in job.items(tokenizer) if isinstance(item, Document))
@@ -103,7 +103,7 @@ def write_slice(job: SliceJob) -> int:
 
 @contextlib.contextmanager
 def _complete_folder(target: Path) -> Iterator[Path]:
-    """A folder to fill, which becomes `target` at the end: nobody ever sees a part of it there."""
+    """A folder to fill. It is renamed to `target` at the end, so `target` is always complete."""
     partial = target.with_name(f".{target.name}.{os.getpid()}")
     partial.mkdir(parents=True)
     try:
@@ -111,11 +111,11 @@ def _complete_folder(target: Path) -> Iterator[Path]:
         for path in [*partial.iterdir(), partial]:
             sync(path)
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)  # gives its space back where the disk is full
+        shutil.rmtree(partial, ignore_errors=True)  # frees the space if the disk is full
         raise
     try:
         partial.rename(target)
-    except OSError:  # a worker that outlived its killed parent was faster: its bytes are the same
+    except OSError:  # a worker of a killed parent has finished it already, with the same bytes
         if not target.is_dir():
             raise
         shutil.rmtree(partial)
@@ -123,7 +123,7 @@ def _complete_folder(target: Path) -> Iterator[Path]:
 
 
 def start_worker() -> None:
-    """Set up a worker: one thread, Ctrl-C left to the parent, and death with the parent, even by kill -9."""
+    """Set up a worker: one thread; the parent handles Ctrl-C; exit when the parent ends, even by kill -9."""
     os.environ["RAYON_NUM_THREADS"] = "1"
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()

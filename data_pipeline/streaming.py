@@ -14,15 +14,15 @@ from data_pipeline.documents import Document, Reject, check_columns, encoded, ha
 from data_pipeline.readers import BLANK, Row, format_of, hub_rows, is_hub, list_inputs, plan_slices, read_rows
 from data_pipeline.tokenizer import Tokenizer
 
-_LEAST_ROWS = 1000  # before a share of bad rows says something
+_LEAST_ROWS = 1000  # the share of bad rows is taken of at least this many rows
 
 
 class TextStream:
-    """The training tokens of a source as a TokenStream has them, epoch after epoch without an end.
+    """The training tokens of a source, read like a TokenStream, epoch after epoch without an end.
 
-    Reading goes forward and tokenizes what lies between; a step back begins anew. Every rank reads all of
-    the text, so a row is the same on any number of ranks. Raises DataError for inputs that are not there or
-    have no text column; on reading, for too many bad rows, and for an epoch more than max_epochs.
+    Reading tokenizes all text up to the tokens asked for; to read earlier tokens, it starts again from the
+    beginning. Every rank reads all of the text, so a row is the same on any number of ranks. Raises DataError
+    for inputs that are missing or without text column; on reading, for too many bad rows or epochs.
     """
 
     def __init__(self, config: DataConfig, name: str, tokenizer: Tokenizer, seed: int) -> None:
@@ -52,7 +52,7 @@ class TextStream:
         self._first, self._tokens, self._learned = 0, np.empty(0, np.uint32), np.empty(0, np.bool_)
 
     def _advance(self, start: int, stop: int) -> None:
-        """Hold the tokens [start, stop), and few more."""
+        """Read on until the tokens [start, stop), and few others, are in memory."""
         if start < self._first:
             self._rewind()
         while self._first + len(self._tokens) < stop:
@@ -63,7 +63,7 @@ class TextStream:
             self._learned = np.concatenate([self._learned[past:], loss])
 
     def _epochs(self) -> Generator[tuple[np.ndarray, np.ndarray]]:
-        """Ids of the documents, and which of them are learned."""
+        """For each document its ids, and which of them are learned."""
         for epoch in itertools.count(1):
             before = self._first + len(self._tokens)
             for _, ids, loss in encoded(self._tokenizer, self._chosen()):
@@ -103,7 +103,7 @@ class TextStream:
 
 
 def absolute_paths(config: DataConfig) -> dict[str, Any]:
-    """The keys of a configuration with its relative paths made absolute, so that a run goes on anywhere."""
+    """The keys of a configuration that hold paths, made absolute, so that a run can go on from any folder."""
 
     def absolute(source: SourceConfig, path: str) -> str:
         is_name = is_hub(source, path) or format_of(source.kind, path) == "embedded"

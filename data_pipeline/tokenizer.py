@@ -19,7 +19,7 @@ CONTROL_TOKENS = (
     *("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"),
     *("<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>", "<|repo_name|>", "<|file_sep|>"),
 )
-# How Qwen2 and Qwen3 cut text before the byte pairs: words, single digits, punctuation, line ends.
+# How Qwen2 and Qwen3 split text before byte-pair encoding: words, single digits, punctuation, line ends.
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -38,7 +38,7 @@ class Tokenizer:
         try:
             self._full, self._text_only, self._vocabulary = _parse(serialized)
         except Exception as error:  # the library raises Exception itself
-            what = "is no tokenizer.json that the tokenizers library can read"
+            what = "is not a tokenizer.json that the tokenizers library can read"
             raise DataError(f"{origin} {what} ({error})") from error
         self.end_of_text = self.control_id(END_OF_TEXT)
         self.vocab_size = max(self._vocabulary.values()) + 1
@@ -65,9 +65,9 @@ class Tokenizer:
         return self._full.decode(ids, skip_special_tokens=False)
 
 
-@functools.lru_cache(maxsize=2)  # takes a second, and is asked for again
+@functools.lru_cache(maxsize=2)  # parsing takes a second, and one tokenizer is loaded several times
 def _parse(serialized: str) -> tuple[tokenizers.Tokenizer, tokenizers.Tokenizer, dict[str, int]]:
-    """With added tokens and without (a control string inside a document is text like any other), and ids."""
+    """The tokenizer with added tokens, the one without (control strings stay text), and all ids."""
     full = tokenizers.Tokenizer.from_str(serialized)
     bare: dict[str, Any] = {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
     text_only = tokenizers.Tokenizer.from_str(json.dumps(json.loads(serialized) | bare))
@@ -75,7 +75,7 @@ def _parse(serialized: str) -> tuple[tokenizers.Tokenizer, tokenizers.Tokenizer,
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """The tokenizer of a prepared or Hugging Face folder. Raises DataError where it has none."""
+    """The tokenizer of a prepared or Hugging Face folder. Raises DataError if it has none."""
     path = Path(folder) / "tokenizer.json"
     try:
         return Tokenizer(_text_of(path), str(path))
@@ -85,7 +85,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
 
 
 def _text_of(path: Path) -> str:
-    """Bytes that are no UTF-8 become surrogates, which the library refuses as it does all that is damaged."""
+    """Bytes that are not UTF-8 become surrogates, which the library refuses like any other damage."""
     return path.read_bytes().decode(errors="surrogateescape")
 
 
@@ -98,10 +98,10 @@ def tokenizer_of(config: DataConfig) -> Tokenizer:
 
 
 def check_vocab_size(ids: int, vocab_size: int) -> None:
-    """Raise DataError if a tokenizer of `ids` ids has one that a model of `vocab_size` does not."""
+    """Raise DataError if a tokenizer of `ids` ids has more ids than a model of `vocab_size`."""
     if ids > vocab_size:
         law = f"is smaller than the tokenizer of the data, which has {ids} ids"
-        remedy = "raise model.vocab_size to it or beyond, or use another tokenizer"
+        remedy = "raise model.vocab_size to at least that number, or use another tokenizer"
         raise DataError(f"model.vocab_size={vocab_size} {law}; {remedy}")
 
 
@@ -113,7 +113,7 @@ def fetch_tokenizer(name: str) -> Tokenizer:
     try:
         serialized = tokenizers.Tokenizer.from_pretrained(name).to_str()
     except Exception as error:  # the library raises Exception itself
-        what = "is no folder with a tokenizer.json, no such file, and not to be had from the hub"
+        what = "is not a folder with a tokenizer.json, not such a file, and cannot be loaded from the hub"
         raise DataError(f"data.tokenizer={name} {what} ({error})") from error
     return Tokenizer(serialized, name)
 

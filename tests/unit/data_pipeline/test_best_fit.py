@@ -155,7 +155,7 @@ def test_length_shares_hold_over_all_sources_and_weights_choose_among_them(tmp_p
 
 def test_a_class_without_documents_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(
-        DataError, match=r"data\.length_shares: no training document is of the lengths from \[40\]"
+        DataError, match=r"data\.length_shares: no training document is in the length classes \[40\]"
     ):
         open_rows(tmp_path, {"a": Stream([5, 20])}, 256, {4: 0.5, 40: 0.5})
 

@@ -75,7 +75,7 @@ def test_the_targets_of_a_conversation(data_config: DataConfig, tmp_path: Path) 
 @pytest.mark.parametrize("which", ["nobody", "letters:x", "letters:99999", "9" * 30])
 def test_what_is_no_row(prepared: DataConfig, which: str) -> None:
     with pytest.raises(
-        DataError, match=f"{which}.* (is no row: give ROW, SOURCE or|there are not so many rows)"
+        DataError, match=f"{which}.* (is not a row; give ROW, SOURCE or|there is no such row)"
     ):
         show(prepared, which, seq_len=64, seed=SEED)
 
@@ -83,7 +83,7 @@ def test_what_is_no_row(prepared: DataConfig, which: str) -> None:
 def test_verify_command(prepared: DataConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         main(["verify", prepared.dir])
-    assert (end.value.code, " is whole: " in capsys.readouterr().out) == (0, True)
+    assert (end.value.code, " is undamaged: " in capsys.readouterr().out) == (0, True)
     with pytest.raises(SystemExit) as end:
         main(["verify", str(tmp_path)])
     assert (end.value.code, "is missing: the data is not prepared" in capsys.readouterr().err) == (2, True)

@@ -132,7 +132,7 @@ def test_the_other_messy_files(data_config: DataConfig) -> None:
         DataError, match=r"wrong_column\.parquet has no text column 'text'; its .* content: st"
     ):
         read(data_config, MESSY / "wrong_column.parquet", "parquet")
-    with pytest.raises(DataError, match=r"corrupt\.parquet is no whole parquet file"):
+    with pytest.raises(DataError, match=r"corrupt\.parquet cannot be read as parquet"):
         read(data_config, MESSY / "corrupt.parquet", "parquet")
 
 

@@ -327,7 +327,7 @@ def test_a_bad_row_can_be_an_error(
     source = jsonl_source(tmp_path / "a.jsonl", [b'{"text": "good"}', b"", b'{"text": null}'])
     config = replace(data_config, sources={"s": source}, on_bad_row="error")
     with pytest.raises(
-        DataError, match=r"a\.jsonl: the row at 18 is bad \(null\): .* mend it, or set data.on"
+        DataError, match=r"a\.jsonl: the row at 18 is bad \(null\): .* fix it, or set data.on"
     ):
         prepare(config, VOCAB_SIZE, SEED)
     # in the same folder: skip, killed after the survey; error again; skip to the end
@@ -335,7 +335,7 @@ def test_a_bad_row_can_be_an_error(
     with pytest.raises(KeyboardInterrupt):
         prepare(replace(config, on_bad_row="skip"), VOCAB_SIZE, SEED)
     monkeypatch.undo()
-    with pytest.raises(DataError, match=r"s: 1 of 2 rows .* data\.on_bad_row=error allows none; they are li"):
+    with pytest.raises(DataError, match=r"s: 1 of 2 rows .* data\.on_bad_row=error allows none; fix the f"):
         prepare(config, VOCAB_SIZE, SEED)
     prepare(replace(config, on_bad_row="skip"), VOCAB_SIZE, SEED)
 
@@ -355,7 +355,7 @@ def test_a_broken_source_stops_before_anything_is_encoded(data_config: DataConfi
     nothing = jsonl_source(tmp_path / "b.jsonl", [b"{"])
     config = replace(config, dir=str(tmp_path / "b"), sources={"s": nothing}, max_bad_fraction=1.0)
     with pytest.raises(
-        DataError, match=r"s: 1 of 1 rows are bad \(1 json\), it has no document; they are listed"
+        DataError, match=r"s: 1 of 1 rows are bad \(1 json\), the source has no document; fix the files or"
     ):
         prepare(config, VOCAB_SIZE, SEED)
 
@@ -449,7 +449,7 @@ def test_the_error_of_a_worker_is_raised(
         data_config, sources=sources, num_workers=2
     )  # with a given tokenizer, workers read first
     config = replace(config, tokenizer=prepared.dir, tokenizer_vocab_size=None)
-    with pytest.raises(DataError, match="is no whole parquet file"):
+    with pytest.raises(DataError, match="cannot be read as parquet"):
         prepare(config, VOCAB_SIZE, SEED)
 
 
@@ -465,9 +465,7 @@ def test_a_full_disk_is_named_and_the_next_attempt_goes_on(
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (sizes[-1] - 1, limits[1]))
     try:
-        with pytest.raises(
-            DataError, match=r"data\.dir=.*File too large; mend it and run again, which goes on"
-        ):
+        with pytest.raises(DataError, match=r"data\.dir=.*File too large; fix this and run again to go on"):
             prepare(config, VOCAB_SIZE, SEED)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

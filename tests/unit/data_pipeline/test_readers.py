@@ -161,7 +161,7 @@ def test_source_trees(tmp_path: Path, read: Read) -> None:
     documents, rejects = read("tree", tmp_path)
     assert documents == ["text of b.py", "text of a/z.py", "text of c/Makefile"]
     assert rejects == []
-    with pytest.raises(DataError, match=r"data\.sources\.s\.paths: /no/folder is no folder with text files"):
+    with pytest.raises(DataError, match=r"data\.sources\.s\.paths: /no/folder is not a folder with text"):
         read("tree", "/no/folder")
 
 
@@ -330,14 +330,14 @@ def test_damaged_tables(tmp_path: Path, read: Read, suffix: str) -> None:
     write_table(tmp_path / f"a.{suffix}", table)
     content = bytearray((tmp_path / f"a.{suffix}").read_bytes())
     (tmp_path / f"cut.{suffix}").write_bytes(content[:-100])
-    with pytest.raises(DataError, match=rf"cut\.{suffix} is no whole {suffix} file"):
+    with pytest.raises(DataError, match=rf"cut\.{suffix} cannot be read as {suffix}"):
         read(suffix, tmp_path / f"cut.{suffix}")
     if suffix == "parquet":
         pq.write_table(table, tmp_path / "flipped.parquet", compression="gzip")
         content = bytearray((tmp_path / "flipped.parquet").read_bytes())
         content[200:400] = bytes(200)
         (tmp_path / "flipped.parquet").write_bytes(content)
-        with pytest.raises(DataError, match=r"flipped\.parquet is no whole parquet file"):
+        with pytest.raises(DataError, match=r"flipped\.parquet cannot be read as parquet"):
             read("parquet", tmp_path / "flipped.parquet")
 
 

@@ -61,9 +61,9 @@ def test_errors(tmp_path: Path) -> None:
         load_tokenizer(tmp_path)
     for damaged in (b"{}", SERIALIZED.encode().replace(b"the", b"th\xff")):
         (tmp_path / "tokenizer.json").write_bytes(damaged)
-        with pytest.raises(DataError, match=r"is no tokenizer\.json"):
+        with pytest.raises(DataError, match=r"is not a tokenizer\.json"):
             load_tokenizer(tmp_path)
-        with pytest.raises(DataError, match=r"is no tokenizer\.json"):
+        with pytest.raises(DataError, match=r"is not a tokenizer\.json"):
             fetch_tokenizer(str(tmp_path))
     with pytest.raises(DataError, match=r"has no token <\|endoftext\|>"):
         Tokenizer(tokenizers.Tokenizer(tokenizers.models.BPE()).to_str(), "bare")
