@@ -59,7 +59,7 @@ def test_bf16_follows_fp32(stage, model, recompute):
             math.isclose(*pair, rel_tol=bound) for pair in zip(outcome[key], expected[key], strict=True)
         )
     for name, weight in outcome["parameters"].items():
-        assert torch.equal(masters[name].bfloat16().float(), weight.flatten()), f"{name}: not the rounded master"
+        assert torch.equal(masters[name].bfloat16().float(), weight.flatten()), f"{name} is not the master"
     assert any((m != m.bfloat16().float()).any() for m in masters.values()), "masters must be fp32"
 
 

@@ -234,7 +234,7 @@ def test_fill_in_the_middle_changes_documents_and_not_their_order(prepared: Data
                     whole += 1
         assert whole > 50
         validation = make(changed, split="validation", source="letters")
-        assert not any(prefix in b.input_ids for step in validation for b in step), "held-out text is unchanged"
+        assert not any(prefix in b.input_ids for step in validation for b in step), "held-out text is kept"
 
 
 def test_rows_are_the_tokens_of_their_sources(prepared: DataConfig) -> None:
