@@ -1,4 +1,4 @@
-"""Conversations: rendering as Qwen3 renders, which tokens are learned, cutting, and refused rows.
+"""Conversations: rendered as by Qwen3, learned tokens, splitting into samples, and refused rows.
 
 The renderings and the tokenizer are read from the folder `shared/data` beside the repository, if it is there.
 """

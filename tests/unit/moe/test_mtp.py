@@ -34,7 +34,7 @@ def shifted(batch: dict[str, Tensor]) -> Tensor:
 
 
 def slow_loss(model: CausalLM, batch: dict[str, Tensor], labels: Tensor) -> Tensor:
-    """The summed cross entropy of the token after next, a document at a time; masked labels count nothing."""
+    """Summed cross entropy of the token after next, one document at a time; masked labels do not count."""
     mtp, total = model.mtp, torch.zeros((), dtype=torch.float64)
     documents = Documents(batch["cu_seqlens"])
     rotary = rotary_tables(batch["position_ids"].flatten(), model.config, torch.float64)
