@@ -1,6 +1,6 @@
 # `make demo` and `make test` need nothing but Python 3.11 or newer and a package registry.
 PYTHON ?= python3
-# BIN=FOLDER takes another interpreter, as that of an image for GPUs, with what it has installed.
+# BIN=FOLDER uses another interpreter and its installed packages, for example those of a GPU image.
 BIN := .venv/bin
 INSTALLED := $(if $(filter .venv/bin,$(BIN)),.venv/installed)
 
@@ -18,37 +18,37 @@ test: check
 test-all: check
 	$(BIN)/python -m pytest tests
 
-# What only a GPU can show, on one of them, in two minutes.
+# The tests that need a GPU: one GPU, two minutes.
 test-gpu: $(INSTALLED)
 	$(BIN)/python -m pytest -s tests/gpu
 
-# Speed against transformers, DeepSpeed AutoEP and deepspeed.moe, for half an hour on a quiet machine; AutoEP
-# needs an older transformers beside ours.
+# Speed compared with transformers, DeepSpeed AutoEP and deepspeed.moe: half an hour on an idle machine.
+# AutoEP needs an older version of transformers, which is installed in build/.
 bench: .venv/installed
 	test -d build/transformers-5.22 || $(BIN)/python -m pip install --quiet --no-deps \
 		--target build/transformers-5.22 'transformers==5.22.*'
 	$(BIN)/python tests/bench/bench.py
 
-# Layers of Qwen3-30B-A3B on one GPU, in four minutes.
+# Speed of the layers of Qwen3-30B-A3B: one GPU, four minutes.
 bench-gpu: $(INSTALLED)
 	$(BIN)/python tests/bench/gpu.py
 
-# The quick loop: style and types.
+# Style and types, without tests.
 check: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# torch first: where a CPU build is offered for this exact version, it is taken.
+# Install torch first: with an exact version, pip chooses the CPU build if the registry has one.
 .venv/installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet torch==2.13.0
 	$(BIN)/python -m pip install --quiet -e '.[test]'
 	touch $@
 
-# megablocks pins an older torch, hence --no-deps. Its CUDA extension, which nvcc 13 does not compile, is left out:
-# moe/experts_optional.py sorts and counts with torch instead. The list of architectures only keeps setup.py from
-# asking for a GPU.
+# megablocks pins an older torch, hence --no-deps. Its CUDA extension is left out because nvcc 13 cannot
+# compile it: moe/experts_optional.py sorts and counts with torch instead. TORCH_CUDA_ARCH_LIST is set only so
+# that setup.py does not look for a GPU.
 megablocks: .venv/installed
 	$(BIN)/python -m pip install --quiet triton 'setuptools>=70.1'
 	TORCH_CUDA_ARCH_LIST=9.0 $(BIN)/python -m pip download --quiet --no-deps --no-build-isolation \

@@ -1,4 +1,4 @@
-"""One process, one rank, one GPU; what a user types runs beside it, in processes of its own."""
+"""Tests run as one rank on one GPU; the commands of a user run in separate processes at the same time."""
 
 import json
 import os
@@ -17,14 +17,14 @@ from commands import SMALL, prepare_corpus
 from one_gpu import ON_GPU, PLACE, USABLE
 
 ROOT = Path(__file__).parents[2]
-# Where there is no GPU, test_kernels.py says so, once.
+# Without a GPU only test_kernels.py is collected: it reports the skip once.
 collect_ignore = [] if USABLE else ["test_training.py", "test_whole.py"]
 _started: dict[str, Future] = {}
 
 
 @pytest.fixture(scope="session", autouse=True)
 def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """This process is a group of one rank, with NCCL on a GPU."""
+    """A process group of this process alone, with NCCL on a GPU."""
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
     store = f"file://{tmp_path_factory.mktemp('group')}/store"
     backend = "cpu:gloo,cuda:nccl" if ON_GPU else "gloo"
@@ -35,7 +35,7 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture
 def deterministic() -> Iterator[None]:
-    """As the key `deterministic`."""
+    """Deterministic algorithms, as with the key `deterministic`."""
     from trainer.ranks.device import use_deterministic_algorithms
 
     use_deterministic_algorithms()
@@ -51,17 +51,17 @@ def small_corpus() -> Path:
 
 @pytest.fixture(scope="session")
 def typed_commands() -> dict[str, Any]:
-    """What came of `type_commands`."""
+    """The results of `type_commands`."""
     return _started["typed_commands"].result()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """These come last: no other test shall find this process in a group of ranks."""
+    """Run these tests last, so that no other test runs inside a process group."""
     items.sort(key=lambda item: item.path.parent == Path(__file__).parent)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Begin at once with what other processes do: they take as long as all the rest."""
+    """Start the other processes at once: they take as long as all other tests together."""
     wanted = {name for item in session.items for name in getattr(item, "fixturenames", ())}
     if wanted & {"small_corpus", "typed_commands"} and not session.config.option.collectonly:
         folder = TemporaryDirectory(prefix="gpu-tests-", ignore_cleanup_errors=True)
@@ -78,9 +78,9 @@ def _prepare(folder: Path) -> Path:
 
 
 def type_commands(folder: Path) -> dict[str, Any]:
-    """Train, go on after a checkpoint as if the run had died there, generate, evaluate.
+    """Train, resume from step 4 as if the run had died after it, generate, evaluate.
 
-    Returns what each command said, and the logged steps of both attempts.
+    Returns the output of each command, and the logged steps of both attempts.
     """
     run_dir = folder / "runs" / "t"
     text, more = (f"{{kind:jsonl,paths:[{folder}/{name}.jsonl]}}" for name in ("text", "second"))
@@ -103,7 +103,7 @@ def type_commands(folder: Path) -> dict[str, Any]:
 def _command(folder: Path, *words: str) -> str:
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
     for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
-        environment.pop(key, None)  # of this process's group
+        environment.pop(key, None)  # they describe the group of this process
     command = [sys.executable, "-m", *words]
     done = subprocess.run(
         command, cwd=folder, env=environment, capture_output=True, text=True, timeout=240, check=False

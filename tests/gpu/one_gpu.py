@@ -1,4 +1,4 @@
-"""Where the suite of one GPU runs. GPU_TESTS_ON=cpu rehearses it on the CPU, where that makes sense."""
+"""The device of the GPU tests. GPU_TESTS_ON=cpu runs those that do not need a GPU on the CPU."""
 
 import os
 
@@ -6,7 +6,7 @@ PLACE = os.environ.get("GPU_TESTS_ON", "cuda")
 ON_GPU = PLACE == "cuda"
 if not ON_GPU:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
-# Torch looks once, at the first product, whether this permits deterministic algorithms.
+# Torch reads this once, at the first matrix product; deterministic algorithms need it.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import torch
@@ -15,6 +15,6 @@ USABLE = not ON_GPU or torch.cuda.is_available()
 
 
 def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """The norm of the difference, relative to that of what is expected."""
+    """The norm of the difference, divided by the norm of the expected tensor."""
     actual, expected = actual.detach().double(), expected.detach().double()
     return float((actual - expected).norm() / expected.norm().clamp(min=1e-30))

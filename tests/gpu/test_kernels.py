@@ -1,4 +1,4 @@
-"""Every kernel of a layer on one GPU against fp32 or fp64: `make test-gpu`."""
+"""Every kernel of a layer on one GPU, compared with fp32 or fp64: `make test-gpu`."""
 
 import os
 from itertools import accumulate
@@ -27,11 +27,11 @@ from moe.inputs import Documents
 from moe.router import Router
 
 TOKENS, HIDDEN, WIDTH, EXPERTS, TOP_K = 512, 256, 128, 16, 4
-ROUNDING = 2e-2  # of bf16 products in another order; a wrong row or weight is off by a hundred per cent
+ROUNDING = 2e-2  # bf16 products in a different order; a wrong row or weight gives an error of 100 %
 
 
 def routing(case: str) -> torch.Tensor:
-    """[T,K] experts; EXPERTS means that the slot is elsewhere."""
+    """[T,K] expert ids; the id EXPERTS marks a slot of another rank."""
     torch.manual_seed(0)
     ids = torch.rand(TOKENS, EXPERTS).argsort(-1)[:, :TOP_K]
     if case == "experts without rows":
@@ -44,7 +44,7 @@ def routing(case: str) -> torch.Tensor:
 
 
 def experts_results(backend: str, ids: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:
-    """Output, and gradients of x, routing weights, w1, w3, w2, from bf16 values."""
+    """Output, and gradients of x, routing weights, w1, w3 and w2; all inputs are bf16 values."""
     torch.manual_seed(1)
     experts = Experts(EXPERTS, HIDDEN, WIDTH, backend).to(PLACE)
     for weight in experts.parameters():
@@ -74,7 +74,7 @@ def test_experts(backend, case):
         assert relative(mine, right) < ROUNDING or not right.any()
     idle = [expert for expert in range(EXPERTS) if not (ids == expert).any()]
     for gradient in actual[3:]:
-        assert not gradient[idle].any(), "an expert without rows has a zero gradient"
+        assert not gradient[idle].any(), "the gradient of an expert without rows must be zero"
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_attention(lengths):
         mixed = attend(*inputs, documents)
         assert relative(mixed, expected) < ROUNDING
         for mine, right in zip(torch.autograd.grad(mixed, inputs, direction), gradients, strict=True):
-            # of a document of one token query and key have no gradient but rounding
+            # in a document of one token, the gradients of query and key are zero up to rounding
             assert relative(mine, right) < ROUNDING or right.abs().max() < 1e-4
 
 
@@ -135,7 +135,7 @@ def test_all_to_all_of_one_rank(kind, chunks):
 
 @pytest.mark.parametrize("bias", [None, 0.05], ids=["", "selection bias"])
 def test_router(bias):
-    """Choice, weights, sums and the gradients of both against fp64, from bf16 hidden states."""
+    """Chosen experts, weights, sums and the gradients of the sums, from bf16 hidden states, against fp64."""
     torch.manual_seed(0)
     router = Router(HIDDEN, EXPERTS, TOP_K, norm_topk_prob=True)
     torch.nn.init.normal_(router.weight, std=0.05)
@@ -153,7 +153,7 @@ def test_router(bias):
     right = right / right.sum(-1, keepdim=True)
     sums = (probabilities * mask.unsqueeze(1)).sum(0)
     assert torch.equal(chosen, right_chosen)
-    assert relative(weights, right) < 4e-3, "rounded to bf16"
+    assert relative(weights, right) < 4e-3, "the weights are rounded to bf16"
     assert relative(statistics.probability_sums, sums) < 1e-5
     counted = chosen[mask].flatten().bincount(minlength=EXPERTS)
     assert torch.equal(statistics.tokens_per_expert, counted.float())
@@ -164,7 +164,7 @@ def test_router(bias):
 
 
 def test_gated_delta_rule():
-    """In chunks, and where flash-linear-attention is taken by its kernel, against token by token in fp64."""
+    """The chunked rule, and the flash-linear-attention kernel if usable, against the recurrence in fp64."""
     torch.manual_seed(0)
     lengths = (70, 1, 129, 5)
     borders = torch.tensor(list(accumulate(lengths, initial=0)), dtype=torch.int32)
@@ -192,7 +192,7 @@ def test_gated_delta_rule():
     print(f"\nkernel of linear attention: {obstacle or 'taken'}")
 
 
-@pytest.mark.skipif(not ON_GPU, reason="flash attention's backward on CUDA alone adds in no fixed order")
+@pytest.mark.skipif(not ON_GPU, reason="flash attention's backward adds in no fixed order only on CUDA")
 def test_attention_backward_repeats_where_it_must(deterministic):
     if obstacle := varlen_obstacle(torch.device(PLACE), torch.bfloat16):
         pytest.skip(obstacle)

@@ -1,4 +1,4 @@
-"""Training on one GPU: layouts, dtypes, offload, resume, equal runs. Losses of fp32 are the oracle."""
+"""Training on one GPU: layouts, dtypes, offload, resume, repeated runs. fp32 runs are the reference."""
 
 import math
 
@@ -18,7 +18,7 @@ _fp32: dict[str, Outcome] = {}
 
 
 def in_fp32(*model: str) -> Outcome:
-    """What three steps of a model make in fp32 without ZeRO."""
+    """The outcome of three steps of a model in fp32 without ZeRO."""
     key = " ".join(model)
     if key not in _fp32:
         _fp32[key] = train_small(*model, "deepspeed=zero0", "micro_batch_size=4", device=PLACE)
@@ -46,7 +46,7 @@ def test_dense_models(stage):
 )
 @pytest.mark.parametrize("stage", STAGES)
 def test_bf16_follows_fp32(stage, model, recompute):
-    """bf16 is noise of a few thousandths here; a factor, a lost gradient or Adam off by a step would show."""
+    """bf16 adds an error of a few thousandths; a wrong factor, gradient or Adam step would add more."""
     run = SmallRun(*model, stage, f"recompute={recompute}", "dtype=bf16", "micro_batch_size=4", device=PLACE)
     outcome, expected = run.train(range(3)), in_fp32(*(model if model == DENSE_MODEL else []))
     masters = {name: torch.empty(p.numel()) for name, p in outcome["parameters"].items()}
@@ -59,13 +59,13 @@ def test_bf16_follows_fp32(stage, model, recompute):
             math.isclose(*pair, rel_tol=bound) for pair in zip(outcome[key], expected[key], strict=True)
         )
     for name, weight in outcome["parameters"].items():
-        assert torch.equal(masters[name].bfloat16().float(), weight.flatten()), f"{name}: the master rounded"
-    assert any((m != m.bfloat16().float()).any() for m in masters.values()), "masters are fp32"
+        assert torch.equal(masters[name].bfloat16().float(), weight.flatten()), f"{name} is not the master"
+    assert any((m != m.bfloat16().float()).any() for m in masters.values()), "masters must be fp32"
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_sums_of_bf16_gradients_are_exact(stage):
-    """As tests/distributed/test_gradient_sums.py: 256 and seven times 1 are no number of bf16."""
+    """As tests/distributed/test_gradient_sums.py: the sum of 256 and seven times 1 is not a bf16 number."""
     keys = ["dtype=bf16", "micro_batch_size=2", "optimizer.max_grad_norm=0", "balance.mode=micro_batch"]
     run = SmallRun(stage, GROUPED, *keys, device=PLACE)
     forwards, found = [0], {kind: set() for kind in KINDS}
@@ -124,7 +124,7 @@ def test_two_equal_runs_are_equal_bit_for_bit():
 
 
 def test_how_far_two_runs_differ_otherwise():
-    """Told, not judged: flash attention's backward adds in no fixed order."""
+    """Prints the difference and checks nothing: flash attention's backward adds in no fixed order."""
     keys = ["dtype=bf16", GROUPED, "micro_batch_size=8"]
     one, other = (train_small(*keys, steps=20, device=PLACE) for _ in range(2))
     print(f"\nwithout deterministic, 20 steps in bf16: {deviation(one, other)}")

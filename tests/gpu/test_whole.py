@@ -1,4 +1,4 @@
-"""Memory and waits of a step on one GPU, and a run as a user types it."""
+"""Memory and synchronizations of a step on one GPU, and a run with the commands of a user."""
 
 import gc
 import traceback
@@ -25,17 +25,17 @@ NO_BUFFERS += [f"{ZERO}.stage3_param_persistence_threshold=1000"]
 
 
 def allocated() -> int:
-    """Bytes of live tensors on the GPU, without the workspaces of products."""
+    """Bytes of live tensors on the GPU, without the cuBLAS workspaces."""
     torch.cuda.synchronize()
     torch._C._cuda_clearCublasWorkspaces()
     return torch.cuda.memory_allocated()
 
 
-@pytest.mark.skipif(not ON_GPU, reason="reads the allocator of CUDA")
+@pytest.mark.skipif(not ON_GPU, reason="reads the CUDA allocator")
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 @pytest.mark.parametrize("stage", STAGES)
 def test_memory_is_what_the_table_says(stage, dtype):
-    gc.collect()  # engines before this one
+    gc.collect()  # frees the engines of earlier tests
     before, seen = allocated(), []
     buffers = [] if stage.endswith("0") else NO_BUFFERS
     run = SmallRun(*BIG, stage, f"dtype={dtype}", "micro_batch_size=4", *buffers, device=PLACE)
@@ -56,11 +56,11 @@ def test_memory_is_what_the_table_says(stage, dtype):
     assert abs(max(seen) / said - 1) < 0.02, (max(seen), said)
 
 
-# where the host must know the norm: it decides whether the weights move
+# the host waits for the gradient norm here, because it decides whether the weights are updated
 NORMS = {("trainer/engine/gradients.py", "step"), ("trainer/engine/gradients.py", "reduce_and_clip")}
 
 
-@pytest.mark.skipif(not ON_GPU, reason="asks CUDA for the waits")
+@pytest.mark.skipif(not ON_GPU, reason="CUDA reports the synchronizations")
 @pytest.mark.parametrize(
     "keys", [["deepspeed=zero1"], ["deepspeed=zero0"], ["model=tiny_dense", *DENSE, "deepspeed=zero1"]]
 )
@@ -80,14 +80,14 @@ def test_a_step_waits_for_its_norm_alone(keys):
             waits.append((ours[-1][0].removeprefix(f"{ROOT}/"), ours[-1][1]))
 
     with warnings.catch_warnings():
-        torch.cuda.set_sync_debug_mode("warn")  # itself it warns of being a prototype
+        torch.cuda.set_sync_debug_mode("warn")  # this call itself warns that it is a prototype
         warnings.simplefilter("always")
         warnings.showwarning = listen
         train_step(run.engine, run.balance, Supervised.loss_shares, batches, totals, 1e-3)
         torch.cuda.set_sync_debug_mode("default")
     run.engine.close()
     assert set(waits) <= NORMS, waits
-    assert waits, "it listens"
+    assert waits, "the test must see the wait for the norm"
 
 
 def test_a_run_as_a_user_types_it(typed_commands):
@@ -102,5 +102,5 @@ def test_a_run_as_a_user_types_it(typed_commands):
         for attempt in (1, 2)
     )
     assert sorted(second) == [5, 6, 7, 8]
-    assert second == {step: first[step] for step in second}, "resumed, deterministic: bit for bit"
+    assert second == {step: first[step] for step in second}, "a deterministic run must resume bit for bit"
     assert first[8][0] < first[1][0]

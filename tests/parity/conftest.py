@@ -23,7 +23,7 @@ _DENSE = {
     "head_dim": 12,
     "use_qk_norm": True,
     "max_position_embeddings": 512,
-    "initializer_range": 0.2,  # large enough that softmax, norms and routing are far from linear
+    "initializer_range": 0.2,  # large enough that softmax, norms and routing are clearly nonlinear
     "rope_theta": 10000.0,
 }
 _MOE = {**_DENSE, "num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 20}
@@ -62,7 +62,7 @@ CASES = {
         "head_dim": 10,
         "attention_bias": True,
     },
-    # normalised, the one weight is 1 and the router has no gradient
+    # normalised, the single weight would be 1 and the router would have no gradient
     "moe-top1": {**_MOE, "num_experts_per_tok": 1, "norm_topk_prob": False},
     "moe-sparse-step-2": {**_MOE, "num_hidden_layers": 4, "decoder_sparse_step": 2},
     "moe-mlp-only": {**_MOE, "num_hidden_layers": 3, "mlp_only_layers": [0, 2]},
@@ -122,7 +122,7 @@ def config(request: pytest.FixtureRequest) -> ModelConfig:
 
 @pytest.fixture(params=["moe", "dense-tied-bias", "next"], ids=str)
 def moe_or_dense(request: pytest.FixtureRequest) -> ModelConfig:
-    """A sparse, a dense and a hybrid shape, for what does not depend on the numbers."""
+    """A sparse, a dense and a hybrid shape, for tests that do not depend on the sizes."""
     return ModelConfig(**CASES[request.param])
 
 
@@ -133,7 +133,7 @@ def assert_close() -> Callable[[Tensor, Tensor, str], None]:
     def check(actual: Tensor, expected: Tensor, what: str) -> None:
         assert actual.shape == expected.shape, what
         scale = expected.abs().max()
-        assert scale > 0, f"{what}: the reference is zero, the comparison says nothing"
+        assert scale > 0, f"{what}: the reference is zero, so the comparison proves nothing"
         error = ((actual - expected).abs().max() / scale).item()
         assert error <= 1e-5, f"{what}: relative error {error:.2e}"
 
@@ -142,7 +142,7 @@ def assert_close() -> Callable[[Tensor, Tensor, str], None]:
 
 @pytest.fixture(params=[17, 150], ids=["short", "long"])
 def rows(request: pytest.FixtureRequest) -> Mapping[str, Tensor]:
-    """Three rows, a document each, as the model takes them; the long ones span chunks of linear attention."""
+    """Model inputs of three rows, one document each; long rows span several chunks of linear attention."""
     count, length = 3, request.param
     generator = torch.Generator().manual_seed(1)
     return {

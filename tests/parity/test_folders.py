@@ -1,4 +1,4 @@
-"""Folders in: what each rank reads, and dense models that become mixtures without a change of the output."""
+"""Loading folders: what each rank reads, and upcycling of dense models without a change of the output."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -46,7 +46,7 @@ def _part(config: ModelConfig, ep_rank: int, ep_size: int) -> CausalLM:
 
 @pytest.fixture
 def dense(tmp_path: Path) -> tuple[CausalLM, Path]:
-    """A dense model with weights large enough that nothing is linear, and its folder."""
+    """A dense model with weights so large that it is clearly nonlinear, and its folder."""
     model = CausalLM(DENSE)
     init_weights(model, seed=3)
     save_hf(model, tmp_path / "dense")
@@ -75,13 +75,13 @@ def test_an_upcycled_model_computes_what_the_dense_one_does(
     torch.testing.assert_close(upcycled(**rows).logits, model(**rows).logits, rtol=1e-5, atol=1e-4)
     counts = output.router.tokens_per_expert
     if "all" not in mixture:
-        assert (counts.std(dim=1) > 0).all(), "tokens choose: the test is not of one routing only"
+        assert (counts.std(dim=1) > 0).all(), "tokens must choose different experts"
     slices = DENSE.intermediate_size // upcycled.config.moe_intermediate_size
-    assert torch.equal(counts[:, ::slices].repeat_interleave(slices, dim=1), counts), "groups go together"
+    assert torch.equal(counts[:, ::slices].repeat_interleave(slices, dim=1), counts), "chosen in groups"
 
 
 def test_upcycled_experts_learn_apart(dense: tuple[CausalLM, Path], rows: Mapping[str, Tensor]) -> None:
-    """Copies of one slice and the routers of one group get different gradients: the symmetry breaks."""
+    """Copies of one slice, and the router rows of one group, get different gradients."""
     upcycled = _upcycled(dense[1], "split-2")
     upcycled(**rows, labels=rows["input_ids"].roll(-1, dims=1)).cross_entropy_sum.backward()
     block = upcycled.model.layers[0].mlp
@@ -118,7 +118,7 @@ def test_noise_is_relative_and_on_experts_only(dense: tuple[CausalLM, Path]) -> 
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_rank_reads_its_slices_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fused: bool) -> None:
-    """Bytes that each of two ranks takes out of the files: what is shared, and half of the experts."""
+    """Each of two ranks reads the shared tensors and half of the experts from the files, and nothing else."""
     config = ModelConfig(**CASES["moe"])
     whole = CausalLM(config)
     init_weights(whole, seed=0)
@@ -167,11 +167,11 @@ def test_a_rank_reads_its_slices_only(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def _fuse(folder: Path) -> None:
-    """Write the folder again as transformers 5 names it in memory."""
+    """Rewrite the folder with the tensor names that transformers 5 uses in memory."""
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     for path in (*folder.glob("*.safetensors"), folder / "model.safetensors.index.json"):
         path.unlink()
-    tensors = {name: tensor.clone() for name, tensor in theirs.state_dict().items()}  # tied: twice
+    tensors = {name: tensor.clone() for name, tensor in theirs.state_dict().items()}  # copies of tied weights
     assert any(name.endswith("experts.gate_up_proj") for name in tensors)
     moe.hf.save_file(tensors, folder / "model.safetensors")
 
@@ -180,7 +180,7 @@ def _fuse(folder: Path) -> None:
     ("tied", "layout"), product([False, True], ["single", "sharded", "fused"]), ids=lambda value: str(value)
 )
 def test_every_kind_of_folder(rows: Mapping[str, Tensor], tmp_path: Path, tied: bool, layout: str) -> None:
-    """Saved by transformers 5 with its own config.json keys, or by us in shards."""
+    """Saved by transformers 5 with its own config.json keys, by us in shards, or with fused experts."""
     config = ModelConfig(**{**CASES["moe"], "tie_word_embeddings": tied})
     whole = CausalLM(config)
     init_weights(whole, seed=0)

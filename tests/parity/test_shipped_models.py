@@ -1,4 +1,4 @@
-"""Every shipped model: its parameters against transformers on meta, the report, and our own arithmetic."""
+"""The size of every shipped model: against transformers on meta, published sizes, and our own formula."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from trainer.settings.typed import typed
 FOLDER = Path(__file__).parents[2] / "conf"
 NAMES = sorted(path.stem for path in (FOLDER / "model").glob("[!_]*.yaml"))
 
-# billions of parameters and of active ones: technical reports (arXiv 2412.15115, 2505.09388), model cards
+# billions of parameters and of active parameters: reports (arXiv 2412.15115, 2505.09388) and model cards
 PUBLISHED = {
     "qwen2_5_0_5b": (0.494, 0.494),
     "qwen2_5_1_5b": (1.544, 1.544),

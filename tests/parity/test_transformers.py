@@ -1,4 +1,4 @@
-"""Logits and every gradient against transformers, fp32; the weights cross over through folders, both ways."""
+"""Logits and every gradient against transformers in fp32; weights go through folders in both directions."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -30,7 +30,7 @@ def ours(config: ModelConfig) -> CausalLM:
 
 
 def _random_model(config: ModelConfig) -> CausalLM:
-    """A model whose norms and biases are random too: at their first values many mistakes do not show."""
+    """A model whose norms and biases are random too: their initial values would hide many mistakes."""
     model = CausalLM(config)
     init_weights(model, seed=0)
     generator = torch.Generator().manual_seed(2)
@@ -39,7 +39,7 @@ def _random_model(config: ModelConfig) -> CausalLM:
             if name.endswith(("norm.weight", "bias")):
                 parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
             elif name.endswith("A_log"):
-                parameter -= 3  # transformers' fp32 sums of strong decays lose digits, ours are fp64
+                parameter -= 3  # transformers loses digits in fp32 sums of strong decays; our sums are fp64
     return model
 
 
@@ -52,7 +52,7 @@ def _load_theirs(folder: Path) -> transformers.PreTrainedModel:
 
 
 def _their_gradient(parameters: Mapping[str, Tensor], name: str) -> Tensor:
-    """The gradient of theirs that belongs to our parameter; they fuse gate and up of all experts."""
+    """Their gradient for our parameter; transformers fuses gate and up of all experts."""
     prefix, _, weight = name.rpartition(".")
     if not prefix.endswith("mlp.experts"):
         return parameters[name].grad
@@ -112,7 +112,7 @@ def test_their_folder_loads(
 
 
 def _as_they_keep_it(config: ModelConfig) -> ModelConfig:
-    """A dense config.json has no balance coefficient."""
+    """The config as transformers keeps it: a dense config.json has no balance coefficient."""
     return config if config.num_experts else ModelConfig(**{**vars(config), "router_aux_loss_coef": 0.0})
 
 
@@ -149,7 +149,7 @@ def test_we_name_tensors_as_they_do(moe_or_dense: ModelConfig, tmp_path: Path) -
 @pytest.mark.parametrize("theta", [1e4, 1e6])
 @pytest.mark.parametrize("factor", [None, 1.0, 4.0, 32.0])
 def test_rotary_tables_of_long_contexts(theta: float, factor: float | None) -> None:
-    """The base of a longer stage, and YaRN beyond it, at positions up to a million: equal, bit for bit."""
+    """Equal bit for bit at positions up to a million, for several bases and YaRN factors."""
     scaling = None if factor is None else RopeScaling("yarn", factor, 32768)
     values = {**CASES["dense"], "head_dim": 128, "max_position_embeddings": 2**20}
     config = ModelConfig(**{**values, "rope_theta": theta, "rope_scaling": scaling})

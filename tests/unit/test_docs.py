@@ -1,4 +1,4 @@
-"""What the documentation shows is what was measured."""
+"""The tables in the documentation show the stored measurements."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""Every YAML that is shipped composes and breaks no law; every command in the documents is sound."""
+"""Every shipped YAML file composes and breaks no law; every documented command is valid."""
 
 import re
 import shlex
@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 GROUPS = sorted(
     folder.name
     for folder in (ROOT / "conf").iterdir()
-    if folder.is_dir() and folder.name[0] != "_" and folder.name != "slurm"  # of submit: tests/unit/slurm
+    if folder.is_dir() and folder.name[0] != "_" and folder.name != "slurm"  # see tests/unit/slurm
 )
 FILES = [
     (group, path.stem)
@@ -26,8 +26,8 @@ FILES = [
     for path in sorted((ROOT / "conf" / group).glob("*.yaml"))
     if not path.stem.startswith("_")
 ]
-# what a user has to fill in
-NO_START = ["stage.init_from=null"]  # the run of the stage before
+# values that a user has to give
+NO_START = ["stage.init_from=null"]  # the run of the previous stage
 NEEDED = {
     "data=jsonl": [
         *("data.dir=d", "data.tokenizer_vocab_size=4096"),
@@ -61,7 +61,7 @@ def test_every_file_composes_and_is_lawful(group, name):
 
 @pytest.mark.parametrize("name", ["general_4k", "stem_code_4k", "long_context_32k", "sft"])
 def test_the_30b_experiments_fit_the_gpus_that_their_files_name(name):
-    """What the table of models says, the forwards that are kept, and a generous layer at work."""
+    """Memory: the table of models, the forwards that are kept, and a generous estimate of one layer."""
     comment = (ROOT / f"conf/experiment/qwen3_30b_a3b_{name}.yaml").read_text()
     named = re.findall(r"(?:Fits|or) (\d+) (?:or (?:\d+|more)|to \d+)? ?H\d00 \((\d+) GB\)", comment)
     assert len(named) == 2, "H100 and H200"
@@ -71,8 +71,8 @@ def test_the_30b_experiments_fit_the_gpus_that_their_files_name(name):
         config.check(plan.world_size)
         layout = {"zero_stage": config.zero_stage, "ep_size": plan.ep_size, "world_size": plan.world_size}
         hidden, tokens = model.hidden_size, config.micro_batch_size * config.stage.seq_len
-        head = 2 * hidden * (model.vocab_size + tokens)  # its gradients, computed in the forward
-        forward = 2 * model.num_hidden_layers * tokens * hidden + head  # what full recompute keeps of one
+        head = 2 * hidden * (model.vocab_size + tokens)  # gradients of the head, computed in the forward
+        forward = 2 * model.num_hidden_layers * tokens * hidden + head  # kept of one under full recompute
         steps = plan.gradient_accumulation_steps
         kept = forward * (steps if steps <= KEPT else 1)
         slots = 1.5 * tokens * model.num_experts_per_tok  # on the busiest rank
@@ -108,7 +108,7 @@ def test_every_documented_command_is_sound(document, words):
         if arguments[0] in ("inspect", "verify"):  # a row or a folder, then overrides
             arguments = arguments[2:]
         overrides = [argument for argument in arguments if argument not in ("-m", "--cfg", "job")]
-        if "-m" in arguments:  # one value at a time
+        if "-m" in arguments:  # of a list of a sweep, check the first value
             overrides = [argument.split(",")[0] for argument in overrides]
         # the commands themselves fill in what data=jsonl needs
         chosen = [override for override in overrides if override != "data=jsonl"]

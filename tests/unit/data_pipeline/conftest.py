@@ -15,7 +15,7 @@ SEED = 7
 
 
 def _write_corpus(folder: Path) -> None:
-    """letters.jsonl: 240 documents; numbers/*.txt: 60. Texts of very different lengths, from a fixed seed."""
+    """letters.jsonl: 240 documents; numbers/*.txt: 60 documents. Lengths vary widely; the seed is fixed."""
     chance = random.Random(0)
     words = ["".join(chance.choices("etaoinshrdlu", k=chance.randint(1, 9))) for _ in range(300)]
     with open(folder / "letters.jsonl", "w") as file:
@@ -30,7 +30,7 @@ def _write_corpus(folder: Path) -> None:
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of the raw text."""
+    """The folder of the raw text."""
     folder = tmp_path_factory.mktemp("corpus")
     _write_corpus(folder)
     return folder
@@ -38,7 +38,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def data_config(corpus: Path, tmp_path: Path) -> DataConfig:
-    """A configuration of the corpus, not prepared; its slices and shards are small, so there are many."""
+    """A configuration of the corpus, not yet prepared, with many small slices and shards."""
     return DataConfig(
         mode="prepared",
         dir=str(tmp_path / "prepared"),
@@ -75,7 +75,7 @@ def _prepared_folder(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture
 def prepared(data_config: DataConfig, _prepared_folder: Path) -> DataConfig:
-    """The same configuration, prepared. The folder is shared by all tests: read only."""
+    """The same configuration, prepared. All tests share the folder, so they must not write to it."""
     config = replace(data_config, dir=str(_prepared_folder))
     prepare(config, VOCAB_SIZE, SEED)
     return config

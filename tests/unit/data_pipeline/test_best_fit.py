@@ -1,4 +1,4 @@
-"""Rows of whole documents: every target once, conversations whole, shares of lengths, plans that last."""
+"""Rows of whole documents: every target once, whole conversations, length shares, plans that are kept."""
 
 from collections import Counter
 from itertools import pairwise
@@ -18,7 +18,7 @@ END = 0
 
 
 class Stream:
-    """What best-fit packing needs of a TokenStream, in memory: two shards; token t of the stream is t + 1."""
+    """The part of TokenStream that best-fit packing needs, in memory: two shards; token t has id t + 1."""
 
     def __init__(self, lengths: list[int], first: int = 0, has_loss: bool = False) -> None:
         self._ends = np.cumsum([0, *lengths])
@@ -39,7 +39,7 @@ class Stream:
 
     @property
     def targets(self) -> Counter:
-        """(token, next token) within each document."""
+        """Counts of (token, next token) within each document."""
         spans = zip(self._ends[:-1], self._ends[1:], strict=True)
         documents = [self._tokens[start:stop].tolist() for start, stop in spans]
         return Counter(pair for document in documents for pair in pairwise(document))
@@ -68,7 +68,7 @@ def test_processes_of_one_number_on_two_nodes_make_the_same_plan(
 
 
 def test_a_plan_that_cannot_be_written(tmp_path: Path) -> None:
-    (tmp_path / "packing").touch()  # stands for a folder that is read-only, which root may write to
+    (tmp_path / "packing").touch()  # in place of a read-only folder: root can write to those
     with pytest.raises(DataError, match=r"p-16\.npz is missing and cannot be written \(.*; run python -m"):
         open_rows(tmp_path, {"a": Stream([5, 9])}, 16)
 
@@ -117,7 +117,7 @@ def test_a_conversation_that_is_too_long_is_left_out(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_length_shares_hold_over_all_sources_and_weights_choose_among_them(tmp_path: Path, seed: int) -> None:
-    """As long_context_32k, an eighth the size: 25 % from 32-127, 75 % from 128 on; shorter are not read."""
+    """25 % of tokens from documents of 32 to 127 tokens, 75 % from longer ones; shorter ones are not read."""
     chance = np.random.default_rng(seed)
     streams = {
         "books": Stream(chance.integers(100, 900, 400).tolist()),
@@ -135,7 +135,7 @@ def test_length_shares_hold_over_all_sources_and_weights_choose_among_them(tmp_p
             )
     share = sum(tokens["long", name] for name in streams) / tokens.total()
     assert share == pytest.approx(0.75, abs=0.004)
-    assert rows.report.padding(256) < 0.05, "packed together"
+    assert rows.report.padding(256) < 0.05, "long and short documents must share rows"
     everything = open_rows(tmp_path, streams, 256)
     offered: Counter = Counter()
     for number in range(len(everything)):
@@ -165,7 +165,7 @@ def test_a_plan_is_kept_and_is_the_same_when_made_again(tmp_path: Path) -> None:
     first = open_rows(tmp_path, {"a": stream}, 16)
     contents = {path.name: path.read_bytes() for path in (tmp_path / "packing").iterdir()}
     assert sorted(contents) == ["p-16.items", "p-16.npz"]
-    stream.document_offsets = None  # a plan that is there is not made again
+    stream.document_offsets = None  # an existing plan must not be made again
     again = open_rows(tmp_path, {"a": stream}, 16)
     assert [again.read(n).tokens.tolist() for n in range(len(again))] == [
         first.read(n).tokens.tolist() for n in range(len(first))

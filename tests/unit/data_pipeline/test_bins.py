@@ -1,4 +1,4 @@
-"""Histogram best-fit-decreasing equals the algorithm that looks at item after item."""
+"""Best-fit-decreasing on a histogram equals the textbook algorithm, which places one item at a time."""
 
 import time
 
@@ -11,7 +11,7 @@ from data_pipeline.best_fit import pack_lengths
 
 
 def best_fit_decreasing(lengths: list[int], capacity: int) -> list[int]:
-    """What the bins hold, by the textbook."""
+    """The sorted fill levels of the bins, by the textbook algorithm."""
     filled: list[int] = []
     for length in sorted(lengths, reverse=True):
         fits = [i for i, held in enumerate(filled) if held + length <= capacity]
@@ -35,13 +35,13 @@ def test_equals_the_textbook_and_places_every_item_once(capacity: int, data: st.
     assert placed == [(length, i) for length in range(capacity + 1) for i in range(counts[length])]
 
 
-@pytest.mark.slow  # a clock decides: a busy machine fails it
+@pytest.mark.slow  # it measures time: it fails on a busy machine
 def test_a_hundred_million_lengths_take_less_than_a_second() -> None:
-    """CPU time of histogram and packing for rows of 32768 tokens; the lengths come as from 100 shards."""
+    """CPU time of histogram and packing for rows of 32768 tokens, with the lengths of 100 shards."""
     chance = np.random.default_rng(0)
     shard = np.clip(chance.lognormal(9.0, 1.2, 1_000_000), 1, 32769).astype(np.uint32)
     seconds = []
-    for _ in range(3):  # the best of three: other processes on the machine cost CPU time too
+    for _ in range(3):  # the best of three: other processes slow this one down
         started = time.process_time()
         counts = np.zeros(32770, dtype=np.int64)
         for _ in range(100):
@@ -49,5 +49,5 @@ def test_a_hundred_million_lengths_take_less_than_a_second() -> None:
         bins = pack_lengths(counts, 32769)
         seconds.append(time.process_time() - started)
     assert counts.sum() == 10**8
-    assert 1 - (counts @ np.arange(32770)) / (bins.total * 32769) < 0.001, "hardly any space is left"
+    assert 1 - (counts @ np.arange(32770)) / (bins.total * 32769) < 0.001, "hardly any space stays empty"
     assert min(seconds) < 1.0

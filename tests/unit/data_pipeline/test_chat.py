@@ -1,4 +1,4 @@
-"""Conversations: equal to Qwen3's own renderings, learned where they should be, cut and refused as said.
+"""Conversations: rendered as by Qwen3, learned tokens, splitting into samples, and refused rows.
 
 The renderings and the tokenizer are read from the folder `shared/data` beside the repository, if it is there.
 """
@@ -29,7 +29,7 @@ def text_of(pieces: list[Piece]) -> str:
 
 
 def learned(pieces: list[Piece]) -> list[str]:
-    """The stretches that are learned."""
+    """The spans of text that are learned."""
     marked = "".join(f"\1{text_of([piece])}\2" if piece.loss else f"\0{text_of([piece])}" for piece in pieces)
     return re.findall("\1([^\0]*)\2", marked.replace("\2\1", ""))
 
@@ -68,7 +68,7 @@ def test_ids_are_those_of_the_rendered_text_where_nobody_injects_control_strings
         ids, _ = encode(render(row, row["options"]), qwen3)
         whole = qwen3._full.encode(row["rendered"], add_special_tokens=False).ids
         if "<tool_response>" in said:
-            assert ids.tolist() != whole, "a response that a user made up is text"
+            assert ids.tolist() != whole, "a tool response that a user wrote must stay text"
         else:
             assert ids.tolist() == whole
             checked += 1
@@ -113,7 +113,7 @@ def test_one_sample_for_each_answer_with_reasoning_and_every_answer_learned_once
         ["<think>\nr2\n</think>\n\na2<|im_end|>"],
         ["<think>\n\n</think>\n\na3<|im_end|>"],
     ]
-    assert "r1" not in text_of(found[1]), "the reasoning of earlier answers is gone"
+    assert "r1" not in text_of(found[1]), "the reasoning of earlier answers must be left out"
     assert "a1<|im_end|>" in text_of(found[1])
     assert "nobody" not in text_of(found[2])
 
@@ -136,7 +136,7 @@ def test_tool_calls_are_control_tokens_and_their_exchange_is_one_sample() -> Non
         "<think>\nread it\n</think>\n\n3<|im_end|>",
     ]
     controls = [piece.control for piece in pieces if piece.control]
-    assert controls.count("<tool_call>") == 3, "twice in the system's instructions, once by the assistant"
+    assert controls.count("<tool_call>") == 3, "two in the system message, one from the assistant"
     assert controls.count("<tool_response>") == 1
     assert controls.count("<|im_end|>") == 5
 
@@ -181,7 +181,7 @@ def test_flags_of_the_modes() -> None:
     assert abs(marked - 120) < 37  # four standard deviations
     assert [one(row, 0.3) for row in rows[:9]] == [one(row, 0.3) for row in rows[:9]]
     asked = {"messages": [turn("user", "q /think"), turn("assistant", "a", "r")]}
-    assert text_of(one(asked, 1.0)).count("/think<") == 1, "a flag that is there is enough"
+    assert text_of(one(asked, 1.0)).count("/think<") == 1, "an existing flag must not be repeated"
 
 
 def test_reasoning_after_no_think_gets_its_flag_back() -> None:

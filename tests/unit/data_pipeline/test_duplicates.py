@@ -1,4 +1,4 @@
-"""The first of equal documents is the one that stays, however many hashes are sorted at a time."""
+"""The first of several equal documents is kept, however many hashes are sorted at a time."""
 
 from pathlib import Path
 

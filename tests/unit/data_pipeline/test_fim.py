@@ -1,4 +1,4 @@
-"""Fill-in-the-middle keeps length and content, and is a pure function of seed, source and place."""
+"""Fill-in-the-middle keeps length and content, and is a pure function of seed, source and position."""
 
 import numpy as np
 from hypothesis import given
@@ -10,7 +10,7 @@ END, PREFIX, MIDDLE, SUFFIX = 100, 101, 102, 103
 
 
 class Ids:
-    """What fill-in-the-middle needs of a tokenizer."""
+    """The part of a tokenizer that fill-in-the-middle needs."""
 
     end_of_text = END
 
@@ -24,7 +24,7 @@ def fim(rate: float = 1.0, spm_share: float = 0.5, seed: int = 0, source: str = 
 
 
 def restored(ids: list[int]) -> tuple[list[int], str]:
-    """The tokens in their first order, and which form they were in."""
+    """The tokens in their original order, and the form that they had."""
     at = {name: ids.index(name) for name in (PREFIX, MIDDLE, SUFFIX)}
     assert at[PREFIX] == 0
     assert sum(ids.count(name) for name in at) == 3
@@ -42,7 +42,7 @@ def test_only_the_end_of_the_suffix_gives_way_to_the_ids(length: int, closed: bo
         return
     if closed:
         assert changed.pop() == END
-    # the suffix may be empty, its three last tokens are not: the rest is 0 .. length - 4 in order
+    # the suffix loses its last three tokens to the control ids: 0 .. length - 4 remain, in order
     assert restored(changed)[0] == list(range(length - 3))
 
 
@@ -51,14 +51,14 @@ def test_rates() -> None:
     changed = [fim(rate=0.3)(document, position).tolist() for position in range(2000)]
     rearranged = [ids for ids in changed if ids != document.tolist()]
     assert abs(len(rearranged) - 600) < 80  # four standard deviations
-    # where the prefix is empty the two forms are one
+    # with an empty prefix both forms are the same sequence
     forms = [restored(ids)[1] for ids in rearranged if ids[1] == SUFFIX or ids[1] == 0]
     assert abs(forms.count("spm") / len(forms) - 0.5) < 0.09
     assert {restored(fim(spm_share=0.0)(document, p).tolist())[1] for p in range(9)} == {"psm"}
     assert {restored(fim(spm_share=1.0)(document, p).tolist())[1] for p in range(9)} == {"spm"}
     assert all((fim(rate=0.0)(document, p) == document).all() for p in range(50))
     cuts = [ids.index(SUFFIX) - 1 for ids in rearranged if restored(ids)[1] == "psm"]
-    assert abs(np.mean(cuts) - 57 / 3) < 4, "both cuts are uniform: the prefix is a third on average"
+    assert abs(np.mean(cuts) - 57 / 3) < 4, "both cuts are uniform, so the prefix is a third on average"
 
 
 def test_pure_function_of_seed_source_and_position() -> None:

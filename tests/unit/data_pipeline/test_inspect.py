@@ -1,4 +1,4 @@
-"""A person sees what the model sees: text, borders, origins, and what is learned."""
+"""The inspect command shows what the model reads: text, borders, origins, and which tokens are learned."""
 
 import json
 import shutil
@@ -47,7 +47,7 @@ def test_a_document_that_begins_with_the_last_target(prepared: DataConfig) -> No
     stream = open_streams(folder, Manifest.load(folder), "train", ["letters"])["letters"]
     [_, second, *_] = next(stream.document_offsets()).tolist()
     shown = show(prepared, "letters:0", seq_len=second, seed=SEED)
-    assert shown.count("\n--- ") == 1  # it is no input of the row
+    assert shown.count("\n--- ") == 1  # the second document is not an input of the row
 
 
 def test_a_row_of_a_source_under_length_shares(prepared: DataConfig, tmp_path: Path) -> None:
@@ -67,7 +67,7 @@ def test_the_targets_of_a_conversation(data_config: DataConfig, tmp_path: Path) 
     prepare(config, 512, SEED)
     text = show(config, "0", seq_len=128, seed=SEED)
     question = "[-<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n-]"
-    assert f"{question}<think>\n\n</think>\n\n4<|im_end|>[-\n-]\n--- tokens" in text  # the end is no input
+    assert f"{question}<think>\n\n</think>\n\n4<|im_end|>[-\n-]\n--- tokens" in text  # it is only a target
     assert f"chat, document 0 from its token 0, {path} at 0" in text
     assert text.endswith("to 128: padding")
 

@@ -49,7 +49,7 @@ def _mixed_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def mixed(data_config: DataConfig, conversations: Path, _mixed_folder: Path) -> DataConfig:
-    """All that the order of rows knows, in one configuration."""
+    """One configuration with every option that changes the order of rows."""
     config = replace(
         data_config,
         dir=str(_mixed_folder),
@@ -68,7 +68,7 @@ def mixed(data_config: DataConfig, conversations: Path, _mixed_folder: Path) -> 
 
 @pytest.fixture(params=["concat", "everything"])
 def ordered(request: pytest.FixtureRequest) -> DataConfig:
-    """The plain configuration, and the one with all that the order of rows knows."""
+    """The plain configuration, and the one with every option that changes the order of rows."""
     return request.getfixturevalue("prepared" if request.param == "concat" else "mixed")
 
 
@@ -85,7 +85,7 @@ def take(loader: Loader, steps: int) -> list[list[Batch]]:
 
 
 def by_row(batches: list[Batch]) -> dict[int, tuple]:
-    """Global row -> what the row holds, its borders counted from its start."""
+    """Global row -> the contents of the row; its borders are counted from its start."""
     rows = {}
     for batch in batches:
         borders = batch.cu_seqlens.tolist()
@@ -140,7 +140,7 @@ def test_global_batches_do_not_depend_on_the_ranks(ordered: DataConfig, world_si
     for step in range(steps):
         micro_batches = [batch for rank in ranks for batch in rank[step]]
         assert by_row(micro_batches) == expected[step]
-        for r, rank in enumerate(ranks):  # the formula that the checkpoints of others rely on
+        for r, rank in enumerate(ranks):  # existing checkpoints rely on this formula
             for m, batch in enumerate(rank[step]):
                 first = step * GLOBAL_BATCH + m * world_size * micro + r * micro
                 assert batch.rows == tuple(numbers[first : first + micro])
@@ -168,7 +168,7 @@ def test_skipped_rows_are_left_out_and_the_others_stay(mixed: DataConfig) -> Non
 
 
 def test_weights_change_with_the_tokens(mixed: DataConfig) -> None:
-    """Sources are told by what they read: chat has control tokens, the numbers no letter."""
+    """Rows of chat are recognised by their control tokens."""
     im_start = load_tokenizer(mixed.dir).control_id("<|im_start|>")
     rows = by_row([batch for step in take(make(replace(mixed, skip=[])), 8) for batch in step])
     with_chat = [row for row, (input_ids, *_) in rows.items() if im_start in input_ids]
@@ -203,13 +203,13 @@ def test_conversations_are_whole_and_only_answers_have_labels(mixed: DataConfig,
                     continue
                 document, targets = ids[start:stop], labels[start:stop]
                 if document[-1] == loader.manifest.tokenizer.end_of_text:
-                    assert targets.pop() == -100, "the closing id predicts nothing"
+                    assert targets.pop() == -100, "the closing id must have no target"
                     document.pop()
                 expected[*document, *targets] += 1
     assert "longer than a row" in line
     validation = len(expected) - sum(expected.values())
     assert set(expected.values()) == {0, 1}
-    assert 0 < validation < 0.25 * len(expected), "held out"
+    assert 0 < validation < 0.25 * len(expected), "some are held out"
 
 
 def test_fill_in_the_middle_changes_documents_and_not_their_order(prepared: DataConfig) -> None:
@@ -225,7 +225,7 @@ def test_fill_in_the_middle_changes_documents_and_not_their_order(prepared: Data
         for row, (input_ids, labels, positions, mask, borders) in after.items():
             assert (positions, mask, borders) == before[row][2:]
             if input_ids == before[row][0]:
-                assert prefix not in input_ids, "a row of the other source"
+                assert prefix not in input_ids, "only a row of the other source may stay the same"
                 continue
             for start, stop in itertools.pairwise(borders):
                 if stop - start >= 8 and all(mask[start:stop]):
@@ -234,7 +234,7 @@ def test_fill_in_the_middle_changes_documents_and_not_their_order(prepared: Data
                     whole += 1
         assert whole > 50
         validation = make(changed, split="validation", source="letters")
-        assert not any(prefix in b.input_ids for step in validation for b in step), "held-out text stays text"
+        assert not any(prefix in b.input_ids for step in validation for b in step), "held-out text is kept"
 
 
 def test_rows_are_the_tokens_of_their_sources(prepared: DataConfig) -> None:
@@ -273,7 +273,7 @@ def test_validation_is_read_once_in_plain_order(prepared: DataConfig, world_size
         ]
         assert (
             len({tuple(len(step) for step in rank) for rank in ranks}) == 1
-        )  # or the ranks would wait forever
+        )  # otherwise the ranks would wait for each other forever
         rows = by_row([batch for rank in ranks for step in rank for batch in step])
         assert sorted(rows) == list(range(len(rows)))
         assert len(rows) % GLOBAL_BATCH == 0
@@ -323,7 +323,7 @@ def test_budget(prepared: DataConfig) -> None:
         loader.check_budget(available + 1)
     late = make(config, micro=1, global_batch_size=1, next_row=available - 1)
     next(late)
-    for _ in range(2):  # again and again, not a hang
+    for _ in range(2):  # each call must raise, not hang
         with pytest.raises(DataError, match="max_epochs"):
             next(late)
     make(prepared).check_budget(10**15)

@@ -1,7 +1,7 @@
 """Real files with every kind of damage are read as the manifest beside them says.
 
-The files are no part of the package: they lie in the folder that DATA_PIPELINE_TEST_DATA names, by default
-`shared/data` beside the repository; without it these tests are skipped.
+The files are not part of the package: DATA_PIPELINE_TEST_DATA names their folder, by default `shared/data`
+beside the repository. Without the folder these tests are skipped.
 """
 
 import json
@@ -23,13 +23,13 @@ from data_pipeline.tokenizer import load_tokenizer
 
 DATA = Path(os.environ.get("DATA_PIPELINE_TEST_DATA", Path(__file__).parents[4] / "shared" / "data"))
 MESSY = DATA / "corpus" / "messy"
-pytestmark = pytest.mark.skipif(not MESSY.is_dir(), reason=f"{DATA} is not there")
+pytestmark = pytest.mark.skipif(not MESSY.is_dir(), reason=f"{DATA} does not exist")
 VOCAB_SIZE = 8192  # of the tokenizer beside the data
 BAD_REASONS = {"type_or_json": "type|json", "utf8 or replace (str has surrogate; .encode() raises)": "utf8"}
 
 
 def expectations(name: str) -> dict[int, str]:
-    """Line -> `keep`, `dedup`, `skip` or `skip:CODE`, where the manifest leaves a choice ours."""
+    """Line -> `keep`, `dedup`, `skip` or `skip:CODE`; our choice where the manifest allows several."""
     found = {}
     for row in json.loads((MESSY / name).read_text()):
         expect = row["expect"]
@@ -137,7 +137,7 @@ def test_the_other_messy_files(data_config: DataConfig) -> None:
 
 
 def test_the_whole_real_corpus_is_read(data_config: DataConfig) -> None:
-    """Every row of every file of SOURCES.md, with the number of documents that it says."""
+    """Every row of every file is read, as many as SOURCES.md states."""
     counts = defaultdict(int)
     for file, rows in re.findall(r"^\| (corpus/\S+) \| (\d+) \|", (DATA / "SOURCES.md").read_text(), re.M):
         kind = "parquet" if file.endswith(".parquet") else "sft" if "/sft/" in file else "jsonl"

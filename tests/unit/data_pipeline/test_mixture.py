@@ -1,4 +1,4 @@
-"""Which row comes when: quotas, exactly-once, budgets."""
+"""The order of rows: quotas, every row exactly once per epoch, budgets."""
 
 import bisect
 from collections import Counter
@@ -18,7 +18,7 @@ def mixture(seed: int = 0, changes: dict | None = None, **sources: tuple) -> Mix
 
 
 def rows_available(mixed: Mixture) -> int | None:
-    """How many rows there are before a source is exhausted, as check_budget says."""
+    """The number of rows before a source is exhausted, found with check_budget."""
 
     def is_over(total: int) -> bool:
         try:
@@ -56,7 +56,7 @@ def test_a_block_and_its_stretches_hold_the_weights(weights: list[float], block:
     counts: Counter[str] = Counter()
     for slot in range(BLOCK_ROWS):
         counts[mixed.locate(start + slot).source] += 1
-        if slot % 1000 == 999:  # a stretch: off by one card of each source, and the rounding of its quota
+        if slot % 1000 == 999:  # the bound: one row per source, plus the rounding of the quota
             for name, share in shares.items():
                 assert abs(counts[name] - share * (slot + 1)) < 2 + len(weights)
     for name, share in shares.items():
@@ -131,7 +131,7 @@ def test_no_limit_and_no_rows() -> None:
 
 
 def test_weights_are_shares_of_the_tokens() -> None:
-    """Rows of `sparse` hold a third of the tokens of a full one: three times as many make the same share."""
+    """Rows of `sparse` hold a third of the tokens of `full`: equal shares need three times as many rows."""
     sources = {"full": MixtureSource(1.0, 90, None, 96.0), "sparse": MixtureSource(1.0, 90, None, 32.0)}
     needed = Mixture(sources, 0).rows_needed(BLOCK_ROWS)
     assert needed == {"full": BLOCK_ROWS // 4, "sparse": BLOCK_ROWS * 3 // 4}

@@ -1,4 +1,4 @@
-"""Labels, positions and borders of rows, on examples made by hand and against a slow oracle."""
+"""Labels, positions and borders of rows: examples by hand, and a comparison with a slow reference."""
 
 import itertools
 
@@ -13,7 +13,7 @@ END = 9
 
 
 class Stream:
-    """What ConcatRows needs of a TokenStream, in memory."""
+    """The part of TokenStream that ConcatRows needs, in memory."""
 
     def __init__(self, tokens: list[int], learned: list[bool] | None = None) -> None:
         self._tokens = np.array(tokens, dtype=np.uint32)
@@ -69,11 +69,11 @@ def test_padding_is_a_document_without_loss() -> None:
 
 
 def test_a_label_is_left_out_where_its_target_is_not_learned() -> None:
-    """Bits belong to targets: the question 1 2 is not learned, the answer 3 4 is, the closing id is not."""
+    """The bits describe targets: only the answer 3 4 is learned, not the question 1 2 nor the closing id."""
     learned = [False, False, True, True, False, False, True]
     packed = pack(row([1, 2, 3, 4, END], [5, 6], learned=learned), seq_len=8)
     assert packed.labels.tolist() == [[NO_LOSS, 3, 4, NO_LOSS, NO_LOSS, 6, NO_LOSS, NO_LOSS]]
-    assert packed.token_mask.tolist() == [[True] * 6 + [False] * 2], "what is not learned is still read"
+    assert packed.token_mask.tolist() == [[True] * 6 + [False] * 2], "tokens not learned are still inputs"
     assert packed.cu_seqlens.tolist() == [0, 5, 6, 8]
 
 

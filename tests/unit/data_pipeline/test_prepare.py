@@ -1,4 +1,4 @@
-"""Preparing is exact, restartable, the same for any number of workers, and overwrites nobody's folder."""
+"""Preparing is exact, restartable, the same for any number of workers, and never overwrites other files."""
 
 import fcntl
 import itertools
@@ -42,7 +42,7 @@ def contents(folder: str | Path) -> dict[str, bytes]:
 
 
 def documents_of(config: DataConfig, source: str, split: str) -> list[str]:
-    """Decoded documents, from the shards, cut at the offsets that are kept beside the tokens."""
+    """The documents of the shards, decoded, cut at the stored offsets."""
     folder, tokenizer = Path(config.dir), load_tokenizer(config.dir)
     found = []
     for shard in Manifest.load(folder).sources[source].shards[split]:
@@ -85,7 +85,7 @@ def test_manifest_counts_and_entropy(prepared: DataConfig) -> None:
         smooth = (counts["train"] + 1) / (counts["train"] + 1).sum()
         expected = -(counts["validation"] * np.log(smooth)).sum() / counts["validation"].sum()
         assert source.validation_unigram_cross_entropy == pytest.approx(expected, rel=1e-9)
-    assert len(manifest.shards()) > 10  # the fixture is meant to span slices and shards
+    assert len(manifest.shards()) > 10  # the corpus must span many slices and shards
 
 
 def test_workers_do_not_change_a_byte(data_config: DataConfig, tmp_path: Path) -> None:
@@ -106,14 +106,14 @@ def _finished(config: DataConfig) -> dict[str, int]:
 
 
 def _run_until_killed(config: DataConfig, goal: int, chance: random.Random) -> None:
-    """Start preparing in a process; kill -9 it a while after `goal` folders are there; its workers die."""
+    """Start preparing in a process; kill -9 it shortly after `goal` folders exist; its workers must die."""
     process = subprocess.Popen(
         [sys.executable, "-c", SCRIPT, pickle.dumps(config).hex()],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
     while len(_finished(config)) < goal or not (Path(config.dir) / "plan.json").exists():
-        assert process.poll() is None, "finished before it could be killed"
+        assert process.poll() is None, "preparing finished before it could be killed"
         time.sleep(0.001)
     time.sleep(chance.random() * 0.02)
     workers = _children(process.pid)
@@ -121,12 +121,12 @@ def _run_until_killed(config: DataConfig, goal: int, chance: random.Random) -> N
     process.wait()
     deadline = time.monotonic() + 20
     while any(Path(f"/proc/{pid}").exists() for pid in workers):
-        assert time.monotonic() < deadline, "workers outlive their parent"
+        assert time.monotonic() < deadline, "the workers outlived their parent"
         time.sleep(0.01)
 
 
 def test_killed_preparation_goes_on_to_the_same_bytes(data_config: DataConfig, tmp_path: Path) -> None:
-    """Ten times, at random moments of the survey and of the encoding, with one worker and with two."""
+    """Killed ten times, at random moments of survey and encoding, with one worker and with two."""
     letters = (Path(data_config.sources["letters"].paths[0])).read_bytes().splitlines()
     again = jsonl_source(tmp_path / "again.jsonl", [*letters[:40], b"bad", *letters[:20]])
     config = replace(data_config, sources={**data_config.sources, "again": again}, slice_bytes=300)
@@ -141,7 +141,7 @@ def test_killed_preparation_goes_on_to_the_same_bytes(data_config: DataConfig, t
         _run_until_killed(replace(config, num_workers=1 + kill % 2), goal, chance)
         assert not (Path(config.dir) / "manifest.json").exists()
         now = _finished(config)
-        assert finished.items() <= now.items()  # what is finished is not done again
+        assert finished.items() <= now.items()  # finished folders must not be made again
         finished = now
     prepare(config, VOCAB_SIZE, SEED)
     assert contents(config.dir) == contents(undisturbed.dir)
@@ -150,7 +150,7 @@ def test_killed_preparation_goes_on_to_the_same_bytes(data_config: DataConfig, t
 
 
 def test_leftovers_of_a_process_of_the_same_number(data_config: DataConfig) -> None:
-    """In a container process numbers repeat from start to start."""
+    """In a container a new process may get the number of an earlier one."""
     prepare(data_config, VOCAB_SIZE, SEED)
     before, folder = contents(data_config.dir), Path(data_config.dir)
     (folder / "manifest.json").rename(folder / "plan.json")
@@ -162,7 +162,7 @@ def test_leftovers_of_a_process_of_the_same_number(data_config: DataConfig) -> N
 def test_what_is_half_removed_is_not_finished(
     data_config: DataConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A worker that outlives its killed parent cannot give a folder that is being emptied its final name."""
+    """A worker that outlives its killed parent must not rename a folder while another process empties it."""
     prepare(data_config, VOCAB_SIZE, SEED)
     before, folder = contents(data_config.dir), Path(data_config.dir)
     (folder / "manifest.json").rename(folder / "plan.json")
@@ -173,7 +173,7 @@ def test_what_is_half_removed_is_not_finished(
     def remove_beside_a_worker(path: Path, *args: Any, **options: Any) -> None:
         for file in path.iterdir() if path.is_dir() and path.parent == target.parent else ():
             file.unlink()
-        if partial.exists():  # the worker is at its end
+        if partial.exists():  # here the worker finishes
             partial.rename(target)
         remove(path, *args, **options)
 
@@ -232,7 +232,7 @@ def test_another_configuration_is_refused(data_config: DataConfig, tmp_path: Pat
     )
     tokenizer = replace(config, tokenizer=config.dir, tokenizer_vocab_size=None)
     assert "data.tokenizer: prepared with None, now sha256" in refusal(tokenizer)
-    text.write_text("SOME TEXT " * 100)  # as long as before
+    text.write_text("SOME TEXT " * 100)  # same length as before
     assert "data.sources.more.paths: prepared with 1 files" in refusal(config)
 
 
@@ -303,7 +303,7 @@ def test_bad_rows_are_listed_with_their_place(
         data_config,
         sources={"other": data_config.sources["numbers"], "messy": jsonl_source(path, rows)},
         validation_fraction=0.0,
-        slice_bytes=100,  # lines are counted over slices
+        slice_bytes=100,  # line numbers must count across slices
         on_bad_row=on_bad_row,
     )
     source = prepare(config, VOCAB_SIZE, SEED).sources["messy"]
@@ -330,7 +330,7 @@ def test_a_bad_row_can_be_an_error(
         DataError, match=r"a\.jsonl: the row at 18 is bad \(null\): .* fix it, or set data.on"
     ):
         prepare(config, VOCAB_SIZE, SEED)
-    # in the same folder: skip, killed after the survey; error again; skip to the end
+    # in the same folder: with skip, interrupted after the survey; with error; with skip to the end
     monkeypatch.setattr("data_pipeline.prepare.write_slice", interrupt)
     with pytest.raises(KeyboardInterrupt):
         prepare(replace(config, on_bad_row="skip"), VOCAB_SIZE, SEED)
@@ -370,7 +370,7 @@ def test_the_first_of_equal_documents_is_kept(
     texts = [f"number {number}" for number in numbers]
     sources = {
         "a": jsonl_source(tmp_path / "a.jsonl", rows),
-        "b": jsonl_source(tmp_path / "b.jsonl", rows[:50]),  # another source: left alone
+        "b": jsonl_source(tmp_path / "b.jsonl", rows[:50]),  # another source: it keeps its copies
     }
     for num_workers in (1, 2):
         config = replace(
@@ -447,7 +447,7 @@ def test_the_error_of_a_worker_is_raised(
     sources = {**data_config.sources, "zz": SourceConfig("parquet", [str(path)], "text", 1.0, None)}
     config = replace(
         data_config, sources=sources, num_workers=2
-    )  # with a given tokenizer, workers read first
+    )  # with a given tokenizer, the workers are the first to read
     config = replace(config, tokenizer=prepared.dir, tokenizer_vocab_size=None)
     with pytest.raises(DataError, match="cannot be read as parquet"):
         prepare(config, VOCAB_SIZE, SEED)
@@ -457,7 +457,7 @@ def test_the_error_of_a_worker_is_raised(
 def test_a_full_disk_is_named_and_the_next_attempt_goes_on(
     data_config: DataConfig, prepared: DataConfig, tmp_path: Path, num_workers: int
 ) -> None:
-    """A limit on the size of files stands for the disk: both fail in write()."""
+    """A limit on file sizes in place of a full disk: both make write() fail."""
     given = replace(data_config, tokenizer=prepared.dir, tokenizer_vocab_size=None, shard_bytes=1 << 20)
     config, other = replace(given, num_workers=num_workers), replace(given, dir=str(tmp_path / "other"))
     prepare(other, VOCAB_SIZE, SEED)

@@ -1,4 +1,4 @@
-"""A bad row costs that row, and slices read every document once, wherever they are cut."""
+"""A bad row loses only that row, and slices read every document once, wherever they are cut."""
 
 import gzip
 import json
@@ -30,7 +30,7 @@ def source_of(kind: str, *paths: Path | str) -> SourceConfig:
 
 @pytest.fixture
 def read(data_config: DataConfig) -> Read:
-    """`read(kind, *paths, slice_bytes=, **settings)`: texts and rejects of a source, without blank lines."""
+    """`read(kind, *paths, slice_bytes=, **settings)`: texts and rejects of a source; blank lines left out."""
 
     def read_source(
         kind: str, *paths: Path | str, slice_bytes: int = 10**9, **settings: object
@@ -166,7 +166,7 @@ def test_source_trees(tmp_path: Path, read: Read) -> None:
 
 
 def write_table(path: Path, table: pa.Table) -> None:
-    """In the format of the suffix, two rows to a group; .stream.arrow as `datasets` keeps it in its cache."""
+    """In the format of the suffix, two rows per group; .stream.arrow is the format of `datasets` caches."""
     if path.suffix == ".parquet":
         pq.write_table(table, path, row_group_size=2)
         return
@@ -190,7 +190,7 @@ def test_tables(tmp_path: Path, read: Read, suffix: str, kind: pa.DataType, slic
 
 @pytest.mark.parametrize("suffix", ["parquet", "arrow"])
 def test_a_text_of_a_table_that_is_not_utf8_costs_its_row(tmp_path: Path, read: Read, suffix: str) -> None:
-    """Not even pyarrow checks what it writes."""
+    """pyarrow does not check the text that it writes."""
     bytes_of = pa.array([b"one", b"tw\xff", b"three"])
     column = pa.StringArray.from_buffers(3, *bytes_of.buffers()[1:])
     write_table(tmp_path / f"a.{suffix}", pa.table({"text": column}))
@@ -218,7 +218,7 @@ def test_conversations_that_cannot_be_encoded(tmp_path: Path, read: Read) -> Non
 
 
 def test_dates_in_conversations_of_a_table(tmp_path: Path, read: Read) -> None:
-    """They matter only where the template would write them."""
+    """A date is an error only where the template would print it."""
     now = datetime(2020, 1, 1)
     question, answer = {"role": "user", "content": "2+2", "at": now}, {"role": "assistant", "content": "4"}
     rows = [
@@ -247,7 +247,7 @@ def test_a_date_that_python_does_not_know_costs_its_row(tmp_path: Path, read: Re
 def test_hub_datasets_are_read_from_the_cache(
     tmp_path: Path, read: Read, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A folder stands for a dataset of the hub: `datasets` loads both alike."""
+    """A folder takes the place of a hub dataset: `datasets` loads both in the same way."""
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     (tmp_path / "set").mkdir()
     Dataset.from_dict({"text": ["one", "two"]}).to_parquet(tmp_path / "set" / "train.parquet")
@@ -271,7 +271,7 @@ def test_a_hub_name_without_a_network_says_what_to_do(
 
 
 def test_what_save_to_disk_wrote(tmp_path: Path, read: Read) -> None:
-    """kind=arrow reads its files; a user who names it as a hub dataset is told so."""
+    """kind=arrow reads its files; an error says so if the folder is named as a hub dataset."""
     Dataset.from_dict({"text": ["one", "two", "three"]}).save_to_disk(tmp_path / "saved", num_shards=2)
     assert read("arrow", tmp_path / "saved" / "*.arrow") == (["one", "two", "three"], [])
     with pytest.raises(DataError, match=r"arrow for what datasets\.save_to_disk wrote \(paths=\[FOLDER/"):
@@ -355,7 +355,7 @@ def test_inputs_are_hashed_once(tmp_path: Path) -> None:
     source = source_of("text", path)
     [first] = list_inputs("s", source, {})
     marked = replace(first, sha256="known")
-    assert list_inputs("s", source, {str(path): marked}) == [marked]  # same size and age: not read again
+    assert list_inputs("s", source, {str(path): marked}) == [marked]  # same size and time: not read again
     path.write_text("TEXT")
     [changed] = list_inputs("s", source, {str(path): marked})
     assert changed.sha256 not in (first.sha256, "known")

@@ -1,4 +1,4 @@
-"""The embedded corpus is real text, the same every time."""
+"""The embedded corpus is real text, the same in every process."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Start-up and memory do not grow with the data: a billion documents in sparse files, four terabytes."""
+"""Start-up time and memory do not grow with the data: a billion documents, 4 TB of sparse files."""
 
 import functools
 import os
@@ -28,14 +28,14 @@ def memory() -> int:
 
 @functools.cache
 def zero_checksums(size: int) -> str:
-    """The crc32 of the blocks of a file of zeros."""
+    """The crc32 of each block of a file of zeros."""
     whole, rest = divmod(size, BLOCK)
     return f"{zlib.crc32(bytes(BLOCK)):08x}" * whole + (f"{zlib.crc32(bytes(rest)):08x}" if rest else "")
 
 
 @pytest.fixture(scope="module")
 def billion(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A prepared folder of a billion documents of 1000 tokens 0, without a byte on the disk."""
+    """A prepared folder of a billion documents of 1000 tokens 0, in sparse files that take no disk space."""
     folder = tmp_path_factory.mktemp("billion")
     (folder / "slices" / "web-00000").mkdir(parents=True)
     shards = []

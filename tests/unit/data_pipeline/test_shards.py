@@ -1,4 +1,4 @@
-"""Damage is found, with file, place, law and remedy; a stream reads over the borders of shards."""
+"""Damage is reported with file, place, law and remedy; a stream reads across the borders of shards."""
 
 import json
 import shutil
@@ -20,7 +20,7 @@ from data_pipeline.shards import ShardWriter, TokenStream, open_prepared, verify
 
 @pytest.fixture
 def folder(prepared: DataConfig, tmp_path: Path) -> Path:
-    """A copy of the prepared folder, to be damaged."""
+    """A copy of the prepared folder, which tests may damage."""
     return Path(shutil.copytree(prepared.dir, tmp_path / "copy"))
 
 
@@ -111,7 +111,7 @@ def test_flipped_bit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     message = rf"{path} is damaged between bytes 0 and {len(content)}: crc32 "
     with pytest.raises(DataError, match=message):
         verify(folder)
-    monkeypatch.setattr(shards, "_BLOCKS_CHECKED", 1000)  # few of many at a real start; here surely this one
+    monkeypatch.setattr(shards, "_BLOCKS_CHECKED", 1000)  # a real start checks a sample; here, every block
     with pytest.raises(DataError, match=message):
         open_prepared(folder)
 
@@ -166,7 +166,7 @@ def test_verify_reads_packing_plans(folder: Path, prepared: DataConfig, suffix: 
 
 
 def test_verify_finds_offsets_that_do_not_fit_the_tokens(folder: Path) -> None:
-    """Files that are as their checksums say, and wrong all the same."""
+    """The files agree with their checksums, but their contents are wrong."""
     manifest = Manifest.load(folder)
     shard = next(shard for shard in manifest.shards() if shard.documents > 1)
     path, _ = shards.shard_file(folder, shard, "offsets")

@@ -1,4 +1,4 @@
-"""Streaming reads what a prepared folder holds, on any number of ranks, and goes on where it was."""
+"""Streaming gives the rows of a prepared folder, on any number of ranks, and resumes where it stopped."""
 
 import json
 from dataclasses import replace
@@ -21,7 +21,7 @@ SEQ_LEN, SEED = 32, 7
 
 @pytest.fixture
 def streaming(prepared: DataConfig) -> DataConfig:
-    """The corpus of `prepared`, with its tokenizer, read as it is."""
+    """The corpus of `prepared` in streaming mode, with the same tokenizer."""
     return replace(
         prepared, mode="streaming", dir="nowhere", tokenizer=prepared.dir, tokenizer_vocab_size=None
     )
@@ -48,10 +48,10 @@ def test_an_epoch_is_the_tokens_of_a_prepared_folder(
     for slice_bytes in (500, 10**9):
         config = replace(streaming, slice_bytes=slice_bytes)
         text = TextStream(config, source, load_tokenizer(prepared.dir), SEED)
-        assert np.array_equal(text.read(0, 2 * len(wanted)), np.tile(wanted, 2)), "epoch after epoch"
+        assert np.array_equal(text.read(0, 2 * len(wanted)), np.tile(wanted, 2)), "epochs repeat"
         later, far = TextStream(config, source, load_tokenizer(prepared.dir), SEED), len(wanted) + 90
-        assert np.array_equal(later.read(far, far + 50), wanted[90:140]), "what lies before is passed over"
-        assert np.array_equal(later.read(5, 77), wanted[5:77]), "a step back"
+        assert np.array_equal(later.read(far, far + 50), wanted[90:140]), "earlier tokens are skipped"
+        assert np.array_equal(later.read(5, 77), wanted[5:77]), "reading backwards"
         text.close()
 
 
@@ -106,7 +106,7 @@ def test_bad_rows(streaming: DataConfig, tmp_path: Path) -> None:
 
 
 def test_hub_datasets_are_read_as_they_come(streaming: DataConfig, tmp_path: Path) -> None:
-    """A folder stands for a dataset of the hub: `datasets` streams both alike."""
+    """A folder takes the place of a hub dataset: `datasets` streams both in the same way."""
     Dataset.from_dict({"text": ["one", "two", "three"]}).to_parquet(tmp_path / "train.parquet")
     source = SourceConfig("hub", [f"{tmp_path}:train"], "text", 1.0, None)
     config = replace(streaming, sources={"s": source}, validation_fraction=0.0)

@@ -1,4 +1,4 @@
-"""Control strings in text stay text; trained and given tokenizers behave alike."""
+"""Control strings in text stay text, with trained and with given tokenizers."""
 
 from pathlib import Path
 
@@ -31,7 +31,7 @@ def test_control_strings_stay_text(control: str) -> None:
     text = f"a {control} b{control}"
     with_added = tokenizers.Tokenizer.from_str(SERIALIZED)
     control_id = with_added.token_to_id(control)
-    assert control_id in with_added.encode(text).ids  # the trap is real
+    assert control_id in with_added.encode(text).ids  # a plain tokenizer would encode it as a control token
     ids = TOKENIZER.encode(text)
     assert control_id not in ids
     assert TOKENIZER.decode(ids) == text

@@ -52,7 +52,7 @@ def moe_config(dense_config: ModelConfig) -> ModelConfig:
 
 @pytest.fixture
 def next_config(moe_config: ModelConfig) -> ModelConfig:
-    """Two layers of linear attention, one of full: gated, zero-centred, partly rotary; a shared expert."""
+    """Two linear attention layers, one full: gated, zero-centred norms, partial rotary; a shared expert."""
     return replace(
         moe_config,
         layer_types=["linear_attention", "linear_attention", "full_attention"],
@@ -94,7 +94,7 @@ def build() -> Callable[..., CausalLM]:
 
 @pytest.fixture
 def pack() -> Callable[[list[list[int]]], dict[str, Tensor]]:
-    """Random ids in documents of the given lengths, one list per row; all rows equally long."""
+    """Random ids in documents of the given lengths, one list per row; all rows have the same length."""
 
     def make(rows: list[list[int]]) -> dict[str, Tensor]:
         lengths = [length for row in rows for length in row]

@@ -29,7 +29,7 @@ def _inputs(tokens: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _dense_mask(query: Tensor, key: Tensor, value: Tensor, lengths: list[int]) -> Tensor:
-    """The oracle: all scores, then -inf across documents and into the future; in fp64."""
+    """The reference in fp64: all scores, with -inf for other documents and for future tokens."""
     document = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
     visible = (document[:, None] == document[None, :]).tril()
     q, k, v = (x.double() for x in (query, key, value))
@@ -64,7 +64,7 @@ def test_documents_of_equal_length_are_one_call() -> None:
 
 @pytest.mark.parametrize("lengths", LAYOUTS, ids=str)
 def test_varlen_is_called_as_it_documents(lengths: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """No kernel on the CPU: a stand-in with the documented meaning of each argument takes its place."""
+    """The CPU has no kernel: a function with the documented meaning of each argument replaces it."""
     signature = inspect.signature(attention.varlen_attn)
 
     def stand_in(*positional: object, **keywords: object) -> Tensor:

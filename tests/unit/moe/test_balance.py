@@ -17,7 +17,7 @@ def test_balanced_routing_costs_one_and_collapse_costs_the_ratio():
 
 
 def test_layers_are_not_pooled():
-    """Two collapsed layers on different experts would look balanced together."""
+    """Two layers that collapsed to different experts would look balanced if they were pooled."""
     counts = torch.tensor([[8.0, 0.0], [0.0, 8.0]])
     losses = balance_loss_share(expert_frequencies(counts), counts, 8)
     assert losses.tolist() == [2.0, 2.0]
@@ -51,7 +51,7 @@ def test_the_prior_fills_what_has_not_been_seen():
     parts = [torch.tensor([[6.0, 2.0]]), torch.tensor([[0.0, 8.0]])]
     balance = Balance("prior_buffer", num_layers=1, num_experts=2, micro_batches_per_step=2)
     first = [balance.frequencies(part, 16) for part in parts]
-    assert first[0].tolist() == [[0.75, 0.25]]  # nothing known yet: the buffer alone
+    assert first[0].tolist() == [[0.75, 0.25]]  # no prior yet: only the buffer
     assert first[1].tolist() == [[6 / 16, 10 / 16]]
     balance.end_step()
     second = balance.frequencies(parts[0], 16)

@@ -1,4 +1,4 @@
-"""ModelConfig: its laws, the spellings of config.json, and the arithmetic of sizes."""
+"""ModelConfig: its laws, the spellings of config.json, and the counts of parameters and FLOPs."""
 
 import subprocess
 import sys
@@ -213,7 +213,7 @@ def test_new_spelling_is_read() -> None:
 
 
 def test_released_spellings() -> None:
-    """What the hub's folders leave out is what transformers takes for it."""
+    """Keys that released folders leave out have the defaults of transformers."""
     qwen2 = {
         k: v for k, v in QWEN2.to_hf().items() if k not in ("head_dim", "initializer_range", "hidden_act")
     }

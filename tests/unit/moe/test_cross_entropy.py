@@ -1,4 +1,4 @@
-"""Chunked cross entropy against torch's, with gradients; and that it holds no [T, V]."""
+"""Chunked cross entropy against torch's, with gradients, and without a [T, V] tensor."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from moe.cross_entropy import chunked_cross_entropy
 
 T, H, V = 29, 8, 50
-CHUNK = 4 * V + 3  # 4 tokens a chunk, the last one ragged
+CHUNK = 4 * V + 3  # 4 tokens per chunk; the last chunk is shorter
 
 
 def _inputs(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
@@ -73,7 +73,7 @@ def test_frozen_weight() -> None:
 
 
 def test_bf16_sums_the_weight_gradient_in_fp32() -> None:
-    """Each token adds 0.5: a sum over the chunks in bf16 would stand still at 128."""
+    """Each token adds 0.5: a sum over the chunks in bf16 would stop growing at 128."""
     hidden = torch.ones(2048, 1, dtype=torch.bfloat16)
     weight = torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True)
     loss = chunked_cross_entropy(hidden, weight, torch.zeros(2048, dtype=torch.int64), logits_per_chunk=2)
@@ -118,5 +118,5 @@ def test_never_holds_all_logits_and_computes_no_more_than_asked(learns: str, pro
         loss = chunked_cross_entropy(hidden, weight, labels, chunk * vocabulary)
         if learns != "no_grad":
             loss.backward()
-    assert recorder.largest == chunk * vocabulary  # of tokens * vocabulary
+    assert recorder.largest == chunk * vocabulary  # not tokens * vocabulary
     assert recorder.products == products * tokens // chunk

@@ -1,4 +1,4 @@
-"""No step computes what torch refuses on CUDA under `deterministic`, and what takes its place is right."""
+"""A step uses no operation that torch refuses on CUDA under `deterministic`; the replacements are right."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,7 +15,7 @@ from moe.router import TrainingRouting
 from trainer.monitor.metrics import HISTOGRAM_LOG2, _histogram
 
 aten = torch.ops.aten
-# what the documentation of torch.use_deterministic_algorithms says throws on CUDA, of what a model could use
+# operations that throw on CUDA, from the page of torch.use_deterministic_algorithms; those a model could use
 REFUSED = {aten.histc, aten.put, aten.put_, aten.kthvalue, aten.nll_loss_forward, aten.nll_loss2d_forward}
 
 

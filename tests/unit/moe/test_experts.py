@@ -1,4 +1,4 @@
-"""The fast experts against the reference, and the memory they keep."""
+"""The fast expert backends against the reference, and the memory that they keep for the backward."""
 
 import re
 from collections.abc import Callable
@@ -41,7 +41,7 @@ def draw(tokens: int, top_k: int, experts: list[int]) -> Tensor:
     return torch.tensor(experts)[torch.rand(tokens, len(experts)).argsort(-1)[:, :top_k]]
 
 
-# name: number of experts, expert_indices; the id that equals the number of experts is not here
+# name: number of experts, expert_indices; an id equal to the number of experts is on another rank
 CASES: dict[str, tuple[int, Tensor]] = {
     "all experts": (8, draw(21, 3, list(range(8)))),
     "some slots are elsewhere": (8, draw(21, 3, list(range(9))).clamp(max=8)),
@@ -131,7 +131,7 @@ def saved_bytes(run: Callable[[], Tensor], without: list[Tensor]) -> int:
 
 @pytest.mark.parametrize("backend", ["loop", "grouped"])
 def test_keeps_only_the_pre_activation(backend: str) -> None:
-    """Qwen3-30B-A3B in bf16: gate and up, 2 x 8 slots x 768 x 2 bytes = 24 KiB a token, and indices."""
+    """Qwen3-30B-A3B in bf16: gate and up, 2 x 8 slots x 768 x 2 bytes = 24 KiB per token, and indices."""
     tokens, top_k, num_experts, hidden, intermediate = 64, 8, 16, 2048, 768
     experts = Experts(num_experts, hidden, intermediate, backend).bfloat16()
     for weight in experts.parameters():
@@ -176,7 +176,7 @@ def aligned(moe_config: ModelConfig) -> ModelConfig:
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch):
-    """`gpu((9, 0), liger=True)`: a device of that compute capability, on a machine with liger or without."""
+    """`gpu((9, 0), liger=True)`: a device of that compute capability, with or without liger installed."""
 
     def fake(capability: tuple[int, int], liger: bool = True) -> torch.device:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
@@ -200,7 +200,7 @@ def test_on_a_cpu_auto_is_the_loop(moe_config, wanted: str, chosen: str, dtype: 
         ((9, 0), True, BF16, False, "grouped", None),
         ((10, 3), False, BF16, True, "grouped", None),
         ((8, 0), True, BF16, False, "liger", None),
-        ((12, 0), True, BF16, False, "liger", None),  # Blackwell, but not that of data centers
+        ((12, 0), True, BF16, False, "liger", None),  # Blackwell, but not the data center GPU
         ((8, 9), False, BF16, False, "loop", f"no grouped kernel for compute capability 8.9; {INSTALL}"),
         ((8, 0), True, BF16, True, "loop", "capability 8.0; nothing faster is deterministic here"),
         ((9, 0), True, FP32, False, "loop", "no grouped kernel in torch.float32; use dtype=bf16"),

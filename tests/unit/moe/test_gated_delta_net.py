@@ -1,4 +1,4 @@
-"""Linear attention: the chunked rule against the rule itself, in fp64, and what stays inside documents."""
+"""Linear attention: the chunked rule against the recurrence in fp64, and the separation of documents."""
 
 from collections.abc import Callable
 from itertools import accumulate
@@ -63,7 +63,7 @@ def test_chunks_equal_the_recurrence(lengths: list[int], decay: float) -> None:
 
 @pytest.mark.parametrize("decay", [0.01, 20.0])
 def test_chunks_in_fp32_keep_their_digits(decay: float) -> None:
-    """Sums of strong decays over a chunk are large: their differences must not lose what fp32 has."""
+    """Sums of strong decays over a chunk are large: their differences must keep fp32 precision."""
     x, state = _inputs([130, 70], decay)
     expected, _ = recurrent_delta_rule(x, _documents([130, 70]), state)
     rounded = DeltaInputs(*(part.float() for part in x))
@@ -90,7 +90,7 @@ def test_the_recurrence_by_hand() -> None:
 
 @pytest.mark.parametrize("changed", [0, 1, 2])
 def test_states_stay_inside_documents(changed: int) -> None:
-    """Other tokens in one document leave what the others read, and end with, as it is, bit for bit."""
+    """Other tokens in one document change no bit of the outputs and last states of the others."""
     lengths = [70, 130, 9]
     borders = list(accumulate(lengths, initial=0))
     part = slice(borders[changed], borders[changed + 1])
@@ -135,7 +135,7 @@ def test_a_convolution_goes_on() -> None:
 
 
 def _rounding(x: DeltaInputs, documents: Documents, state: Tensor) -> tuple[Tensor, Tensor]:
-    """As the kernel in 16 bits."""
+    """Rounds the output to 16 bits, as the kernel does."""
     mixed, last = chunked_delta_rule(x, documents, state)
     return mixed.to(x.value.dtype), last
 
@@ -175,7 +175,7 @@ def test_a_kernel_is_taken_only_where_it_computes_the_same(
     monkeypatch: pytest.MonkeyPatch, rule: Rule, message: str | None
 ) -> None:
     monkeypatch.setattr(gated_delta_net, "fused_delta_rule", rule)
-    with torch.inference_mode():  # the first forward may be one
+    with torch.inference_mode():  # the first forward may run in this mode
         found = gated_delta_net._probe.__wrapped__(torch.device("cpu"), torch.bfloat16, 16, 12)
     assert found is None if message is None else message in str(found)
 

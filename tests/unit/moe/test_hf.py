@@ -1,4 +1,4 @@
-"""Folders of Hugging Face: the mapping of names, slices for expert parallelism, and what is refused."""
+"""Hugging Face folders: the mapping of names, slices for expert parallelism, and refused folders."""
 
 import json
 from collections.abc import Callable
@@ -26,7 +26,7 @@ def _saved(model: CausalLM, folder: Path) -> dict[str, Tensor]:
 
 
 def _fused(tensors: dict[str, Tensor], experts: int) -> dict[str, Tensor]:
-    """The same folder as transformers 5 names it in memory, built by hand."""
+    """The same tensors under the names that transformers 5 uses in memory, built by hand."""
     fused = {name: tensor for name, tensor in tensors.items() if ".experts." not in name}
     for prefix in {name.split(".experts.")[0] + ".experts" for name in tensors if ".experts." in name}:
         stacks = {
@@ -120,7 +120,7 @@ def test_shards_and_their_index(config: ModelConfig, build: Build, tmp_path: Pat
 
 
 def test_shards_keep_to_the_limit(config: ModelConfig, build: Build, tmp_path: Path) -> None:
-    """Each shard is within the limit or one tensor, and has no room for the first of the next."""
+    """Each shard is within the limit or one tensor; the first tensor of the next shard would not fit."""
     limit = 5_000
     model = build(config)
     save_hf(model, tmp_path, max_shard_bytes=limit)
@@ -168,7 +168,7 @@ def test_misshapen_fused_experts(moe_config: ModelConfig, build: Build, tmp_path
 
 
 def test_every_missing_name_is_said_in_short(moe_config: ModelConfig, build: Build, tmp_path: Path) -> None:
-    """Experts 0 to 7 in layers 0 and 2: numbers that vary are put together, and only those."""
+    """Experts 0 to 7 in layers 0 and 2: names that differ only in numbers are joined, and only those."""
     tensors = _saved(build(moe_config), tmp_path)
     kept = {name: tensor for name, tensor in tensors.items() if "up_proj" not in name}
     for expert in (3, 6):

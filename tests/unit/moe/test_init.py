@@ -1,4 +1,4 @@
-"""First values: the same for every layout, drawn from the right distribution."""
+"""Initial values: the same for every layout, drawn from the right distribution."""
 
 from dataclasses import replace
 
@@ -56,7 +56,7 @@ def test_distribution(config: ModelConfig) -> None:
 
 
 def test_routers_have_their_own_scale(next_config: ModelConfig) -> None:
-    """And nothing else; the norms of multi-token prediction are the identity as all others."""
+    """Nothing else is scaled; the norms of multi-token prediction start as the identity, like all norms."""
     config = replace(next_config, num_nextn_predict_layers=1)
     plain, scaled = CausalLM(config), CausalLM(config)
     init_weights(plain, seed=0)

@@ -27,7 +27,7 @@ def _gradients(model: CausalLM, loss: Tensor) -> dict[str, Tensor]:
 
 @pytest.fixture(params=["dense", "next"])
 def independent(request: pytest.FixtureRequest) -> ModelConfig:
-    """Models whose tokens do not meet in a sum over the tokens of an expert."""
+    """Models without experts, whose sums over tokens of several documents are not equal bit for bit."""
     config = request.getfixturevalue(f"{request.param}_config")
     return replace(config, num_experts=0, shared_expert_intermediate_size=0, shared_expert_gate=False)
 
@@ -36,7 +36,7 @@ def independent(request: pytest.FixtureRequest) -> ModelConfig:
 def test_a_document_knows_nothing_of_its_neighbours(
     independent: ModelConfig, build: Build, pack: Pack, changed: int
 ) -> None:
-    """Other ids in one document leave every logit and gradient of the others as they are, bit for bit."""
+    """Other ids in one document change no bit of the logits and gradients of the other documents."""
     batch = pack([[5, 4, 7]])
     part = [slice(0, 5), slice(5, 9), slice(9, 16)][changed]
     other = dict(batch, input_ids=batch["input_ids"].clone())
@@ -59,7 +59,7 @@ def test_packed_equals_alone(config: ModelConfig, build: Build, pack: Pack) -> N
     lengths = [5, 1, 4, 5]
     batch = pack([lengths])
     labels = batch["input_ids"].roll(-1, dims=1)
-    model = build(config).double()  # sums in another order are far below the bound; routers stay fp32
+    model = build(config).double()  # so that the order of sums does not matter; routers stay fp32
     logits = model(**batch).logits.split(lengths, dim=1)
     gradients = _gradients(model, model(**batch, labels=labels).cross_entropy_sum)
     alone = {name: torch.zeros_like(gradient) for name, gradient in gradients.items()}
@@ -74,7 +74,7 @@ def test_packed_equals_alone(config: ModelConfig, build: Build, pack: Pack) -> N
 
 
 def test_rows_are_independent_of_their_place(config: ModelConfig, build: Build, pack: Pack) -> None:
-    """[2, 8] tokens in rows and the same 16 in one row are the same documents."""
+    """Two rows of 8 tokens, and the same 16 tokens in one row, give the same logits."""
     rows, row = pack([[3, 5], [6, 2]]), pack([[3, 5, 6, 2]])
     model = build(config)
     assert _error(model(**rows).logits.flatten(0, 1), model(**row).logits[0]) < 1e-6
@@ -96,7 +96,7 @@ def test_loss_is_the_cross_entropy_of_the_logits(config: ModelConfig, build: Bui
 
 @pytest.fixture(params=["dense", "moe", "next", "qwen2", "qwen2_moe"])
 def generating(request: pytest.FixtureRequest) -> ModelConfig:
-    """A model of each architecture; Qwen2's have biases on query, key and value, and no norms of heads."""
+    """A model of each architecture; Qwen2 has biases on query, key and value, and no head norms."""
     kind = request.param.replace("qwen2_", "").replace("qwen2", "dense")
     config = request.getfixturevalue(f"{kind}_config")
     if "qwen2" not in request.param:
@@ -131,7 +131,7 @@ def test_cached_decoding(generating: ModelConfig, build: Build, pack: Pack, step
 def test_recompute(
     config: ModelConfig, build: Build, pack: Pack, recompute: str, attention_runs: int, mlp_runs: int
 ) -> None:
-    """The same loss, gradients and statistics; and what is said to run again does."""
+    """The same loss, gradients and statistics; and the configured parts run twice."""
     batch = pack([[3, 5], [6, 2]])
     labels = batch["input_ids"].roll(-1, dims=1)
     mixer = "linear_attn" if "linear_attention" in config.layer_types else "self_attn"
@@ -140,7 +140,7 @@ def test_recompute(
     def forward(model: CausalLM) -> tuple[Tensor, dict[str, Tensor], tuple[Tensor, ...]]:
         output = model(**batch, labels=labels)
         loss = output.cross_entropy_sum
-        if output.router is not None:  # the terms of balance and z-loss run through the recomputed router
+        if output.router is not None:  # balance loss and z-loss go through the recomputed router
             loss = loss + output.router.probability_sums.square().sum() + output.router.z_sums.sum()
         return loss.detach(), _gradients(model, loss), output.router or ()
 
@@ -164,7 +164,7 @@ def test_recompute(
 
 
 def test_router_statistics(moe_config: ModelConfig, build: Build, pack: Pack) -> None:
-    """Stacked over the sparse layers; tokens outside token_mask count nowhere and change no logit."""
+    """Stacked over the sparse layers; tokens outside token_mask are not counted, and no logit changes."""
     batch = pack([[3, 5], [6, 2]])
     token_mask = torch.ones(2, 8, dtype=torch.bool)
     token_mask[0, 3:] = False

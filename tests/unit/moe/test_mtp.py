@@ -27,14 +27,14 @@ def ahead(config: ModelConfig) -> ModelConfig:
 
 
 def shifted(batch: dict[str, Tensor]) -> Tensor:
-    """Labels that cross the borders of documents, as the next token does, some of them masked."""
+    """Next-token labels, also across the borders of documents; one of them is masked."""
     labels = batch["input_ids"].flatten().roll(-1).view_as(batch["input_ids"]).clone()
     labels[0, 9] = -100
     return labels
 
 
 def slow_loss(model: CausalLM, batch: dict[str, Tensor], labels: Tensor) -> Tensor:
-    """The summed cross entropy of the token after next, each document by itself; labels say which count."""
+    """Summed cross entropy of the token after next, one document at a time; masked labels do not count."""
     mtp, total = model.mtp, torch.zeros((), dtype=torch.float64)
     documents = Documents(batch["cu_seqlens"])
     rotary = rotary_tables(batch["position_ids"].flatten(), model.config, torch.float64)
@@ -42,7 +42,7 @@ def slow_loss(model: CausalLM, batch: dict[str, Tensor], labels: Tensor) -> Tens
     hidden, _ = model.model(embedded, LayerInputs(rotary, documents))
     ids, targets, states = batch["input_ids"].flatten(), labels.flatten(), hidden.flatten(0, 1)
     for start, stop in pairwise(batch["cu_seqlens"].tolist()):
-        following = torch.cat([ids[start + 1 : stop], ids[stop - 1 : stop]])  # the last one's does not matter
+        following = torch.cat([ids[start + 1 : stop], ids[stop - 1 : stop]])  # the last entry is not used
         after = mtp.pre_fc_norm_embedding(model.model.embed_tokens.weight[following])
         both = torch.cat([after, mtp.pre_fc_norm_hidden(states[start:stop])], dim=-1)
         alone = Documents(torch.tensor([0, stop - start], dtype=torch.int32))
@@ -71,7 +71,7 @@ def test_loss_and_gradients(ahead: ModelConfig, build: Build, pack: Pack) -> Non
 
 
 def test_the_model_itself_stays_as_it_is(ahead: ModelConfig, build: Build, pack: Pack) -> None:
-    """The next token's loss and routing are those of the model without; evaluation does not look ahead."""
+    """The next-token loss and routing stay the same; evaluation skips multi-token prediction."""
     batch = pack(ROWS)
     labels = shifted(batch)
     plain = build(replace(ahead, num_nextn_predict_layers=0))(**batch, labels=labels)
@@ -94,7 +94,7 @@ def test_parameters_are_as_many_as_the_configuration_counts(ahead: ModelConfig) 
 
 
 def test_folders(next_config: ModelConfig, build: Build, tmp_path: Path) -> None:
-    """The names of the released folders; read where they are wanted, passed over elsewhere."""
+    """Tensors have the names of released folders; a model without multi-token prediction skips them."""
     ahead = replace(next_config, num_nextn_predict_layers=1)
     model = build(ahead)
     save_hf(model, tmp_path / "with")

@@ -1,4 +1,4 @@
-"""megablocks and liger against the reference, their real kernels run by Triton's interpreter."""
+"""megablocks and liger against the reference: Triton's interpreter runs their real kernels."""
 
 import os
 import subprocess
@@ -25,7 +25,7 @@ def draw(tokens: int, top_k: int, num_ids: int) -> Tensor:
     return torch.rand(tokens, num_ids).argsort(-1)[:, :top_k]
 
 
-# name: number of experts, expert_indices; the id that equals the number of experts is not here
+# name: number of experts, expert_indices; an id equal to the number of experts is on another rank
 CASES: dict[str, tuple[int, Tensor]] = {
     "all experts": (8, draw(21, 3, 8)),
     "many slots are elsewhere": (4, draw(21, 4, 16).clamp(max=4)),
@@ -53,7 +53,7 @@ def results(backend: str, name: str) -> list[Tensor]:
 
 @pytest.fixture(scope="module")
 def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, list[Tensor]]]:
-    """Results of every installed backend and case, from a process of its own: Triton reads its mode once."""
+    """Results of every installed backend and case, from a new process: Triton reads its mode only once."""
     path = tmp_path_factory.mktemp("interpreted") / "results.pt"
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, __file__, str(path)]
@@ -81,7 +81,7 @@ def test_importing_the_experts_imports_no_optional_package() -> None:
 
 @pytest.fixture
 def installed(monkeypatch: pytest.MonkeyPatch) -> set[str]:
-    """The packages that can be found, to be changed by the test; Triton runs on devices."""
+    """The packages that find_spec finds; a test may change the set. Triton's interpreter is off."""
     names = {"megablocks", "stk", "triton", "liger_kernel"}
     monkeypatch.setattr(experts_optional, "find_spec", lambda name: True if name in names else None)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
@@ -129,4 +129,4 @@ if __name__ == "__main__":
     found = [backend for backend, packages in PACKAGES.items() if all(map(find_spec, packages))]
     torch.save({backend: {name: results(backend, name) for name in CASES} for backend in found}, sys.argv[1])
     leftover = {"megablocks_ops", "grouped_gemm"} & set(sys.modules)
-    assert not leftover, f"stand-ins still pose as installed packages: {leftover}"
+    assert not leftover, f"stand-ins are still in sys.modules: {leftover}"

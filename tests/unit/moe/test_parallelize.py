@@ -18,7 +18,7 @@ E, H, INTERMEDIATE = 8, 16, 4
 
 
 class Model(nn.Module):
-    """Two blocks and something dense between them."""
+    """Two blocks with a dense layer between them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -92,8 +92,8 @@ def test_235b_fits_on_256_ranks_of_80_gib():
     shared = sum(p.numel() for p in model.parameters()) - experts
     assert experts * ep_size + shared == 235_093_634_560
     assert experts == 94 * 3 * 1536 * 4096
-    weights = 2 * (experts + shared)  # bf16, whole on the rank before ZeRO and under ZeRO 1
+    weights = 2 * (experts + shared)  # bf16, not partitioned under ZeRO 0 and 1
     gradients = 4 * (experts + shared)  # fp32 sums
-    # fp32 masters and two moments, cut over the ranks that hold the same parameter
+    # fp32 masters and two moments, partitioned over the ranks with the same parameter
     optimizer = 12 * (experts / (world_size / ep_size) + shared / world_size)
     assert (weights + gradients + optimizer) / 2**30 < 65

@@ -1,4 +1,4 @@
-"""Rotary embeddings against the complex numbers they stand for."""
+"""Rotary embeddings against products of complex numbers."""
 
 from types import SimpleNamespace
 
@@ -8,7 +8,7 @@ from moe.rope import rotary_tables, rotate
 
 
 def _rotary(size: int, theta: float) -> SimpleNamespace:
-    """The keys of ModelConfig that rotary tables read."""
+    """The keys of ModelConfig that rotary tables use."""
     return SimpleNamespace(rotary_dim=size, rope_theta=theta, rope_scaling=None)
 
 
@@ -23,7 +23,7 @@ def test_rotation_is_a_complex_product() -> None:
     frequencies = 10000.0 ** (-torch.arange(4, dtype=torch.float64) / 4)
     phases = torch.polar(torch.ones(6, 1, 4).double(), positions[:, None, None] * frequencies)
     turned = _complex(rotate(x, rotary_tables(positions, _rotary(8, 1e4), torch.float32)))
-    # fp32 angles of some thousand radians are good to 2^-12
+    # fp32 angles of some thousand radians are accurate to 2^-12
     torch.testing.assert_close(turned[:3], (_complex(x) * phases)[:3], rtol=0, atol=2e-6)
     torch.testing.assert_close(turned, _complex(x) * phases, rtol=0, atol=1e-3)
 

@@ -51,7 +51,7 @@ def test_statistics_of_the_tokens_that_count() -> None:
     router, hidden = build()
     token_mask = torch.arange(T) % 3 != 0
     with torch.no_grad():
-        hidden[~token_mask] *= 100  # padding would have the widest logits
+        hidden[~token_mask] *= 100  # gives padding the widest logits
     _, expert_indices, statistics = router(hidden, token_mask)
     logits = (hidden.double() @ router.weight.double().t())[token_mask]
     probabilities = logits.softmax(-1)

@@ -1,4 +1,4 @@
-"""Router jitter and expert capacity, which only training has, against versions written out slot by slot."""
+"""Router jitter and expert capacity, used only in training, against slow versions."""
 
 import math
 from collections.abc import Callable
@@ -19,7 +19,7 @@ T, E, K = 40, 6, 2
 
 
 def routed(seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Lopsided routing weights and expert_indices [T,K], many of them equal, and a mask of padding [T]."""
+    """Uneven expert_indices [T,K], routing weights [T,K] with many equal values, and a padding mask [T]."""
     generator = torch.Generator().manual_seed(seed)
     scores = torch.randn(T, E, generator=generator) + torch.arange(E)
     weights, indices = scores.softmax(-1).topk(K)
@@ -52,7 +52,7 @@ def test_capacity(factor: float, padded: bool) -> None:
 
 @pytest.mark.parametrize("backend", ["loop", "grouped", "reference"])
 def test_dropped_slots_add_nothing(moe_config: ModelConfig, backend: str) -> None:
-    """Output and gradients of a block are those of every expert on every token with the kept weights."""
+    """A block gives the output and gradients of all experts on all tokens, dropped slots having weight 0."""
     config = replace(moe_config, num_experts=E, num_experts_per_tok=K)
     torch.manual_seed(0)
     block = MoEBlock(config, backend)
@@ -70,7 +70,7 @@ def test_dropped_slots_add_nothing(moe_config: ModelConfig, backend: str) -> Non
         gate, up, down = block.experts.w1[expert], block.experts.w3[expert], block.experts.w2[expert]
         weight = (weights * (kept == expert)).sum(-1, keepdim=True)
         expected = expected + weight * F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
-    assert ((kept == E).sum(1) == K).any()  # tokens that only the residual stream carries on
+    assert ((kept == E).sum(1) == K).any()  # some tokens lose all their slots
     leaves = [hidden, *block.parameters()]
     direction = torch.randn_like(y)
     ours = torch.autograd.grad((y * direction).sum(), leaves)

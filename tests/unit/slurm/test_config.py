@@ -1,4 +1,4 @@
-"""What may be asked of a cluster."""
+"""The laws of a submission to a cluster."""
 
 from pathlib import Path
 
@@ -36,7 +36,7 @@ def test_every_cluster_file_is_lawful(cluster):
     )
     config.check()
     assert config.world_size == 8
-    assert config.slurm.gpus_per_node in (0, 4), "a rank is one GPU"
+    assert config.slurm.gpus_per_node in (0, 4), "one GPU per rank"
 
 
 def test_a_cluster_file_leaves_the_partition_to_its_user():
@@ -119,7 +119,7 @@ def test_flags():
         *("+slurm.sbatch.partition=b", "+slurm.sbatch.mail_type=END", "+slurm.sbatch.priority=0"),
     ).slurm.flags()
     assert flags["nodes"] == "3"
-    assert flags["exclusive"] is None, "a switch"
+    assert flags["exclusive"] is None, "a flag without a value"
     assert flags["partition"] == "b"
     assert flags["mail-type"] == "END"
     assert flags["priority"] == "0"

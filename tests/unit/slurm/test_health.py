@@ -1,4 +1,4 @@
-"""What a node must pass, on real gloo ranks of this machine."""
+"""The health check of nodes, with real gloo ranks."""
 
 import os
 import socket
@@ -24,7 +24,7 @@ health.main(pathlib.Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), float
 def check(
     folder: Path, lateness: list[float | None], seconds: int = 60, gpus: int = 0, free: float = 0.0
 ) -> dict[str, str]:
-    """The reports by node; a node whose lateness is None does not come."""
+    """The reports by node; a node whose lateness is None is not started."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -69,7 +69,7 @@ def test_missing_gpus_and_a_full_disk(tmp_path):
 
 
 MIG = "is a part of a GPU, and NCCL joins whole GPUs; request whole GPUs, or one rank"
-CPU = torch.device("cpu")  # computes in place of a GPU that is not here
+CPU = torch.device("cpu")  # computes in place of a GPU
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ CPU = torch.device("cpu")  # computes in place of a GPU that is not here
     ],
 )
 def test_the_gpus_that_a_rank_must_see(visible, seen, problem, monkeypatch, capsys):
-    """All of the node, or the one to which SLURM has bound its task: the user is told so, once."""
+    """All GPUs of the node, or the one to which SLURM has bound the task, which is reported once."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: seen)
     monkeypatch.setenv("WORLD_SIZE", "16")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)

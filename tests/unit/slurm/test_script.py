@@ -19,7 +19,7 @@ CONTAINER = ["slurm.container.kind=pyxis", "slurm.container.image=image"]
 
 
 def test_a_container_is_started_before_the_nodes_are_checked(tmp_path):
-    """With a time of its own; its kernels are compiled in the /tmp that every image has."""
+    """With its own time limit; kernels are compiled in /tmp, which every image has."""
     assert {"START_SECONDS=1800", "SCRATCH=/tmp"} <= set(script(tmp_path, *CONTAINER))
     assert "START_SECONDS=7" in script(tmp_path, *CONTAINER, "slurm.container.start_seconds=7")
     assert {"START_SECONDS=0", "SCRATCH=''"} <= set(script(tmp_path))
@@ -32,7 +32,7 @@ def test_a_run_that_asks_for_no_gpu_sees_none(tmp_path):
 
 
 def test_a_streaming_run_sees_its_text_in_the_container(tmp_path):
-    """Files, the folder of a pattern, and the tokenizer; nothing of the hub, each once."""
+    """Files, the folder of a pattern, and the tokenizer are mounted, each once."""
     (tmp_path / "texts").mkdir()
     (tmp_path / "one.jsonl").write_text("")
     paths = f"{tmp_path}/one.jsonl,{tmp_path}/texts/*.jsonl,{tmp_path}/texts/a*.jsonl"
@@ -46,4 +46,4 @@ def test_a_streaming_run_sees_its_text_in_the_container(tmp_path):
     (wrap,) = (line for line in script(tmp_path, *overrides) if "WRAP" in line[:4])
     for place in ("one.jsonl", "texts", "tokenizer/of/ours"):
         assert wrap.count(f"--bind={tmp_path}/{place} ") == 1, wrap
-    assert "never" not in wrap, "a place that does not exist cannot be mounted"
+    assert "never" not in wrap, "a path that does not exist cannot be mounted"

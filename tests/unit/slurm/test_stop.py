@@ -1,4 +1,4 @@
-"""Stopping with commands of SLURM that answer as written here."""
+"""Stopping a run, with fake SLURM commands."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Text comes from the model as it was trained."""
+"""Text is generated with the selection bias and the dtype of the trained model."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def test_a_run_that_was_balanced_by_a_bias_generates_with_it(run_config, tmp_pat
     torch.manual_seed(0)
     bias = 10 * torch.randn(config.num_moe_layers, config.num_experts)
     cpu, prompt = torch.device("cpu"), [1, 2, 3]
-    assert selection_bias(tmp_path / "hf", cpu) is None, "a folder of the hub"
+    assert selection_bias(tmp_path / "hf", cpu) is None, "a hub folder has no bias"
     torch.save({"prior": bias, "bias": bias}, tmp_path / "balance.pt")
     found = selection_bias(tmp_path / "hf", cpu)
     rows = torch.tensor([prompt]), torch.arange(3)[None], torch.tensor([0, 3], dtype=torch.int32)

@@ -1,4 +1,4 @@
-"""The table of shipped models: its bytes against parameters counted on the modules, and its mistakes."""
+"""The table of shipped models: its bytes against parameters counted on the modules, and its errors."""
 
 import re
 import subprocess

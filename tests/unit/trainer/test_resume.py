@@ -1,4 +1,4 @@
-"""What a resume may change, and how a run folder keeps it."""
+"""The keys that a resume may change, and how a run folder stores them."""
 
 import pytest
 from omegaconf import OmegaConf
@@ -23,12 +23,12 @@ def test_layouts_of_resumes_follow_one_another(run_dir):
     second = ["parallel.ep_size=4", "checkpoint.keep=7"]
     record_layout(run_dir, change_layout(read_run(run_dir), second), second)
     config = RunConfig.of_run(run_dir)
-    assert config.zero_stage == 2, "the key after its group, however they are ordered"
+    assert config.zero_stage == 2, "a key is applied after its group, in any order"
     assert "stage3_prefetch_bucket_size" in config.deepspeed["zero_optimization"]
     assert "allgather_bucket_size" not in config.deepspeed["zero_optimization"], "the group is replaced"
     assert (config.parallel.nproc_per_node, config.parallel.ep_size, config.checkpoint.keep) == (4, 4, 7)
     assert sorted(path.name for path in run_dir.glob("resume-*")) == ["resume-10.yaml", "resume-2.yaml"]
-    assert OmegaConf.load(run_dir / "config.yaml").parallel.ep_size == 1, "frozen"
+    assert OmegaConf.load(run_dir / "config.yaml").parallel.ep_size == 1, "config.yaml stays frozen"
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Weights and data of different tokenizers are not put together."""
+"""Weights and data of different tokenizers are refused."""
 
 from pathlib import Path
 
@@ -35,4 +35,4 @@ def test_another_tokenizer_is_refused(tmp_path: Path, mode: str) -> None:
     assert f"stage.init_from: {weights} was trained with a different tokenizer from" in str(error.value)
     assert f"data.tokenizer={weights}" in str(error.value)
     (weights / "tokenizer.json").unlink()
-    check_tokenizer(weights, data(other))  # nothing is known
+    check_tokenizer(weights, data(other))  # without a tokenizer nothing is compared

@@ -1,4 +1,4 @@
-"""What tells a whole checkpoint from a damaged one, and which one a run goes on from."""
+"""How damage to a checkpoint is found, and from which checkpoint a run continues."""
 
 import json
 import os
@@ -38,7 +38,7 @@ def test_every_single_flipped_bit_of_a_manifest_is_noticed(tmp_path):
         data[position // 8] ^= 1 << position % 8
         path.write_bytes(data)
         with suppress(ValueError):
-            assert read_manifest(folder)["files"] == json.loads(whole)["files"], "white space"
+            assert read_manifest(folder)["files"] == json.loads(whole)["files"], "only white space may differ"
     path.write_bytes(whole.replace(b'"step": 1', b'"step": 2'))
     with pytest.raises(ValueError, match=r"manifest.json cannot be read \(its checksum differs\)"):
         read_manifest(folder)

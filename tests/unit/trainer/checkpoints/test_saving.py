@@ -1,4 +1,4 @@
-"""Copies for a checkpoint that pass through a small buffer."""
+"""Copies for a checkpoint, made through a small buffer."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from trainer.checkpoints.saving import staged
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_staged_copy_is_a_copy(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     tensor = torch.randn(shape).to(dtype).requires_grad_()
-    copy = staged(tensor, torch.empty(64, dtype=torch.uint8))  # 16 of fp32, 32 of bf16
+    copy = staged(tensor, torch.empty(64, dtype=torch.uint8))  # 16 fp32 or 32 bf16 values
     assert copy.dtype == dtype
     assert torch.equal(copy, tensor.detach())
     assert not copy.requires_grad

@@ -1,4 +1,4 @@
-"""The clock of a step adds up, and costs nothing where it does not measure."""
+"""The parts of a step add up to its time; a step that is not logged is not measured."""
 
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -36,7 +36,7 @@ def test_a_step_that_is_not_logged_is_not_measured_but_its_waits_count():
     elapsed, waits, parts = clock.lap()
     assert parts == {}
     assert elapsed >= waits["data"] >= 0.01
-    assert clock.lap()[1] == {}, "a lap starts anew"
+    assert clock.lap()[1] == {}, "each lap starts from zero"
 
 
 def test_waiting_for_an_asynchronous_collective_is_part_of_it():
@@ -54,7 +54,7 @@ def test_waiting_for_an_asynchronous_collective_is_part_of_it():
 
 
 class Work:
-    """As torch's handle of a collective."""
+    """Like torch's handle of an asynchronous collective."""
 
     def __init__(self, future: Future[None]) -> None:
         self._future = future

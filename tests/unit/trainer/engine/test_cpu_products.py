@@ -1,4 +1,4 @@
-"""A CPU's matrix products: fp32 stays fp32, and bf16 without instructions for it is bf16 rounded once."""
+"""Matrix products on a CPU: fp32 stays fp32; without bf16 instructions, bf16 results are rounded once."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ CPU = torch.device("cpu")
 
 
 def gradients(function, *operands):
-    """The result of the function and the gradients by its operands."""
+    """The result of the function, and its gradients with respect to the operands."""
     operands = [x.detach().requires_grad_() for x in operands]
     result = function(*operands)
     weights = torch.linspace(-1, 1, result.numel()).bfloat16().to(result.dtype).view(result.shape)
@@ -39,7 +39,7 @@ def test_bf16_products_are_rounded_once(monkeypatch, function, shapes):
         results = gradients(function, *operands)
     for result, exact in zip(results, gradients(function, *(x.double() for x in operands)), strict=True):
         assert result.dtype == torch.bfloat16
-        # half a unit in the last place of bf16 is 2^-9; attention rounds inside its chain of products too
+        # half a unit in the last place of bf16 is 2^-9; attention also rounds between its products
         torch.testing.assert_close(result.double(), exact, rtol=2**-7, atol=2**-7 * exact.abs().max().item())
 
 
@@ -57,7 +57,7 @@ def test_fp32_products_stay_fp32():
     a, b = torch.randn(2, 300, 300).unbind()
     with fast_products(CPU, torch.float32):
         error = (a @ b - a.double() @ b.double()).abs().max()
-    assert error < 1e-4  # bf16 operands would miss by 0.1
+    assert error < 1e-4  # bf16 operands would give an error of 0.1
     assert torch.backends.mkldnn.matmul.fp32_precision == before
 
 

@@ -1,4 +1,4 @@
-"""The learning rate is a pure function of the step, continuous, and ends where it was told to."""
+"""The learning rate is a pure function of the step, is continuous, and ends at the configured value."""
 
 from itertools import pairwise
 
@@ -23,7 +23,7 @@ def test_cosine_falls_from_the_peak_to_the_minimum():
     values = rates("cosine", 10, 1.0, 0.1)
     assert values[9] == 2.0
     assert values[-1] == pytest.approx(0.2)
-    assert values[54] == pytest.approx((2.0 + 0.2) / 2)  # half way through the 90 steps of decay
+    assert values[54] == pytest.approx((2.0 + 0.2) / 2)  # halfway through the 90 steps of decay
     assert all(a > b for a, b in pairwise(values[9:]))
 
 

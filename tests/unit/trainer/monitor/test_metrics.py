@@ -1,4 +1,4 @@
-"""What a logged step looks at while the optimizer steps: right, and without copies of its size."""
+"""What a logged step measures in the optimizer step: correct, and without copies of whole tensors."""
 
 from collections.abc import Callable
 
@@ -13,7 +13,7 @@ from trainer.monitor.metrics import OptimizerNorms
 from trainer.settings.config import RunConfig
 
 SLICE = 2**12
-ELEMENTS = 64 * SLICE + 17  # the last slice is a short one
+ELEMENTS = 64 * SLICE + 17  # the last slice is shorter
 
 
 class Weights(nn.Module):
@@ -62,7 +62,7 @@ def test_the_update_is_what_has_changed(config: RunConfig) -> None:
 
 
 def peak_bytes(run: Callable[[], None]) -> int:
-    """The most memory that is allocated at once inside, on top of what was there."""
+    """The peak of the memory that `run` allocates, in addition to what was allocated before."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
@@ -82,4 +82,4 @@ def test_a_logged_step_takes_slices_of_memory_only(config: RunConfig) -> None:
     norms.arm(torch.device("cpu"), histograms=True)
     assert norms.squares.shape == (len(KINDS), 3)
     logged = peak_bytes(lambda: optimizer.step())
-    assert logged - plain < 4 * 4 * SLICE, "of 64 slices that a partition has"
+    assert logged - plain < 4 * 4 * SLICE, "4 slices, while the tensor has 64"

@@ -1,4 +1,4 @@
-"""What stands in the way of W&B does not stand in the way of training."""
+"""Failures of W&B do not stop training."""
 
 import resource
 
@@ -14,7 +14,7 @@ def test_a_home_that_cannot_be_read_means_no_key(tmp_path, monkeypatch):
 
 
 def test_a_full_disk_leaves_no_empty_run_id(tmp_path, run_config):
-    """It would be kept, and each later attempt would be a W&B run of its own."""
+    """An empty file would be kept, and each later attempt would start another W&B run."""
     said: list[str] = []
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))

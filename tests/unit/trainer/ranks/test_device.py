@@ -1,4 +1,4 @@
-"""The device of a rank, on machines that are faked: GPUs or none, one that the driver does not serve, MIG."""
+"""The device of a rank, on fake machines: with and without GPUs, with a driver that is too old, with MIG."""
 
 import os
 from pathlib import Path
@@ -16,7 +16,7 @@ TOO_OLD = "The NVIDIA driver on your system is too old (found version 12040). Pl
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    """`machine(gpus=8, usable=True, ...)`: what torch and the kernel say of this machine."""
+    """`machine(gpus=8, usable=True, ...)`: what torch and the kernel report about the machine."""
 
     def fake(
         gpus: int = 0, usable: bool = True, name: str = "NVIDIA H100 80GB HBM3", visible: str | None = None
@@ -66,7 +66,7 @@ def test_cpu_hides_every_gpu_from_the_process(machine, visible):
 
 def test_a_machine_without_gpus(machine):
     machine(gpus=0)
-    assert choose_device("auto", 1, 2, 2) == (torch.device("cpu"), None), "no warning: it has none"
+    assert choose_device("auto", 1, 2, 2) == (torch.device("cpu"), None), "no warning without a GPU"
     assert refused("cuda") == (
         "device=cuda cannot be used: this machine shows no NVIDIA GPU (/dev/nvidia0); or use device=cpu"
     )
@@ -106,15 +106,15 @@ def test_more_ranks_than_gpus(machine):
     expected = (
         "parallel.nproc_per_node=2 but this machine has 1 GPU; use 1, or device=cpu to train on the CPU"
     )
-    assert [refused("auto", rank, 2, 2) for rank in (0, 1)] == [expected] * 2, "every rank says so"
-    assert refused("cuda", 1) == expected, "also where nobody says how many ranks there are"
+    assert [refused("auto", rank, 2, 2) for rank in (0, 1)] == [expected] * 2, "every rank reports it"
+    assert refused("cuda", 1) == expected, "also if the number of ranks is unknown"
     machine(gpus=8, visible="0,3")
     machine_of_two = "this machine has 8 GPUs (CUDA_VISIBLE_DEVICES=0,3); use 8"
     assert machine_of_two in refused("auto", 0, 9, 9)
 
 
 def test_a_task_that_sees_one_gpu_takes_it(machine):
-    """Under SLURM's --gpus-per-task; DeepSpeed, which goes by LOCAL_RANK, is told in `Ranks.join`."""
+    """As under SLURM's --gpus-per-task; `Ranks.join` sets LOCAL_RANK, which DeepSpeed reads."""
     machine(gpus=1, visible="3")
     assert choose_device("auto", 3, 8, 16) == (torch.device("cuda", 0), None)
 

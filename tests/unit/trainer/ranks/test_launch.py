@@ -1,4 +1,4 @@
-"""Ranks are started, asked to stop, and leave the run folder as they should."""
+"""Starting and stopping ranks, and the files that they leave in the run folder."""
 
 import json
 import os
@@ -75,7 +75,7 @@ def test_whether_a_run_finds_a_gpu(device, visible, found, tmp_path, monkeypatch
 
 @pytest.mark.parametrize("gpu", [False, True])
 def test_what_ranks_are_started_with(gpu, tmp_path, repository, monkeypatch):
-    """Settings of malloc on a CPU, of torch's allocator on a GPU, and threads for the CPUs that are ours."""
+    """malloc settings on a CPU, settings of torch's allocator on a GPU, and a thread per usable CPU."""
     (tmp_path / "dev").mkdir()
     if gpu:
         (tmp_path / "dev/nvidia0").touch()
@@ -125,7 +125,7 @@ def test_what_nccl_did_when_it_timed_out_lies_beside_the_logs(tmp_path, composed
 
 
 def test_only_a_run_that_fails_is_said_to_have_failed(tmp_path, repository):
-    """Not a run of which something else, such as a profile, fails here while it goes on elsewhere."""
+    """If another command, such as a profile, fails while the run continues elsewhere, the state stays."""
     state = {"state": "running", "attempt": 3}
     (tmp_path / "state").write_text(json.dumps(state))
     code = "import os; from pathlib import Path; from trainer.ranks.launch import launch; "
@@ -145,7 +145,7 @@ def test_a_rank_that_was_killed_is_named(tmp_path, repository):
 
 
 def rank(module: str, run_dir: Path, world_size: int) -> subprocess.Popen[str]:
-    """A rank as the launcher starts it: with stop signals held back."""
+    """A rank as the launcher starts it: with stop signals blocked."""
     place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(world_size)}
     return subprocess.Popen(
         [sys.executable, "-m", module, str(run_dir)],
@@ -159,7 +159,7 @@ def rank(module: str, run_dir: Path, world_size: int) -> subprocess.Popen[str]:
 
 @pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGTERM])
 def test_a_profile_ends_at_the_first_stop_signal(tmp_path, number):
-    with rank("trainer.profile", tmp_path, world_size=2) as process:  # it would wait for the other
+    with rank("trainer.profile", tmp_path, world_size=2) as process:  # it waits for the other rank
         process.send_signal(number)
         try:
             assert process.wait(timeout=30) == -number

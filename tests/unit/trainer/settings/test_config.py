@@ -1,4 +1,4 @@
-"""Every broken law of a run is reported, all at once, by key, value and remedy."""
+"""All broken laws of a run are reported at once, with key, value and remedy."""
 
 import json
 
@@ -122,7 +122,7 @@ def test_each_law(run_config, override, message):
     overrides = [override] if isinstance(override, str) else override
     found = broken(run_config("stage.global_batch_size=8", *overrides), world_size=4)
     assert any(message in line for line in found), found
-    assert len(found) == 1, "one mistake, one line"
+    assert len(found) == 1, "one mistake must give one line"
 
 
 def test_a_dense_model_routes_nothing(run_config):

@@ -1,4 +1,4 @@
-"""The configuration that a run folder goes on with."""
+"""Files of a run folder: the frozen configuration, git state, lock and attempts."""
 
 import errno
 import fcntl
