@@ -1,9 +1,9 @@
 """Error and cost of the balance modes: `python tests/bench/balance_modes.py [PREPARED_DIR [HF_FOLDER]]`.
 
-One rank, 8 micro-batches per step, each of one domain (code, prose, code, ...), as a loader that packs long
-documents gives them. Error: the router gradient of the balance loss against the exact one, relative, by norm,
-mean over layers and the last steps; an untrained router has little to get wrong: name the weights of a run.
-Cost: seconds per optimizer step, modes interleaved, the median.
+One rank, 8 micro-batches per step, each of one domain (code, prose, code, ...), as from a loader that packs
+long documents. Error: the difference of the balance loss's router gradient from the exact one, relative by
+norm, mean over layers and the last steps. Give HF_FOLDER, the weights of a run: the errors of an untrained
+router are small. Cost: seconds per optimizer step, the median, with the modes interleaved.
 """
 
 import os

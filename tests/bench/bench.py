@@ -1,9 +1,9 @@
-"""`make bench`, or `python tests/bench/bench.py [SECTION ...]`: speed against what a user would pick instead.
+"""`make bench`, or `python tests/bench/bench.py [SECTION ...]`: speed against the alternatives of a user.
 
-Sections: equality, startup, one_rank, two_ranks, scaling. Every contender runs in a process of its own, in
-rounds, so that a slow minute of the machine meets all of them; the best step of all rounds counts. Writes
-docs/bench.json, of which a section replaces its part, and the tables of docs/performance.md. Takes half an
-hour on two cores, more where the peers have no bf16 instructions; the machine must have nothing else to do.
+Sections: equality, startup, one_rank, two_ranks, scaling. Every contender runs in its own process, in rounds,
+so that a slow minute of the machine affects all of them; the best step of all rounds counts. Writes the
+measured sections of docs/bench.json and the tables of docs/performance.md. Takes half an hour on two cores,
+longer without bf16 instructions; nothing else may run on the machine.
 """
 
 import json
@@ -24,12 +24,12 @@ from work import Work
 HERE = Path(__file__).parent
 RESULTS = HERE.parent.parent / "docs" / "bench.json"
 PAGE, BEGIN, END = RESULTS.with_name("performance.md"), "<!-- bench -->", "<!-- end of bench -->"
-PEER = HERE.parent.parent / "build" / "transformers-5.22"  # AutoEP does not work with a newer one
+PEER = HERE.parent.parent / "build" / "transformers-5.22"  # AutoEP does not work with newer versions
 LAUNCHER = {"MALLOC_MMAP_THRESHOLD_": str(8 << 30), "MALLOC_TRIM_THRESHOLD_": str(16 << 30)}
 TUNED = "our malloc settings"
 ASIDE = (f"transformers, {TUNED}", "deepspeed.moe")
 ROUNDS = 2
-SECONDS = 300  # a contender that has not finished by then is given up
+SECONDS = 300  # a contender that takes longer is stopped
 
 
 def run(name: str, ranks: int = 1, tuned: bool = True, **work: Any) -> dict[str, Any] | None:
@@ -82,9 +82,9 @@ def best(runs: list[dict[str, Any] | None]) -> dict[str, Any]:
 
 
 def compete(contenders: dict[str, dict[str, Any]], **work: Any) -> dict[str, Any]:
-    """The best of ROUNDS rounds of every contender; who does not finish once is not asked again.
+    """The best of ROUNDS rounds of every contender; one that does not finish is not run again.
 
-    Without bf16 instructions a step of a peer takes minutes, whatever malloc does: the main ones make one.
+    Without bf16 instructions a step of a peer takes minutes, so those in ASIDE are left out, others do one.
     """
     slow = work["dtype"] == "bf16" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
     if slow:
@@ -137,7 +137,7 @@ def two_ranks() -> dict[str, Any]:
 
 
 def scaling() -> dict[str, Any]:
-    """Seconds per step of ours in fp32 as one thing grows, and the exponent fitted to them."""
+    """Seconds of our step in fp32 as one size grows, and the exponent fitted to them."""
     series: dict[str, list[tuple[int, dict[str, Any]]]] = {
         "tokens": [(512 * 2**n, {"rows": 2**n, "seq_len": 512, "document": 512}) for n in range(6)],
         "experts": [(16 * 2**n, {"experts": 16 * 2**n}) for n in range(6)],
@@ -171,14 +171,14 @@ def grow(points: list[tuple[int, dict[str, Any]]], rounds: int) -> dict[str, Any
 
 
 def slope(x: list[float], y: list[float]) -> float:
-    """Of the least-squares line."""
+    """The slope of the least-squares line."""
     mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
     products = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True))
     return products / sum((a - mean_x) ** 2 for a in x)
 
 
 def startup() -> dict[str, float]:
-    """Seconds of commands as a user types them; the embedded corpus is prepared before."""
+    """Seconds of commands as a user types them; preparing the embedded corpus is not counted."""
     demo = ["experiment=demo", "checkpoint.every_steps=1000", "evaluate.every_steps=0"]
     with tempfile.TemporaryDirectory() as folder:
         one_step = [
@@ -236,7 +236,7 @@ def main(sections: list[str]) -> None:
     known = {function.__name__: function for function in (equality, startup, one_rank, two_ranks, scaling)}
     if unknown := set(sections) - set(known):
         sys.exit(f"unknown: {', '.join(unknown)}; sections are {', '.join(known)}")
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the figures of the page are a CPU's
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the page shows figures of a CPU
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     for name in sections or known:
         print(f"{name} ...", flush=True)

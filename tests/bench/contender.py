@@ -1,6 +1,6 @@
-"""One contender of `make bench` in a process of its own: trains on random tokens, prints one line of JSON.
+"""One contender of `make bench` in its own process: trains on random tokens, prints one line of JSON.
 
-`python tests/bench/contender.py NAME [key=value ...]` with the keys of `Work`; WORLD_SIZE, RANK as torchrun.
+`python tests/bench/contender.py NAME [key=value ...]` with the keys of `Work`; RANK, WORLD_SIZE as torchrun.
 """
 
 import json
@@ -51,7 +51,7 @@ def ours(work: Work) -> tuple[Callable[[], float], Any]:
 
 
 def one_batch(work: Work, rank: int, world_size: int) -> Any:
-    """This rank's rows as a batch of ours."""
+    """This rank's rows as a `Batch` of our data pipeline."""
     from data_pipeline.loader import Batch
 
     tokens = work.tokens(rank, world_size).cpu()
@@ -67,7 +67,7 @@ def one_batch(work: Work, rank: int, world_size: int) -> Any:
 
 
 def time_parts(engine: Any) -> None:
-    """Let the engine's clock see the modules: forward and backward of each under one name."""
+    """Make the engine's clock measure forward and backward of each kind of module under one name."""
     from moe.attention import Attention
     from moe.block import MoEBlock
     from moe.experts import Experts
@@ -78,7 +78,7 @@ def time_parts(engine: Any) -> None:
         Attention: "attention",
         Router: "router",
         Experts: "experts",
-        MoEBlock: "dispatch",  # what is left of the block: the parts inside it do not count
+        MoEBlock: "dispatch",  # the block without the parts inside it
         LanguageModelHead: "cross entropy",
         torch.nn.RMSNorm: "norms",
     }
@@ -88,7 +88,7 @@ def time_parts(engine: Any) -> None:
         if name is None or (
             name == "norms" and module.normalized_shape[0] != engine.module.config.hidden_size
         ):
-            continue  # the norms of queries and keys are attention
+            continue  # the norms of queries and keys count as attention
         spans: list[Any] = []
 
         def start(*_: Any, name: str = name, spans: list[Any] = spans) -> None:
@@ -105,7 +105,7 @@ def time_parts(engine: Any) -> None:
 
 
 def run_config(work: Work, world_size: int) -> Any:
-    """The configuration of a run of ours that does `work`."""
+    """The configuration of our run that does `work`."""
     from hydra import compose, initialize_config_module
 
     from trainer.settings.config import RunConfig
@@ -152,7 +152,7 @@ CONTENDERS: dict[str, Callable[[Work], tuple[Callable[[], float], Any]]] = {
 
 
 def main(name: str, *overrides: str) -> None:
-    """Train; rank 0 prints. The loss of a step is read on the host, so a step's time is the device's too."""
+    """Train; rank 0 prints. Each loss is read on the host, so a step's time includes the device's work."""
     for key, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
         os.environ.setdefault(key, value)
     os.environ.setdefault("LOCAL_RANK", os.environ["RANK"])

@@ -1,12 +1,12 @@
-"""How fast the data pipeline is, each against what bounds it; run it on a quiet machine.
+"""Speed of each part of the data pipeline against its bound; run it on an idle machine.
 
     python tests/bench/data_speed.py prepare TEXT.jsonl TOKENIZER [WORKERS]  prepare / encode_batch_fast alone
     python tests/bench/data_speed.py load                                     loader / trainer of the demo
     python tests/bench/data_speed.py pack [SEQ_LEN]                           padding of a 32K corpus
 
 prepare: both use the same cores: WORKERS processes of one thread (1: one process with every core). CPU
-seconds are those of the process and its workers. load: run `make demo` before; the trainer's rate is the best
-of its log. pack: synthetic lengths of long_context_32k; the bound is the lengths' sum in whole rows.
+seconds are those of the process and its workers. load: run `make demo` first; the trainer's rate is the best
+in its log. pack: synthetic lengths of long_context_32k; the bound is rows without padding.
 """
 
 import json
@@ -27,7 +27,7 @@ from data_pipeline.best_fit import pack_lengths
 from data_pipeline.prepare import prepare
 from data_pipeline.tokenizer import Tokenizer, fetch_tokenizer
 
-if TYPE_CHECKING:  # workers import this file: torch and hydra only where they are used
+if TYPE_CHECKING:  # workers import this file, so functions import torch and hydra
     from trainer.settings.config import RunConfig
 
 
@@ -44,7 +44,7 @@ def timed(act: Callable[[], object]) -> tuple[float, float]:
 
 
 def encode_alone(serialized: str, texts: list[str]) -> int:
-    """Tokens of the texts, encoded in batches of a megabyte as prepare does, and nothing else."""
+    """The number of tokens of the texts, only encoded, in batches of a megabyte as in prepare."""
     tokenizer, tokens, batch, size = Tokenizer(serialized, ""), 0, [], 0
     for text in texts:
         batch.append(text)
@@ -58,7 +58,7 @@ def encode_alone(serialized: str, texts: list[str]) -> int:
 def bench_prepare(path: str, tokenizer: str, workers: int = 1) -> None:
     lines = Path(path).read_bytes().splitlines(keepends=True)
     seconds = np.array([measure_prepare(part, tokenizer, workers) for part in (lines[::3], lines)])
-    more = seconds[1] - seconds[0]  # two thirds of the text, without the start of anything
+    more = seconds[1] - seconds[0]  # for two thirds of the text, without any startup
     megabytes = sum(map(len, lines)) / 1e6
     for name, (ours, theirs), (ours_more, theirs_more) in zip(
         ("wall", "CPU"), seconds[1].T, more.T, strict=True
@@ -66,7 +66,7 @@ def bench_prepare(path: str, tokenizer: str, workers: int = 1) -> None:
         print(
             f"{megabytes:.0f} MB, {workers} workers, {name} seconds: prepare {ours:.1f}, alone {theirs:.1f}:"
         )
-        print(f"ratio {theirs / ours:.2f} with the start, {theirs_more / ours_more:.2f} without")
+        print(f"ratio {theirs / ours:.2f} with startup, {theirs_more / ours_more:.2f} without")
 
 
 def measure_prepare(lines: list[bytes], tokenizer: str, workers: int) -> list[tuple[float, float]]:

@@ -1,4 +1,4 @@
-"""Prints how far our loss and gradients are from transformers' on the reference work, same weights."""
+"""Prints how far our loss and gradients are from transformers' on the reference work."""
 
 import json
 import tempfile
@@ -46,7 +46,7 @@ def main() -> None:
         peer_loss = peer_loss + 0.001 * work.experts * (share * probabilities.mean(0)).sum()
     peer_loss.backward()
 
-    gradients = CausalLM(model.config)  # our names, for the gradients
+    gradients = CausalLM(model.config)  # names our gradients
     for target, source in zip(gradients.parameters(), model.parameters(), strict=True):
         target.data = source.grad
     ours = dict(hub_tensors(gradients))
@@ -64,7 +64,7 @@ def main() -> None:
 
 
 def peer_gradients(peer: Qwen3MoeForCausalLM) -> dict[str, torch.Tensor]:
-    """By the names of a Hugging Face folder, where each expert has its own three matrices."""
+    """Gradients by the names in a Hugging Face folder, where each expert has its own three matrices."""
     result = {}
     for name, parameter in peer.named_parameters():
         if name.endswith("experts.gate_up_proj"):

@@ -1,11 +1,11 @@
 """`make bench-gpu`, or `python tests/bench/gpu.py [SECTION ...]`: layers of Qwen3-30B-A3B on one GPU.
 
 Sections: ceilings (of the card), step (ours against transformers), parts and kernels (of our step), experts,
-attention, cross_entropy (each alone). Each contender runs in one process. What is measured is written at
-once, so that a run that is cut short keeps it: docs/bench-gpu.json, of which a section replaces its part, and
-the tables of docs/performance.md. All sections take about four minutes on an H100 or H200.
+attention, cross_entropy (each alone). Each contender runs in one process. Each figure is written at once to
+its section of docs/bench-gpu.json, so that a run that is cut short keeps it. The tables of
+docs/performance.md follow at the end. All sections take about four minutes on an H100 or H200.
 
---tiny rehearses with tiny shapes, on a CPU too, and writes nothing but --out.
+--tiny is a rehearsal with tiny shapes, also on a CPU, and writes only --out.
 """
 
 import argparse
@@ -30,18 +30,18 @@ PROCESSES = {
     ("gpu_step.py", "transformers"): ("step",),
 }
 SECTIONS = tuple(dict.fromkeys(section for sections in PROCESSES.values() for section in sections))
-GRACE = 45  # seconds that what has begun may take beyond the budget
+GRACE = 45  # seconds that a started process may take beyond the budget
 
 
 def measure(command: list[str], until: float, results: dict[str, Any], out: Path) -> bool:
-    """Run a process and write what it tells, line by line; returns whether it ended well and in time."""
+    """Run a process and write its figures, line by line; returns whether it succeeded in time."""
     with subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, text=True) as process:
         killer = threading.Timer(max(1.0, until + GRACE - time.time()), process.kill)
         killer.start()
         assert process.stdout is not None
         for line in process.stdout:
             if not line.startswith('{"section"'):
-                continue  # some library talks
+                continue  # output of a library
             told = json.loads(line)
             print(f"  {line.strip()[:200]}", flush=True)
             section = told.pop("section")
@@ -58,20 +58,20 @@ def measure(command: list[str], until: float, results: dict[str, Any], out: Path
 
 
 def main(arguments: list[str]) -> int:
-    """Measure, write, show; 1 where a process failed or the time was up."""
+    """Measure, write, show; returns 1 if a process failed or the time was up."""
     parser = argparse.ArgumentParser(prog="tests/bench/gpu.py", description=__doc__)
-    parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"of {', '.join(SECTIONS)}; all")
-    parser.add_argument("--seconds", type=float, default=210, help="nothing new begins after these")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="where the figures go, as JSON")
+    parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"{', '.join(SECTIONS)}; default all")
+    parser.add_argument("--seconds", type=float, default=210, help="nothing new is started after this time")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="JSON file for the figures")
     parser.add_argument("--tiny", action="store_true", help="a rehearsal with tiny shapes")
-    parser.add_argument("--liger", action="store_true", help="liger's kernels too; they tune for minutes")
+    parser.add_argument("--liger", action="store_true", help="also liger's kernels, which tune for minutes")
     options = parser.parse_args(arguments)
     if unknown := set(options.sections) - set(SECTIONS):
         parser.error(f"unknown: {', '.join(unknown)}; sections are {', '.join(SECTIONS)}")
     import torch
 
     if options.tiny and options.out == RESULTS:
-        parser.error("--tiny measures nothing of worth: give --out")
+        parser.error("--tiny gives no real figures for docs/; give --out")
     if not options.tiny and not torch.cuda.is_available():
         parser.error("needs an NVIDIA GPU: torch.cuda.is_available() is false here; --tiny rehearses")
     wanted = options.sections or list(SECTIONS)

@@ -1,7 +1,7 @@
-"""Parts of a step alone, for `make bench-gpu`: prints a line of JSON per figure.
+"""Measures parts of a step alone for `make bench-gpu`: prints a line of JSON per figure.
 
 `python tests/bench/gpu_alone.py SECTION,... UNTIL [tiny] [liger]`: sections are ceilings, experts, attention
-and cross_entropy; UNTIL is the time (seconds since 1970) after which nothing new begins.
+and cross_entropy; UNTIL is the time (seconds since 1970) after which nothing new is started.
 """
 
 import json
@@ -18,7 +18,7 @@ from work import device
 
 # T tokens, H hidden, I intermediate, E experts, K slots per token, V vocabulary, N heads, C head_dim
 
-# layers of Qwen3-30B-A3B, and a rehearsal of them
+# layers of Qwen3-30B-A3B, and tiny ones for a rehearsal
 WHOLE: dict[str, Any] = {"hidden": 2048, "heads": 32, "key_value_heads": 4, "head_dim": 128}
 WHOLE |= {"experts": 128, "top_k": 8, "width": 768, "vocab": 151936}
 TINY: dict[str, Any] = {
@@ -30,7 +30,7 @@ TINY: dict[str, Any] = {
     "top_k": 2,
 }
 TINY |= {"width": 32, "vocab": 512, "rows": 2, "seq_len": 64, "document": 64}
-RUNS = 10  # timed after three others
+RUNS = 10  # timed calls, after three for warm-up
 
 
 def is_tiny() -> bool:
@@ -44,7 +44,7 @@ def tell(section: str, **figures: Any) -> None:
 
 
 def print_card() -> None:
-    """What everything else was measured on."""
+    """Print the device on which everything is measured."""
     from trainer.monitor.hardware import peak_flops
 
     about = {"torch": torch.__version__, "tiny": is_tiny()}
@@ -62,7 +62,7 @@ def synchronize() -> None:
 
 
 def milliseconds(function: Callable[[], Any]) -> float:
-    """The mean of several calls in a row, after three others."""
+    """The mean of RUNS calls in a row, after three calls for warm-up."""
     for _ in range(3):
         function()
     synchronize()
@@ -74,16 +74,16 @@ def milliseconds(function: Callable[[], Any]) -> float:
 
 
 def random(*shape: int, scale: float = 1.0, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """Normal numbers that want a gradient."""
+    """Normally distributed numbers that require a gradient."""
     return (scale * torch.randn(shape, device=device(), dtype=dtype)).requires_grad_()
 
 
 def there_and_back(
     name: str, section: str, function: Callable[[], Tensor], flops: float, **about: Any
 ) -> None:
-    """Tell the times of a function forward, and forward and backward; `flops` are those of the forward.
+    """Print the times of a forward, and of forward and backward; `flops` are those of the forward.
 
-    The backward of a product has twice the FLOPs of its forward; `backward` in `about` says otherwise.
+    The backward has twice the FLOPs of the forward, as for a product, unless `about` has another `backward`.
     """
     told = {"name": name, "flops": flops, "backward": 2.0} | about
     try:
@@ -110,7 +110,7 @@ def kept_bytes(function: Callable[[], Tensor]) -> int:
 
 
 def ceilings() -> None:
-    """What the card can do: TFLOP/s of a large product, and TB/s of a copy, read and written."""
+    """What the card can do: TFLOP/s of a large product, and TB/s of a copy, reads plus writes."""
     size, length = (256, 2**20) if is_tiny() else (8192, 2**31)
     for dtype in (torch.bfloat16, torch.float32):
         a, b = (random(size, size, dtype=dtype).detach() for _ in range(2))
@@ -162,7 +162,7 @@ def _peer_experts(shape: dict[str, Any]) -> Any:
 
 
 def attention() -> None:
-    """The core of attention by path, over documents of one length and of many."""
+    """The core of attention by path, over documents of equal lengths and of different lengths."""
     from moe.attention import attend_per_document, attend_varlen, varlen_obstacle
     from moe.inputs import Documents
 
@@ -171,7 +171,7 @@ def attention() -> None:
     if varlen_obstacle(device(), torch.bfloat16) is None:
         paths = {"varlen": attend_varlen, **paths}
     whole = [tokens // 4] * 4
-    # lengths as of packed text: half of the tokens in the longest tenth of the documents
+    # lengths as in packed text: half of the tokens in the longest tenth of the documents
     cuts = torch.rand(63, generator=torch.Generator().manual_seed(0)).pow(2).mul(tokens - 1).long() + 1
     borders = sorted({0, tokens, *cuts.tolist()})
     ragged = [stop - start for start, stop in pairwise(borders)]
@@ -180,7 +180,7 @@ def attention() -> None:
     for lengths in (whole, ragged):
         starts = torch.tensor(list(accumulate(lengths, initial=0)), dtype=torch.int32)
         documents = Documents(starts.to(device()), tuple(lengths))
-        # two products of length^2 x C for each head, of which the causal half counts
+        # two products of length^2 x C for each head; only the causal half counts
         flops = 2 * heads[0] * shape["head_dim"] * sum(length**2 for length in lengths)
         about = {"documents": len(lengths), "longest": max(lengths), "backward": 2.5}
         for name, path in paths.items():
@@ -195,7 +195,7 @@ def cross_entropy() -> None:
     shape, tokens = (TINY, 128) if is_tiny() else (WHOLE, 16384)
     hidden, weight = random(tokens, shape["hidden"]), random(shape["vocab"], shape["hidden"], scale=0.02)
     labels = torch.randint(0, shape["vocab"], (tokens,), device=device())
-    # ours computes the gradients in the forward, so that all three products are there
+    # ours computes the gradients in the forward, which therefore has all three products
     product = 2 * tokens * shape["hidden"] * shape["vocab"]
     about = {"tokens": tokens, "logits_bytes": 2 * tokens * shape["vocab"]}
     function = lambda: chunked_cross_entropy(hidden, weight, labels)  # noqa: E731

@@ -1,7 +1,7 @@
-"""The step of one contender of `make bench-gpu`, in a process of its own: prints a line of JSON per figure.
+"""The step of one contender of `make bench-gpu`, in its own process: prints a line of JSON per figure.
 
 `python tests/bench/gpu_step.py ours|transformers SECTION,... UNTIL [tiny]`: sections are step, parts and
-kernels; UNTIL is the time (seconds since 1970) after which nothing new begins. `tiny` is a rehearsal.
+kernels; UNTIL is the time (seconds since 1970) after which nothing new is started. `tiny` is a rehearsal.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from work import BETAS, CLIP, DECAY, EPS, LEARNING_RATE, Work, device
 LARGE = 100e9  # bytes of a card that holds 8 layers with their optimizer states, and 16,384 tokens
 Step = Callable[[], Any]
 
-# What a kernel does, by a pattern of its name; the first that fits counts.
+# What a kernel does, by a pattern of its name; the first match counts.
 KINDS = {
     "communication": "nccl",
     "attention": "flash|fmha|attention|cudnn.*sdpa|mha",
@@ -41,7 +41,7 @@ KINDS = {
 
 
 def work_of(depth: int) -> Work:
-    """What a contender of so many layers does in a step."""
+    """The work of one step of a contender with `depth` layers."""
     if is_tiny():
         return Work(**TINY, layers=depth, zero_stage=1)
     rows = 4 if _memory() >= LARGE else 2
@@ -49,7 +49,7 @@ def work_of(depth: int) -> Work:
 
 
 def depths(masters_of_peer: bool) -> tuple[int, int]:
-    """The two depths whose difference is the time of a layer."""
+    """The two depths; the difference of their times gives the time of a layer."""
     if is_tiny():
         return 1, 2
     return 2, (6 if masters_of_peer else 8) if _memory() >= LARGE else (3 if masters_of_peer else 4)
@@ -60,7 +60,7 @@ def _memory() -> int:
 
 
 def measured(step: Step, steps: int) -> dict[str, Any]:
-    """Seconds of a step, the mean of several in a row after others, and the peak memory; or why not."""
+    """Seconds of a step, the mean of several after warm-up, and the peak memory; or why it failed."""
     try:
         for _ in range(2 if steps > 2 else 1):
             step()
@@ -104,7 +104,7 @@ class Ours:
         config = replace(config, balance=replace(config.balance, mode=balance_mode))
         self.engine.module.model.recompute_layers = recompute == "full"
         self.engine._engine.set_train_batch_size(work.rows * micro_batches)
-        self.engine._engine.micro_steps = 0  # else its accumulation would begin in the middle
+        self.engine._engine.micro_steps = 0  # else gradient accumulation would start in the middle
         balance = build_balance(config, config.plan(1), RANKS.device)
         batches = [self.batch] * micro_batches
 
@@ -174,7 +174,7 @@ def _adding_to(master: nn.Parameter) -> Callable[[Tensor], None]:
 
 
 def configurations(name: str) -> Iterator[dict[str, Any]]:
-    """What is measured of a contender, most wanted first."""
+    """The settings to measure for a contender, the most important first."""
     yield {}
     yield {"micro_batches": 4}
     if name != "transformers, fp32 states":
@@ -216,7 +216,7 @@ def measure_all(name: str, build: Callable[[int], Any], sections: list[str], unt
 
 
 def _flops(work: Work, keys: dict[str, Any]) -> float:
-    """Model FLOPs of a step of all 48 layers, without what is computed again."""
+    """Model FLOPs of a step with all 48 layers, without recomputation."""
     from moe.config import ModelConfig
 
     whole = replace(work, layers=48).model_keys()

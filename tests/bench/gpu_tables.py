@@ -10,7 +10,7 @@ Figures = list[dict[str, Any]]
 
 
 def show(results: dict[str, Any]) -> str:
-    """What docs/performance.md shows, of the sections that were measured."""
+    """The tables of docs/performance.md for the sections that were measured."""
     if "card" not in results:
         return "Not measured yet."
     card = results["card"]
@@ -41,7 +41,7 @@ def _step(found: Figures, peak: float) -> str:
     """A line for each contender and its settings; the two depths give the time of a layer."""
     lines: dict[tuple, dict[int, dict[str, Any]]] = {}
     for figure in found:
-        if "recompute" not in figure:  # it was not even built
+        if "recompute" not in figure:  # the model did not fit
             continue
         settings = (figure["recompute"], figure["micro_batches"], figure.get("balance_mode"))
         lines.setdefault((figure["contender"], *settings), {})[figure["layers"]] = figure
@@ -119,7 +119,7 @@ def _kernels(found: Figures) -> str:
 
 
 def _short(name: str) -> str:
-    """Of the name of a kernel, with its templates, the words that say what it does."""
+    """The words in a kernel's name, including its templates, that say what it does."""
     if "GroupProblemShape" in name:
         return "cutlass, grouped product"
     words = re.findall(r"(?<!\w)\w*(?:kernel|Kernel|Functor|Adam|gemm|nvjet|fill|copy|Copy)\w*", name)
@@ -128,7 +128,7 @@ def _short(name: str) -> str:
 
 
 def _alone(found: Figures, results: dict[str, Any], *sizes: str) -> str:
-    """Times forward, and forward and backward, beside those at the rate of the card's largest product."""
+    """Times of forward, and of forward and backward, beside the time at the rate of the largest product."""
     product = next((line["rate"] for line in results.get("ceilings", []) if "bfloat16" in line["name"]), None)
     copy = next((line["rate"] for line in results.get("ceilings", []) if line["name"] == "copy"), None)
     rows = []

@@ -1,7 +1,7 @@
-"""Time and peak memory of one training step of the tiny models over the length of one document.
+"""Time and peak memory of one forward and backward of the tiny models, by length of one document.
 
-`python tests/bench/long_context.py [MODEL ...]`: a process for each measurement; memory is what the step adds
-to the process, so that a doubled length doubles it where memory is linear.
+`python tests/bench/long_context.py [MODEL ...]`: one process per measurement. Memory is what the step adds to
+the process; if memory is linear, it doubles with the length.
 """
 
 import resource
@@ -41,7 +41,7 @@ def measure(name: str, length: int) -> tuple[float, float]:
 
 
 def measured(name: str, length: int) -> tuple[float, float]:
-    """`measure` in a process of its own."""
+    """Run `measure` in its own process."""
     command = [sys.executable, __file__, "--measure", name, str(length)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     seconds, mebibytes = map(float, done.stdout.split())

@@ -1,8 +1,8 @@
-"""What looking costs: `python tests/bench/monitoring.py [PREPARED_DIR [STEPS]]`, on a quiet machine.
+"""Cost of monitoring: `python tests/bench/monitoring.py [PREPARED_DIR [STEPS]]`, on an idle machine.
 
 The demo's model on one rank; every second step is logged with everything on. The cost of a logged step is the
-time inside what only it does (norms as the optimizer steps, the all-reduce, the files, W&B), summed directly:
-the difference of whole steps drowns in their noise.
+summed time of what only logged steps do (norms as the optimizer steps, the all-reduce, the files, W&B): the
+difference of whole steps is smaller than their noise.
 """
 
 import os
@@ -77,7 +77,7 @@ def main(folder: str = "data/embedded", steps: str = "40") -> None:
                 if not meter.due:
                     plain.append(time.perf_counter() - start)
     step_seconds, cost = statistics.median(plain), statistics.median(looking[5::2])
-    print(f"step {step_seconds:.4f} s, looking at a logged one {cost:.4f} s: {cost / step_seconds:.2%},")
+    print(f"step {step_seconds:.4f} s, monitoring of a logged one {cost:.4f} s: {cost / step_seconds:.2%},")
     print(f"{cost / step_seconds / 10:.3%} of a run that logs every 10 steps")
     engine.close()
     ranks.leave()

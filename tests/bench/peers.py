@@ -1,4 +1,4 @@
-"""What a user would pick instead, each as a function that makes one training step."""
+"""The alternatives of a user, each as a function that returns its training step."""
 
 import os
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from work import BETAS, CLIP, DECAY, EPS, LEARNING_RATE, Work, device
 
 
 def hf_model(work: Work, implementation: str) -> Any:
-    """transformers' model in fp32, initialised by itself."""
+    """transformers' model in fp32, with its own initial values."""
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     torch.manual_seed(0)
@@ -23,7 +23,7 @@ def hf_model(work: Work, implementation: str) -> Any:
 
 
 def transformers(work: Work, implementation: str = "grouped_mm") -> tuple[Callable[[], float], Any]:
-    """transformers' model, its own losses, torch's clipping and fused AdamW."""
+    """transformers' model with its own losses, torch's clipping and fused AdamW."""
     model = hf_model(work, implementation).to(device(), work.torch_dtype)
     optimizer = torch.optim.AdamW(
         model.parameters(), LEARNING_RATE, BETAS, EPS, weight_decay=DECAY, fused=True
@@ -117,7 +117,7 @@ def deepspeed_moe(work: Work) -> tuple[Callable[[], float], Any]:
 
 
 def join_deepspeed() -> None:
-    """A gloo process group that DeepSpeed knows, without the operator that it would compile."""
+    """Start a gloo process group for DeepSpeed, without the operator that DeepSpeed would compile."""
     os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed
 

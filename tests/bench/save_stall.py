@@ -1,7 +1,7 @@
-"""How long training stands still for a save: `python tests/bench/save_stall.py [key=value ...]`.
+"""How long training pauses for a save: `python tests/bench/save_stall.py [key=value ...]`.
 
-Two runs of the demo's model on 2 ranks, one that writes in the background and one in place; per save: seconds
-that training stood still, in steps, bytes and files; peak memory of rank 0, also of a run without saves.
+Three runs of the demo's model on 2 ranks: without saves, with saves in place, with saves in the background.
+Prints the pause per save in seconds and in steps, its bytes and files, and the peak memory of rank 0.
 """
 
 import json

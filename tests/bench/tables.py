@@ -4,7 +4,7 @@ from typing import Any
 
 
 def show(results: dict[str, Any]) -> str:
-    """What docs/performance.md shows, of the sections that were measured."""
+    """The tables of docs/performance.md for the sections that were measured."""
     sections = {
         "equality": _equality,
         "one_rank": _one_rank,
@@ -20,7 +20,7 @@ def show(results: dict[str, Any]) -> str:
 
 
 def table(head: list[str], rows: list[list[Any]]) -> str:
-    """Markdown."""
+    """A Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(str(cell) for cell in line)} |" for line in lines)
 

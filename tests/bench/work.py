@@ -1,4 +1,4 @@
-"""What every contender of the benchmark does."""
+"""The work that every contender of the benchmark does."""
 
 from dataclasses import dataclass, fields
 from typing import Any
@@ -12,7 +12,7 @@ BETAS, EPS, DECAY, CLIP = (0.9, 0.95), 1e-8, 0.1, 1.0
 
 @dataclass(frozen=True)
 class Work:
-    """What every contender does; the defaults are the reference work."""
+    """The work of a contender; the defaults are the reference work."""
 
     dtype: str = "bf16"
     rows: int = 4  # of all ranks together, in a micro-batch
@@ -38,13 +38,13 @@ class Work:
 
     @classmethod
     def parse(cls, overrides: list[str]) -> "Work":
-        """Typed by the defaults."""
+        """Parse `key=value` strings; each value gets the type of the field's default."""
         kinds = {field.name: type(field.default) for field in fields(cls)}
         pairs = (item.split("=", 1) for item in overrides)
         return cls(**{key: kinds[key](value) for key, value in pairs})
 
     def model_keys(self) -> dict[str, Any]:
-        """The model with Hugging Face's keys."""
+        """The shape of the model under Hugging Face's keys."""
         return {
             "vocab_size": self.vocab,
             "hidden_size": self.hidden,
@@ -72,10 +72,10 @@ class Work:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """Of the weights."""
+        """The dtype of the weights."""
         return {"bf16": torch.bfloat16, "fp32": torch.float32}[self.dtype]
 
 
 def device() -> torch.device:
-    """A GPU where there is one."""
+    """The GPU if there is one, otherwise the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,4 +1,4 @@
-"""Runs a function of a test file on several gloo ranks, a process each, and returns what they return."""
+"""Runs a function of a test file on several gloo ranks, one process each, and returns its results."""
 
 import faulthandler
 import importlib.util
@@ -23,8 +23,8 @@ TAIL = 8000  # characters of a failing rank's output
 def run_ranks(worker: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120) -> list[Any]:
     """What `worker(*args)`, a top-level function of a test file, returns on each rank.
 
-    torch.distributed is initialised (gloo); RANK, LOCAL_RANK and WORLD_SIZE are set. A rank that fails or
-    runs longer than `timeout` seconds ends all ranks: AssertionError with its output (and where it hung).
+    torch.distributed is initialised (gloo); RANK, LOCAL_RANK and WORLD_SIZE are set. If a rank fails or runs
+    longer than `timeout` seconds, all are ended: AssertionError with its output, which shows where it hung.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -56,8 +56,8 @@ def _start(command: list[str], folder: Path, rank: int, world_size: int) -> subp
         "WORLD_SIZE": str(world_size),
         "OMP_NUM_THREADS": "1",
         "GLOO_SOCKET_IFNAME": "lo",
-        "CUDA_VISIBLE_DEVICES": "",  # the ranks are gloo's, on the CPU, however many GPUs there are
-        "DS_ACCELERATOR": "cpu",  # also where a test imports DeepSpeed itself
+        "CUDA_VISIBLE_DEVICES": "",  # the ranks use gloo on the CPU, even if the machine has GPUs
+        "DS_ACCELERATOR": "cpu",  # also for tests that import DeepSpeed directly
         "PYTHONPATH": f"{ROOT}:{ROOT}/tests/integration:{os.environ.get('PYTHONPATH', '')}",
     }
     with _log(folder, rank).open("wb") as log:
@@ -65,7 +65,7 @@ def _start(command: list[str], folder: Path, rank: int, world_size: int) -> subp
 
 
 def _wait(ranks: list[subprocess.Popen[bytes]], deadline: float) -> list[int]:
-    """The ranks that failed first, or that did not end; empty if all went well."""
+    """The ranks that failed first, or those that still run at the deadline; empty if all succeeded."""
     while True:
         codes = [process.poll() for process in ranks]
         failed = [rank for rank, code in enumerate(codes) if code]
@@ -84,10 +84,10 @@ def _run_rank(source: str, function: str, folder: str, timeout: str) -> None:
     spec.loader.exec_module(module)
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
-    faulthandler.dump_traceback_later(float(timeout), exit=True)  # says where a rank hangs
+    faulthandler.dump_traceback_later(float(timeout), exit=True)  # shows where a rank hangs
     args = torch.load(f"{folder}/args", weights_only=False)
     torch.save(getattr(module, function)(*args), f"{folder}/result-{rank}")
-    dist.barrier()  # nobody leaves while another still needs it
+    dist.barrier()  # no rank exits while another still communicates with it
     dist.destroy_process_group()
 
 

@@ -1,4 +1,4 @@
-"""Trains one small model for a few steps under any layout of ranks, and gathers what came out."""
+"""Trains a small model for a few steps under any layout of ranks; gathers losses, norms and parameters."""
 
 from typing import Any
 
@@ -41,12 +41,12 @@ SMALL = [
     "balance.z_loss_coef=0.01",
     "mtp_loss_scaling_factor=0.3",
     "optimizer.max_grad_norm=0.5",
-    "optimizer.eps=1e-4",  # 1e-8 would magnify the rounding of gradients near zero, whatever the layout
+    "optimizer.eps=1e-4",  # 1e-8 would magnify the rounding of gradients near zero under every layout
     f"stage.seq_len={SEQ_LEN}",
     f"stage.global_batch_size={ROWS}",
 ]
 
-# what makes a small model of each architecture of these settings
+# overrides that turn these settings into a small model of each architecture
 MTP = "model.num_nextn_predict_layers=1"
 DENSE = ["model.num_experts=0", "model.router_aux_loss_coef=0", "balance.z_loss_coef=0"]
 _SHARED = "model.shared_expert_intermediate_size=24"
@@ -70,14 +70,14 @@ Outcome = dict[str, Any]
 
 
 def small_config(*overrides: str) -> RunConfig:
-    """The configuration of the overrides, of tiny_moe unless they name another model."""
+    """The configuration with these overrides; the model is tiny_moe unless an override names another."""
     model = [] if any(one.startswith("model=") for one in overrides) else ["model=tiny_moe"]
     with initialize_config_module("conf", version_base="1.3"):
         return RunConfig.load(compose("train", overrides=[*model, *SMALL, *overrides]))
 
 
 def make_rows(step: int) -> list[Row]:
-    """The rows of one step: documents of ragged lengths, some rows short (padding), like packed real text."""
+    """The rows of one step: documents of different lengths and some short rows, like packed real text."""
     generator = torch.Generator().manual_seed(100 + step)
     rows = []
     for row in range(ROWS):
@@ -90,7 +90,7 @@ def make_rows(step: int) -> list[Row]:
 
 
 def micro_batches(plan: ParallelPlan, rank: int, step: int) -> list[Batch]:
-    """This rank's micro-batches of a step, with some labels masked besides."""
+    """This rank's micro-batches of a step, with some labels masked."""
     rows, batches = make_rows(step), []
     for m in range(plan.gradient_accumulation_steps):
         first = (m * plan.world_size + rank) * plan.micro_batch_size
@@ -106,7 +106,7 @@ def micro_batches(plan: ParallelPlan, rank: int, step: int) -> list[Batch]:
 
 
 class SmallRun:
-    """The small model on this process's ranks, under the configuration that the overrides name."""
+    """The small model on the ranks of the process group, configured by the overrides."""
 
     def __init__(self, *overrides: str, device: str = "cpu") -> None:
         place = torch.device(device)
@@ -122,7 +122,7 @@ class SmallRun:
         self.balance = build_balance(self.config, self.plan, self.ranks.device)
 
     def train(self, steps: range, same_rows: bool = False) -> Outcome:
-        """These steps, on new rows each or on the same."""
+        """Train for these steps, on new rows in each step, or with `same_rows` always on those of step 0."""
         outcome: Outcome = {"losses": [], "balance_losses": [], "grad_norms": [], "mtp_losses": []}
         for step in steps:
             batches = micro_batches(self.plan, self.ranks.rank, 0 if same_rows else step)
@@ -140,7 +140,7 @@ class SmallRun:
 
 
 def train_small(*overrides: str, steps: int = STEPS, same_rows: bool = False, device: str = "cpu") -> Outcome:
-    """So many steps under the configuration that the overrides name, on new rows or on the same."""
+    """Train a `SmallRun` with these overrides for `steps` steps and close its engine."""
     run = SmallRun(*overrides, device=device)
     outcome = run.train(range(steps), same_rows)
     run.engine.close()
@@ -148,7 +148,7 @@ def train_small(*overrides: str, steps: int = STEPS, same_rows: bool = False, de
 
 
 def oracle_model(config: RunConfig) -> CausalLM:
-    """The whole model with the obvious expert loop in fp64, of the same initial values."""
+    """The whole model in fp64 with the reference expert loop and the same initial values."""
     with torch.device("meta"):
         model = CausalLM(config.model, backend="reference")
     model.to_empty(device="cpu")
@@ -157,7 +157,7 @@ def oracle_model(config: RunConfig) -> CausalLM:
 
 
 def train_oracle(*overrides: str) -> Outcome:
-    """The same three steps by obvious means: one process, fp64, all rows at once, autograd, torch's AdamW."""
+    """The same three steps in a simple way: one process, fp64, all rows at once, autograd, torch's AdamW."""
     config = small_config(f"micro_batch_size={ROWS}", "experts.backend=reference", *overrides)
     model = oracle_model(config)
     centred = ("q_norm.weight", "k_norm.weight") if config.model.zero_centered_norm else ()
@@ -183,7 +183,7 @@ def train_oracle(*overrides: str) -> Outcome:
         (batch,) = micro_batches(config.plan(1), 0, step)
         output = model(batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.token_mask)
         cross_entropy = F.cross_entropy(output.logits.flatten(0, 1), batch.labels.flatten())
-        balance, z = torch.ones(1), torch.zeros(1)  # of a dense model
+        balance, z = torch.ones(1), torch.zeros(1)  # the values for a dense model
         if output.router is not None:
             counts, probabilities = (
                 output.router.tokens_per_expert.double(),
@@ -192,7 +192,7 @@ def train_oracle(*overrides: str) -> Outcome:
             tokens, experts, top_k = batch.token_mask.sum(), 8, 2
             balance = experts * (counts / (top_k * tokens) * probabilities / tokens).sum(dim=1)  # [L]
             z = output.router.z_sums / tokens
-        if config.model.num_nextn_predict_layers:  # tests/unit/moe/test_mtp.py has the slow version of it
+        if config.model.num_nextn_predict_layers:  # tests/unit/moe/test_mtp.py has a slow version of this
             arguments = (batch.input_ids, batch.position_ids, batch.cu_seqlens, batch.token_mask)
             ahead = model(*arguments, labels=batch.labels).mtp_cross_entropy_sum
             ahead = ahead / (batch.labels != -100).sum()
@@ -209,7 +209,7 @@ def train_oracle(*overrides: str) -> Outcome:
 
 
 def deviation(outcome: Outcome, oracle: Outcome) -> dict[str, float]:
-    """Largest relative difference of each kind."""
+    """Largest relative difference of each kind of result."""
     found = {
         key: max((abs(a - b) / abs(b) for a, b in zip(outcome[key], oracle[key], strict=True)), default=0.0)
         for key in ("losses", "balance_losses", "grad_norms", "mtp_losses")
@@ -222,7 +222,7 @@ def deviation(outcome: Outcome, oracle: Outcome) -> dict[str, float]:
 
 
 def gather_parameters(engine: Engine, plan: ParallelPlan, ranks: Ranks) -> dict[str, Tensor]:
-    """All parameters, expert slices put together in order."""
+    """All parameters, with the slices of the experts concatenated in order."""
     mine = {name: tensor.float().cpu().clone() for name, tensor in engine.owned_parameters()}
     everywhere: list = [None] * ranks.world_size
     dist.all_gather_object(everywhere, mine)

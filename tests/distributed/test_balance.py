@@ -1,7 +1,7 @@
-"""The balance loss is exactly the global batch's: value and router gradient, however the batch is cut.
+"""Value and router gradient of the balance loss are those of the global batch, however it is split.
 
-One plain SGD step of rate 1 turns parameters into gradients under any ZeRO stage: gradient = before - after.
-The weights of balance and z-loss are large: cross entropy and the rounding of the difference are small.
+One plain SGD step of rate 1 gives the gradients under any ZeRO stage: gradient = before - after. The weights
+of balance loss and z-loss are so large that cross entropy and the rounding of the difference hardly matter.
 """
 
 from collections.abc import Callable
@@ -31,7 +31,7 @@ WEIGHTS = ["model.router_aux_loss_coef=1000", "balance.z_loss_coef=10", "optimiz
 
 
 def layout(world: int, stage: int, count: int, ep_size: int, recompute: str) -> tuple[int, list[str]]:
-    """Number of ranks, and the overrides for so many micro-batches per step."""
+    """Number of ranks, and the overrides for `count` micro-batches per step."""
     rows = f"micro_batch_size={layouts.ROWS // (world * count)}"
     return world, [f"deepspeed=zero{stage}", rows, f"parallel.ep_size={ep_size}", f"recompute={recompute}"]
 
@@ -43,7 +43,7 @@ ALL = [
     )
     if ep_size <= world
 ]
-# every pair of world and stage, of stage and recompute, of micro-batches and recompute
+# every pair of world size and stage, of stage and recompute, and of micro-batches and recompute
 COVERING = [
     layout(1, 0, 4, 1, "full"),
     layout(1, 1, 2, 1, "none"),
@@ -57,14 +57,14 @@ COVERING = [
     layout(4, 2, 2, 1, "full"),
     layout(4, 3, 1, 2, "none"),
     layout(4, 0, 4, 2, "full"),
-    # more micro-batches than wait for the counts with what their forward keeps
+    # more than KEPT micro-batches, so that the counts need a pass of their own
     layout(2, 0, 8, 1, "full"),
     layout(2, 2, 8, 2, "full"),
 ]
 
 
 def oracle() -> dict[str, Any]:
-    """Balance loss and router gradients in fp64, one process, all rows at once, by the formula."""
+    """Balance loss and router gradients by the formula: fp64, one process, all rows at once."""
     config = layouts.small_config(f"micro_batch_size={layouts.ROWS}", *WEIGHTS)
     model = layouts.oracle_model(config)
     (batch,) = layouts.micro_batches(config.plan(1), 0, 0)
@@ -79,7 +79,7 @@ def oracle() -> dict[str, Any]:
 
 
 def measure(*overrides: str) -> dict[str, Any]:
-    """The same from one step through the engine under a layout."""
+    """Balance loss and router gradients of one step of the engine under a layout."""
     init_deepspeed(torch.device("cpu"))
     ranks = Ranks(dist.get_rank(), dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
     config = layouts.small_config(*WEIGHTS, *overrides)
@@ -159,7 +159,7 @@ def test_the_other_modes_are_approximations(expected, mode):
 
 
 def forwards(overrides: list[str], micro_batches: list[int]) -> dict[int, list[bool]]:
-    """For so many micro-batches, each forward of a step in turn: whether it is for routing only."""
+    """For each number of micro-batches, whether each forward of a step, in order, is for routing only."""
     seen: list[bool] = []
     forward = Engine.forward
 
@@ -176,7 +176,7 @@ def forwards(overrides: list[str], micro_batches: list[int]) -> dict[int, list[b
 
 
 def test_few_forwards_wait_for_the_counts() -> None:
-    """With more micro-batches the counts have a pass of their own, on every rank."""
+    """With more than KEPT micro-batches, every rank runs a separate forward pass for the counts."""
     expected = {KEPT: [False] * KEPT, 2 * KEPT: [True] * 2 * KEPT + [False] * 2 * KEPT}
     assert run_ranks(forwards, 2, [], list(expected)) == [expected] * 2
 
@@ -186,13 +186,13 @@ def divide_twice_by_the_ranks() -> None:
 
     def forgetful(self: Any, *args: Any) -> None:
         build(self, *args)
-        self._averaged_over = 1  # what DeepSpeed's average over ranks is undone by
+        self._averaged_over = 1  # the factor that undoes DeepSpeed's average over ranks
 
     Engine.__init__ = forgetful  # type: ignore
 
 
 def count_in_recompute() -> None:
-    """Counts kept as module state grow by every forward, the recomputed ones too."""
+    """Keep the counts as module state, to which recomputed forwards then add as well."""
     forward: Callable[..., Any] = MoEBlock.forward
 
     def counting(self: Any, *args: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Saving and restoring on real ranks: exact, agreed by all ranks, safe from other attempts."""
+"""Saving and restoring on real ranks is exact, agreed on by all ranks, and safe from other attempts."""
 
 import json
 import os
@@ -28,7 +28,7 @@ from trainer.settings.run_folder import latest_checkpoint
 
 # ZeRO stage, ep_size, micro-batches per step, dtype
 EVERY = list(product((0, 1, 2, 3), (1, 2), (1, 4), ("fp32", "bf16")))
-PAIRWISE = [  # every pair of values of two of them
+PAIRWISE = [  # has every pair of values of any two settings
     *[(0, 1, 1, "fp32"), (0, 2, 4, "bf16"), (1, 2, 1, "bf16"), (1, 1, 4, "fp32")],
     *[(2, 2, 4, "fp32"), (2, 1, 1, "bf16"), (3, 1, 4, "bf16"), (3, 2, 1, "fp32")],
 ]
@@ -36,14 +36,14 @@ PAIRWISE = [  # every pair of values of two of them
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A prepared folder: a checkpoint takes its tokenizer along."""
+    """A prepared data folder, because a checkpoint copies its tokenizer."""
     folder = tmp_path_factory.mktemp("data")
     prepare_corpus(folder)
     return f"{folder}/prepared"
 
 
 def state_of(engine: Engine) -> dict[str, Any]:
-    """All that the optimizer of this rank holds, as DeepSpeed has it."""
+    """All optimizer state and weights of this rank, as DeepSpeed holds them."""
     optimizer = engine._engine.basic_optimizer
     fragments = {
         f"{part.parameter}:{part.start}:{field}": view.clone()
@@ -59,7 +59,7 @@ def state_of(engine: Engine) -> dict[str, Any]:
 
 
 def interrupt_and_compare(case: tuple, folder: str, data: str) -> None:
-    """Four steps at once, and two, saved, restored by engines that know nothing, and two more."""
+    """Train four steps and save after two; a new engine that restores this must repeat the last two."""
     stage, ep_size, count, dtype = case
     overrides = [
         *(f"deepspeed=zero{stage}", f"parallel.ep_size={ep_size}", f"dtype={dtype}", f"data.dir={data}"),
@@ -71,7 +71,7 @@ def interrupt_and_compare(case: tuple, folder: str, data: str) -> None:
     straight = SmallRun(*overrides)
     straight.train(range(2))
     saver, release = checkpoints_of(straight, Path(folder)), threading.Event()
-    if count == 1:  # in the background; the writer is slow and writes step 2 after step 4 is made
+    if count == 1:  # in the background: the writer is held back and writes step 2 after step 4 is done
         saver._writer.submit(release.wait)
     saver.save(straight.engine, straight.balance, 2)
     noise = torch.rand(3)
@@ -130,7 +130,7 @@ def small_run(data: str, *overrides: str) -> SmallRun:
 
 
 def run_out_of_space(run_dir: Path, data: str, background: str) -> str:
-    """Rank 1 alone can write no more; ZeRO-3, where ranks gather weights together while they write."""
+    """Only rank 1 can no longer write, under ZeRO-3, where ranks gather weights together while they write."""
     trainer.checkpoints.saving.write_shards = partial(write_shards, max_shard_bytes=4_000)
     run = small_run(data, f"checkpoint.background={background}")
     run.train(range(1))
@@ -149,7 +149,7 @@ def run_out_of_space(run_dir: Path, data: str, background: str) -> str:
         save()
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     trainer.checkpoints.saving.write_shards = write_shards
-    run.train(range(1, 2))  # no rank has lost count of the collectives
+    run.train(range(1, 2))  # works only if all ranks have run the same collectives
     dist.barrier()
     assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["step-00000001"]
     assert damage(run_dir / "checkpoints/step-00000001") == []
@@ -157,7 +157,7 @@ def run_out_of_space(run_dir: Path, data: str, background: str) -> str:
 
 
 def come_back_late(run_dir: Path, data: str) -> None:
-    """Attempt 1 was cut off from the others, not dead; attempt 2 goes on with the run meanwhile."""
+    """Attempt 1 is cut off but not dead, and attempt 2 continues the run in the meantime."""
     run = small_run(data, "checkpoint.keep=1")
     old, new = checkpoints_of(run, run_dir, 1), checkpoints_of(run, run_dir, 2)
     old.save(run.engine, run.balance, 1)
@@ -179,7 +179,7 @@ def come_back_late(run_dir: Path, data: str) -> None:
 
 
 def save_many(run_dir: Path, data: str) -> list[list[str]]:
-    """What is there after a while, later, and after a step back."""
+    """The checkpoints after steps 1 to 3, after steps 4 to 9, and after step 7 is saved again."""
     run = small_run(data, "checkpoint.keep=2", "checkpoint.keep_every_steps=4")
     checkpoints = checkpoints_of(run, run_dir)
     copy = run_dir / "checkpoints/step-00000001-of-a-user"
@@ -192,7 +192,7 @@ def save_many(run_dir: Path, data: str) -> list[list[str]]:
         dist.barrier()
         there = set((run_dir / "checkpoints").glob("step-*"))
         seen.append(sorted(path.name[-1] for path in there - {copy}))
-        assert copy in there, "not ours to remove"
+        assert copy in there, "the copy of a user must stay"
         if seen[-1] == ["2", "3"]:
             reader = reading(run_dir / "checkpoints/step-00000002/hf")
             reader.__enter__()
@@ -222,7 +222,7 @@ def save_in_many_ways(root: str, data: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory, data: str) -> list[dict[str, Any]]:
-    """What both ranks saw; an attempt that was overtaken (`come_back_late`) is checked by the ranks."""
+    """What both ranks saw; the ranks themselves check the attempt that was overtaken (`come_back_late`)."""
     return run_ranks(save_in_many_ways, 2, str(tmp_path_factory.mktemp("saved")), data)
 
 
@@ -234,7 +234,7 @@ def test_a_rank_that_cannot_write_stops_all_and_harms_nothing(saved):
 
 
 def test_what_is_kept(saved):
-    """Two newest, every fourth, what another reads; and after a step back, nothing of the future undone."""
+    """The two newest, every fourth and one that is being read; after a step back, no later ones."""
     assert saved[0]["kept"] == [["2", "3"], ["2", "4", "8", "9"], ["2", "4", "7"]]
 
 
@@ -250,7 +250,7 @@ FILE_OPERATIONS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os
 
 
 def die_at(operation: int) -> None:
-    """End this process, as kill -9 does, just before its n-th operation on files from now on."""
+    """End this process as kill -9 does, after `operation` more operations on files."""
     seen = 0
 
     def count(event: str, _: Any) -> None:
@@ -263,7 +263,7 @@ def die_at(operation: int) -> None:
 
 
 def die_at_each_operation(root: str, data: str) -> int:
-    """Commits of step 2 over step 1, of which only the newest is kept, each killed one operation later."""
+    """Commit step 2 over step 1 with keep=1 again and again, each time killed one operation later."""
     run = small_run(data, "parallel.ep_size=1", "checkpoint.keep=1")
     template = Path(root, "template")
     saver = checkpoints_of(run, template)
@@ -292,7 +292,7 @@ def die_at_each_operation(root: str, data: str) -> int:
             assert [path.name for path in there] == ["step-00000002"]
             return operation
         assert code == 9, operation
-    raise AssertionError("no end")
+    raise AssertionError("the commit does not end within 1000 operations")
 
 
 def test_a_kill_between_any_two_file_operations_of_a_commit(tmp_path, data):

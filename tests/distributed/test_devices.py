@@ -1,4 +1,4 @@
-"""What ranks must agree on before a model is built: a device each, of one kind."""
+"""Before a model is built, ranks check that each has its own device and that all are of one kind."""
 
 import os
 
@@ -28,7 +28,7 @@ def problems() -> dict[str, list[str]]:
 
 def test_ranks_share_no_gpu_and_all_or_none_have_one():
     first, second = run_ranks(problems, 2)
-    assert first == second, "every rank says it, none waits for the others"
+    assert first == second, "every rank must report the problem, so that none waits for the others"
     assert first.keys() == {"shared", "mixed"}
     host = os.uname().nodename
     (shared,), (mixed,) = first["shared"], first["mixed"]

@@ -15,16 +15,16 @@ from moe.experts import Experts
 # T tokens of all ranks, H hidden, E experts, K experts per token
 
 H, INTERMEDIATE, E = 16, 8, 8
-Results = dict[tuple[str, int, str], dict[str, Any]]  # of kind, chunks, case
+Results = dict[tuple[str, int, str], dict[str, Any]]  # by kind, chunks, case
 CLASSES = {"all_to_all": AllToAllDispatcher, "deduplicated": DeduplicatedAllToAllDispatcher}
 DISPATCHERS = {(kind, chunks): CLASSES[kind] for kind in CLASSES for chunks in (1, 2, 3)}
 
 
 class Case(NamedTuple):
-    tokens: list[int]  # of each of 4 ranks; on 2 ranks, the first two
+    tokens: list[int]  # of each of 4 ranks; 2 ranks use the first two
     top_k: int
-    experts: list[int]  # the only ones that are selected
-    dropped: float = 0.0  # share of the slots that go nowhere
+    experts: list[int]  # the experts that may be selected
+    dropped: float = 0.0  # share of the slots that are sent to no expert
 
 
 CASES = {
@@ -54,7 +54,7 @@ def inputs(case: Case, world_size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def build_experts(rank: int = 0, world_size: int = 1) -> Experts:
-    """This rank's share of the same E experts on every rank."""
+    """This rank's share of E experts, whose weights do not depend on the number of ranks."""
     generator = torch.Generator().manual_seed(1)
     experts = Experts(E // world_size, H, INTERMEDIATE, "loop")
     for weight in experts.parameters():
@@ -103,21 +103,21 @@ def ranks(request: pytest.FixtureRequest) -> list[Results]:
 def test_equals_local(ranks: list[Results], kind: str, chunks: int, name: str) -> None:
     expected = run_case(LocalDispatcher(), build_experts(), *inputs(CASES[name], len(ranks)))
     for key, value in expected.items():
-        # Tokens and experts are both cut into consecutive shares, so every result is the shares in a row.
+        # Ranks hold consecutive shares of tokens and experts: a result is the shares concatenated.
         actual = torch.cat([rank[kind, chunks, name][key] for rank in ranks])
         scale = value.abs().max().item() if value.numel() else 0.0
         torch.testing.assert_close(actual, value, rtol=0, atol=1e-6 * scale, msg=lambda m, k=key: f"{k}: {m}")
 
 
 def test_every_rank_meets_every_collective(ranks: list[Results]) -> None:
-    """Counts; for each chunk forward ids, tokens, weights, results, backward results, tokens, weights."""
+    """One for counts; per chunk forward ids, tokens, weights, results, backward results, tokens, weights."""
     for rank in ranks:
         for (_, chunks, _), result in rank.items():
             assert result["collectives"] == 1 + 7 * chunks
 
 
 def record_overlap() -> list[str]:
-    """In forward and backward of two chunks: what sets out, what is waited for, what computes."""
+    """The order of sends, waits and expert computations in forward and backward of two chunks."""
     events: list[str] = []
 
     class Work:
@@ -149,7 +149,7 @@ def test_chunks_travel_while_experts_compute() -> None:
 
 
 def count_bytes(top_k: int, tokens: int) -> dict[str, tuple[int, int]]:
-    """Bytes this rank sent with each dispatcher, and by hand, in bf16."""
+    """Per dispatcher, in bf16: the bytes that this rank sent, the same computed by hand, and rows sent."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     generator = torch.Generator().manual_seed(rank)
     indices = torch.rand(tokens, E, generator=generator).argsort(-1)[:, :top_k]
@@ -182,7 +182,7 @@ def test_bytes_sent(world_size: int) -> None:
     for result in results:
         for sent, by_hand, _ in result.values():
             assert sent == by_hand
-    # A token of uniform routing visits a given rank unless all K of its experts are elsewhere.
+    # With uniform routing a token visits a given rank unless all K of its experts are on other ranks.
     visits = 1 - comb(E - E // world_size, top_k) / comb(E, top_k)
     for kind, expected in {"all_to_all": top_k / world_size, "deduplicated": visits}.items():
         rows = sum(result[kind][2] for result in results) / (world_size * tokens)

@@ -1,4 +1,4 @@
-"""A checkpoint of any layout goes on under any other, and the trajectory does not notice."""
+"""A checkpoint of any layout can be resumed under any other, and the trajectory stays the same."""
 
 from itertools import product
 from pathlib import Path
@@ -24,7 +24,7 @@ FAR = [(4, 2, 3), (2, 2, 1), (4, 4, 2), (2, 1, 3), (4, 4, 1), (2, 2, 0), (4, 1, 
 
 def overrides(layout: tuple[int, int, int], data: str) -> list[str]:
     world_size, ep_size, stage = layout
-    rows = 2 if stage % 2 else 4  # the accumulation changes too
+    rows = 2 if stage % 2 else 4  # so that the number of micro-batches also differs
     return [
         f"deepspeed=zero{stage}",
         f"parallel.ep_size={ep_size}",
@@ -52,7 +52,7 @@ def save_each(layouts: list[tuple[int, int, int]], root: str, data: str) -> None
 
 
 def go_on(moves: list[tuple], root: str, data: str) -> list[Outcome]:
-    """For each (target, source): what the target makes of the steps after the source's checkpoint."""
+    """For each (target, source): the outcome of the target's steps after the source's checkpoint."""
     outcomes = []
     for target, sources in moves:
         run = SmallRun(*overrides(target, data))
@@ -71,7 +71,7 @@ def undisturbed(data: str) -> Outcome:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A prepared folder: a checkpoint takes its tokenizer along."""
+    """A prepared data folder, because a checkpoint copies its tokenizer."""
     folder = tmp_path_factory.mktemp("data")
     prepare_corpus(folder)
     return f"{folder}/prepared"
@@ -83,7 +83,7 @@ def expected(data: str) -> Outcome:
 
 
 def check_moves(moves: list[tuple], root: Path, data: str, expected: Outcome) -> None:
-    """`moves`: (target, sources). The checkpoints are written first, each by its own layout."""
+    """`moves`: (target, sources). Each source layout first writes its checkpoint."""
     sources = {source for _, chosen in moves for source in chosen}
     for world_size in (1, 2, 4):
         mine = sorted(layout for layout in sources if layout[0] == world_size)
@@ -101,7 +101,7 @@ def check_moves(moves: list[tuple], root: Path, data: str, expected: Outcome) ->
 
 
 def test_far_moves(tmp_path, data, expected):
-    """Each layout of FAR goes on from the one before it: 2 and 4 ranks, all stages, both directions."""
+    """Each layout of FAR resumes from the one before it: 2 and 4 ranks, all stages, both directions."""
     moves = [(target, [FAR[position - 1]]) for position, target in enumerate(FAR)]
     check_moves(moves, tmp_path, data, expected)
 

@@ -13,7 +13,7 @@ LAYOUTS = [
 
 @pytest.fixture(scope="module")
 def outcomes() -> dict[str, list[Outcome]]:
-    """All architectures under all layouts, in one start of the ranks."""
+    """All architectures under all layouts; the ranks are started only once."""
     runs = [
         [*model, *layout, f"parallel.ep_size={1 if DENSE[0] in model else 2}"]
         for model in FAMILY.values()
@@ -27,7 +27,7 @@ def outcomes() -> dict[str, list[Outcome]]:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", FAMILY)
 def test_two_ranks_equal_the_oracle(outcomes, name):
-    """Against autograd in fp64 in one process, which knows nothing of DeepSpeed."""
+    """The oracle is autograd in fp64 in one process, without DeepSpeed."""
     oracle = train_oracle(*FAMILY[name])
     for layout, outcome in zip(LAYOUTS, outcomes[name], strict=True):
         worst = deviation(outcome, oracle)

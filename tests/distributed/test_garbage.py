@@ -1,4 +1,4 @@
-"""Garbage is collected where a checkpoint is saved, so no tensor may wait for the collector."""
+"""Garbage is collected only when a checkpoint is saved, so no tensor may be left in a reference cycle."""
 
 import gc
 from contextlib import suppress
@@ -12,7 +12,7 @@ from trainer.ranks.runtime import garbage_collected_by_hand
 
 
 def tensors_in_cycles(*overrides: str) -> tuple[int, list[tuple[int, ...]]]:
-    """How many objects three steps leave to the collector, and the shapes of the tensors among them."""
+    """How many objects three steps leave to the garbage collector, and the shapes of tensors among them."""
     run = SmallRun("micro_batch_size=4", *overrides)
     run.train(range(1))
     gc.collect()
@@ -43,7 +43,7 @@ def tensors_in_cycles(*overrides: str) -> tuple[int, list[tuple[int, ...]]]:
 def test_no_tensor_waits_for_the_collector(overrides: list[str]) -> None:
     for objects, tensors in run_ranks(tensors_in_cycles, 2, *overrides):
         assert tensors == []
-        assert objects < 10_000, "some megabytes in the thousands of steps between checkpoints"
+        assert objects < 10_000, "too much garbage for the thousands of steps between checkpoints"
 
 
 def test_the_collector_is_as_before_however_training_ends() -> None:

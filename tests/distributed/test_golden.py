@@ -1,6 +1,6 @@
-"""Losses of ten steps, kept in files: a change that should not change the arithmetic does not change them.
+"""The losses of ten steps equal those in files: a change that keeps the arithmetic must keep them.
 
-If one should, run `python tests/distributed/test_golden.py` in the repository and say in the commit why.
+If the arithmetic has to change, run `python tests/distributed/test_golden.py` and say why in the commit.
 """
 
 import json
@@ -24,7 +24,7 @@ TOLERANCE = 1e-5
 
 
 def ten_steps() -> dict[str, dict[str, list[float]]]:
-    """The same rows in each step, so that the loss has to fall."""
+    """Train on the same rows in each step, so that the loss has to fall."""
     found = {}
     for name, model in MODELS.items():
         ep_size = 1 if DENSE[0] in model else 2

@@ -1,7 +1,7 @@
 """Gradients in bf16 are summed in fp32, over micro-batches and over ranks, under every ZeRO stage.
 
 The gradient of every weight is replaced: 256 in the first micro-batch of rank 0, 1 in all others. Between 256
-and 512 bf16 holds even numbers only, so that it would lose every 1 that is added to 256.
+and 512 bf16 has only even numbers, so a sum in bf16 would lose every 1 that is added to 256.
 """
 
 import pytest
@@ -17,9 +17,9 @@ OVERRIDES = ["dtype=bf16", "micro_batch_size=2", "optimizer.max_grad_norm=0"]
 
 
 def sums_of_a_step(*overrides: str) -> dict[str, list[float]]:
-    """The different elements of the gradients that this rank steps, by kind of parameter; padding is 0."""
+    """The distinct nonzero values in this rank's gradients, by kind of parameter (0 is padding)."""
     run = SmallRun(*OVERRIDES, *overrides)
-    scale = run.engine._averaged_over  # which DeepSpeed divides by; `backward` makes up for it in the loss
+    scale = run.engine._averaged_over  # DeepSpeed divides by this; `backward` multiplies the loss by it
     forwards = 0
 
     def count(*_: object) -> None:

@@ -1,4 +1,4 @@
-"""A training step never makes the host wait for a GPU, except where it must know how many rows there are."""
+"""In a training step the host waits for a GPU only where it must know a number of rows."""
 
 from collections.abc import Callable
 
@@ -32,7 +32,7 @@ SLOTS = ROWS * SEQ_LEN * 2  # (token, expert) pairs of the micro-batch in a spar
 
 
 def step_on_stand_in(overrides: list[str], answer: int | None = None, dispatch: bool = False) -> list[str]:
-    """One step of a small model on the device that stands in for a GPU; where the host read from it."""
+    """Run one step of a small model on the stand-in for a GPU; returns where the host read from it."""
     config = small_config(*BATCH, *overrides)
     plan, model_config = config.plan(1), config.model
     routing = TrainingRouting(0.0, config.experts.capacity_factor, [])
@@ -65,7 +65,7 @@ def step_on_stand_in(overrides: list[str], answer: int | None = None, dispatch: 
 
 
 def told() -> dict[str, str]:
-    """What the device that stands in says of each operation; empty if it lets it pass."""
+    """The error that the stand-in raises at each operation; empty if the operation is allowed."""
     said = {}
     with stand_in() as device:
         x, place = torch.ones(4, device=device.name), torch.device(device.name)
@@ -94,7 +94,7 @@ def told() -> dict[str, str]:
 
 
 def step_on_the_host() -> None:
-    """AdamW's states are offloaded, what a logged step sums up is on the device."""
+    """AdamW's states are offloaded to the host; the sums of a logged step are on the device."""
     config = small_config()
     weights = torch.nn.Linear(3, 4)
     optimizer = build_optimizer(weights, config.optimizer)
@@ -106,7 +106,7 @@ def step_on_the_host() -> None:
 
 
 def norm_of_a_dense_model() -> list[str]:
-    """Without ZeRO: no gradient of experts, and the norm is all that the host reads."""
+    """Without ZeRO and without experts, the norm is all that the host reads."""
     with stand_in(answer=1) as device:
         reduce_and_clip([torch.ones(3, device=device.name)], [], None, None, max_norm=0.5)
     return device.reads
@@ -116,14 +116,14 @@ def everything() -> tuple[dict[str, str], dict[str, list[str]], list[str], list[
     assert norm_of_a_dense_model() == ["trainer/engine/gradients.py reduce_and_clip"]
     step_on_the_host()
     steps = {name: step_on_stand_in(overrides) for name, overrides in CASES.items()}
-    spread = step_on_stand_in([], SLOTS // 2, dispatch=True)  # all experts are here: a chunk is half of it
+    spread = step_on_stand_in([], SLOTS // 2, dispatch=True)  # all experts are here: half the slots per chunk
     return told(), steps, spread, step_on_stand_in(["experts.capacity_factor=1.0"], SLOTS)
 
 
 def test_a_step_waits_for_nothing_but_how_many_rows_there_are() -> None:
-    """Any other wait raises."""
+    """Any other wait raises DeviceError."""
     [(said, steps, spread, dropping)] = run_ranks(everything, 1, timeout=200)
     assert [name for name, problem in said.items() if not problem] == ["nothing"], said
     assert steps == {name: [] for name in CASES}
     assert set(spread) == {"moe/dispatch.py wait"}
-    assert dropping == ["moe/dispatch.py __call__"] * 2, "once a sparse layer"
+    assert dropping == ["moe/dispatch.py __call__"] * 2, "once for each sparse layer"

@@ -1,4 +1,4 @@
-"""The weights that a run starts from, when the run that writes them goes on."""
+"""The weights that a run starts from: the same on all ranks, also while another run writes newer ones."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from trainer.ranks.runtime import Ranks
 
 
 def first_weight(folder: str) -> float:
-    """Each rank finds another newest checkpoint."""
+    """The first weight of the model when each rank finds a different newest checkpoint."""
     config = small_config(f"stage.init_from={folder}", "parallel.ep_size=2")
     ranks = SmallRun("parallel.ep_size=2").ranks
     trainer.checkpoints.assemble.hf_folder = lambda source: source / str(ranks.rank)
@@ -36,7 +36,7 @@ def test_all_ranks_start_from_the_same_checkpoint(tmp_path: Path):
 
 
 def built(*overrides: str) -> tuple[list[torch.Tensor], set[torch.dtype]]:
-    """The parameters that a rank starts with, and the dtypes in which it took memory for them."""
+    """The parameters that a rank starts with, and the dtypes of the memory that it allocated for them."""
     init_deepspeed(torch.device("cpu"))
     taken: set[torch.dtype] = set()
     to_empty = CausalLM.to_empty
@@ -54,7 +54,7 @@ def built(*overrides: str) -> tuple[list[torch.Tensor], set[torch.dtype]]:
 
 
 def same_in_bf16(dense: str) -> list[tuple[bool, set[torch.dtype]]]:
-    """Of each way to first weights: whether those in bf16 are the rounded ones in fp32; dtypes taken."""
+    """For each source of weights: whether bf16 weights are the rounded fp32 ones; the dtypes allocated."""
     upcycle = ["model.moe_intermediate_size=16", "model.num_experts_per_tok=4"]
     upcycle += ["init.upcycle=split", "init.upcycle_noise=0.1"]
     ways = [
@@ -78,4 +78,4 @@ def test_a_model_takes_the_memory_of_its_dtype_and_the_values_of_fp32(tmp_path: 
     for found in run_ranks(same_in_bf16, 2, str(tmp_path)):
         *others, upcycled = found
         assert others == [(True, {torch.bfloat16})] * 3
-        assert upcycled == (True, {torch.float32}), "its arithmetic is done before values are rounded"
+        assert upcycled == (True, {torch.float32}), "upcycling computes in fp32 before it rounds"

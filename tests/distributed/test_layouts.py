@@ -1,4 +1,4 @@
-"""However batch and experts are cut over ranks, three steps give the same losses and parameters."""
+"""Three steps give the same losses and parameters, however batch and experts are split over ranks."""
 
 from itertools import product
 
@@ -65,14 +65,14 @@ def test_every_layout_equals_the_oracle(oracle, layouts, world_size):
 
 
 def test_the_micro_batch_loss_depends_on_the_cut(oracle):
-    """The comparison above would notice a loss that is not the global batch's."""
+    """The comparison above would fail for a loss that is not that of the global batch."""
     naive = run_ranks(run_many, 1, [["balance=micro_batch", micro_batches_per_step(1, 4)]])[0][0]
     assert deviation(naive, oracle)["balance_losses"] > 1e-3
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_bf16_follows_fp32(oracle, stage):
-    """bf16 is noise, here up to 2e-3; a factor, a lost gradient, or Adam off by a step would show."""
+    """bf16 adds noise, here up to 2e-3; a wrong factor, a lost gradient or Adam off by a step adds more."""
     layout = [f"deepspeed=zero{stage}", micro_batches_per_step(2, 4), "dtype=bf16", "parallel.ep_size=2"]
     worst = deviation(run_ranks(run_many, 2, [layout])[0][0], oracle)
     assert worst["losses"] < 1e-3

@@ -11,10 +11,10 @@ from layouts import SmallRun
 
 from trainer.models import bytes_per_rank
 
-# many small tensors: batches, and one gradient that a hook of DeepSpeed still holds, are nothing beside them
+# many small tensors, so that batches and one gradient that a hook of DeepSpeed still holds hardly count
 LARGER = ["model.hidden_size=128", "model.num_attention_heads=4", "model.head_dim=64", "model.vocab_size=512"]
 LARGER += ["model.num_hidden_layers=8", "model.num_experts=16", "model.moe_intermediate_size=32"]
-# the table counts DeepSpeed's buffers apart
+# the table counts DeepSpeed's buffers separately
 ZERO = "++deepspeed.zero_optimization"
 NO_BUFFERS = [f"{ZERO}.reduce_bucket_size=10000", f"{ZERO}.sub_group_size=10000"]
 NO_BUFFERS += [f"{ZERO}.stage3_param_persistence_threshold=1000"]
@@ -27,7 +27,7 @@ def tensors() -> list[torch.Tensor]:
 
 
 def bytes_of(found: list[torch.Tensor], but: list[torch.Tensor]) -> int:
-    """Bytes of the storages of tensors, without the storages of others."""
+    """Bytes of the storages of tensors `found`, without those of the tensors `but`."""
     storages, others = (
         {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in some}
         for some in (found, but)
@@ -36,15 +36,15 @@ def bytes_of(found: list[torch.Tensor], but: list[torch.Tensor]) -> int:
 
 
 def held_at_most(dtype: str, stage: int, ep_size: int) -> tuple[int, float]:
-    """Bytes that this rank holds after the backwards of its second step, and what the table says."""
-    before = [weakref.ref(tensor) for tensor in tensors()]  # some of an earlier engine may go meanwhile
+    """The most bytes that this rank holds after a backward of its second step, and what the table says."""
+    before = [weakref.ref(tensor) for tensor in tensors()]  # weak: those of an earlier engine may be freed
     layout = [f"dtype={dtype}", f"deepspeed=zero{stage}", f"parallel.ep_size={ep_size}", "micro_batch_size=4"]
     run = SmallRun(*LARGER, *layout, *(NO_BUFFERS if stage else []))
     step, seen = run.engine._engine.step, []
 
     def look_and_step() -> None:  # called after every micro-batch
         still = [tensor for ref in before if (tensor := ref()) is not None]
-        # gradients that no Python code has seen are no Python objects yet
+        # gc does not list gradients that no Python code has accessed: they are no Python objects yet
         gradients = [p.grad for p in run.engine.module.parameters() if p.grad is not None]
         seen.append(bytes_of([*tensors(), *gradients], still))
         step()

@@ -30,7 +30,7 @@ LAYOUTS = [
 
 
 class Clones:
-    """Squares of what the optimizer changes, by kind, from copies of all that it steps."""
+    """Sums of the squared changes that the optimizer makes, by kind, from copies of what it steps."""
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self.squares = torch.zeros(len(KINDS), dtype=torch.float64)
@@ -135,16 +135,16 @@ def test_every_layout_measures_the_same(oracle: dict, world_size: int) -> None:
         assert found["mine"] == [rank + 1 for rank in range(world_size)]
         assert found["sums"]["layers"]["logit_range"] == pytest.approx(oracle["range"], rel=TOLERANCE)
         assert torch.equal(found["load"].float(), oracle["load"].float())
-        # every gradient that is no zero lies in a bin, once
+        # every nonzero gradient is counted in one bin
         counted = {kind: sum(row) for kind, row in found["gradient_histogram"].items()}
         assert counted["router"] == found["size/router"], overrides
         assert all(0 < counted[kind] <= found[f"size/{kind}"] for kind in KINDS), overrides
-        # what the parts of the step took lies inside the step, and nothing is missing
+        # all parts of the step were measured, and together they take no longer than the step
         parts = found["parts"]
         assert set(parts) == {"communication", "forward", "backward", "optimizer"}
         assert min(parts.values()) > 0
         assert sum(parts.values()) <= found["elapsed"]
-        # no slot is lost on the way: what all ranks routed, all ranks received
+        # no slot is lost: all ranks together receive as many slots as they route
         _, routed, received = (
             sum(values) for values in zip(*(r[number]["traffic"] for r in ranks), strict=True)
         )

@@ -25,7 +25,7 @@ def test_offload_trains_as_without(dtype):
 
 
 def save_and_go_on(folder: str, data: str) -> list[Outcome]:
-    """Steps after a checkpoint of an offloaded run: its own, and those of runs of other layouts."""
+    """The steps after a checkpoint of an offloaded run, done by that run and by runs that restore it."""
     keys = [*LAYOUT, f"data.dir={data}", "checkpoint.background=false"]
 
     def checkpoints(run: SmallRun) -> Checkpoints:

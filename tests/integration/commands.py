@@ -34,14 +34,14 @@ SMALL = [
 ]
 
 
-# Two ranks of bit-equal runs in fp32: on the CPU, however many GPUs the machine has.
+# Runs with two ranks in fp32 that must be bit-equal: on the CPU, even if the machine has GPUs.
 ENVIRONMENT = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
 
 
 def python(
     *arguments: str, cwd: Path, timeout: float = 120, env: Mapping[str, str] = ENVIRONMENT
 ) -> subprocess.CompletedProcess[str]:
-    """`python -m ...` in a folder, with the output kept."""
+    """Run `python -m ...` in a folder and capture its output."""
     command = [sys.executable, "-m", *arguments]
     return subprocess.run(
         command, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout, check=False
@@ -49,7 +49,7 @@ def python(
 
 
 def prepare_corpus(folder: Path) -> list[str]:
-    """Overrides that name a prepared corpus of two sources, 512 ids, made of short sentences."""
+    """Prepare a corpus of short sentences with two sources and 512 token ids; returns overrides for it."""
     for source in ("text", "second"):
         lines = [
             f"The {source} number {n} follows {n - 1}, and {n * n} is its square.\n" * 3 for n in range(400)
@@ -80,7 +80,7 @@ def weights(run_dir: Path) -> dict[str, torch.Tensor]:
 
 
 def assert_same_run(a: Path, b: Path) -> None:
-    """Bit-equal metrics of every step (the last attempt counts) and final weights."""
+    """Assert bit-equal metrics of every step (the last attempt counts) and bit-equal final weights."""
     exact = ("loss", "balance_loss", "grad_norm", "learning_rate", "max_violation")
     histories = [{line["step"]: [line[key] for key in exact] for line in metrics(run)} for run in (a, b)]
     assert histories[0] == histories[1]
@@ -94,11 +94,11 @@ def last_step(run_dir: Path) -> int:
 
 
 def ranks_of(launcher: subprocess.Popen) -> list[int]:
-    """Process ids of the ranks that run, in their order."""
+    """Process ids of the running ranks, in order of rank."""
     path = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children")
     return [int(child) for child in path.read_text().split()] if path.exists() else []
 
 
 def kill_a_rank(launcher: subprocess.Popen) -> None:
-    """kill -9 of the last rank, as the kernel does when memory runs out."""
+    """Send kill -9 to the last rank, as the kernel does when memory runs out."""
     os.kill(ranks_of(launcher)[-1], signal.SIGKILL)

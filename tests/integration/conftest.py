@@ -1,4 +1,4 @@
-"""A small prepared corpus and runs on it."""
+"""A small prepared corpus, and small training runs on it."""
 
 import subprocess
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from commands import SMALL, prepare_corpus, python
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Overrides that name a prepared corpus of two sources, 512 ids, made of short sentences."""
+    """Overrides for a prepared corpus of short sentences with two sources and 512 token ids."""
     return prepare_corpus(tmp_path_factory.mktemp("corpus"))
 
 
@@ -22,5 +22,5 @@ def small(corpus: list[str]) -> list[str]:
 
 @pytest.fixture
 def train(small: list[str], tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """`train("name=a", ...)`: a small training run in a folder of the test's own."""
+    """`train("name=a", ...)`: a small training run in the test's own folder."""
     return lambda *overrides: python(*small, *overrides, cwd=tmp_path)

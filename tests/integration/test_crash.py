@@ -1,4 +1,4 @@
-"""Runs that are killed at random moments, and checkpoints that are damaged: what was saved is never lost."""
+"""Runs killed at random moments, and damaged checkpoints: a run always resumes from what was saved."""
 
 import os
 import random
@@ -17,7 +17,7 @@ from trainer.settings.run_folder import checkpoints
 
 
 def kill_at_random(arguments: list[str], cwd: Path, run_dir: Path, chance: random.Random) -> str | None:
-    """Start, wait, kill -9 a rank or all. Returns what was killed, None if the run ended before."""
+    """Start a run, wait, kill -9 one rank or all. Returns what was killed, or None if the run ended first."""
     whom = chance.choice(["rank 0", "rank 1", "all"])
     reached, early = last_step(run_dir) if (run_dir / "metrics.jsonl").exists() else 0, chance.random() < 0.2
     with subprocess.Popen(
@@ -28,10 +28,10 @@ def kill_at_random(arguments: list[str], cwd: Path, run_dir: Path, chance: rando
         stderr=subprocess.STDOUT,
     ) as launcher:
         deadline = time.monotonic() + 90
-        while not early and launcher.poll() is None:  # `early`: while it starts, loads, or has barely begun
+        while not early and launcher.poll() is None:  # `early`: kill it at its start or first steps
             if (run_dir / "metrics.jsonl").exists() and last_step(run_dir) > reached:
                 break
-            assert time.monotonic() < deadline, "the run does not get on"
+            assert time.monotonic() < deadline, "the run makes no progress"
             time.sleep(0.01)
         time.sleep(chance.uniform(1, 6) if early else chance.uniform(0, 0.5))
         if launcher.poll() is not None:
@@ -61,7 +61,7 @@ def survive(small: list[str], tmp_path: Path, kills: int, steps: int) -> None:
     killed: list[str] = []
     while len(killed) < kills:
         whom = kill_at_random(arguments, tmp_path, run_dir, chance)
-        if whom is None:  # it reached the end: take it back by a few steps
+        if whom is None:  # the run has ended: set it back to an older checkpoint
             for path in checkpoints(run_dir)[:-1]:
                 shutil.rmtree(path)
             continue
@@ -72,12 +72,12 @@ def survive(small: list[str], tmp_path: Path, kills: int, steps: int) -> None:
             arguments = ["trainer.resume", "runs/killed"]
     finished = python("trainer.resume", "runs/killed", cwd=tmp_path)
     assert finished.returncode == 0, finished.stdout + finished.stderr
-    assert len(list((run_dir / "checkpoints").iterdir())) == 3, "what crashes left is gone"
+    assert len(list((run_dir / "checkpoints").iterdir())) == 3, "leftovers of crashes must be removed"
     assert_same_run(tmp_path / "runs/straight", run_dir)
 
 
 def test_a_rank_that_dies_before_it_joins_ends_the_others(small, tmp_path):
-    """They wait for it where no broken connection tells them: the launcher has to."""
+    """No connection breaks for the ranks that wait for it, so the launcher has to end them."""
     arguments = [sys.executable, "-m", *small, "name=dead"]
     with subprocess.Popen(arguments, cwd=tmp_path, env=ENVIRONMENT, stderr=subprocess.PIPE) as launcher:
         try:
@@ -116,7 +116,7 @@ def flip_a_bit(path: Path) -> None:
 
 
 def test_resume_falls_back_to_the_newest_whole_checkpoint(train, tmp_path):
-    """Each newer one damaged in another way, `latest` gone; the run ends as if nothing had happened."""
+    """Each newer one is damaged differently, `latest` names a missing one; the run ends as without damage."""
     every = ["checkpoint.every_steps=1", "checkpoint.keep=9"]
     assert train("name=straight", *every).returncode == 0
     run_dir = tmp_path / "runs/broken"
@@ -148,12 +148,12 @@ def test_resume_falls_back_to_the_newest_whole_checkpoint(train, tmp_path):
     for path in checkpoints(run_dir):
         (path / "balance.pt").unlink()
     refused = python("trainer.resume", "runs/broken", cwd=tmp_path)
-    assert refused.returncode == 2, "never from step 0 unasked"
-    assert refused.stdout.count("holds no whole checkpoint") == 1, "said once, not by each rank"
+    assert refused.returncode == 2, "a run must not restart from step 0 by itself"
+    assert refused.stdout.count("holds no whole checkpoint") == 1, "one message, not one of each rank"
 
 
 def test_resume_on_another_layout(train, tmp_path):
-    """Recorded in the folder, so that the next resume goes on with it; other keys are refused by name."""
+    """The layout is recorded in the folder and later resumes use it; other keys are refused by name."""
     assert train("name=straight").returncode == 0
     run_dir = tmp_path / "runs/moved"
     shutil.copytree(tmp_path / "runs/straight", run_dir)
@@ -186,7 +186,7 @@ def test_a_run_that_goes_on_does_not_need_the_weights_it_started_from(train, tmp
     two = ["name=two", f"stage.init_from={tmp_path}/runs/one"]
     assert train(*two).returncode == 0
     shutil.rmtree(tmp_path / "runs/one")
-    assert train(*two).returncode == 0, "the command checks the configuration, and then its ranks do"
+    assert train(*two).returncode == 0, "neither the command nor its ranks may need runs/one"
     refused = train("name=three", *two[1:])
     assert refused.returncode == 2
     assert "runs/one is not a folder" in refused.stderr

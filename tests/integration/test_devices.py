@@ -1,4 +1,4 @@
-"""Runs on machines that look as if they had GPUs, and runs that ask for what is not there."""
+"""Runs on a machine that seems to have a GPU, and runs that ask for a device that does not exist."""
 
 import json
 import subprocess
@@ -8,18 +8,18 @@ from pathlib import Path
 import pytest
 from commands import ENVIRONMENT, assert_same_run, python
 
-# A machine with one GPU, on which the least that would open a CUDA context raises.
+# A machine with one GPU, on which every call that would open a CUDA context raises.
 FAKED = """
 import os, sys
 import torch
 asked = []
 
-def is_available():  # as CUDA does: the variable counts when it is asked first
+def is_available():  # as in CUDA, the variable counts only at the first call
     if not asked:
         asked.append(os.environ.get("CUDA_VISIBLE_DEVICES") != "")
     return asked[0]
 
-def opens(name):  # a function of its own for each name, which torch._dynamo wants
+def opens(name):  # torch._dynamo needs a separate function for each name
     def opened(*arguments, **keywords):
         raise AssertionError(f"{name} opens a CUDA context")
     return opened
@@ -39,7 +39,7 @@ ALONE = ["name=a", "stage.train_tokens=1024", "parallel.nproc_per_node=1", "para
 
 
 def on_a_machine_with_a_gpu(module: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """`python -m trainer.MODULE ARGUMENTS` there, one rank."""
+    """Run `python -m trainer.MODULE ARGUMENTS` with one rank on such a machine."""
     place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
     place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     environment = {key: value for key, value in ENVIRONMENT.items() if key != "CUDA_VISIBLE_DEVICES"}
@@ -70,7 +70,7 @@ def test_a_run_on_the_cpu_opens_no_context_on_a_machine_with_a_gpu(frozen, tmp_p
     first = done.stdout.splitlines()[0]
     assert "on the CPU (experts loop, attention per document), 1 ranks" in first
     environment = json.loads((run_dir / "environment.json").read_text())
-    assert environment["packages"]["torch"], "what was frozen stays"
+    assert environment["packages"]["torch"], "the frozen entries must stay"
     assert environment["attempts"]["1"]["device"] == "the CPU"
     assert environment["attempts"]["1"]["backends"] == {"experts": "loop", "attention": "per document"}
     for command in (("evaluate", str(run_dir)), ("generate", str(run_dir), "The", "--tokens=2")):
@@ -92,9 +92,9 @@ def test_a_device_that_is_not_there_is_one_message_before_anything_is_built(trai
     assert "Traceback" not in done.stderr
     message = "device=cuda cannot be used: CUDA_VISIBLE_DEVICES= hides every GPU; unset it; or use device=cpu"
     assert done.stderr.count(message) == 1
-    assert "logs are in" not in done.stderr, "there are none"
+    assert "logs are in" not in done.stderr, "there are no logs"
     done = train("name=a", "device=cpu")
-    assert done.returncode == 0, "the name is free: no rank had begun\n" + done.stdout + done.stderr
+    assert done.returncode == 0, "the name must be free, as no rank had started\n" + done.stdout + done.stderr
     refused = python("trainer.resume", "runs/a", "device=cuda", cwd=tmp_path)
     assert refused.returncode == 2
     assert message in refused.stderr
@@ -103,11 +103,11 @@ def test_a_device_that_is_not_there_is_one_message_before_anything_is_built(trai
     assert done.returncode == 2
     assert "device=gpu is unknown; use auto, cuda, cpu" in done.stderr
     assert "experts.backend=liger: its kernels promise no equal bits" in done.stderr
-    assert not (tmp_path / "runs/b/config.yaml").exists(), "seen before anything is started"
+    assert not (tmp_path / "runs/b/config.yaml").exists(), "must be refused before anything is started"
 
 
 def test_a_deterministic_run_goes_through_all_that_torch_would_refuse(train, tmp_path):
-    """On a CPU torch refuses fewer operations; that the bits are those of a run without it can be seen."""
+    """On a CPU torch refuses fewer operations than on a GPU; both settings must give the same bits."""
     model = ["model=tiny_qwen3_next", "model.vocab_size=512", "model.num_hidden_layers=4", "tracker.watch=2"]
     for name, deterministic in (("a", "true"), ("b", "false")):
         done = train(f"name={name}", *model, f"deterministic={deterministic}", "experts.capacity_factor=2.0")

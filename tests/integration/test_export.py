@@ -1,4 +1,4 @@
-"""`python -m trainer.export` and `trainer.evaluate`: out of real runs, killed, misused, measured."""
+"""`python -m trainer.export` and `trainer.evaluate`: on real runs, after a kill, with wrong arguments."""
 
 import json
 import os
@@ -30,7 +30,7 @@ MB = 10**6
 SHORT = ["stage.train_tokens=1024", "optimizer.lr=5e-3", "evaluate.every_steps=2"]  # two steps
 DENSE = ["model=tiny_dense", "model.num_experts=0", "parallel.ep_size=1", "model.intermediate_size=96"]
 SOURCES = ("loss/text", "loss/second")
-# of config.json of Qwen3-30B-A3B, but for max_window_layers and output_router_logits, which say nothing here
+# keys of config.json of Qwen3-30B-A3B, except max_window_layers and output_router_logits (no effect here)
 RELEASED_KEYS = {
     *("architectures", "attention_bias", "attention_dropout", "bos_token_id", "decoder_sparse_step"),
     *("eos_token_id", "head_dim", "hidden_act", "hidden_size", "initializer_range", "intermediate_size"),
@@ -60,7 +60,7 @@ SHAPE = ModelConfig(
 
 
 def run_export(source: Path, out: Path, *arguments: str) -> int:
-    """The command line in this process: starting another takes seconds."""
+    """Run the command line in this process, because a new process takes seconds to start."""
     return export.main([str(source), str(out), *arguments])
 
 
@@ -92,7 +92,7 @@ def small_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def large_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """340 MB in shards of 40."""
+    """A folder of 340 MB in shards of 40 MB."""
     large = ModelConfig(
         **{**vars(SHAPE), "hidden_size": 512, "num_experts": 32, "moe_intermediate_size": 416}
     )
@@ -112,7 +112,7 @@ def large_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ids=["zero3-ep2", "zero2-ep2-bf16", "zero1-ep1", "dense"],
 )
 def test_a_run_goes_to_the_hub(train, tmp_path, layout):
-    """transformers loads the export and computes what the run computed; evaluate says what the run said."""
+    """transformers computes our logits from the export, and evaluate prints the losses of the run."""
     trained = train("name=a", *SHORT, *layout)
     assert trained.returncode == 0, trained.stdout + trained.stderr
     done = python("trainer.export", "runs/a", "out", "--max-shard-size", "200KB", cwd=tmp_path)
@@ -153,7 +153,7 @@ def test_a_run_goes_to_the_hub(train, tmp_path, layout):
 
 @pytest.mark.slow
 def test_a_dense_run_is_upcycled(train, tmp_path):
-    """One step at a rate of nothing leaves the held-out loss of the dense run, on two ranks with EP 2."""
+    """One step at a rate near zero keeps the held-out loss of the dense run, on two ranks with EP 2."""
     assert train("name=dense", *SHORT, *DENSE).returncode == 0
     upcycled = ["stage.init_from=runs/dense", "init.upcycle=split", "stage.train_tokens=512"]
     upcycled += ["evaluate.every_steps=1", "optimizer.lr=1e-30", "schedule.warmup_steps=0"]
@@ -254,7 +254,7 @@ sys.exit(code)
 
 
 def peak_bytes(source: Path, out: Path, *arguments: str) -> int:
-    """Of the resident memory of one export. ru_maxrss of a child would begin with that of this process."""
+    """Peak resident memory of one export; ru_maxrss of a child would start at that of this process."""
     command = [sys.executable, "-c", PEAK, str(source), str(out), "--max-shard-size", "30MB", *arguments]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=120, check=True)
     return int(done.stdout.split()[-2]) * 1024
@@ -264,7 +264,7 @@ def peak_bytes(source: Path, out: Path, *arguments: str) -> int:
     "arguments", [[], pytest.param(["--dtype", "bf16"], marks=pytest.mark.slow)], ids=str
 )
 def test_memory_stays_below_two_shards(small_folder, large_folder, tmp_path, arguments):
-    """What the export of 340 MB takes beyond that of next to nothing; also while it converts."""
+    """The memory that an export of 340 MB takes beyond a tiny export, also when it converts the dtype."""
     held = sum(path.stat().st_size for path in large_folder.glob("*.safetensors"))
     assert held > 300 * MB
     taken = peak_bytes(large_folder, tmp_path / "large", *arguments)
@@ -280,7 +280,7 @@ def test_a_killed_export_goes_on(large_folder, tmp_path):
     deadline = time.monotonic() + 60
     while len(list(out.glob("model-*"))) < 3 or not list(out.glob(".model-*")):
         assert time.monotonic() < deadline
-        assert process.poll() is None, "it was too fast to be killed"
+        assert process.poll() is None, "the export ended before it could be killed"
     process.send_signal(signal.SIGKILL)
     process.wait(timeout=10)
     assert not (out / "config.json").exists()
@@ -307,7 +307,7 @@ def test_a_flipped_bit_is_found(small_folder, tmp_path, capsys):
 
 
 def test_an_out_of_something_else_is_refused(small_folder, tmp_path, capsys):
-    """By the name of what it holds; what is there stays."""
+    """The message names what the folder holds, and its files stay unchanged."""
     other, out, mine = make_folder(tmp_path / "other/hf", SHAPE, seed=1), tmp_path / "out", tmp_path / "mine"
     assert run_export(other, out) == 0
     mine.mkdir()
@@ -356,7 +356,7 @@ def test_sources_that_are_none(module, tmp_path, capsys):
 
 
 def test_shards_read_as_the_library_reads(small_folder, tmp_path):
-    """Our own writer keeps to the format: aligned data, shapes, the metadata that transformers wants."""
+    """Our own writer follows the format: aligned data, shapes, the metadata that transformers needs."""
     assert run_export(small_folder, tmp_path / "out", "--max-shard-size", "300KB") == 0
     back = CausalLM(SHAPE)
     load_hf(back, tmp_path / "out")

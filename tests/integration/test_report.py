@@ -1,4 +1,4 @@
-"""A report of real runs, looked at in a real browser; and the profile of one."""
+"""The report of real runs, viewed in a real browser, and the profile of one run."""
 
 import base64
 import json
@@ -37,7 +37,7 @@ def report(*paths: str, cwd: Path) -> str:
 
 
 def test_metrics_say_what_the_documents_define(runs, repository):
-    """Every key of a real run is in docs/monitoring.md, and every key there is in a run (or says when)."""
+    """Every key of a real run is in docs/monitoring.md, and, with few exceptions, the other way round."""
     lines = [json.loads(line) for line in (runs / "runs/s/0/metrics.jsonl").read_text().splitlines()]
     step = next(line for line in lines if line["step"] == 4 and "loss" in line)
     table = (repository / "docs/monitoring.md").read_text()
@@ -71,7 +71,7 @@ def test_metrics_say_what_the_documents_define(runs, repository):
 
 def test_a_report_is_one_file_with_its_pictures(runs):
     page = report("runs/s/0", cwd=runs)
-    assert not re.search(r"https?://|<script|<link", page), "nothing from a network"
+    assert not re.search(r"https?://|<script|<link", page), "the page must load nothing from a network"
     pictures = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
     assert len(pictures) == 5
     for picture in pictures:
@@ -95,7 +95,7 @@ def test_a_sweep_is_a_table_with_the_best_point_first(runs):
 
 
 def test_a_crashed_run_is_reported_as_far_as_it_came(runs, tmp_path):
-    """State `running`, a torn last line, a step done again, no evaluation, a name that is no HTML."""
+    """State `running`, a half last line, a repeated step, no evaluation, a name that HTML must escape."""
     folder = tmp_path / "crashed"
     shutil.copytree(runs / "runs/s/0", folder, ignore=shutil.ignore_patterns("checkpoints", "report"))
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -109,7 +109,7 @@ def test_a_crashed_run_is_reported_as_far_as_it_came(runs, tmp_path):
     )
     (folder / "alarms.jsonl").write_text('{"step": 2, "kind": "data stall", "text": "a < b", "attempt": 1}\n')
     page = report("crashed", cwd=tmp_path)
-    assert "loss 77.125" in page, "what was said last"
+    assert "loss 77.125" in page, "the last logged loss must be shown"
     assert "step 2 of 8" in page
     assert "&lt;b&gt;s&lt;/b&gt;" in page
     assert "data stall</b> at step 2: a &lt; b" in page
@@ -124,7 +124,7 @@ def test_nothing_to_report_is_one_message(tmp_path):
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: apt-get install chromium")
 def test_a_browser_shows_it(runs, tmp_path):
-    """What a person sees: the words are there, and the picture is neither blank nor cut off."""
+    """The page shows its words, and a screenshot of it is neither blank nor cut off."""
     report("runs/s/0", cwd=runs)
     page = (runs / "runs/s/0/report/report.html").resolve().as_uri()
     browser = [
@@ -146,13 +146,13 @@ def test_a_browser_shows_it(runs, tmp_path):
     for name, first, last in [("cards", 100, 300), ("pictures", 350, 900), ("more pictures", 1000, 1900)]:
         part = pixels[first:last]
         assert part.std() > 0.05, f"{name}: blank"
-        assert len(np.unique(part.reshape(-1, 3), axis=0)) > 100, f"{name}: hardly a colour"
-    assert pixels[:, :20].std() < 0.02, "the margin is a margin"
+        assert len(np.unique(part.reshape(-1, 3), axis=0)) > 100, f"{name}: too few colours"
+    assert pixels[:, :20].std() < 0.02, "the left margin must be empty"
 
 
 @pytest.mark.slow
 def test_a_profile_leaves_a_trace_and_the_run_as_it_was(runs):
-    """In Perfetto's format, with the ten largest costs and the collectives, dispatch among them."""
+    """The trace is in Perfetto's format; a text lists the ten largest costs and the collectives."""
     run_dir = runs / "runs/s/1"
     before = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*") if path.name != ".lock"}
     done = python("trainer.profile", "runs/s/1", "--steps", "2", cwd=runs)
@@ -163,11 +163,11 @@ def test_a_profile_leaves_a_trace_and_the_run_as_it_was(runs):
     for rank in (0, 1):
         events = json.loads((run_dir / f"profile/rank-{rank}.json").read_text())["traceEvents"]
         names = {event.get("name") for event in events}
-        assert {"ProfilerStep#2", "ProfilerStep#3"} <= names, "two steps after two of warm-up"
+        assert {"ProfilerStep#2", "ProfilerStep#3"} <= names, "two steps after two warm-up steps"
         assert "aten::mm" in names
     said = (run_dir / "profile/rank-0.txt").read_text()
     table = said.split("collective ")[0].splitlines()
     rules = [number for number, line in enumerate(table) if line.startswith("---")]
-    assert rules[2] - rules[1] - 1 == 10, "ten costs"
+    assert rules[2] - rules[1] - 1 == 10, "the table must list ten costs"
     assert "all_to_all_single" in said.split("collective ")[1]
     assert "all_gather_into_tensor" in said.split("collective ")[1]

@@ -1,4 +1,4 @@
-"""Runs as a user starts them: learning, stopping, resuming, and every mistake met with one clear message."""
+"""Runs as a user starts them: they learn, stop and resume, and every mistake gives one clear message."""
 
 import json
 import re
@@ -59,7 +59,7 @@ def test_a_run_learns_and_leaves_a_folder_that_transformers_loads(train, tmp_pat
     ids=["zero1", "zero3-bf16", "zero2-prior-bias", "zero0"],
 )
 def test_interrupted_equals_straight(train, small, tmp_path, layout):
-    """Stopped by a signal, resumed, killed, resumed again: bit for bit the run that nobody touched."""
+    """A run that is stopped, resumed, killed and resumed again equals an undisturbed run bit for bit."""
     straight = train("name=straight", *layout)
     assert straight.returncode == 0, straight.stdout + straight.stderr
     run_dir = tmp_path / "runs/broken"
@@ -79,7 +79,7 @@ def test_interrupted_equals_straight(train, small, tmp_path, layout):
 def interrupt(
     arguments: list[str], cwd: Path, run_dir: Path, step: int, how: Callable[[subprocess.Popen], None]
 ) -> int:
-    """Start a run, do `how` to its launcher once `step` is logged, and return the exit code."""
+    """Start a run, call `how` with its launcher once `step` is logged, and return the exit code."""
     with subprocess.Popen(
         [sys.executable, "-m", *arguments],
         cwd=cwd,
@@ -90,7 +90,7 @@ def interrupt(
         try:
             deadline = time.monotonic() + 90
             while not (run_dir / "metrics.jsonl").exists() or last_step(run_dir) < step:
-                assert time.monotonic() < deadline, "the run does not get on"
+                assert time.monotonic() < deadline, "the run makes no progress"
                 assert process.poll() is None, process.stdout.read().decode()
                 time.sleep(0.01)
             how(process)
@@ -100,7 +100,7 @@ def interrupt(
 
 
 def test_an_attempt_that_was_taken_over_leaves_the_state_alone(small, tmp_path):
-    """As on a node that was cut off: another attempt runs elsewhere, and this one comes back."""
+    """As on a node that was cut off and returns after another attempt has taken over the run elsewhere."""
     taken = {"attempt": 7, "state": "stopped"}
 
     def take_over(launcher: subprocess.Popen) -> None:
@@ -108,7 +108,7 @@ def test_an_attempt_that_was_taken_over_leaves_the_state_alone(small, tmp_path):
         launcher.send_signal(signal.SIGINT)
 
     arguments = [*small, "name=old", "stage.train_tokens=409600", "evaluate.every_steps=0"]
-    assert interrupt(arguments, tmp_path, tmp_path / "runs/old", 1, take_over) == 1, "it cannot save"
+    assert interrupt(arguments, tmp_path, tmp_path / "runs/old", 1, take_over) == 1, "it must not save"
     assert json.loads((tmp_path / "runs/old/state").read_text()) == taken
 
 
@@ -152,7 +152,7 @@ def test_a_dense_model_trains(train, tmp_path, stage):
 
 
 def test_a_full_disk_keeps_the_last_checkpoint(train, tmp_path):
-    """The folder of the next checkpoint cannot be made: as a full or read-only disk answers."""
+    """The folder of the next checkpoint cannot be created, as on a full or read-only disk."""
     assert train("name=full", "stage.train_tokens=2048").returncode == 0
     run_dir = tmp_path / "runs/full"
     before = weights(run_dir)
@@ -160,14 +160,14 @@ def test_a_full_disk_keeps_the_last_checkpoint(train, tmp_path):
     (run_dir / "checkpoints/.step-00000008.attempt-2").write_text("in the way")
     done = python("trainer.resume", "runs/full", cwd=tmp_path)
     assert done.returncode == 1
-    assert done.stdout.count("cannot write the checkpoint of step 8") == 1, "said once, not by each rank"
+    assert done.stdout.count("cannot write the checkpoint of step 8") == 1, "not a message per rank"
     assert json.loads((run_dir / "state").read_text())["state"] == "failed"
     after = weights(run_dir)
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_two_starts_of_one_name_never_mix(small, tmp_path):
-    """Whichever is first, the other is refused, and the frozen configuration is the one that ran."""
+    """One of them is refused, and the frozen configuration is that of the run that was started."""
     rates = ("1e-3", "5e-3")
     starts = [
         subprocess.Popen(
@@ -186,7 +186,7 @@ def test_two_starts_of_one_name_never_mix(small, tmp_path):
 
 
 def test_evaluation_leaves_training_alone(train, tmp_path):
-    """Held-out rows pass through the same model; no count, prior, bias or random number may move."""
+    """Held-out rows pass through the same model and must change no count, prior, bias or random state."""
     balance = ["balance.mode=prior_buffer", "balance.bias_update_rate=0.01", "checkpoint.every_steps=8"]
     assert train("name=never", *balance, "evaluate.every_steps=0").returncode == 0
     assert train("name=always", *balance, "evaluate.every_steps=1").returncode == 0
@@ -207,7 +207,7 @@ def test_the_same_configuration_goes_on_and_another_is_refused(train, tmp_path):
 
 
 def test_an_overflow_stops_and_keeps_the_last_good_checkpoint(train, tmp_path):
-    # the first update throws the weights far out; the backward of the next step overflows
+    # the first update makes the weights huge, so that the backward of the next step overflows
     wild = ["optimizer.lr=1e30", "schedule=constant", "checkpoint.every_steps=1", "evaluate.every_steps=0"]
     broken = train("name=wild", *wild)
     assert broken.returncode == 1
@@ -225,14 +225,14 @@ def test_a_loss_that_is_no_number_names_step_rank_and_rows(train, tmp_path):
     for file in folder.glob("*.safetensors"):
         tensors = load_file(file)
         if "model.embed_tokens.weight" in tensors:
-            tensors["model.embed_tokens.weight"][0] = float("nan")  # <|endoftext|>: in some rows, not in all
+            tensors["model.embed_tokens.weight"][0] = float("nan")  # <|endoftext|>, in some rows only
             save_file(tensors, file, metadata={"format": "pt"})
     broken = train("name=nan", *untied, f"stage.init_from={folder}")
     assert broken.returncode == 1
     found = re.findall(r"rank (\d), rows \[(\d+), (\d+)\]", broken.stdout)
     assert "not finite at step 1" in broken.stdout
     assert found, broken.stdout
-    assert all((int(first) // 2) % 2 == int(rank) for rank, first, _ in found), "dealt in turn, two at a time"
+    assert all((int(first) // 2) % 2 == int(rank) for rank, first, _ in found), "two rows per rank in turn"
 
 
 @pytest.mark.parametrize(
@@ -257,7 +257,7 @@ def test_mistakes_exit_with_2_and_one_message(train, tmp_path, overrides, messag
     assert done.returncode == 2, done.stdout + done.stderr
     assert message in done.stderr
     assert "Traceback" not in done.stderr
-    assert not (tmp_path / "runs/a/state").exists(), "nothing was started"
+    assert not (tmp_path / "runs/a/state").exists(), "nothing may be started"
 
 
 def test_a_stage_starts_from_the_weights_of_another(train, tmp_path):

@@ -1,4 +1,4 @@
-"""The four stages in a chain, as the demo experiments have them, on a smaller model."""
+"""The four stages of the demo experiments in a chain, on a smaller model."""
 
 import json
 import math
@@ -20,7 +20,7 @@ SMALL = [
     "evaluate.every_steps=0",
     "tracker.log_every_steps=1",
 ]
-UNKNOWN = math.log(1024)  # the loss of a model that has learned nothing, to a few hundredths
+UNKNOWN = math.log(1024)  # the loss of an untrained model, to within a few hundredths
 STAGES = {  # steps of 2048, 2048, 4096 and 4096 tokens
     "general": ["stage.seq_len=128", "stage.train_tokens=163840", "optimizer.lr=5e-3"],
     "stem_code": ["stage.seq_len=128", "stage.train_tokens=20480"],
@@ -38,7 +38,7 @@ def run(module: str, stage: str, folder: Path, *overrides: str) -> str:
 
 def steps(folder: Path, name: str) -> list[dict]:
     lines = (folder / "runs" / name / "metrics.jsonl").read_text().splitlines()
-    return [line for line in map(json.loads, lines) if "loss" in line]  # others tell of saves
+    return [line for line in map(json.loads, lines) if "loss" in line]  # other lines report saves
 
 
 @pytest.mark.timeout(600)
@@ -51,12 +51,12 @@ def test_each_stage_goes_on_from_the_weights_of_the_last(tmp_path: Path) -> None
     assert last < UNKNOWN - 1.0
     for stage in ("stem_code", "long_context", "sft"):
         first = steps(tmp_path, f"demo_{stage}")[0]
-        assert first["loss"] < UNKNOWN - 0.5, f"{stage} knows what the stage before has learned"
+        assert first["loss"] < UNKNOWN - 0.5, f"{stage} must keep what the stage before has learned"
         config = OmegaConf.load(tmp_path / f"runs/demo_{stage}/config.yaml")
-        # neither optimizer nor data state comes along: the first step of a warmup of five
+        # optimizer and data state are not carried over: this is the first of five warmup steps
         assert (first["step"], first["tokens"]) == (1, config.stage.seq_len * config.stage.global_batch_size)
         assert first["learning_rate"] == pytest.approx(config.optimizer.lr / 5)
-    assert steps(tmp_path, "demo_stem_code")[0]["loss"] < last + 0.6, "nothing is lost on the way"
+    assert steps(tmp_path, "demo_stem_code")[0]["loss"] < last + 0.6, "the next stage must keep the loss"
 
     padding = [line["padding"] for line in steps(tmp_path, "demo_long_context")]
     assert 0 < sum(padding) / len(padding) < 0.1

@@ -1,4 +1,4 @@
-"""A run on text that nobody has prepared: learned from, stopped, and gone on with exactly."""
+"""A run on text that was not prepared trains, stops and resumes exactly."""
 
 import signal
 from pathlib import Path
@@ -8,7 +8,7 @@ from test_runs import interrupt
 
 
 def streamed(small: list[str]) -> list[str]:
-    """The overrides of a run that reads the text of the prepared corpus as it is, below relative paths."""
+    """The overrides of a run that reads the raw text of the prepared corpus through relative paths."""
     folder = next(Path(a.split("=")[1]) for a in small if a.startswith("data.dir=")).parent
     own = [a.replace(f"{folder}/", "corpus/") for a in small if "vocab_size=512" not in a or "model" in a]
     settings = ["data.mode=streaming", "data.tokenizer=corpus/prepared", "data.tokenizer_vocab_size=null"]
@@ -25,7 +25,7 @@ def test_a_streaming_run_goes_on_exactly(corpus, small, tmp_path):
         [*streamed(small), "name=broken"], tmp_path, run_dir, 2, lambda run: run.send_signal(signal.SIGTERM)
     )
     assert code == 0
-    assert last_step(run_dir) < 8, "stopped before its end"
+    assert last_step(run_dir) < 8, "the run must stop before its end"
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     finished = python("trainer.resume", str(run_dir), cwd=elsewhere)

@@ -1,4 +1,4 @@
-"""A sweep on this machine: one run after another, each in processes of its own."""
+"""A sweep on this machine: one run after another, each in its own processes."""
 
 import json
 import signal
@@ -36,7 +36,7 @@ def test_a_stop_ends_the_sweep(small, tmp_path):
         try:
             deadline, first = time.monotonic() + 90, tmp_path / "runs/s/0"
             while not (first / "metrics.jsonl").exists() or last_step(first) < 1:
-                assert time.monotonic() < deadline, "the run does not get on"
+                assert time.monotonic() < deadline, "the run makes no progress"
                 time.sleep(0.05)
             sweep.send_signal(signal.SIGINT)
             assert sweep.wait(timeout=60) == 0

@@ -1,4 +1,4 @@
-"""The real W&B client: what it writes offline, and that no server can hold up a run."""
+"""The real W&B client: what it writes offline, and that no server can delay the steps of a run."""
 
 import json
 import signal
@@ -47,7 +47,7 @@ def point(step: int) -> dict:
 
 
 def newest(run_dir: Path) -> Path:
-    """What the documents say to upload, where `history` looks for it, once the client has closed it."""
+    """A folder for `history` with only the newest attempt, which the documents say to upload, once closed."""
     deadline = time.monotonic() + 20
     (path,) = (run_dir / "wandb/latest-run").glob("*.wandb")
     while not any(record.HasField("exit") for record in records(path)) and time.monotonic() < deadline:
@@ -58,13 +58,13 @@ def newest(run_dir: Path) -> Path:
 
 
 def test_offline_files_hold_the_run_once_over_all_attempts(tracker, tmp_path):
-    """The second attempt does steps 3 and 4 again, after a kill that tore the last line."""
+    """The second attempt repeats steps 3 and 4, after a kill that left half a last line."""
     settings = ["tracker.wandb=offline", "name=sweep/7", "tracker.tags=[a,b]", "tracker.project=p"]
     with tracker(*settings) as first:
         for step in (1, 2, 3, 4):
             first.log(point(step) | {"tokens_per_expert": [[1, 3], [2, 2]]} if step == 2 else point(step))
         first.log({"step": 4, "tokens": 40, "loss/validation": 0.125})
-    time.sleep(1.1)  # the client names folders by the second
+    time.sleep(1.1)  # the client names folders by the time in seconds
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "lo')
     with tracker(*settings) as second:
@@ -73,9 +73,9 @@ def test_offline_files_hold_the_run_once_over_all_attempts(tracker, tmp_path):
         second.alert(5, Alarm("loss spike", "look"))
 
     folder, points = tmp_path / "wandb", history(newest(tmp_path))
-    assert [row["step"] for row in history(folder)] == [1, 2, 3, 4, *range(1, 6)], "each file from the start"
+    assert [row["step"] for row in history(folder)] == [1, 2, 3, 4, *range(1, 6)], "each file from step 1"
     assert [row["step"] for row in points] == [1, 2, 3, 4, 5]
-    assert [row["_step"] for row in points] == [1, 2, 3, 4, 5], "never backwards"
+    assert [row["_step"] for row in points] == [1, 2, 3, 4, 5], "steps must never go backwards"
     assert [row["tokens"] for row in points] == [10, 20, 30, 40, 50]
     assert points[3]["loss/validation"] == 0.125
     assert points[0]["layers/max_violation/1"] == 1.5
@@ -86,7 +86,7 @@ def test_offline_files_hold_the_run_once_over_all_attempts(tracker, tmp_path):
 
     runs = of_kind(folder, "run")
     assert len(runs) == 2
-    assert {run.run_id for run in runs} == {(tmp_path / "wandb_id").read_text()}, "one run"
+    assert {run.run_id for run in runs} == {(tmp_path / "wandb_id").read_text()}, "one run for all attempts"
     assert {(run.project, run.run_group, *run.tags) for run in runs} == {("p", "sweep", "a", "b")}
     config = {item.key: json.loads(item.value_json) for item in runs[0].config.update}
     assert config["stage"]["seq_len"] > 0
@@ -125,14 +125,14 @@ with Tracker(config, Path(sys.argv[1]), 1, lambda text: print(text, flush=True),
 
 
 def in_a_process(run_dir: Path, rest: str) -> subprocess.CompletedProcess[str]:
-    """PROGRAM, which logs five steps, and then `rest`, in a process of its own."""
+    """Run PROGRAM, which logs five steps, and then `rest`, in a separate process."""
     command = [sys.executable, "-c", PROGRAM + rest, str(run_dir)]
     return subprocess.run(command, capture_output=True, text=True, timeout=100, check=False, env=ENVIRONMENT)
 
 
 def test_a_killed_attempt_loses_nothing(tracker, tmp_path):
-    """kill -9 right after a point: W&B's client loses its last seconds; the next attempt tells them again."""
-    tracker("tracker.wandb=disabled").__exit__(None, None, None)  # makes the run folder
+    """After kill -9 W&B's client lacks the last seconds of data; the next attempt sends them again."""
+    tracker("tracker.wandb=disabled").__exit__(None, None, None)  # attempt 1, which PROGRAM then runs
     done = in_a_process(tmp_path, "    os.kill(os.getpid(), 9)\n")
     assert done.returncode == -signal.SIGKILL, done.stderr
     time.sleep(1.1)
@@ -145,7 +145,7 @@ def test_a_killed_attempt_loses_nothing(tracker, tmp_path):
 
 @pytest.mark.slow
 def test_the_client_may_die(tracker, tmp_path):
-    """Its service process killed in mid-run: metrics.jsonl goes on, a person is told, the run ends well."""
+    """When its service process is killed, metrics.jsonl goes on, a warning is printed, the run succeeds."""
     tracker("tracker.wandb=disabled").__exit__(None, None, None)
     done = in_a_process(
         tmp_path,
@@ -165,13 +165,13 @@ def test_the_client_may_die(tracker, tmp_path):
 
 @pytest.fixture
 def hanging_server() -> Iterator[str]:
-    """A server on loopback that accepts and never answers."""
+    """A server on loopback that accepts connections and never answers."""
     server = socket.create_server(("127.0.0.1", 0))
     accepted = []
     threading.Thread(target=lambda: _accept(server, accepted), daemon=True).start()
     yield f"http://127.0.0.1:{server.getsockname()[1]}"
     server.close()
-    assert accepted, "nobody asked"
+    assert accepted, "no client has connected"
 
 
 def _accept(server: socket.socket, accepted: list[socket.socket]) -> None:
@@ -184,11 +184,11 @@ def _accept(server: socket.socket, accepted: list[socket.socket]) -> None:
 
 @pytest.mark.parametrize("server", [pytest.param("dead", marks=pytest.mark.slow), "hanging"])
 def test_no_server_holds_up_a_run(small, tmp_path, hanging_server, server):
-    """Online, with a server that is not there or never answers: a late start, and nothing else."""
+    """Online, with a server that is down or never answers, a run only starts late."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         dead = f"http://127.0.0.1:{free.getsockname()[1]}"
     environment = {**ENVIRONMENT, **ONLINE, "WANDB_BASE_URL": dead if server == "dead" else hanging_server}
-    if server == "dead":  # the fixture wants to be asked
+    if server == "dead":  # the fixture asserts that a client has connected
         socket.create_connection(hanging_server.removeprefix("http://").split(":")).close()
     arguments = ["name=a", "tracker.wandb=auto", "tracker.timeout_seconds=4"]
     started = time.monotonic()
@@ -203,7 +203,7 @@ def test_no_server_holds_up_a_run(small, tmp_path, hanging_server, server):
     assert len(steps) == 8
     waited = [line["step_seconds"] - sum(line[f"{p}_seconds"] for p in PARTS) for line in steps]
     assert max(waited[1:]) < 0.5 * max(line["step_seconds"] for line in steps) + 0.1, "no step waits for W&B"
-    assert [row["step"] for row in history(run_dir / "wandb")] == list(range(1, 9)), "and nothing is lost"
+    assert [row["step"] for row in history(run_dir / "wandb")] == list(range(1, 9)), "no point may be lost"
     assert total < 150
 
 
@@ -212,8 +212,8 @@ PARTS = ("forward", "backward", "optimizer", "communication", "other")
 
 @pytest.mark.slow
 def test_the_sweep_of_the_documents_runs(repository, corpus, tmp_path, monkeypatch):
-    """The command line that `wandb agent` would start, made by its own functions, with what it puts into the
-    environment."""
+    """The command line that `wandb agent` would start, built by its own functions, with the environment
+    variables that it sets."""
     sweep = yaml.safe_load((repository / "docs/sweep.yaml").read_text())
     assert sweep["metric"]["name"] == "loss/validation"
     arguments = {

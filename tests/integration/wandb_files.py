@@ -1,4 +1,4 @@
-"""Reads what the W&B client wrote: a leveldb log (blocks of 32 KiB) of protobuf records."""
+"""Reads the files of the W&B client: a leveldb log (blocks of 32 KiB) of protobuf records."""
 
 import json
 import struct

@@ -1,4 +1,4 @@
-"""The test cluster as the tests use it: submit, look, break a node, mend it."""
+"""The test cluster as the tests use it: submit jobs, inspect them, break a node, repair it."""
 
 import json
 import os
@@ -17,7 +17,7 @@ import pytest
 
 HERE = Path(__file__).parent
 NODES = 14
-LAB = 41  # a cluster of its own, beside what anybody else may have started
+LAB = 41  # the tests' own cluster, which can run beside others
 
 SMALL = [
     *commands.SMALL,
@@ -32,7 +32,7 @@ SMALL = [
 
 
 def why_not() -> str | None:
-    """Why no cluster can be started here."""
+    """Why no cluster can be started here; None if one can."""
     if os.getuid() != 0:
         return "the test cluster needs root"
     if shutil.which("slurmctld") is None and shutil.which("apt-get") is None:
@@ -45,11 +45,11 @@ class Cluster:
     """One running cluster and the prepared data that its runs share."""
 
     environment: dict[str, str]
-    data: list[str]  # overrides that name it
+    data: list[str]  # overrides that name the data
 
     @classmethod
     def start(cls, data: list[str], nodes: int = NODES, **settings: str) -> "Cluster":
-        """Start it, or mend it where a test broke it; `settings` are those of slurm-up."""
+        """Start the cluster, or repair what a test broke; `settings` are those of slurm-up."""
         lab = {"SLURM_LAB_ID": str(LAB), "SLURM_LAB_CONF": str(HERE / "lab.conf"), **settings}
         up = subprocess.run(
             [HERE / "slurm-up", str(nodes)],
@@ -68,17 +68,17 @@ class Cluster:
         return cls(environment, data)
 
     def down(self) -> None:
-        """Stop it and everything on it."""
+        """Stop the cluster and everything on it."""
         subprocess.run([HERE / "slurm-down"], env=self.environment, check=True, timeout=60)
 
     def run(self, *command: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-        """A command on the login node."""
+        """Run a command on the login node."""
         return subprocess.run(
             command, env=self.environment, cwd=cwd, capture_output=True, text=True, timeout=120, check=False
         )
 
     def python(self, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-        """`python -m ...` on the login node."""
+        """Run `python -m ...` on the login node."""
         return self.run(sys.executable, "-m", *arguments, cwd=cwd)
 
     def submit(self, folder: Path, name: str, *overrides: str) -> "Run":
@@ -90,30 +90,30 @@ class Cluster:
         return Run(self, folder / "runs" / name)
 
     def state(self, job: str) -> str:
-        """What SLURM says of a job, ended ones too."""
+        """The state of a job in SLURM, also of a job that has ended."""
         return self.run("squeue", "-h", "-r", "-t", "all", "-j", job, "-o", "%T").stdout.strip()
 
     def set(self, job: str, what: str) -> bool:
-        """`scontrol update` of a job."""
+        """Change a job with `scontrol update`; returns whether that worked."""
         return self.run("scontrol", "update", f"JobId={job}", what).returncode == 0
 
     def node_pids(self, node: int) -> list[int]:
-        """Every process on a node."""
+        """The ids of all processes on a node."""
         listed = self.run("ip", "netns", "pids", f"slab{LAB}-node{node}").stdout
         return [int(pid) for pid in listed.split()]
 
     def kill_node(self, node: int) -> None:
-        """As by the power switch."""
+        """Kill all processes on a node, as a power failure would."""
         for pid in self.node_pids(node):
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
     def cable(self, node: int, position: str) -> None:
-        """`down` or `up`."""
+        """Set the network link of a node `down` or `up`."""
         assert self.run("ip", "link", "set", f"slab{LAB}v{node}", position).returncode == 0
 
     def only(self, *nodes: int) -> str:
-        """The override that keeps a run on some nodes."""
+        """The override that keeps a run on the given nodes."""
         others = [f"node{n}" for n in range(1, NODES + 1) if n not in nodes]
         return f"slurm.exclude='{','.join(others)}'"
 
@@ -127,18 +127,18 @@ class Run:
 
     @property
     def jobs(self) -> list[str]:
-        """Its jobs, oldest first."""
+        """The jobs of the run, oldest first."""
         return (self.folder / "jobs").read_text().split()
 
     @property
     def log(self) -> str:
-        """What the job script and rank 0 said."""
+        """The output of the job script and rank 0."""
         path = self.folder / "logs/job.log"
         return path.read_text() if path.exists() else ""
 
     @property
     def state(self) -> dict:
-        """The state file."""
+        """The content of the state file."""
         path = self.folder / "state"
         return json.loads(path.read_text()) if path.exists() else {"state": "new", "attempt": 0}
 
@@ -158,12 +158,12 @@ class Run:
 
     @property
     def curve(self) -> dict[int, list[float]]:
-        """The loss curve and its company; of a step done twice the last."""
+        """Loss and related metrics by step; for a repeated step, the last values."""
         keys = ("loss", "balance_loss", "grad_norm", "learning_rate", "max_violation")
         return {line["step"]: [line[key] for key in keys] for line in self.lines}
 
     def ranks(self) -> list[int]:
-        """Processes of its ranks, by node name."""
+        """Process ids of the run's ranks, in order of rank."""
         found = []
         for path in Path("/proc").glob("[0-9]*"):
             try:
@@ -177,10 +177,10 @@ class Run:
         return [pid for _, pid in sorted(found)]
 
     def wait(self, what: Callable[["Run"], object], seconds: float = 240) -> None:
-        """Until `what` holds. Fails with the log where it does not come, or the run has ended otherwise."""
+        """Wait until `what` holds; after `seconds`, fail with the state and the log."""
         deadline = time.monotonic() + seconds
         while not what(self):
-            assert time.monotonic() < deadline, f"waited in vain\n{self.state}\n{self.log}"
+            assert time.monotonic() < deadline, f"timed out\n{self.state}\n{self.log}"
             time.sleep(0.01)
 
     @property
@@ -190,7 +190,7 @@ class Run:
         return int(path.read_text().strip().removeprefix("step-")) if path.exists() else 0
 
     def pause(self, logged: int = 1, saved: int = 0) -> int:
-        """Hold rank 0 (and so all) once a step is logged and one is saved; returns its process id."""
+        """Pause rank 0 (so that all wait) once these steps are logged and saved; returns its process id."""
         self.wait(lambda run: run.step >= 1)
         main = self.ranks()[0]
         self.wait(lambda run: run.step >= logged and run.saved >= saved)
@@ -198,7 +198,7 @@ class Run:
         return main
 
     def finish(self, attempts: int) -> "Run":
-        """Wait for its end and check the number of attempts."""
+        """Wait until the run is finished, and check the number of attempts."""
         self.wait(lambda run: run.state["state"] == "finished")
         assert self.state == {"state": "finished", "attempt": attempts}, self.log
         self.wait(lambda run: run.cluster.state(run.jobs[-1]) in ("COMPLETED", "CANCELLED"), 60)

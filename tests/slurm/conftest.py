@@ -1,4 +1,4 @@
-"""One cluster for the session, and the scenarios that run on it side by side."""
+"""One cluster for the session, and what tests need to submit to it."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +10,7 @@ from commands import prepare_corpus
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """A cluster of ten nodes, and a small prepared corpus."""
+    """A cluster of NODES nodes with a small prepared corpus."""
     if (reason := why_not()) is not None:
         pytest.skip(reason)
     cluster = Cluster.start(prepare_corpus(tmp_path_factory.mktemp("corpus")))
@@ -26,5 +26,5 @@ def submit_command(cluster: Cluster) -> list[str]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Where a test submits from."""
+    """The folder from which a test submits."""
     return tmp_path

@@ -1,4 +1,4 @@
-"""The facts about SLURM that slurm/job.sh is built on, each shown on the real cluster, without our code."""
+"""The facts about SLURM on which slurm/job.sh relies, each shown on a real cluster without our code."""
 
 import subprocess
 import sys
@@ -81,11 +81,11 @@ def test_4_a_crash_looks_like_a_kill(cluster, job, folder):
     number = job(script, "-N2", "--ntasks-per-node=1")
     wait(lambda: "code" in said(folder, number))
     code = int(said(folder, number).split("code ")[1].split()[0])
-    assert code in (3, 137, 143), "whichever end srun hears of last"
+    assert code in (3, 137, 143), "depends on which task srun sees end last"
 
 
 def test_5_usr2_ends_torchrun(folder):
-    """So ranks are tasks of srun. (That NCCL takes USR1 was seen on GPUs; we keep off it.)"""
+    """Therefore ranks are tasks of srun. (NCCL uses USR1, as seen on GPUs, so ranks do not use it.)"""
     (folder / "rank.py").write_text(
         "import signal, time\nsignal.signal(signal.SIGUSR2, print)\nprint('up', flush=True)\ntime.sleep(60)\n"
     )
@@ -109,7 +109,7 @@ def test_7_wait_returns_at_a_trapped_signal(folder):
 
 
 def test_8_what_srun_does_not_inherit(cluster, job, folder):
-    """--cpus-per-task of the job is not that of its steps, and hostnames come from scontrol."""
+    """Steps do not inherit --cpus-per-task of the job, and scontrol lists the hostnames."""
     script = (
         "srun bash -c 'echo \"plain $SLURM_CPUS_PER_TASK\"'\n"
         "SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK srun bash -c 'echo \"exported $SLURM_CPUS_PER_TASK\"'\n"
@@ -123,7 +123,7 @@ def test_8_what_srun_does_not_inherit(cluster, job, folder):
 
 
 def test_srun_would_die_of_usr2_before_it_passes_it_on(cluster, job, folder):
-    """Hence `trap '' USR2` in the job script, which does not keep srun from passing it on."""
+    """Therefore the job script has `trap '' USR2`; srun still forwards USR2 to the ranks."""
     rank = "trap 'echo heard' USR2; echo up; for i in {1..300}; do sleep 0.1; done"
     step = f'srun bash -c "{rank}" & kill -USR2 $!; wait $!'
     bare = job(f"{step}; echo code $?", "-N1")

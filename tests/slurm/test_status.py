@@ -1,4 +1,4 @@
-"""What slurm.status knows of a job that slurmctld has forgotten, with and without accounting."""
+"""What slurm.status shows for a job that slurmctld has forgotten, with and without accounting."""
 
 from pathlib import Path
 
@@ -28,6 +28,6 @@ def test_a_forgotten_job(cluster: Cluster, folder: Path, accounting: str, expect
         assert shown.returncode == 0, shown.stderr
         assert expected in shown.stdout
         again = forgetful.python("slurm", *SMALL, *forgetful.data, "name=a", cwd=folder)
-        assert again.returncode == 0, "the same run goes on"
+        assert again.returncode == 0, "the same run can be submitted again"
     finally:
         forgetful.down()

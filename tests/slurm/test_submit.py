@@ -14,7 +14,7 @@ Submit = Callable[..., Run]
 
 @pytest.fixture
 def held(cluster: Cluster, folder: Path) -> Iterator[Submit]:
-    """`held(name, ...)` submits a run that waits in the queue; the test's jobs are cancelled at its end."""
+    """`held(name, ...)` submits a run that stays in the queue; all jobs are cancelled after the test."""
     yield lambda name, *overrides: cluster.submit(folder, name, *overrides, "+slurm.sbatch.hold=true")
     jobs = {job for path in folder.rglob("jobs") for job in path.read_text().split()}
     if jobs:
@@ -22,12 +22,12 @@ def held(cluster: Cluster, folder: Path) -> Iterator[Submit]:
 
 
 def queued(cluster: Cluster) -> set[str]:
-    """What waits or runs."""
+    """The ids of all jobs that wait or run."""
     return set(cluster.run("squeue", "-h", "-o", "%i").stdout.split())
 
 
 def test_every_flag_reaches_slurm(cluster, held, folder):
-    """Typed keys, any other flag of sbatch, and a name that a shell or sbatch would like to take apart."""
+    """Typed keys, other flags of sbatch, and a name with characters that are special to a shell or sbatch."""
     name = """it's; $(touch oh-no) %j "q" #"""
     quoted = name.replace("'", "\\'")
     flags = ["slurm.partition=lowpri", "slurm.time='2:03:00'", "slurm.mem=123", "slurm.cpus_per_task=2"]
@@ -51,7 +51,7 @@ def test_every_flag_reaches_slurm(cluster, held, folder):
         f"Command={run.folder}/job.sh",
     ):
         assert expected in shown, (expected, shown)
-    # the script runs (just to its first lines), under that name and into that log
+    # the script can run under that name: it writes its log, and exits early because of the stop file
     (run.folder / "stop").write_text("by the test\n")
     assert cluster.run("scontrol", "release", job).returncode == 0
     run.wait(lambda run: "not started: by the test" in run.log)
@@ -70,7 +70,7 @@ def test_the_folder_is_frozen(cluster, held, repository):
 
 
 def test_a_login_node_does_it_without_torch_in_two_seconds(cluster, submit_command, folder):
-    """Processor time: a busy test machine says nothing about the wall."""
+    """Measured in processor time, because a busy test machine makes wall time meaningless."""
     code = (
         "import sys, resource, runpy\n"
         "try:\n    runpy.run_module('slurm', run_name='__main__')\n"
@@ -85,7 +85,7 @@ def test_a_login_node_does_it_without_torch_in_two_seconds(cluster, submit_comma
     assert torch == "False"
     assert float(seconds) < 2
     assert "#SBATCH --nodes=2" in done.stdout
-    assert not (folder / "runs").exists(), "a dry run writes nothing"
+    assert not (folder / "runs").exists(), "a dry run must write nothing"
 
 
 def mistake(cluster: Cluster, folder: Path, command: list[str], *overrides: str) -> str:
@@ -157,9 +157,9 @@ def test_a_name_is_used_once(cluster, held, submit_command, folder):
     assert "stopped by slurm.stop" in cluster.python("slurm.status", "runs/twice", cwd=folder).stdout
     (run.folder / "code/trainer/mark").write_text("of the first submission")
     held("twice", "slurm.time=10")
-    assert len(run.jobs) == 2, "the same configuration goes on, on another request"
+    assert len(run.jobs) == 2, "the same configuration can be submitted again"
     assert not (run.folder / "stop").exists()
-    assert (run.folder / "code/trainer/mark").exists(), "with the code that it began with"
+    assert (run.folder / "code/trainer/mark").exists(), "the run must keep its first code"
 
 
 def test_a_sweep_is_checked_as_a_whole_and_is_one_array(cluster, held, submit_command, folder):
@@ -185,7 +185,7 @@ def test_a_sweep_is_checked_as_a_whole_and_is_one_array(cluster, held, submit_co
         "3",
         "code",
     ]
-    assert not list(folder.glob("multirun*")), "Hydra leaves nothing behind"
+    assert not list(folder.glob("multirun*")), "Hydra must leave no files"
     shown = cluster.python("slurm.status", "runs/sweep", cwd=folder).stdout
     assert shown.count("pending") == 4
     assert (
@@ -210,7 +210,7 @@ def test_containers_wrap_only_the_rank_command(cluster, submit_command, folder):
 
 
 def test_a_run_in_a_container(cluster, submit_command, folder):
-    """No apptainer can be installed here: a stand-in with its command line shows what is run inside."""
+    """Apptainer cannot be installed here; a stand-in with the same command line records what runs inside."""
     stand_in = folder / "bin/apptainer"
     stand_in.parent.mkdir()
     to_image = "until [[ $1 = image ]]; do shift; done; shift"
@@ -225,13 +225,13 @@ def test_a_run_in_a_container(cluster, submit_command, folder):
     short = ["stage.train_tokens=1024", "schedule.warmup_steps=1"]
     run = cluster.submit(folder, "contained", *container, path, *short, cluster.only(1, 2)).finish(attempts=1)
     said = (folder / "said").read_text().splitlines()
-    assert len(said) == 2, "one per rank, and nothing else in the container"
+    assert len(said) == 2, "only one command per rank may run in the container"
     assert all(line.endswith(f"image {sys.executable} -m trainer.run {run.folder}") for line in said)
     assert f"--bind={run.folder}" in said[0]
 
 
 def test_an_image_has_come_to_every_node_before_the_check(cluster, submit_command, folder):
-    """Once per node, not once per rank, in a step of its own; then come the check and the training."""
+    """A separate step loads the image once per node, not per rank, before the check and the training."""
     stand_in = folder / "bin/apptainer"
     stand_in.parent.mkdir()
     to_image = "until [[ $1 = image ]]; do shift; done; shift 2"
@@ -258,7 +258,7 @@ def test_an_image_has_come_to_every_node_before_the_check(cluster, submit_comman
 
 @pytest.mark.parametrize("bound", [False, True], ids=["all GPUs", "one GPU"])
 def test_what_a_rank_is_told_of_its_place(cluster, folder, bound):
-    """A task that SLURM has bound to its own GPU finds it as number 0; Triton's cache is the node's own."""
+    """A task that SLURM has bound to one GPU sees it as number 0; Triton's cache is local to the node."""
     stand_in, temporary = folder / "python", folder / "tmp"
     names = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "CUDA_VISIBLE_DEVICES", "TRITON_CACHE_DIR")
     told = " ".join(f"${name}" for name in names)

@@ -1,7 +1,7 @@
-"""What happens to jobs on a real cluster, to a run of two nodes with its experts spread over both.
+"""Failures and stops of jobs on a real cluster, for a run on two nodes with experts spread over both.
 
-Every scenario ends with the loss curve of a run that nothing happened to, bit for bit. They mostly wait for
-SLURM, so they run side by side; each keeps to nodes of its own where it breaks one.
+Every scenario ends with the loss curve of an undisturbed run, bit for bit. Scenarios mostly wait for SLURM,
+so they run in parallel; a scenario that breaks a node has its own nodes.
 """
 
 import os
@@ -27,7 +27,7 @@ def scenario(function: Callable[[Cluster, Path], Run]) -> Callable[[Cluster, Pat
 
 @scenario
 def straight(cluster: Cluster, folder: Path) -> Run:
-    """The reference. Its code is gone when the job starts: it has its own copy."""
+    """The undisturbed run. The checkout is deleted before the job starts; the run has its own copy."""
     checkout = folder / "checkout"
     for package in ("trainer", "moe", "data_pipeline", "slurm", "conf"):
         shutil.copytree(REPOSITORY / package, checkout / package)
@@ -38,13 +38,13 @@ def straight(cluster: Cluster, folder: Path) -> Run:
     shutil.rmtree(checkout)
     assert cluster.run("scontrol", "release", run.jobs[0]).returncode == 0
     run.finish(attempts=1)
-    assert run.log.count(f"code of {run.folder}/code/trainer/ranks/launch.py") == 2, "of both ranks"
+    assert run.log.count(f"code of {run.folder}/code/trainer/ranks/launch.py") == 2, "once per rank"
     return run
 
 
 @scenario
 def time_limit(cluster: Cluster, folder: Path) -> Run:
-    """SLURM's own USR1 before the limit: all ranks save, the job is queued again, one W&B run, one log."""
+    """SLURM sends USR1 before the limit: all ranks save, the job is requeued; one W&B run, one log."""
     early = ["slurm.time=60", "slurm.stop_before_seconds=900", "tracker.wandb=offline"]
     run = cluster.submit(folder, "time", cluster.only(1, 2), *early)
     paused = run.pause(saved=8)
@@ -57,7 +57,7 @@ def time_limit(cluster: Cluster, folder: Path) -> Run:
     assert cluster.set(run.jobs[0], "TimeLimit=60")
     run.finish(attempts=2)
     assert len(run.jobs) == 1
-    assert [line["step"] for line in run.lines] == list(range(1, 25)), "it stopped at a step and lost none"
+    assert [line["step"] for line in run.lines] == list(range(1, 25)), "no step may be lost or repeated"
     assert run.log.count("training on") == 2
     ids = {path.name.split("-")[-1] for path in (run.folder / "wandb").glob("offline-run-*")}
     assert len(ids) == 1
@@ -66,9 +66,9 @@ def time_limit(cluster: Cluster, folder: Path) -> Run:
 
 @scenario
 def preemption(cluster: Cluster, folder: Path) -> Run:
-    """With a grace time only the ranks are told. They save and exit, and the script must requeue the job."""
+    """With a grace time SLURM signals only the ranks. They save and exit; the script must requeue the job."""
     run = cluster.submit(folder, "preempted", cluster.only(3, 4), "slurm.partition=patient")
-    run.pause(saved=8)  # SLURM continues it to hear the signal
+    run.pause(saved=8)  # SLURM sends CONT with TERM, so rank 0 wakes up for it
     urgent = ["--exclusive", "-N2", "-w", "node[3-4]", "-p", "main", "--wrap", "sleep 1", "-o", "/dev/null"]
     assert cluster.run("sbatch", *urgent).returncode == 0
     run.wait(lambda run: "saved and stopped; going on" in run.log)
@@ -77,7 +77,7 @@ def preemption(cluster: Cluster, folder: Path) -> Run:
 
 @scenario
 def dead_node(cluster: Cluster, folder: Path) -> Run:
-    """A node dies before the first checkpoint: nothing was saved, and still it is not the run's fault."""
+    """A node dies before the first checkpoint: the run is not at fault, so it is requeued all the same."""
     run = cluster.submit(folder, "dead_node", cluster.only(5, 6, 7))
     paused = run.pause(logged=2)
     cluster.kill_node(6)
@@ -87,7 +87,7 @@ def dead_node(cluster: Cluster, folder: Path) -> Run:
 
 @scenario
 def cut_off_node(cluster: Cluster, folder: Path) -> Run:
-    """The node of rank 0 and of the job script is cut off, lives on, and comes back when the run is done."""
+    """The node of rank 0 and the job script is cut off, stays alive, and returns when the run is finished."""
     run = cluster.submit(folder, "cut_off", cluster.only(8, 9, 10))
     paused = run.pause(saved=8)
     cluster.cable(8, "down")
@@ -105,7 +105,7 @@ def cut_off_node(cluster: Cluster, folder: Path) -> Run:
 
 @scenario
 def crash_with_progress(cluster: Cluster, folder: Path) -> Run:
-    """A killed rank takes the others with it; there is a checkpoint of this attempt, so once more."""
+    """A killed rank ends all others; the attempt has saved a checkpoint, so the job is requeued."""
     run = cluster.submit(folder, "crash", cluster.only(1, 2))
     paused = run.pause(saved=8)
     os.kill(run.ranks()[1], signal.SIGKILL)
@@ -117,7 +117,7 @@ def crash_with_progress(cluster: Cluster, folder: Path) -> Run:
 
 @scenario
 def crash_without_progress(cluster: Cluster, folder: Path) -> Run:
-    """No checkpoint came of it: it would crash for ever. FAILED, until somebody resumes it."""
+    """Without a new checkpoint the run could crash forever: the job is FAILED until somebody resumes it."""
     run = cluster.submit(folder, "again", cluster.only(1, 2))
     os.kill(run.pause(logged=2), signal.SIGKILL)
     run.wait(lambda run: cluster.state(run.jobs[0]) == "FAILED")
@@ -129,7 +129,7 @@ def crash_without_progress(cluster: Cluster, folder: Path) -> Run:
 
 @scenario
 def crashes_too_often(cluster: Cluster, folder: Path) -> Run:
-    """Each attempt gets further, and each crashes."""
+    """Each attempt saves a new checkpoint and crashes, until slurm.max_restarts is reached."""
     run = cluster.submit(folder, "often", cluster.only(1, 2), "slurm.max_restarts=1")
     os.kill(run.pause(saved=8), signal.SIGKILL)
     run.wait(lambda run: run.state["attempt"] == 2)
@@ -142,7 +142,7 @@ def crashes_too_often(cluster: Cluster, folder: Path) -> Run:
 
 @scenario
 def cancelled(cluster: Cluster, folder: Path) -> Run:
-    """scancel lets the ranks save, and what is cancelled stays cancelled."""
+    """scancel lets the ranks save, and the job stays cancelled."""
     run = cluster.submit(folder, "cancelled", cluster.only(1, 2))
     run.pause(saved=8)
     assert cluster.run("scancel", run.jobs[0]).returncode == 0
@@ -158,7 +158,7 @@ def cancelled(cluster: Cluster, folder: Path) -> Run:
 
 @scenario
 def stopped(cluster: Cluster, folder: Path) -> Run:
-    """slurm.stop saves and ends, the job is not queued again; slurm.resume goes on."""
+    """slurm.stop saves and ends the run, and the job is not requeued; slurm.resume continues the run."""
     run = cluster.submit(folder, "stopped", cluster.only(1, 2))
     paused = run.pause(saved=8)
     assert "saves and ends" in cluster.python("slurm.stop", "runs/stopped", cwd=folder).stdout
@@ -169,13 +169,13 @@ def stopped(cluster: Cluster, folder: Path) -> Run:
     assert "stopped by slurm.stop" in cluster.python("slurm.status", "runs/stopped", cwd=folder).stdout
     assert cluster.python("slurm.resume", "runs/stopped", cwd=folder).returncode == 0
     run.finish(attempts=2)
-    assert [line["step"] for line in run.lines] == list(range(1, 25)), "it stopped at a step and lost none"
+    assert [line["step"] for line in run.lines] == list(range(1, 25)), "no step may be lost or repeated"
     return run
 
 
 @scenario
 def chain(cluster: Cluster, folder: Path) -> Run:
-    """Where requeueing is forbidden the next job of a chain goes on, and the rest leaves the queue."""
+    """Where requeueing is forbidden, the next job of a chain continues the run; the rest are cancelled."""
     chained = ["slurm.resume=chain", "slurm.chain_length=3"]
     run = cluster.submit(folder, "chain", cluster.only(1, 2), *chained)
     assert len(run.jobs) == 3
@@ -191,7 +191,7 @@ def chain(cluster: Cluster, folder: Path) -> Run:
 
 @scenario
 def chain_cancelled(cluster: Cluster, folder: Path) -> Run:
-    """The next job of a chain starts after any end of the one before; not after scancel."""
+    """The next job of a chain continues the run however the previous job ended, except after scancel."""
     chained = ["slurm.resume=chain", "slurm.chain_length=2"]
     run = cluster.submit(folder, "chain_cancelled", cluster.only(1, 2), *chained)
     run.pause(saved=8)
@@ -204,7 +204,7 @@ def chain_cancelled(cluster: Cluster, folder: Path) -> Run:
 
 @scenario
 def bad_node(cluster: Cluster, folder: Path) -> Run:
-    """A node whose scratch disk is full is named and left out; the job starts on others."""
+    """A node with a full scratch disk is named and left out; the job starts on other nodes."""
     scratch = folder / "scratch"
     scratch.mkdir()
     slurmd = Path(f"/tmp/slurm-lab-{cluster.environment['SLURM_LAB_ID']}/run/slurmd.node12.pid").read_text()
@@ -220,7 +220,7 @@ def bad_node(cluster: Cluster, folder: Path) -> Run:
 
 @scenario
 def sweep(cluster: Cluster, folder: Path) -> Run:
-    """One array. The last point crashes and is requeued: it alone, although its job id is the array's."""
+    """One array. Only its last point crashes and is requeued, although its job id is that of the array."""
     submitted = cluster.submit(
         folder, "sweep", cluster.only(1, 2), "-m", "seed=7,1234", "slurm.max_parallel=2"
     )
@@ -234,7 +234,7 @@ def sweep(cluster: Cluster, folder: Path) -> Run:
     os.kill(paused, signal.SIGCONT)
     first.finish(attempts=1)
     last.finish(attempts=2)
-    assert first.log.count(" job ") == 2, "training, finished: nobody requeued it"
+    assert first.log.count(" job ") == 2, "training and finished, but no requeue"
     shown = cluster.python("slurm.status", "runs/sweep", cwd=folder).stdout
     assert shown.count("finished") == 2
     assert shown.count("24/24") == 2
@@ -248,7 +248,7 @@ SLOW = {"crashes_too_often", "chain_cancelled", "stopped"}
 def futures(
     cluster: Cluster, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
 ) -> Iterator[dict[str, Future]]:
-    """The scenarios of this session, under way."""
+    """The running scenarios that this session needs, by name."""
     chosen = [item.callspec.params.get("name") for item in request.session.items if hasattr(item, "callspec")]
     wanted = [name for name in SCENARIOS if name == "straight" or name in chosen]
     with ThreadPoolExecutor(5) as pool:
@@ -267,7 +267,7 @@ def test_a_run_survives(futures: dict[str, Future], name: str):
 def test_slurmctld_may_be_away(cluster: Cluster, folder: Path, futures: dict[str, Future]):
     """A rank crashes while SLURM does not answer: the script waits, then requeues."""
     for future in futures.values():
-        future.exception()  # wait: the others need a slurmctld
+        future.exception()  # wait for its end: it needs slurmctld
     run = cluster.submit(folder, "away", cluster.only(1, 2))
     paused = run.pause(saved=8)
     lab = Path(cluster.environment["SLURM_CONF"]).parent
