@@ -84,7 +84,7 @@ def measure(*overrides: str) -> dict[str, Any]:
     ranks = Ranks(dist.get_rank(), dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
     config = layouts.small_config(*WEIGHTS, *overrides)
     plan = config.plan(ranks.world_size)
-    config.check(plan)
+    config.check(plan.world_size)
     config.deepspeed["zero_allow_untested_optimizer"] = True
     model = build_model(config, plan, ranks)
     groups: dict[bool, dict[str, Any]] = {}

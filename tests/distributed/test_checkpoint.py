@@ -270,7 +270,8 @@ def die_at_each_operation(root: str, data: str) -> int:
     saver.save(run.engine, run.balance, 1)
     saver.finish()
     saver.save(run.engine, run.balance, 2)
-    part = saver._writing.part.result()
+    writing = saver._writing
+    part = writing.part.result()
     for operation in range(1000):
         run_dir = Path(root, str(operation))
         shutil.copytree(template, run_dir)
@@ -279,7 +280,7 @@ def die_at_each_operation(root: str, data: str) -> int:
             checkpoints = checkpoints_of(run, run_dir)
             folder = run_dir / "checkpoints/.step-00000002.attempt-1"
             die_at(operation)
-            checkpoints._commit(2, folder, [part])
+            checkpoints._commit(writing._replace(folder=folder), [part])
             checkpoints._sweep()
             os._exit(0)
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

@@ -34,7 +34,6 @@ from trainer.settings.parallel import ParallelPlan
 from trainer.settings.run_folder import NAMES, checkpoints, read_manifest, read_state, write_manifest
 
 T = TypeVar("T")
-FIELDS = 3  # per fragment: master, exp_avg, exp_avg_sq
 
 
 class Part(NamedTuple):
@@ -50,6 +49,7 @@ class Writing(NamedTuple):
 
     step: int
     folder: Path
+    fields: int  # of each fragment of optimizer state
     part: "Future[Part]"  # of this rank
 
 
@@ -104,7 +104,7 @@ class Checkpoints:
         extras = {"balance.pt": state, "random.pt": generators} if self._ranks.is_main else {}
         weights = engine.owned_parameters()
         fragments = (fragment for fragment in engine.fragments() if fragment.owned)
-        if self._config.checkpoint.background and self._fits():
+        if self._config.checkpoint.background and self._fits(engine.fields):
             copies = [(name, _on_host(tensor)) for name, tensor in weights]
             states = [
                 replace(fragment, state={field: _on_host(view) for field, view in fragment.state.items()})
@@ -119,7 +119,7 @@ class Checkpoints:
                 part.set_exception(error)
             for _ in weights:  # all ranks must gather, even one that could not write
                 pass
-        self._writing = Writing(step, folder, part)
+        self._writing = Writing(step, folder, engine.fields, part)
         self._stall += time.perf_counter() - started
         if not self._config.checkpoint.background:
             self.finish()
@@ -133,7 +133,7 @@ class Checkpoints:
         what = f"write the checkpoint of step {writing.step}"
         try:
             parts = self._agree(what, writing.part.result)
-            self._agree(what, self._commit, writing.step, writing.folder, parts)
+            self._agree(what, self._commit, writing, parts)
         except TrainingError:
             if self._ranks.is_main:
                 shutil.rmtree(writing.folder, ignore_errors=True)
@@ -198,9 +198,9 @@ class Checkpoints:
         if attempt > self._attempt:
             raise TrainingError(f"attempt {attempt} has taken over the run from attempt {self._attempt}")
 
-    def _fits(self) -> bool:
+    def _fits(self, fields: int) -> bool:
         """Whether copies of all that this host's ranks write fit into half of its available memory."""
-        nbytes = self._config.model.num_parameters() * (4 * FIELDS + DTYPES[self._config.dtype].itemsize)
+        nbytes = self._config.model.num_parameters() * (4 * fields + DTYPES[self._config.dtype].itemsize)
         needed = nbytes * self._config.parallel.nproc_per_node / self._ranks.world_size
         available = available_memory()
         fits = 2 * needed <= available
@@ -229,15 +229,16 @@ class Checkpoints:
         names = {states, *extras, *(f"hf/{place.file}" for place in written.values())}
         return Part(written, elements, {name: measure(folder / name) for name in names})
 
-    def _commit(self, step: int, folder: Path, parts: list[Part]) -> None:
+    def _commit(self, writing: Writing, parts: list[Part]) -> None:
         """On rank 0, once all ranks have written: turn the folder into a checkpoint."""
         if not self._ranks.is_main:
             return
+        step, folder = writing.step, writing.folder
         model, stage, dtype = self._config.model, self._config.stage, DTYPES[self._config.dtype]
         tokenizer, hf = tokenizer_of(self._config.data), folder / "hf"
         weights = {name: place for part in parts for name, place in part.weights.items()}
         stored = sum(place.nbytes for place in weights.values()), sum(part.elements for part in parts)
-        expected = model.num_parameters() * dtype.itemsize, model.num_parameters() * FIELDS
+        expected = model.num_parameters() * dtype.itemsize, model.num_parameters() * writing.fields
         assert stored == expected, f"(bytes of weights, elements of state) {stored} instead of {expected}"
         write_index(weights, hf)
         write_config(model, dtype, hf, [tokenizer.end_of_text])

@@ -22,6 +22,7 @@ from moe.block import MoEBlock
 from moe.model import ModelOutput
 from moe.router import TrainingRouting
 from trainer.engine.clock import StepClock
+from trainer.engine.optimizer import RULES
 from trainer.ranks.runtime import Ranks
 from trainer.settings.config import RunConfig
 from trainer.settings.parallel import ParallelPlan
@@ -142,7 +143,7 @@ class Fragment:
 
     parameter: str
     start: int  # index of its first element in the flattened whole parameter (experts: [E, ...])
-    state: dict[str, Tensor]  # master (fp32 weights), exp_avg, exp_avg_sq: 1-D fp32 views, to read or to fill
+    state: dict[str, Tensor]  # master (fp32 weights), exp_avg, ...: 1-D fp32 views, to read or to fill
     owned: bool  # whether this rank writes it to disk (without ZeRO several ranks hold the same elements)
 
 
@@ -153,6 +154,8 @@ class Engine:
         self, model: nn.Module, optimizer: Optimizer, config: RunConfig, plan: ParallelPlan, ranks: Ranks
     ) -> None:
         self.config = config
+        self._states = RULES[type(optimizer)].states
+        self.fields = 1 + len(self._states)  # that a fragment has
         self._zero_stage = config.zero_stage
         self._ep_rank = plan.ep_rank(ranks.rank)
         self._ep_group = expert_parallel_group(plan.ep_size)
@@ -264,8 +267,8 @@ class Engine:
             if (place := self._locate(parameter)) is None:
                 continue
             flat, offset, start, numel = place
-            state = self._adam_state(flat)
-            views = {"master": flat.detach(), "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
+            state = self._optimizer_state(flat)
+            views = {"master": flat.detach(), **{name: state[name] for name in self._states}}
             if _is_expert(parameter):  # skip the slices of lower expert-parallel ranks
                 start += self._ep_rank * getattr(parameter, "ds_numel", parameter.numel())
             cut = {key: view.view(-1)[offset : offset + numel] for key, view in views.items()}
@@ -291,12 +294,12 @@ class Engine:
             return flat, here.start, there.start, here.numel
         return self._masters.get(parameter, parameter), 0, 0, parameter.numel()
 
-    def _adam_state(self, flat: Tensor) -> dict[str, Tensor]:
+    def _optimizer_state(self, flat: Tensor) -> dict[str, Tensor]:
         """The state of a tensor that the optimizer updates; created with zeros if there is none yet."""
         state = self._engine.basic_optimizer.state[flat]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
-            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(flat), torch.zeros_like(flat)
+            state.update({name: torch.zeros_like(flat) for name in self._states})
         return state
 
     @torch.no_grad()

@@ -1,9 +1,11 @@
 """AdamW and its learning rate. Parameter groups: with and without weight decay, by kind, experts apart."""
 
 import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from moe.norm import ZeroCenteredRMSNorm
 from trainer.settings.config import OptimizerConfig, ScheduleConfig
@@ -16,6 +18,13 @@ _NAMES = {
     "embedding": ("embed_tokens", "lm_head"),
 }
 KINDS = (*_NAMES, "other")
+
+
+class Rule(NamedTuple):
+    """What checkpoints and metrics need to know of a torch optimizer."""
+
+    states: tuple[str, ...]  # the names of its states that have the shape of the weights, [n] fp32
+    change: Callable[..., Tensor]  # group, step, new weights, states -> old minus new weights, all [n]
 
 
 def kind_of(name: str) -> str:
@@ -48,6 +57,21 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ad
         group["params"].append(parameter)
     beta1, beta2 = config.betas
     return torch.optim.AdamW(list(groups.values()), lr=0.0, betas=(beta1, beta2), eps=config.eps, fused=True)
+
+
+def _adamw_change(group: dict[str, Any], step: Tensor, new: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+    """Old minus `new` weights of an AdamW step, from the moments, all [n] (arXiv 1711.05101)."""
+    beta1, beta2 = group["betas"]
+    rate, decay = group["lr"], group["lr"] * group["weight_decay"]
+    scale1, scale2 = ((1 - beta ** step.double()).to(new.dtype) for beta in (beta1, beta2))
+    change = (variance / scale2).sqrt_().add_(group["eps"])
+    # new = old (1 - decay) - adam, so that old - new = (adam + decay new) / (1 - decay)
+    return torch.div(mean / scale1, change, out=change).mul_(rate).add_(new, alpha=decay).div_(1 - decay)
+
+
+RULES: dict[type[torch.optim.Optimizer], Rule] = {
+    torch.optim.AdamW: Rule(("exp_avg", "exp_avg_sq"), _adamw_change),
+}
 
 
 def learning_rate(config: ScheduleConfig, peak: float, step: int, total_steps: int) -> float:

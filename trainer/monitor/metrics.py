@@ -12,7 +12,7 @@ from moe.parallelize import dispatched
 from moe.router import RouterStatistics
 from trainer.engine.engine import Engine
 from trainer.engine.loss import LossShares, Totals
-from trainer.engine.optimizer import KINDS
+from trainer.engine.optimizer import KINDS, RULES
 from trainer.monitor.hardware import memory_gib, peak_flops
 from trainer.ranks.runtime import DTYPES, Ranks
 from trainer.settings.config import RunConfig
@@ -94,16 +94,16 @@ class StepSums(NamedTuple):
 
 
 class OptimizerNorms:
-    """Sums of squared gradients, weights and updates by kind of parameter, measured while AdamW steps.
+    """Sums of squared gradients, weights and updates by kind of parameter, measured as the optimizer steps.
 
     Under ZeRO the optimizer holds flat fp32 partitions in groups of one kind each, so that a sum over all
     ranks counts each element once; without ZeRO the sum over replicas is divided by their number. A partition
-    may fill much of a GPU, so it is never copied: the update is computed from Adam's moments after the step,
-    slice by slice.
+    may fill much of a GPU, so it is never copied: the update is computed from the states after the step, slice by slice.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, config: RunConfig, plan: ParallelPlan) -> None:
         self._armed = self._with_histograms = False
+        self._rule = RULES[type(optimizer)]
         replicas = [plan.world_size // (plan.ep_size if kind == "experts" else 1) for kind in KINDS]
         self._replicas = torch.tensor(replicas if config.zero_stage == 0 else [1] * len(KINDS))
         self._max_grad_norm = config.optimizer.max_grad_norm
@@ -127,9 +127,9 @@ class OptimizerNorms:
     def _after(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         for group, parameter in self._stepped(optimizer):
             kind, state = KINDS.index(group["kind"]), optimizer.state[parameter]
-            tensors = (parameter.detach(), state["exp_avg"], state["exp_avg_sq"])
+            tensors = (parameter.detach(), *(state[name] for name in self._rule.states))
             for parts in zip(*(tensor.flatten().split(SLICE) for tensor in tensors), strict=True):
-                _add(self.squares[kind, 2], _square(_change(group, state["step"], *parts)))
+                _add(self.squares[kind, 2], _square(self._rule.change(group, state["step"], *parts)))
 
     def _stepped(self, optimizer: torch.optim.Optimizer) -> Iterator[tuple[dict[str, Any], Any]]:
         """Yield group and parameter of each update, if this step is measured."""
@@ -246,16 +246,6 @@ class Meter:
     def _crossed(self, step: int, every: int) -> bool:
         """Whether a multiple of `every` lies between the last logged step and this one; 0 = never."""
         return every > 0 and step // every > self._logged_step // every
-
-
-def _change(group: dict[str, Any], step: Tensor, new: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
-    """Old minus `new` weights of an AdamW step, from the moments, all [n] (arXiv 1711.05101)."""
-    beta1, beta2 = group["betas"]
-    rate, decay = group["lr"], group["lr"] * group["weight_decay"]
-    scale1, scale2 = ((1 - beta ** step.double()).to(new.dtype) for beta in (beta1, beta2))
-    change = (variance / scale2).sqrt_().add_(group["eps"])
-    # new = old (1 - decay) - adam, so that old - new = (adam + decay new) / (1 - decay)
-    return torch.div(mean / scale1, change, out=change).mul_(rate).add_(new, alpha=decay).div_(1 - decay)
 
 
 def _add(total: Tensor, value: Tensor) -> None:
