@@ -228,7 +228,7 @@ class ModelConfig:
 
     @classmethod
     def of_folder(cls, folder: Path) -> "ModelConfig":
-        """Read config.json of a Hugging Face folder. Raises ConfigError as `from_hf`, or if it is unreadable."""
+        """Read a folder's config.json. Raises ConfigError as `from_hf` does, or if it cannot be read."""
         try:
             values = dict(json.loads((folder / "config.json").read_text()))
         except (OSError, ValueError, TypeError) as error:
@@ -258,7 +258,7 @@ class ModelConfig:
         return config
 
     def to_hf(self) -> dict[str, Any]:
-        """The config.json of this model, in the older keys of the released files, which all readers accept."""
+        """The config.json of this model, in the older keys of released files, which all readers accept."""
         values = asdict(self)
         model_type = format_of(values)
         architecture, fixed, _ = FORMATS[model_type]

@@ -172,7 +172,7 @@ class DeduplicatedAllToAllDispatcher(AllToAllDispatcher):
 
 
 class _Exchange:
-    """One all-to-all of several tensors; in backward, `end` sends their gradients and `begin` receives them."""
+    """One all-to-all of several tensors; in backward, `end` sends gradients and `begin` receives them."""
 
     def __init__(self, swap: Swap, send: list[int], receive: list[int]) -> None:
         self._swap, self._send, self._receive = swap, send, receive
