@@ -121,7 +121,9 @@ def test_which_attention_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     assert obstacle(gpu, bf16) is None
     assert obstacle(gpu, torch.float16, capability=(8, 0)) is None
     assert "no kernel on cpu" in str(obstacle(torch.device("cpu"), bf16))
-    assert "none in torch.float32, and memory grows as length squared" in str(obstacle(gpu, torch.float32))
+    assert "no kernel in torch.float32, and memory grows as length squared" in str(
+        obstacle(gpu, torch.float32)
+    )
     assert "wants compute capability 8.0, not 7.5" in str(obstacle(gpu, bf16, capability=(7, 5)))
     monkeypatch.setattr(attention, "varlen_attn", None)
     assert "has no torch.nn.attention.varlen; use 2.10 or newer" in str(obstacle(gpu, bf16))
