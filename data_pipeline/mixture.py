@@ -2,7 +2,7 @@
 
 Rows are dealt in blocks. Each block holds a fixed integer quota of every source, spread evenly over the
 block; the rows of a source are dealt in the order of a permutation, which is different in every epoch.
-Weights may change at given rows: a new stretch of blocks begins there, and every source goes on with its next row.
+Weights may change at given rows: a new stretch of blocks begins there; sources go on with their next rows.
 """
 
 import bisect
@@ -149,7 +149,7 @@ class Mixture:
 
 
 def skip_rows(row: int, skip: list[list[int]]) -> int:
-    """Convert the number of a row outside `skip`, sorted ranges [first, end), to its number among all rows."""
+    """The number of a row among all rows, from its number outside `skip` (sorted ranges [first, end))."""
     for first, end in skip:
         if row >= first:
             row += end - first
