@@ -60,7 +60,7 @@ def measure(command: list[str], until: float, results: dict[str, Any], out: Path
 def main(arguments: list[str]) -> int:
     """Measure, write, show; returns 1 if a process failed or the time was up."""
     parser = argparse.ArgumentParser(prog="tests/bench/gpu.py", description=__doc__)
-    parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"of {', '.join(SECTIONS)}; or all")
+    parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"{', '.join(SECTIONS)}; default all")
     parser.add_argument("--seconds", type=float, default=210, help="nothing new is started after this time")
     parser.add_argument("--out", type=Path, default=RESULTS, help="JSON file for the figures")
     parser.add_argument("--tiny", action="store_true", help="a rehearsal with tiny shapes")
