@@ -98,7 +98,8 @@ class OptimizerNorms:
 
     Under ZeRO the optimizer holds flat fp32 partitions in groups of one kind each, so that a sum over all
     ranks counts each element once; without ZeRO the sum over replicas is divided by their number. A partition
-    may fill much of a GPU, so it is never copied: the update is computed from the states after the step, slice by slice.
+    may fill much of a GPU, so it is never copied: the update is computed from the states after the step,
+    slice by slice.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, config: RunConfig, plan: ParallelPlan) -> None:
