@@ -22,7 +22,7 @@ from moe.block import MoEBlock
 from moe.model import ModelOutput
 from moe.router import TrainingRouting
 from trainer.engine.clock import StepClock
-from trainer.engine.optimizer import RULES
+from trainer.engine.optimizer import states_of
 from trainer.ranks.runtime import Ranks
 from trainer.settings.config import RunConfig
 from trainer.settings.parallel import ParallelPlan
@@ -154,8 +154,6 @@ class Engine:
         self, model: nn.Module, optimizer: Optimizer, config: RunConfig, plan: ParallelPlan, ranks: Ranks
     ) -> None:
         self.config = config
-        self._states = RULES[type(optimizer)].states
-        self.fields = 1 + len(self._states)  # that a fragment has
         self._zero_stage = config.zero_stage
         self._ep_rank = plan.ep_rank(ranks.rank)
         self._ep_group = expert_parallel_group(plan.ep_size)
@@ -240,6 +238,11 @@ class Engine:
             shared, experts, self._edp_group, self._ep_group, self.config.optimizer.max_grad_norm
         )
 
+    @property
+    def fields(self) -> int:
+        """Number of tensors of a fragment: the fp32 weights and the optimizer's states."""
+        return 1 + len(states_of(self._engine.basic_optimizer))
+
     def owned_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """Yield (name, whole tensor) of each parameter that this rank writes to disk; all ranks must iterate.
 
@@ -267,8 +270,7 @@ class Engine:
             if (place := self._locate(parameter)) is None:
                 continue
             flat, offset, start, numel = place
-            state = self._optimizer_state(flat)
-            views = {"master": flat.detach(), **{name: state[name] for name in self._states}}
+            views = {"master": flat.detach(), **self._optimizer_states(flat)}
             if _is_expert(parameter):  # skip the slices of lower expert-parallel ranks
                 start += self._ep_rank * getattr(parameter, "ds_numel", parameter.numel())
             cut = {key: view.view(-1)[offset : offset + numel] for key, view in views.items()}
@@ -294,13 +296,14 @@ class Engine:
             return flat, here.start, there.start, here.numel
         return self._masters.get(parameter, parameter), 0, 0, parameter.numel()
 
-    def _optimizer_state(self, flat: Tensor) -> dict[str, Tensor]:
-        """The state of a tensor that the optimizer updates; created with zeros if there is none yet."""
-        state = self._engine.basic_optimizer.state[flat]
+    def _optimizer_states(self, flat: Tensor) -> dict[str, Tensor]:
+        """The states of a tensor that the optimizer updates; created with zeros if there are none yet."""
+        optimizer = self._engine.basic_optimizer
+        state, names = optimizer.state[flat], states_of(optimizer)
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
-            state.update({name: torch.zeros_like(flat) for name in self._states})
-        return state
+            state.update({name: torch.zeros_like(flat) for name in names})
+        return {name: state[name] for name in names}
 
     @torch.no_grad()
     def end_restore(self, step: int) -> None:

@@ -74,6 +74,11 @@ RULES: dict[type[torch.optim.Optimizer], Rule] = {
 }
 
 
+def states_of(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
+    """The names of the states that a checkpoint keeps of an optimizer."""
+    return RULES[type(optimizer)].states
+
+
 def learning_rate(config: ScheduleConfig, peak: float, step: int, total_steps: int) -> float:
     """Learning rate of the update numbered `step` (from 0) out of `total_steps`.
 
