@@ -9,7 +9,7 @@ INSTALLED := $(if $(filter .venv/bin,$(BIN)),.venv/installed)
 demo: .venv/installed
 	$(BIN)/python -m data_pipeline experiment=demo
 	$(BIN)/python -m trainer experiment=demo
-	$(BIN)/python -m trainer.generate runs/demo "def " --temperature 0.7
+	$(BIN)/python -m trainer.generate runs/demo "    def __init__(self" --temperature 0.5
 	$(BIN)/python -m trainer.report runs/demo
 
 test: check

@@ -36,7 +36,7 @@ def profile_rank(run_dir: Path, steps: int) -> None:
     from trainer.engine.engine import Engine, communication_log, init_deepspeed
     from trainer.engine.loss import agree_on_totals, build_balance
     from trainer.engine.optimizer import build_optimizer
-    from trainer.stages.supervised import Supervised
+    from trainer.stages.stage import open_stage
     from trainer.train import train_step
 
     plan, folder = config.plan(ranks.world_size), run_dir / "profile"
@@ -49,7 +49,7 @@ def profile_rank(run_dir: Path, steps: int) -> None:
     engine = Engine(model, build_optimizer(model, config.optimizer), config, plan, ranks)
     balance = build_balance(config, plan, ranks.device)
     done = Checkpoints(run_dir, 0, config, plan, ranks, print).load_latest(engine, balance)
-    stage = Supervised(config, ranks, engine, balance, done)
+    stage = open_stage(config, ranks, engine, balance, done)
 
     def step() -> None:
         micro_batches = [batch.to(ranks.device) for batch in stage.micro_batches()]

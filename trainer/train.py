@@ -31,8 +31,7 @@ from trainer.ranks.runtime import DTYPES, Ranks, TrainingError, garbage_collecte
 from trainer.settings.config import RunConfig
 from trainer.settings.parallel import ParallelPlan
 from trainer.settings.run_folder import record_attempt
-from trainer.stages.stage import Stage
-from trainer.stages.supervised import Supervised
+from trainer.stages.stage import open_stage
 
 # Most forwards kept until a step's routing is counted; each holds its layers' inputs and the head's gradient.
 KEPT = 4
@@ -69,7 +68,7 @@ def train(
     checkpoints = Checkpoints(run_dir, attempt, config, plan, ranks, screen.say)
     cleanup.callback(checkpoints.close)
     step = checkpoints.load_latest(engine, balance)
-    stage: Stage = Supervised(config, ranks, engine, balance, step)
+    stage = open_stage(config, ranks, engine, balance, step)
     cleanup.callback(stage.close)
     tracker = cleanup.enter_context(Tracker(config, run_dir, attempt, screen.say, ranks.is_main))
     alarms = Alarms(config.tracker.alarms, hosts, config.schedule.warmup_steps)

@@ -183,7 +183,7 @@ def startup() -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         one_step = [
             *demo,
-            "stage.train_tokens=4096",
+            "stage.train_tokens=2048",
             "schedule.warmup_steps=0",
             f"output_dir={folder}",
             "tracker.wandb=disabled",

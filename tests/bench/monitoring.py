@@ -33,6 +33,7 @@ def main(folder: str = "data/embedded", steps: str = "40") -> None:
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="29545")
     overrides = ["experiment=demo", f"data.dir={folder}", "parallel.ep_size=1", "tracker.log_every_steps=2"]
     overrides += ["parallel.nproc_per_node=1", "tracker.expert_load_every_steps=2", "tracker.wandb=offline"]
+    overrides += ["stage.global_batch_size=16", "micro_batch_size=8"]
     with initialize_config_module("conf", version_base="1.3"):
         config = RunConfig.load(compose("train", overrides=overrides))
     ranks = Ranks.join()

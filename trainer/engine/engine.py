@@ -121,6 +121,7 @@ def _settings(config: RunConfig, plan: ParallelPlan) -> dict[str, Any]:
     settings: dict[str, Any] = {
         # torch's AdamW can update CPU tensors; DeepSpeed's would have to be compiled
         "zero_force_ds_cpu_optimizer": False,
+        "zero_allow_untested_optimizer": True,
         **config.deepspeed,
         "train_batch_size": plan.global_batch_size,
         "train_micro_batch_size_per_gpu": plan.micro_batch_size,

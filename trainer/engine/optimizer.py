@@ -24,7 +24,7 @@ class Rule(NamedTuple):
     """What checkpoints and metrics need to know of a torch optimizer."""
 
     states: tuple[str, ...]  # the names of its states that have the shape of the weights, [n] fp32
-    change: Callable[..., Tensor]  # group, step, new weights, states -> old minus new weights, all [n]
+    change: Callable[..., Tensor]  # group, step, gradient, new weights, states -> old minus new, all [n]
 
 
 def kind_of(name: str) -> str:
@@ -59,7 +59,9 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ad
     return torch.optim.AdamW(list(groups.values()), lr=0.0, betas=(beta1, beta2), eps=config.eps, fused=True)
 
 
-def _adamw_change(group: dict[str, Any], step: Tensor, new: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+def _adamw_change(
+    group: dict[str, Any], step: Tensor, gradient: Tensor, new: Tensor, mean: Tensor, variance: Tensor
+) -> Tensor:
     """Old minus `new` weights of an AdamW step, from the moments, all [n] (arXiv 1711.05101)."""
     beta1, beta2 = group["betas"]
     rate, decay = group["lr"], group["lr"] * group["weight_decay"]

@@ -18,7 +18,8 @@ from trainer.ranks.runtime import Ranks
 from trainer.settings.config import AlarmsConfig
 
 _WINDOW, _LEAST = 50, 10  # logged losses that the loss is compared with, and how many there must be
-_LASTS = 3  # logged steps in a row for which a collapse or a straggler must last
+_COLLAPSES = 10  # logged steps in a row after warmup in which a layer must use too few experts
+_STRAGGLES = 3  # logged steps in a row in which one rank must be the slowest
 
 
 class Alarm(NamedTuple):
@@ -63,12 +64,12 @@ class Alarms:
         layers = metrics.get("layers", {}).get("effective_experts", [])
         few = bool(layers) and min(layers) < limits.effective_experts
         self._collapsed = self._collapsed + 1 if few and metrics["step"] > self._warmup_steps else 0
-        if self._collapsed == _LASTS:  # once, until the layer has recovered
+        if self._collapsed == _COLLAPSES:  # once, until the layer has recovered
             layer = layers.index(min(layers))
             yield Alarm(
                 "expert collapse",
                 f"sparse layer {layer} works as if it had {layers[layer]:.0%} of its experts "
-                f"({metrics['layers']['dead_experts'][layer]} without a token) for {_LASTS} logged steps. "
+                f"({metrics['layers']['dead_experts'][layer]} without a token) in {_COLLAPSES} logged steps. "
                 "Raise model.router_aux_loss_coef, set balance.bias_update_rate, look for one-sided data",
             )
         if metrics["stall_fraction"] > limits.data_stall:
@@ -79,7 +80,7 @@ class Alarms:
             )
         rank = metrics["slowest_rank"] if metrics["straggling"] > limits.straggler else -1
         self._slow = (rank, self._slow[1] + 1 if rank == self._slow[0] else 1)
-        if rank >= 0 and self._slow[1] >= _LASTS:
+        if rank >= 0 and self._slow[1] >= _STRAGGLES:
             yield Alarm(
                 "straggler",
                 f"rank {rank} on {self._hosts[rank]} computes {metrics['straggling']:.0%} longer than the "

@@ -38,9 +38,9 @@ class StepSums(NamedTuple):
     @classmethod
     def zeros(cls, num_layers: int, num_experts: int, device: torch.device) -> "StepSums":
         """Sums before the first micro-batch."""
-        layers = (num_layers,)
-        shapes = [(), (), layers, layers, layers, (num_layers, num_experts), layers]
-        return cls(*(torch.zeros(shape, device=device) for shape in shapes))
+        shapes: dict[str, tuple[int, ...]] = {"cross_entropy": (), "mtp": ()}
+        shapes["tokens_per_expert"] = num_layers, num_experts
+        return cls(**{name: torch.zeros(shapes.get(name, num_layers), device=device) for name in cls._fields})
 
     def add(self, shares: LossShares, router: RouterStatistics | None) -> None:
         """Add one micro-batch."""
@@ -58,10 +58,10 @@ class StepSums(NamedTuple):
 
         One packed all-reduce in fp64 (counts stay exact); every rank must call it.
         """
-        *sums, logit_range = self
-        ranges = logit_range.new_zeros(dist.get_world_size(), len(logit_range))  # [R,L]
-        ranges[dist.get_rank()] = logit_range
-        parts = [*more, *sums, ranges]
+        summed = [name for name in self._fields if name != "logit_range"]
+        ranges = self.logit_range.new_zeros(dist.get_world_size(), len(self.logit_range))  # [R,L]
+        ranges[dist.get_rank()] = self.logit_range
+        parts = [*more, *(getattr(self, name) for name in summed), ranges]
         packed = torch.cat([part.reshape(-1).double() for part in parts])
         dist.all_reduce(packed)
         pieces = packed.split([part.numel() for part in parts])
@@ -69,7 +69,7 @@ class StepSums(NamedTuple):
         for tensor, total in zip(more, totals, strict=False):
             tensor.copy_(total)
         *sums, ranges = totals[len(more) :]
-        return StepSums._make([*sums, ranges.amax(dim=0)])
+        return StepSums(**dict(zip(summed, sums, strict=True)), logit_range=ranges.amax(dim=0))
 
     def describe(self, totals: Totals) -> dict[str, Any]:
         """The metrics of a step from sums over all ranks; `layers` holds L values of each layer metric."""
@@ -128,9 +128,9 @@ class OptimizerNorms:
     def _after(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         for group, parameter in self._stepped(optimizer):
             kind, state = KINDS.index(group["kind"]), optimizer.state[parameter]
-            tensors = (parameter.detach(), *(state[name] for name in self._rule.states))
+            tensors = (parameter.grad, parameter.detach(), *(state[name] for name in self._rule.states))
             for parts in zip(*(tensor.flatten().split(SLICE) for tensor in tensors), strict=True):
-                _add(self.squares[kind, 2], _square(self._rule.change(group, state["step"], *parts)))
+                _add(self.squares[kind, 2], _square(self._rule.change(group, state.get("step"), *parts)))
 
     def _stepped(self, optimizer: torch.optim.Optimizer) -> Iterator[tuple[dict[str, Any], Any]]:
         """Yield group and parameter of each update, if this step is measured."""

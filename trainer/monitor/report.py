@@ -112,7 +112,9 @@ def _grid(panels: int, across: int, height: float, shared: bool = False) -> tupl
 
 
 def _short(key: str) -> str:
-    """sources/code/tokens -> code, forward_seconds -> forward"""
+    """sources/code/tokens -> code, layers/z_loss/3 -> 3, forward_seconds -> forward"""
+    if key.startswith("layers/"):
+        return key.rpartition("/")[2]
     return key.split("/")[1] if "/" in key else key.removesuffix("_seconds").replace("_", " ")
 
 
