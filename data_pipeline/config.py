@@ -27,7 +27,7 @@ BLOCK_ROWS = 16384  # the mixture holds its weights exactly, to one row, over ea
 
 
 class DataError(Exception):
-    """A file that the data pipeline reads or wrote breaks a law; the message names file, law and remedy."""
+    """A file that the data pipeline reads or has written is wrong; the message names file, rule and remedy."""
 
 
 @dataclass
@@ -59,12 +59,14 @@ class DataConfig:
     sources: dict[str, SourceConfig]  # by name, which is part of file names and metrics
     validation_fraction: float  # share of the documents, chosen by their hash, that is never trained on
     deduplicate: bool  # keep the first of equal documents of a source
-    min_characters: int  # shorter documents are bad rows (too_short); conversations are not concerned
+    min_characters: int  # shorter documents are bad rows (too_short); not for conversations
     max_chat_tokens: int | None  # longer conversations are bad rows (too_long); null = no limit
-    think_flag_share: float | None  # /no_think where no reasoning, /think in this share of others; null: none
+    think_flag_share: (
+        float | None
+    )  # mark /no_think without reasoning, /think in this share of the others; null = no marks
     on_bad_row: str  # skip (list it in rejects.jsonl) | quarantine (keep the whole row there) | error (stop)
-    max_bad_fraction: float  # share of bad rows beyond which a source is broken and nothing is prepared
-    slice_bytes: int  # bytes of input in one unit of work, of restart and of parallelism
+    max_bad_fraction: float  # with a larger share of bad rows in a source, nothing is prepared
+    slice_bytes: int  # bytes of input that a process prepares, and a restart repeats, as one unit
     shard_bytes: int  # most bytes in one file of tokens (a longer document has a shard of its own)
     num_workers: int  # processes that prepare; 1 = this one. The result does not depend on it
     packing: str  # concat (documents end to end, cut where a row ends) | best_fit (whole documents, padded)

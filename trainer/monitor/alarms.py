@@ -1,4 +1,4 @@
-"""Alarms: what in the logged metrics a person should look at now, and what to do about it."""
+"""Alarms: logged metrics that a person should look at now, and what to do about them."""
 
 from collections import deque
 from collections.abc import Iterator
@@ -17,30 +17,30 @@ from trainer.engine.optimizer import kind_of
 from trainer.ranks.runtime import Ranks
 from trainer.settings.config import AlarmsConfig
 
-_WINDOW, _LEAST = 50, 10  # logged losses that the loss is compared with, and how many there must be
-_COLLAPSES = 10  # logged steps in a row after warmup in which a layer must use too few experts
-_STRAGGLES = 3  # logged steps in a row in which one rank must be the slowest
+_WINDOW, _LEAST = 50, 10  # the loss is compared with up to 50 logged losses, and with no fewer than 10
+_COLLAPSES = 10  # consecutive logged steps after warmup in which a layer uses too few experts
+_STRAGGLES = 3  # consecutive logged steps in which the same rank is the slowest
 
 
 class Alarm(NamedTuple):
     """One reason to look at a run."""
 
     kind: str
-    text: str  # what is the matter, and what to do
+    text: str  # what is wrong, and what to do
 
 
 class Alarms:
-    """Watches the metrics of logged steps. `hosts` is indexed by rank."""
+    """Checks the metrics of logged steps. `hosts` is indexed by rank."""
 
     def __init__(self, config: AlarmsConfig, hosts: list[str], warmup_steps: int = 0) -> None:
         self._config, self._hosts, self._warmup_steps = config, hosts, warmup_steps
         self._losses: deque[float] = deque(maxlen=_WINDOW)
-        self._slow = (-1, 0)  # the rank that straggles, and for how many logged steps
+        self._slow = (-1, 0)  # the slowest rank, and for how many logged steps it has been so
         self._collapsed = 0  # for how many logged steps after warmup a layer has used too few experts
         self._raised: dict[str, int] = {}  # kind -> step
 
     def check(self, metrics: dict[str, Any]) -> list[Alarm]:
-        """The alarms that a logged step raises; each kind once in `repeat_after_steps`."""
+        """The alarms that a logged step raises, each kind at most once in `repeat_after_steps` steps."""
         step, loud = metrics["step"], metrics["step"] - self._config.repeat_after_steps
         due = [alarm for alarm in self._found(metrics) if self._raised.get(alarm.kind, loud) <= loud]
         self._raised |= {alarm.kind: step for alarm in due}
@@ -57,9 +57,9 @@ class Alarms:
             if z > limits.loss_spike:
                 yield Alarm(
                     "loss spike",
-                    f"the loss is {loss:.3f}, {z:.1f} deviations above where the steps before lead. If it "
-                    "does not come back: look at the rows of the step (python -m data_pipeline inspect), "
-                    "leave them out (data.skip) or lower optimizer.lr, and go on from a checkpoint before it",
+                    f"the loss is {loss:.3f}, {z:.1f} deviations above the trend of the steps before. If it "
+                    "stays high: look at the rows of the step (python -m data_pipeline inspect), leave them "
+                    "out (data.skip) or lower optimizer.lr, and continue from an earlier checkpoint",
                 )
         layers = metrics.get("layers", {}).get("effective_experts", [])
         few = bool(layers) and min(layers) < limits.effective_experts
@@ -75,7 +75,7 @@ class Alarms:
         if metrics["stall_fraction"] > limits.data_stall:
             yield Alarm(
                 "data stall",
-                f"{metrics['stall_fraction']:.1%} of a step goes by waiting for data "
+                f"{metrics['stall_fraction']:.1%} of a step is spent waiting for data "
                 f"({metrics['data_wait_seconds']:.3f} s). Put data.dir on a faster disk, or free CPU cores",
             )
         rank = metrics["slowest_rank"] if metrics["straggling"] > limits.straggler else -1
@@ -84,16 +84,16 @@ class Alarms:
             yield Alarm(
                 "straggler",
                 f"rank {rank} on {self._hosts[rank]} computes {metrics['straggling']:.0%} longer than the "
-                f"median in {self._slow[1]} logged steps running; all others wait. Look at the clocks, heat "
-                "and other processes of its device, or leave the node out; if received_imbalance is high, at "
-                "its experts",
+                f"median in {self._slow[1]} consecutive logged steps, and all others wait for it. Check the "
+                "clocks, the temperature and other processes of its device, or exclude the node; if "
+                "received_imbalance is high, its experts get too many tokens",
             )
 
 
 def diverged(
     step: int, micro_batches: list[Batch], losses: list[Tensor], first: list[str], ranks: Ranks, run_dir: Path
 ) -> str:
-    """Which rank and rows made the loss of a step no number; every rank must call it."""
+    """Say which ranks and rows made the loss of a step infinite or NaN; every rank must call it."""
     rows = [batch.rows for batch, loss in zip(micro_batches, losses, strict=True) if not torch.isfinite(loss)]
     here = [*(f"rows {list(row)}" for row in rows), *(f"first {what}" for what in first)]
     everywhere: list = [None] * ranks.world_size
@@ -108,9 +108,10 @@ def diverged(
 
 @contextmanager
 def first_not_finite(model: nn.Module) -> Iterator[list[str]]:
-    """Where a gradient that a backward inside brings first is no finite number; at most one place.
+    """A list that receives the first parameter whose gradient, in a backward pass inside, is not finite.
 
-    The backward comes from the loss to the embedding: what is named is nearest to the loss.
+    The pass goes from the loss to the embedding, so this is the parameter nearest to the loss. Weights that
+    are not finite are reported instead.
     """
     found: list[str] = []
 

@@ -1,4 +1,4 @@
-"""What the commands share: composing a configuration, checking a run, telling a mistake. Torch-free."""
+"""What the commands share: composing a configuration, checking a run, reporting mistakes. Torch-free."""
 
 import sys
 from collections.abc import Callable
@@ -22,7 +22,7 @@ P = ParamSpec("P")
 
 
 def tells_mistakes(command: Callable[P, int | None], headline: str = "") -> Callable[P, int | None]:
-    """`command`, which returns 2 where the configuration or the data is wrong, after the message alone."""
+    """Wrap `command`: if the configuration or the data is wrong, print the message alone and return 2."""
 
     @wraps(command)
     def telling(*args: P.args, **kwargs: P.kwargs) -> int | None:
@@ -43,9 +43,9 @@ def compose_and(
 ) -> NoReturn:
     """Compose `conf/<config_name>.yaml` with the command line and hand it to `act`; exits with its code.
 
-    Under -m every point of the sweep goes to `act`; `finish` follows the last one, unless one failed. A wrong
-    configuration exits with 2 and one message, whether Hydra finds it (an unknown group) or we. --help prints
-    `about`, the docstring of the command, and the groups.
+    With -m, `act` gets every point of the sweep, and `finish` runs after the last one unless one failed. A
+    wrong configuration exits with 2 and one message, whether Hydra or this project finds the mistake. --help
+    prints `about`, the docstring of the command, and the groups.
     """
     if {"--help", "-h"} & set(sys.argv[1:]):
         print(_help(about or "", config_name))
@@ -66,13 +66,14 @@ def compose_and(
     except KeyboardInterrupt:
         print("interrupted before the run was started", file=sys.stderr)
         sys.exit(1)
-    sys.exit(tells_mistakes(finish, headline)() if composed else 0)  # not composed: --cfg
+    sys.exit(tells_mistakes(finish, headline)() if composed else 0)  # not composed, for example with --cfg
 
 
 def check(config: RunConfig, cfg: DictConfig) -> None:
     """Raises ConfigError or DataError if the run or its data is wrong.
 
-    Makes what the run reads independent of the folder it is started in, in `cfg`, of which `config` is.
+    In `cfg`, from which `config` was loaded, paths that the run reads become absolute: it may be started in
+    another folder.
     """
     forget_origin(config, config.run_dir)
     config.check()
@@ -85,7 +86,7 @@ def check(config: RunConfig, cfg: DictConfig) -> None:
 
 
 def _help(about: str, config_name: str) -> str:
-    """What a command does, then the groups of conf/ and their files (those named _* are only included)."""
+    """What a command does, then the groups of conf/ with their files, without those that begin with `_`."""
     lines = [about.strip(), "", "Groups; GROUP=NAME chooses a file:"]
     groups = (path for path in files("conf").iterdir() if path.is_dir())
     for group in sorted(groups, key=lambda path: path.name):

@@ -1,4 +1,4 @@
-"""What a run is: typed, checked as a whole before anything starts. Torch-free, for login nodes."""
+"""What a run is: typed, and checked as a whole before anything starts. Torch-free, for login nodes."""
 
 import os
 from dataclasses import dataclass
@@ -31,13 +31,13 @@ class StageConfig:
 
     @property
     def total_steps(self) -> int:
-        """Optimizer steps that cover train_tokens; the last one completes the budget."""
+        """The least number of optimizer steps that reaches train_tokens."""
         return -(-self.train_tokens // self.step_tokens)
 
 
 @dataclass
 class InitConfig:
-    """First weights, and how those of stage.init_from become the model's (moe/upcycle.py)."""
+    """The initial weights, and whether a dense stage.init_from is upcycled (moe/upcycle.py)."""
 
     router_scale: NotNegative
     upcycle: Literal["none", "copy", "split"]
@@ -77,7 +77,7 @@ class BalanceConfig:
 
 @dataclass
 class ExpertsConfig:
-    """How a rank computes its experts, and what routing does in training alone."""
+    """How a rank computes its experts, and what changes routing in training only."""
 
     backend: Literal["auto", "reference", "loop", "grouped", "megablocks", "liger"]
     capacity_factor: float | None
@@ -86,7 +86,7 @@ class ExpertsConfig:
 
 @dataclass
 class CheckpointConfig:
-    """When checkpoints are written and how many stay."""
+    """When checkpoints are written, and how many are kept."""
 
     every_steps: AtLeast1
     keep: AtLeast1
@@ -104,18 +104,18 @@ class EvaluateConfig:
 
 @dataclass
 class AlarmsConfig:
-    """From where on a metric is an alarm."""
+    """The thresholds of alarms."""
 
-    loss_spike: NotNegative  # deviations above what the losses before lead to
-    effective_experts: NotNegative  # least, of any layer
-    data_stall: NotNegative  # share of the step
-    straggler: NotNegative  # how much longer than the median rank one computes
+    loss_spike: NotNegative  # standard deviations above the trend of the losses before
+    effective_experts: NotNegative  # least share of its experts that a layer must use
+    data_stall: NotNegative  # share of a step spent waiting for data
+    straggler: NotNegative  # how much longer than the median rank a rank computes
     repeat_after_steps: AtLeast0
 
 
 @dataclass
 class TrackerConfig:
-    """Weights & Biases, the intervals of metrics, alarms."""
+    """Weights & Biases, intervals of metrics, and alarms."""
 
     wandb: Literal["auto", "online", "offline", "disabled"]
     project: str
@@ -130,7 +130,7 @@ class TrackerConfig:
 
 @dataclass
 class RunConfig:
-    """A whole run. Values live in conf/, laws here; `load` reports everything that is wrong at once."""
+    """A whole run. Values live in conf/, laws here; `load` reports all mistakes at once."""
 
     name: str
     output_dir: str
@@ -162,7 +162,7 @@ class RunConfig:
 
     @classmethod
     def of_run(cls, run_dir: Path) -> "RunConfig":
-        """The configuration that a run folder goes on with. Raises ConfigError where there is none."""
+        """The configuration that a run folder continues with. Raises ConfigError if it is not a run folder."""
         return cls.load(read_run(run_dir))
 
     @property
@@ -176,7 +176,7 @@ class RunConfig:
         return self.parallel.nproc_per_node
 
     def plan(self, world_size: int | None = None) -> ParallelPlan:
-        """The layout of the run on so many ranks; on those that it asks for where no number is given."""
+        """The layout of the run on `world_size` ranks; by default, on the number that it asks for."""
         ranks = self.world_size if world_size is None else world_size
         return ParallelPlan(ranks, self.parallel.ep_size, self.micro_batch_size, self.stage.global_batch_size)
 
@@ -186,7 +186,7 @@ class RunConfig:
         return int(self.deepspeed.get("zero_optimization", {}).get("stage", 0))
 
     def check(self, world_size: int | None = None) -> None:
-        """Raises ConfigError with every broken law of the run on so many ranks; see `plan`."""
+        """Raises ConfigError with every broken law of the run on `world_size` ranks; see `plan`."""
         problems = [
             *self.model.problems(),
             *self.data.problems(),
@@ -200,7 +200,7 @@ class RunConfig:
             raise ConfigError(problems)
 
     def _own_problems(self) -> list[str]:
-        """Laws that the types of single values do not show."""
+        """Broken laws that the types of single values cannot express."""
         stage, model, schedule, betas = self.stage, self.model, self.schedule, self.optimizer.betas
         shares = {f"schedule.{key}": getattr(schedule, key) for key in ("decay_fraction", "min_lr_ratio")}
         shares["experts.router_jitter_noise"] = self.experts.router_jitter_noise
@@ -258,7 +258,7 @@ class RunConfig:
         return found
 
     def _init_problems(self) -> list[str]:
-        """Whether the weights of stage.init_from are of this model, or can be upcycled into it."""
+        """Why the weights of stage.init_from are not of this model and cannot be upcycled into it."""
         how, upcycles = self.init.upcycle, self.init.upcycle in ("copy", "split")
         if self.stage.init_from is None:
             return [f"init.upcycle={how} needs stage.init_from, a dense folder"] if how != "none" else []
@@ -282,9 +282,9 @@ class RunConfig:
         return found
 
 
-# What a stage may change of the model whose weights it takes over.
+# Keys of the model that a stage may change when it starts from existing weights.
 _FREE_AT_HAND_OVER = {"initializer_range", "max_position_embeddings", "rope_theta", "rope_scaling"}
 _FREE_AT_HAND_OVER |= {"router_aux_loss_coef", "num_nextn_predict_layers"}
-# And what makes a mixture of a dense one.
+# Keys that differ as well when a dense model becomes a mixture of experts.
 _FREE_TO_UPCYCLE = {"num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob"}
 _FREE_TO_UPCYCLE |= {"decoder_sparse_step", "mlp_only_layers"}
