@@ -27,7 +27,7 @@ BLOCK_ROWS = 16384  # the mixture holds its weights exactly, to one row, over ea
 
 
 class DataError(Exception):
-    """A file that the data pipeline reads or has written is wrong; the message names file, rule and remedy."""
+    """A file that the data pipeline reads or wrote is wrong; the message names file, rule and remedy."""
 
 
 @dataclass
@@ -63,7 +63,7 @@ class DataConfig:
     max_chat_tokens: int | None  # longer conversations are bad rows (too_long); null = no limit
     think_flag_share: (
         float | None
-    )  # mark /no_think without reasoning, /think in this share of the others; null = no marks
+    )  # /no_think without reasoning, /think in this share of the others; null = none
     on_bad_row: str  # skip (list it in rejects.jsonl) | quarantine (keep the whole row there) | error (stop)
     max_bad_fraction: float  # with a larger share of bad rows in a source, nothing is prepared
     slice_bytes: int  # bytes of input that a process prepares, and a restart repeats, as one unit

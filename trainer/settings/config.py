@@ -162,7 +162,7 @@ class RunConfig:
 
     @classmethod
     def of_run(cls, run_dir: Path) -> "RunConfig":
-        """The configuration that a run folder continues with. Raises ConfigError if it is not a run folder."""
+        """The configuration that a run continues with. Raises ConfigError for any other folder."""
         return cls.load(read_run(run_dir))
 
     @property
