@@ -106,7 +106,8 @@ def closing(config: RunConfig, metrics: dict[str, Any], results: dict[str, str],
             f"the mean, {metrics['dead_experts']} of {experts} unused in the last step"
         )
     rows["run"] = f"{run_dir}; for transformers: {run_dir}/checkpoints/step-{metrics['step']:08d}/hf"
-    rows["next"] = f'python -m trainer.generate {run_dir} "def ", python -m trainer.report {run_dir}'
+    prompt = '"    def __init__(self" --temperature 0.5'
+    rows["next"] = f"python -m trainer.generate {run_dir} {prompt}, python -m trainer.report {run_dir}"
     return "\n".join(["", *(f"  {name:<9} {value}" for name, value in rows.items() if value)])
 
 
