@@ -1,5 +1,6 @@
 """Norms by kind, packed sums and per-rank figures, under every ZeRO stage, against one process in fp64."""
 
+import time
 from collections import defaultdict
 from itertools import product
 
@@ -8,7 +9,16 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from harness import run_ranks
-from layouts import RATE, ROWS, gather_parameters, micro_batches, oracle_model, small_config
+from layouts import (
+    RATE,
+    ROWS,
+    SEQ_LEN,
+    SmallRun,
+    gather_parameters,
+    micro_batches,
+    oracle_model,
+    small_config,
+)
 from torch import Tensor
 
 from moe.parallelize import dispatched
@@ -16,7 +26,7 @@ from trainer.checkpoints.assemble import build_model
 from trainer.engine.engine import Engine, init_deepspeed
 from trainer.engine.loss import agree_on_totals, build_balance
 from trainer.engine.optimizer import KINDS, build_optimizer, kind_of
-from trainer.monitor.metrics import OptimizerNorms
+from trainer.monitor.metrics import Meter, OptimizerNorms
 from trainer.ranks.runtime import Ranks
 from trainer.stages.supervised import Supervised
 from trainer.train import train_step
@@ -160,3 +170,35 @@ def test_bf16_measures_the_update_of_the_fp32_weights() -> None:
         for kind in KINDS:
             ratio = found[f"cloned/{kind}"] / found[f"param_norm/{kind}"]
             assert found[f"update_ratio/{kind}"] == pytest.approx(ratio, rel=TOLERANCE), (overrides, kind)
+
+
+PAUSE = 0.5
+
+
+def measure_with_pause(waited_for: str) -> tuple[dict, float]:
+    """The metrics of a step after which the run waited, and the seconds of all of it."""
+    run = SmallRun("micro_batch_size=8", "tracker.log_every_steps=1")
+    started = time.perf_counter()
+    meter = Meter(run.config, run.ranks, run.engine, run.engine._engine.basic_optimizer, 0)
+    meter.begin(1)
+    batches = micro_batches(run.plan, run.ranks.rank, 0)
+    totals = agree_on_totals(batches, False)
+    sums, _, norm = train_step(run.engine, run.balance, Supervised.loss_shares, batches, totals, RATE)
+    with run.engine.clock.wait(waited_for):
+        time.sleep(PAUSE)
+    metrics = meter.measure(1, sums, totals, norm, RATE, 0.0)
+    elapsed = time.perf_counter() - started
+    run.engine.close()
+    return metrics, elapsed
+
+
+@pytest.mark.parametrize(("waited_for", "counts"), [("evaluation", False), ("save", False), ("data", True)])
+def test_evaluations_and_saves_are_not_part_of_a_step_and_waiting_for_data_is(waited_for, counts):
+    ((metrics, elapsed),) = run_ranks(measure_with_pause, 1, waited_for)
+    if counts:
+        assert PAUSE < metrics["step_seconds"] <= elapsed
+    else:
+        assert metrics["step_seconds"] <= elapsed - PAUSE
+    step_tokens = ROWS * SEQ_LEN
+    assert metrics["tokens_per_second"] == pytest.approx(step_tokens / metrics["step_seconds"])
+    assert metrics["tokens_per_second_mean"] < step_tokens / PAUSE, "the mean is over all the time"

@@ -1,5 +1,6 @@
 """The balance loss of the global batch, by hand and by shares."""
 
+import pytest
 import torch
 
 from moe.balance import Balance, balance_loss_share, expert_frequencies
@@ -76,3 +77,29 @@ def test_no_tokens_cost_nothing():
         0.0,
         0.0,
     ]
+
+
+@pytest.mark.parametrize("mode", ["exact", "buffer", "prior_buffer", "micro_batch"])
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_a_step_forgets_the_counts_of_the_one_before(mode: str, micro_batches: int) -> None:
+    """The second step's frequencies are those of a run that starts there with the state of a checkpoint."""
+
+    def step(balance: Balance, seed: int) -> list[torch.Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        counts = [torch.randint(0, 9, (2, 4), generator=generator).float() for _ in range(micro_batches)]
+        if balance.counts_first:
+            balance.count_first(counts)
+        found = [balance.frequencies(part, 60) for part in counts]
+        balance.end_step()
+        return found
+
+    def new() -> Balance:
+        sizes = {"num_layers": 2, "num_experts": 4, "micro_batches_per_step": micro_batches}
+        return Balance(mode, **sizes, bias_update_rate=0.5)
+
+    run, resumed = new(), new()
+    step(run, seed=0)
+    resumed.load_state(run.state())
+    for a, b in zip(step(run, seed=1), step(resumed, seed=1), strict=True):
+        assert torch.equal(a, b)
+    assert torch.equal(run.bias, resumed.bias)

@@ -1,10 +1,11 @@
-"""The learning rate is a pure function of the step, is continuous, and ends at the configured value."""
+"""Which parameters decay, and the learning rate: a pure function of the step that ends where it should."""
 
 from itertools import pairwise
 
 import pytest
 
-from trainer.engine.optimizer import learning_rate
+from moe.model import CausalLM
+from trainer.engine.optimizer import build_optimizer, learning_rate
 from trainer.settings.config import ScheduleConfig
 
 TOTAL = 100
@@ -37,3 +38,25 @@ def test_wsd_is_flat_and_then_a_line():
 
 def test_a_decay_longer_than_the_run_starts_after_the_warmup():
     assert rates("wsd", 50, 0.9, 0.0)[50] == pytest.approx(2.0 * 49 / 50)
+
+
+def decayed(model: CausalLM, optimizer) -> set[str]:
+    """Names of the parameters on which weight decay acts, without their layer."""
+    groups = [group for group in optimizer.param_groups if group["weight_decay"]]
+    assert all(group["weight_decay"] == 0.1 for group in groups)
+    found = {id(parameter) for group in groups for parameter in group["params"]}
+    return {name for name, parameter in model.named_parameters() if id(parameter) in found}
+
+
+@pytest.mark.parametrize("model", ["tiny_moe", "tiny_qwen2_moe", "tiny_qwen3_next"])
+def test_decay_acts_on_matrices_except_embeddings_and_on_zero_centred_norms_of_heads(model, run_config):
+    small = ("model.hidden_size=32", "model.vocab_size=64", "model.moe_intermediate_size=8")
+    config = run_config(f"model={model}", *small, "optimizer.weight_decay=0.1")
+    built = CausalLM(config.model)
+    every = dict(built.named_parameters())
+    matrices = {name for name, parameter in every.items() if parameter.ndim > 1}
+    expected = matrices - {"model.embed_tokens.weight"}
+    if model == "tiny_qwen3_next":
+        expected |= {name for name in every if name.endswith(("q_norm.weight", "k_norm.weight"))}
+    assert decayed(built, build_optimizer(built, config.optimizer)) == expected
+    assert expected < set(every), "biases and norms do not decay"

@@ -7,9 +7,10 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
+from trainer.engine.loss import Totals
 from trainer.engine.optimizer import KINDS, build_optimizer
 from trainer.monitor import metrics
-from trainer.monitor.metrics import OptimizerNorms
+from trainer.monitor.metrics import OptimizerNorms, StepSums
 from trainer.settings.config import RunConfig
 
 SLICE = 2**12
@@ -83,3 +84,18 @@ def test_a_logged_step_takes_slices_of_memory_only(config: RunConfig) -> None:
     assert norms.squares.shape == (len(KINDS), 3)
     logged = peak_bytes(lambda: optimizer.step())
     assert logged - plain < 4 * 4 * SLICE, "4 slices, while the tensor has 64"
+
+
+def test_what_a_step_says_of_its_experts() -> None:
+    """By hand: 8 slots of 4 tokens over 4 experts, one layer balanced and one collapsed to two experts."""
+    sums = StepSums.zeros(2, 4, torch.device("cpu"))
+    sums.tokens_per_expert.copy_(torch.tensor([[2.0, 2.0, 2.0, 2.0], [6.0, 2.0, 0.0, 0.0]]))
+    sums.balance.copy_(torch.tensor([1.0, 3.0]))
+    sums.entropy.copy_(torch.tensor([8.0, 4.0]))
+    sums.logit_range.copy_(torch.tensor([1.0, 5.0]))
+    said = sums.describe(Totals(label_tokens=4, tokens=4, stop=False, written=False))
+    assert said["layers"]["max_violation"] == [0.0, 2.0], "6 slots where the mean is 2"
+    assert (said["max_violation"], said["dead_experts"], said["balance_loss"]) == (2.0, 2.0, 2.0)
+    assert (said["router_entropy"], said["logit_range"]) == (1.5, 5.0)
+    assert said["layers"]["effective_experts"] == pytest.approx([1.0, 4 / 3**0.75 / 4])
+    assert said["layers"]["dead_experts"] == [0, 2]
