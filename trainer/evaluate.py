@@ -12,7 +12,7 @@ from trainer.engine.cpu_products import fast_products
 from trainer.ranks.runtime import Ranks
 from trainer.settings.config import RunConfig
 from trainer.settings.run_folder import hf_folder, run_of
-from trainer.stages.supervised import held_out_losses
+from trainer.stages.held_out import held_out_losses
 
 
 def evaluate_checkpoint(source: Path) -> dict[str, float]:

@@ -24,7 +24,8 @@ from trainer.monitor.metrics import Meter, OptimizerNorms
 from trainer.monitor.tracker import Tracker
 from trainer.ranks.runtime import Ranks
 from trainer.settings.config import RunConfig
-from trainer.stages.supervised import Supervised, open_loader
+from trainer.stages.held_out import open_loader
+from trainer.stages.supervised import Supervised
 from trainer.train import train_step
 
 

@@ -13,7 +13,8 @@ from layouts import SmallRun, oracle_model, small_config
 from torch import Tensor
 
 from trainer.ranks.runtime import Ranks
-from trainer.stages.supervised import Supervised, open_loader
+from trainer.stages.held_out import open_loader
+from trainer.stages.supervised import Supervised
 
 EVALUATED = 13  # rows of each source: not a multiple of what all ranks evaluate at once
 SETTINGS = [

@@ -140,6 +140,13 @@ def test_only_the_loop_and_the_doors_stand_at_the_top_of_trainer():
         assert command in ast.get_docstring(ast.parse(text)), door
 
 
+@pytest.mark.parametrize("command", ["evaluate", "generate", "export", "report", "inspect"])
+def test_commands_that_read_a_checkpoint_need_no_deepspeed(command):
+    """Its import takes seconds, and asks for CUDA before a device is chosen."""
+    code = f"import trainer.{command}, sys; assert 'deepspeed' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=60)
+
+
 @pytest.mark.parametrize("module", TORCH_FREE)
 def test_a_login_node_needs_no_torch(module):
     code = f"import {module}, sys; assert 'torch' not in sys.modules and 'datasets' not in sys.modules"
