@@ -89,6 +89,8 @@ def show(config: DataConfig, which: str, *, seq_len: int, seed: int) -> str:
 
 def main(arguments: list[str]) -> None:
     """Run the command and exit with its exit code."""
+    if {"--help", "-h"} & set(arguments):
+        compose_and("prepare", __doc__, prepare_here)
     if arguments[:1] == ["verify"] and len(arguments) == 2:
         sys.exit(verify_here(arguments[1]))
     if arguments[:1] == ["inspect"] and len(arguments) >= 2:

@@ -114,7 +114,7 @@ class DataConfig:
         laws |= {
             f"data.validation_fraction={held_out} is not in [0, 1)": not 0 <= held_out < 1,
             "data.dir is empty; name the folder of the prepared shards": not self.dir,
-            f"data.tokenizer {no_tokenizer}": given is None and ids is None,
+            f"data.tokenizer {no_tokenizer}": given is None and ids is None and self.mode == "prepared",
             f"data.tokenizer_vocab_size={ids}: {too_few}": given is None and ids is not None and ids < 512,
             f"data.tokenizer_vocab_size={ids} {no_use}": given is not None and ids is not None,
             f"data.sources is empty; {add}": not self.sources,
@@ -136,10 +136,12 @@ class DataConfig:
             laws |= {
                 f"{key}: the name becomes a file name; use letters, digits and _": not _NAME.fullmatch(name),
                 f"{key}.kind={kind} is unknown; use {', '.join(SOURCE_KINDS)}": kind not in SOURCE_KINDS,
-                f"{key}.paths is empty": not source.paths,
-                f"{key}.text_key is empty; name the text column, or use null for text": column == "",
+                f"{key}.paths is empty; name files, globs or folders": not source.paths,
+                f"{key}.text_key is empty; name the text column, or use null for text": (
+                    has_columns and column == ""
+                ),
                 f"{key}.text_key={column} has no use with kind={kind}; set it to null": (
-                    not has_columns and bool(column)
+                    kind in SOURCE_KINDS and not has_columns and column is not None
                 ),
                 f"{key}.weight={weight} is not a finite number >= 0": not 0 <= weight < math.inf,
                 f"{key}.weight={weight} of {total_weight} {law}": 0 < weight * BLOCK_ROWS < total_weight,
@@ -151,12 +153,12 @@ class DataConfig:
     def _streaming_laws(self) -> dict[str, bool]:
         """What text that is read once, from its start, cannot do."""
         laws = {
-            "data.tokenizer=null would need one to be trained": self.tokenizer is None,
+            "data.tokenizer=null would need a tokenizer to be trained": self.tokenizer is None,
             f"data.packing={self.packing} needs all lengths": self.packing != "concat",
             "data.on_bad_row=quarantine has no folder to keep rows in": self.on_bad_row == "quarantine",
         }
         for name, source in self.sources.items():
-            law = f"data.sources.{name}.max_epochs={source.max_epochs} is no whole number"
+            law = f"data.sources.{name}.max_epochs={source.max_epochs} is not a whole number"
             laws[law] = source.max_epochs is not None and source.max_epochs % 1 > 0
         remedy = "; change it, or prepare the data and use data.mode=prepared"
         return {f"data.mode=streaming: {law}{remedy}": is_broken for law, is_broken in laws.items()}
@@ -177,19 +179,19 @@ class DataConfig:
             }
         text = {name for name, source in self.sources.items() if source.kind != "sft"}
         for name in self.fim_rates:
-            laws[f"data.fim_rates.{name} is no source of text; name one, or remove it"] = name not in text
+            laws[f"data.fim_rates.{name} is not a source of text; name one, or remove it"] = name not in text
         weights = {name: source.weight for name, source in self.sources.items()}
         for tokens, changed in sorted(self.weight_changes.items()):
             key, known = f"data.weight_changes.{tokens}", ", ".join(weights)
             law = "the number of tokens is not positive; the first weights stand in sources"
             laws[f"{key}: {law}"] = tokens < 1
-            laws |= {f"{key}.{name} is no source; use {known}": name not in weights for name in changed}
+            laws |= {f"{key}.{name} is not a source; use {known}": name not in weights for name in changed}
             weights |= changed
             are_weights = all(0 <= of < math.inf for of in changed.values()) and sum(weights.values()) > 0
             laws[f"{key}={changed}: weights are finite numbers >= 0, at least one above 0"] = not are_weights
         end = 0
         for span in self.skip:
-            law = f"data.skip: {span} is no range [first, end) after the last one; sort and join them"
+            law = f"data.skip: {span} is not a range [first, end) after the last one; sort and join them"
             laws[law] = len(span) != 2 or not end <= span[0] < span[1]
             if laws[law]:
                 break

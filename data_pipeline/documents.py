@@ -160,8 +160,9 @@ def check_columns(name: str, source: SourceConfig, rows: Iterable[Row]) -> None:
         columns |= {key: type(value).__name__ for key, value in row.value.items()}
     if columns:
         listed = ", ".join(f"{key}: {kind}" for key, kind in columns.items())
-        law = f"its first rows have no {column!r} of type {wanted.__name__}"
-        raise DataError(f"data.sources.{name}: {law}; their columns are {listed}")
+        law = f"its first rows have no {column!r} of type {wanted.__name__}; their columns are {listed}"
+        remedy = "" if source.kind == "sft" else f"; set data.sources.{name}.text_key to one of them"
+        raise DataError(f"data.sources.{name}: {law}{remedy}")
 
 
 def hash_document(data: bytes) -> bytes:

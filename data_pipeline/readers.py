@@ -312,7 +312,8 @@ def _columns(source: SourceConfig, path: str, schema: "pyarrow.Schema") -> list[
     if kind is None or not any(is_good(kind) for is_good in good):
         listed = ", ".join(f"{field.name}: {field.type}" for field in schema)
         wanted = "list" if is_chat else "text"
-        raise DataError(f"{path} has no {wanted} column {column!r}; its columns are {listed}")
+        remedy = "" if is_chat else "; set text_key of the source to one of them"
+        raise DataError(f"{path} has no {wanted} column {column!r}; its columns are {listed}{remedy}")
     return schema.names if is_chat else [str(column)]
 
 

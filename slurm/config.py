@@ -90,10 +90,12 @@ class SlurmConfig:
             if flag in _OURS:
                 found.append(f"slurm.sbatch.{flag} is set by {_OURS[flag]}; remove it")
             elif not re.fullmatch(r"[a-z][a-z0-9-]+", flag) or re.search(r"[\x00-\x1f]", value or ""):
-                found.append(f"slurm: --{flag}={value!r} is no long flag of sbatch with a value of one line")
+                found.append(
+                    f"slurm: --{flag}={value!r} must be a long flag of sbatch with a value of one line"
+                )
         for key in self.env:
             if not re.fullmatch(r"[A-Za-z_]\w*", key):
-                found.append(f"slurm.env.{key} is no name of an environment variable")
+                found.append(f"slurm.env.{key} is not the name of an environment variable")
             elif re.search(r"KEY|TOKEN(?!IZER)|SECRET|PASSW", key.upper()):
                 remedy = "keep it out of the job script: export it in the shell that submits"
                 found.append(f"slurm.env.{key} looks like a secret; {remedy}")

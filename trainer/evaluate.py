@@ -1,5 +1,6 @@
 """`python -m trainer.evaluate RUN_DIR|CHECKPOINT`: the held-out loss of each data source of a run."""
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -38,14 +39,14 @@ def evaluate_checkpoint(source: Path) -> dict[str, float]:
 
 def main(arguments: list[str]) -> int:
     """The command line; returns the exit code."""
-    if len(arguments) != 1:
-        print("usage: python -m trainer.evaluate RUN_DIR|CHECKPOINT", file=sys.stderr)
-        return 2
+    parser = argparse.ArgumentParser(prog="python -m trainer.evaluate", description=__doc__)
+    parser.add_argument("source", type=Path, help="run folder (its newest checkpoint) or checkpoint")
+    source = parser.parse_args(arguments).source
     try:
-        for key, loss in evaluate_checkpoint(Path(arguments[0])).items():
+        for key, loss in evaluate_checkpoint(source).items():
             print(f"{key} {loss:.6f} nats per token")
     except (ConfigError, DataError, OSError) as error:
-        print(f"{arguments[0]} cannot be evaluated: {error}", file=sys.stderr)
+        print(f"{source} cannot be evaluated: {error}", file=sys.stderr)
         return 2
     return 0
 

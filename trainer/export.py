@@ -15,7 +15,7 @@ from trainer.settings.run_folder import hf_folder
 def _size(text: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)(KB|MB|GB)", text)
     if match is None or not float(match[1]):
-        raise argparse.ArgumentTypeError(f"{text} is no size; write 5GB or 300MB")
+        raise argparse.ArgumentTypeError(f"{text} is not a size; write 5GB or 300MB")
     return int(float(match[1]) * {"KB": 10**3, "MB": 10**6, "GB": 10**9}[match[2]])
 
 

@@ -1,5 +1,6 @@
 """`python -m trainer.inspect RUN_DIR|CHECKPOINT`: list and check what checkpoints hold. Torch-free."""
 
+import argparse
 import math
 import sys
 from collections import Counter
@@ -49,10 +50,9 @@ def describe(checkpoint: Path) -> list[str]:
 
 def main(arguments: list[str]) -> int:
     """Returns 0 if no checkpoint is damaged, 1 if one is, 2 if there is none or the usage is wrong."""
-    if len(arguments) != 1:
-        print("usage: python -m trainer.inspect RUN_DIR|CHECKPOINT", file=sys.stderr)
-        return 2
-    folder = Path(arguments[0])
+    parser = argparse.ArgumentParser(prog="python -m trainer.inspect", description=__doc__)
+    parser.add_argument("folder", type=Path, help="run folder or checkpoint")
+    folder = parser.parse_args(arguments).folder
     found = checkpoints(folder)
     if found:
         try:

@@ -36,7 +36,7 @@ def profile_rank(run_dir: Path, steps: int) -> None:
     from trainer.engine.engine import Engine, communication_log, init_deepspeed
     from trainer.engine.loss import agree_on_totals, build_balance
     from trainer.engine.optimizer import build_optimizer
-    from trainer.stages.stage import open_stage
+    from trainer.stages.kinds import open_stage
     from trainer.train import train_step
 
     plan, folder = config.plan(ranks.world_size), run_dir / "profile"

@@ -1,5 +1,6 @@
 """`python -m trainer.resume RUN_DIR [key=value ...]`: continue a run here, also in another layout."""
 
+import argparse
 import sys
 from pathlib import Path
 from typing import Any
@@ -63,10 +64,11 @@ def record_layout(run_dir: Path, sections: dict[str, Any], overrides: list[str])
 @tells_mistakes
 def main(arguments: list[str]) -> int:
     """Returns the exit code."""
-    if not arguments:
-        print("usage: python -m trainer.resume RUN_DIR [key=value ...]", file=sys.stderr)
-        return 2
-    run_dir, overrides = Path(arguments[0]), arguments[1:]
+    parser = argparse.ArgumentParser(prog="python -m trainer.resume", description=__doc__)
+    parser.add_argument("run_dir", type=Path, help="folder of the run")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="how it is laid out and kept")
+    options = parser.parse_args(arguments)
+    run_dir, overrides = options.run_dir, options.overrides
     cfg = read_run(run_dir)
     changed = change_layout(cfg, overrides)
     config = RunConfig.load(cfg)

@@ -31,7 +31,7 @@ from trainer.ranks.runtime import DTYPES, Ranks, TrainingError, garbage_collecte
 from trainer.settings.config import RunConfig
 from trainer.settings.parallel import ParallelPlan
 from trainer.settings.run_folder import record_attempt
-from trainer.stages.stage import open_stage
+from trainer.stages.kinds import open_stage
 
 # Most forwards kept until a step's routing is counted; each holds its layers' inputs and the head's gradient.
 KEPT = 4

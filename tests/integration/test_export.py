@@ -332,7 +332,7 @@ def test_an_out_of_something_else_is_refused(small_folder, tmp_path, capsys):
         assert re.search(message, capsys.readouterr().err)
     assert_equal_weights(out, other)
     for arguments, message in [
-        (["--max-shard-size", "7"], "7 is no size; write 5GB or 300MB"),
+        (["--max-shard-size", "7"], "7 is not a size; write 5GB or 300MB"),
         (["--dtype", "fp8"], "invalid choice: 'fp8'"),
     ]:
         with pytest.raises(SystemExit, match="2"):

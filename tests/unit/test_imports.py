@@ -124,6 +124,11 @@ def test_no_import_is_a_circle():
     list(TopologicalSorter(graph).static_order())  # raises CycleError
 
 
+def test_every_folder_of_the_product_is_a_room():
+    folders = {path.parent.relative_to(ROOT).as_posix() for path in product_files()}
+    assert folders == set(ROOMS)
+
+
 def test_rooms_are_in_order():
     """A room asks only rooms below it."""
     order = list(ROOMS)

@@ -310,7 +310,8 @@ class Engine:
     def end_restore(self, step: int) -> None:
         """Call on all ranks once all fragments are filled: sets the step, and weights from their masters."""
         for state in self._engine.basic_optimizer.state.values():
-            state["step"].fill_(step)
+            if "step" in state:  # AdamW counts its steps, SGD does not
+                state["step"].fill_(step)
         optimizer = self._engine.optimizer
         if self._zero_stage == 3:
             optimizer.checkpoint_event_prologue()

@@ -1,6 +1,6 @@
 """Alarms: logged metrics that a person should look at now, and what to do about them."""
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -36,15 +36,34 @@ class Alarms:
         self._config, self._hosts, self._warmup_steps = config, hosts, warmup_steps
         self._losses: deque[float] = deque(maxlen=_WINDOW)
         self._slow = (-1, 0)  # the slowest rank, and for how many logged steps it has been so
-        self._collapsed = 0  # for how many logged steps after warmup a layer has used too few experts
+        self._collapsed = Counter[int]()  # layer -> logged steps after warmup with too few experts in a row
         self._raised: dict[str, int] = {}  # kind -> step
 
     def check(self, metrics: dict[str, Any]) -> list[Alarm]:
-        """The alarms that a logged step raises, each kind at most once in `repeat_after_steps` steps."""
+        """The alarms that a logged step raises, each kind at most once in `repeat_after_steps` steps.
+
+        The collapse of a layer is raised once, and again only after the layer has recovered.
+        """
         step, loud = metrics["step"], metrics["step"] - self._config.repeat_after_steps
         due = [alarm for alarm in self._found(metrics) if self._raised.get(alarm.kind, loud) <= loud]
         self._raised |= {alarm.kind: step for alarm in due}
-        return due
+        return due + list(self._collapses(metrics))
+
+    def _collapses(self, metrics: dict[str, Any]) -> Iterator[Alarm]:
+        """The layers that have just used too few experts for long enough: each once, until it recovers."""
+        for layer, share in enumerate(metrics.get("layers", {}).get("effective_experts", [])):
+            if metrics["step"] <= self._warmup_steps or share >= self._config.effective_experts:
+                self._collapsed[layer] = 0
+                continue
+            self._collapsed[layer] += 1
+            if self._collapsed[layer] == _COLLAPSES:
+                yield Alarm(
+                    "expert collapse",
+                    f"sparse layer {layer} works as if it had {share:.0%} of its experts "
+                    f"({metrics['layers']['dead_experts'][layer]} without a token) in {_COLLAPSES} logged "
+                    "steps. Raise model.router_aux_loss_coef, set balance.bias_update_rate, look for "
+                    "one-sided data",
+                )
 
     def _found(self, metrics: dict[str, Any]) -> Iterator[Alarm]:
         limits, loss, before = self._config, metrics["loss"], np.array(self._losses)
@@ -61,17 +80,6 @@ class Alarms:
                     "stays high: look at the rows of the step (python -m data_pipeline inspect), leave them "
                     "out (data.skip) or lower optimizer.lr, and continue from an earlier checkpoint",
                 )
-        layers = metrics.get("layers", {}).get("effective_experts", [])
-        few = bool(layers) and min(layers) < limits.effective_experts
-        self._collapsed = self._collapsed + 1 if few and metrics["step"] > self._warmup_steps else 0
-        if self._collapsed == _COLLAPSES:  # once, until the layer has recovered
-            layer = layers.index(min(layers))
-            yield Alarm(
-                "expert collapse",
-                f"sparse layer {layer} works as if it had {layers[layer]:.0%} of its experts "
-                f"({metrics['layers']['dead_experts'][layer]} without a token) in {_COLLAPSES} logged steps. "
-                "Raise model.router_aux_loss_coef, set balance.bias_update_rate, look for one-sided data",
-            )
         if metrics["stall_fraction"] > limits.data_stall:
             yield Alarm(
                 "data stall",

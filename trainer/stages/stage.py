@@ -5,13 +5,8 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from data_pipeline.loader import Batch
-from moe.balance import Balance
 from moe.model import ModelOutput
-from trainer.engine.engine import Engine
 from trainer.engine.loss import LossShares, Totals
-from trainer.ranks.runtime import Ranks
-from trainer.settings.config import RunConfig
-from trainer.stages.supervised import Supervised
 
 
 class Stage(Protocol):
@@ -45,8 +40,3 @@ class Stage(Protocol):
 
     def close(self) -> None:
         """End the threads of the stage and close its files."""
-
-
-def open_stage(config: RunConfig, ranks: Ranks, engine: Engine, balance: Balance, step: int) -> Stage:
-    """The stage of a run, about to train the step after `step`."""
-    return Supervised(config, ranks, engine, balance, step)

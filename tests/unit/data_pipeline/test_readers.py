@@ -314,8 +314,9 @@ def test_jsonl_without_the_column_lists_its_columns(tmp_path: Path) -> None:
         check_columns("s", source, read_rows(source, part))
 
     columns = "their columns are id: int, body: str, text: NoneType"
+    remedy = "set data.sources.s.text_key to one of them"
     with pytest.raises(
-        DataError, match=f"data.sources.s: its first rows have no 'text' of type str; {columns}"
+        DataError, match=f"data.sources.s: its first rows have no 'text' of type str; {columns}; {remedy}"
     ):
         check("jsonl")
     with pytest.raises(DataError, match=f"have no 'messages' of type list; {columns}"):

@@ -54,11 +54,11 @@ def test_a_cluster_file_leaves_the_partition_to_its_user():
         ("slurm.gpus_per_node=3", "a rank is one GPU"),
         ("+slurm.sbatch.open_mode=truncate", "slurm.sbatch.open-mode is set by"),
         ("+slurm.sbatch.no_requeue=true", "slurm.sbatch.no-requeue is set by slurm.resume"),
-        ("+slurm.sbatch.J=x", "no long flag"),
+        ("+slurm.sbatch.J=x", "must be a long flag"),
         ('slurm.partition="a\nb"', "one line"),
         ("+slurm.env.WANDB_API_KEY=x", "looks like a secret"),
         ("+slurm.env.hf_token=x", "looks like a secret"),
-        ("+slurm.env.a-b=x", "no name of an environment variable"),
+        ("+slurm.env.a-b=x", "not the name of an environment variable"),
         ("parallel.ep_size=3", "parallel.ep_size=3 does not divide"),
     ],
 )

@@ -83,6 +83,21 @@ def test_collapse_is_judged_after_warmup_and_again_only_after_a_recovery(alarms)
     assert later == [*[[]] * 9, ["expert collapse"]]
 
 
+def test_each_layer_that_collapses_is_named_once(alarms):
+    def layers(step: int, *effective: float) -> list[str]:
+        values = {"effective_experts": list(effective), "dead_experts": [0] * len(effective)}
+        return [alarm.text[:14] for alarm in alarms.check(metrics(step) | {"layers": values})]
+
+    for step in range(11, 32):  # two layers by turns: neither has collapsed
+        assert layers(step, 0.1 + 0.5 * (step % 2), 0.6 - 0.5 * (step % 2)) == []
+    for step in range(32, 41):
+        assert layers(step, 0.1, 0.9) == [], step
+    assert layers(41, 0.1, 0.1) == ["sparse layer 0"]
+    for step in range(42, 50):
+        assert layers(step, 0.1, 0.1) == [], step
+    assert layers(50, 0.1, 0.1) == ["sparse layer 1"], "also while the other one lasts"
+
+
 def test_a_data_stall_says_how_long(alarms):
     assert kinds(alarms, 1, stall=0.01) == []
     (alarm,) = alarms.check(metrics(2, stall=0.02))

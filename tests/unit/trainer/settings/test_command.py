@@ -26,3 +26,21 @@ def test_help_begins_with_what_the_command_does(command, first, clusters, reposi
     assert "qwen3_30b_a3b" in groups
     assert "_base" not in groups, "only included by others"
     assert ("h100_ib" in groups) == clusters
+
+
+@pytest.mark.parametrize(
+    "command", ["resume", "evaluate", "inspect", "generate", "export", "report", "models"]
+)
+def test_every_command_says_how_it_is_used(command, repository):
+    run = [sys.executable, "-m", f"trainer.{command}", "--help"]
+    done = subprocess.run(run, cwd=repository, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.startswith(f"usage: python -m trainer.{command}")
+
+
+def test_an_unknown_experiment_is_refused_with_those_there_are(repository, tmp_path):
+    run = [sys.executable, "-m", "trainer", "experiment=nope", "name=x", f"output_dir={tmp_path}"]
+    done = subprocess.run(run, cwd=repository, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert "Could not find 'experiment/nope'" in done.stderr
+    assert "demo_sft" in done.stderr
+    assert not list(tmp_path.iterdir())
