@@ -61,9 +61,7 @@ class DataConfig:
     deduplicate: bool  # keep the first of equal documents of a source
     min_characters: int  # shorter documents are bad rows (too_short); not for conversations
     max_chat_tokens: int | None  # longer conversations are bad rows (too_long); null = no limit
-    think_flag_share: (
-        float | None
-    )  # /no_think without reasoning, /think in this share of the others; null = none
+    think_flag_share: float | None  # /no_think without reasoning, /think in this share of others; null: none
     on_bad_row: str  # skip (list it in rejects.jsonl) | quarantine (keep the whole row there) | error (stop)
     max_bad_fraction: float  # with a larger share of bad rows in a source, nothing is prepared
     slice_bytes: int  # bytes of input that a process prepares, and a restart repeats, as one unit

@@ -19,7 +19,7 @@ Changes = dict[int, dict[str, float]] | None  # row -> weights of sources from t
 
 
 class Location(NamedTuple):
-    """Where a global row comes from. row: in range(rows of the source)."""
+    """The source of a global row, the epoch of the source, and the number of the row in that source."""
 
     source: str
     epoch: int

@@ -28,8 +28,8 @@ _PROJECTIONS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 _PARAMETERS = {projection: weight for weight, projection in _PROJECTIONS.items()}
 _PARAMETER = re.compile(r"(.+\.mlp\.experts)\.(w1|w2|w3)")
 _HUB = re.compile(r"(.+\.mlp\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj)\.weight")
-# our stacked tensor -> transformers' tensor over all experts, gate_up_proj [E, 2I, H] or down_proj [E, H, I],
-# which part of dimension 1 our tensor is, the number of parts
+# Our stacked tensor -> transformers' tensor of all experts (gate_up_proj [E, 2I, H] or down_proj [E, H, I]),
+# and which part of its dimension 1 our tensor is, of how many parts
 _FUSED = {"w1": ("gate_up_proj", 0, 2), "w3": ("gate_up_proj", 1, 2), "w2": ("down_proj", 0, 1)}
 
 
