@@ -33,8 +33,8 @@ from trainer.settings.parallel import ParallelPlan
 from trainer.settings.run_folder import record_attempt
 from trainer.stages.kinds import open_stage
 
-# At most so many forwards are kept until the routing of a step is counted. Each keeps the inputs of its layers
-# and the gradient of the head.
+# At most so many forwards are kept until the routing of a step is counted. Each keeps the inputs of its
+# layers and the gradient of the head.
 KEPT = 4
 
 
