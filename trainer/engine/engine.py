@@ -22,6 +22,7 @@ from moe.block import MoEBlock
 from moe.model import ModelOutput
 from moe.router import TrainingRouting
 from trainer.engine.clock import StepClock
+from trainer.engine.deepspeed_settings import deepspeed_settings
 from trainer.engine.optimizer import states_of
 from trainer.ranks.runtime import Ranks
 from trainer.settings.config import RunConfig
@@ -115,29 +116,6 @@ def mark_experts(model: nn.Module, num_experts: int, ep_size: int, ep_rank: int)
             vars(parameter).update(ds_zero_placement_family="autoep_expert")
 
 
-def _settings(config: RunConfig, plan: ParallelPlan) -> dict[str, Any]:
-    """The settings for DeepSpeed: the section `deepspeed` of the run, and values from our other keys."""
-    stage, in_bf16 = config.zero_stage, config.dtype == "bf16"
-    settings: dict[str, Any] = {
-        # torch's AdamW can update CPU tensors; DeepSpeed's would have to be compiled
-        "zero_force_ds_cpu_optimizer": False,
-        "zero_allow_untested_optimizer": True,
-        **config.deepspeed,
-        "train_batch_size": plan.global_batch_size,
-        "train_micro_batch_size_per_gpu": plan.micro_batch_size,
-        "gradient_accumulation_steps": plan.gradient_accumulation_steps,
-        # DeepSpeed's norm is wrong for experts without ZeRO, so `_reduce_and_clip` clips at stage 0
-        "gradient_clipping": config.optimizer.max_grad_norm if stage > 0 else 0.0,
-        "steps_per_print": None,
-        # ZeRO-1 frees each bf16 gradient as soon as it is added to the fp32 sum
-        "bf16": {"enabled": in_bf16, "immediate_grad_update": in_bf16 and stage == 1},
-    }
-    if in_bf16 and stage > 0:
-        settings["data_types"] = {"grad_accum_dtype": "fp32"}
-        settings.setdefault("communication_data_type", "fp32")  # else sums over ranks are rounded to bf16
-    return settings
-
-
 @dataclass(frozen=True)
 class Fragment:
     """Consecutive elements of one parameter, with their optimizer state, that this rank holds."""
@@ -159,7 +137,7 @@ class Engine:
         self._ep_rank = plan.ep_rank(ranks.rank)
         self._ep_group = expert_parallel_group(plan.ep_size)
         self._edp_group = groups._get_expert_data_parallel_group(f"ep_size_{plan.ep_size}")
-        given = {"model": model, "optimizer": optimizer, "config": _settings(config, plan)}
+        given = {"model": model, "optimizer": optimizer, "config": deepspeed_settings(config, plan)}
         self._engine, *_ = deepspeed.initialize(**given, dist_init_required=False)
         self.module: nn.Module = self._engine.module
         self._masters: dict[nn.Parameter, Tensor] = {}  # bf16 without ZeRO: fp32 masters by parameter
