@@ -1,5 +1,6 @@
 """Trains a small model for a few steps under any layout of ranks; gathers losses, norms and parameters."""
 
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from trainer.engine.optimizer import build_optimizer
 from trainer.ranks.runtime import Ranks
 from trainer.settings.config import RunConfig
 from trainer.settings.parallel import ParallelPlan
+from trainer.stages.held_out import open_loader
 from trainer.stages.supervised import Supervised
 from trainer.train import train_step
 
@@ -156,10 +158,8 @@ def oracle_model(config: RunConfig) -> CausalLM:
     return model.double()
 
 
-def train_oracle(*overrides: str) -> Outcome:
-    """The same three steps in a simple way: one process, fp64, all rows at once, autograd, torch's AdamW."""
-    config = small_config(f"micro_batch_size={ROWS}", "experts.backend=reference", *overrides)
-    model = oracle_model(config)
+def oracle_optimizer(model: CausalLM, config: RunConfig) -> torch.optim.AdamW:
+    """torch's AdamW over two groups, with and without weight decay."""
     centred = ("q_norm.weight", "k_norm.weight") if config.model.zero_centered_norm else ()
     decayed = {
         name
@@ -168,7 +168,7 @@ def train_oracle(*overrides: str) -> Outcome:
     }
     matrices = [p for name, p in model.named_parameters() if name in decayed]
     others = [p for name, p in model.named_parameters() if name not in decayed]
-    optimizer = torch.optim.AdamW(
+    return torch.optim.AdamW(
         [
             {"params": matrices, "weight_decay": config.optimizer.weight_decay},
             {"params": others, "weight_decay": 0.0},
@@ -177,6 +177,30 @@ def train_oracle(*overrides: str) -> Outcome:
         betas=(0.9, 0.95),
         eps=config.optimizer.eps,
     )
+
+
+def slow_held_out(config: RunConfig, model: CausalLM, bias: Tensor) -> dict[str, float]:
+    """The held-out losses of a run in one process, a row at a time, from the logits."""
+    ranks, sums, found = Ranks(0, 0, 1, torch.device("cpu")), torch.zeros(2, dtype=torch.float64), {}
+    for source in config.data.sources:
+        total = torch.zeros(2, dtype=torch.float64)
+        rows = {"global_batch_size": 1, "micro_batch_size": 1, "split": "validation", "source": source}
+        with open_loader(config, ranks, **rows) as loader, torch.no_grad():
+            for (batch,) in islice(loader, config.evaluate.rows):
+                place = (batch.input_ids, batch.position_ids, batch.cu_seqlens)
+                logits = model(*place, selection_bias=bias).logits[0]
+                loss = F.cross_entropy(logits, batch.labels[0], reduction="sum")
+                total += torch.stack([loss, (batch.labels != -100).sum()])
+        found[f"loss/{source}"] = float(total[0] / total[1])
+        sums += total
+    return found | {"loss/validation": float(sums[0] / sums[1])}
+
+
+def train_oracle(*overrides: str) -> Outcome:
+    """The same three steps in a simple way: one process, fp64, all rows at once, autograd, torch's AdamW."""
+    config = small_config(f"micro_batch_size={ROWS}", "experts.backend=reference", *overrides)
+    model = oracle_model(config)
+    optimizer = oracle_optimizer(model, config)
     outcome: Outcome = {"losses": [], "balance_losses": [], "grad_norms": [], "mtp_losses": []}
     for step in range(STEPS):
         ahead = torch.zeros(())

@@ -1,19 +1,15 @@
 """The supervised stage: its held-out loss against a slow one, and what an evaluation must leave as it was."""
 
-from itertools import islice
 from math import exp
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from commands import prepare_corpus
 from harness import run_ranks
-from layouts import SmallRun, oracle_model, small_config
+from layouts import SmallRun, oracle_model, slow_held_out, small_config
 from torch import Tensor
 
-from trainer.ranks.runtime import Ranks
-from trainer.stages.held_out import open_loader
 from trainer.stages.supervised import Supervised
 
 EVALUATED = 13  # rows of each source: not a multiple of what all ranks evaluate at once
@@ -52,24 +48,10 @@ def evaluate_between_steps(overrides: list[str]) -> dict[str, Any]:
 
 
 def slow_losses(overrides: list[str]) -> dict[str, float]:
-    """One process, one row at a time, fp64, cross entropy from the logits."""
+    """What the evaluation should find, in fp64."""
     config = small_config(*overrides)
-    model = oracle_model(config).eval()
-    bias = bias_of(torch.empty(config.model.num_moe_layers, config.model.num_experts)).double()
-    ranks, sums = Ranks(0, 0, 1, torch.device("cpu")), torch.zeros(2, dtype=torch.float64)
-    found = {}
-    for source in config.data.sources:
-        total = torch.zeros(2, dtype=torch.float64)
-        rows = {"global_batch_size": 1, "micro_batch_size": 1, "split": "validation", "source": source}
-        with open_loader(config, ranks, **rows) as loader, torch.no_grad():
-            for (batch,) in islice(loader, EVALUATED):
-                place = (batch.input_ids, batch.position_ids, batch.cu_seqlens)
-                logits = model(*place, selection_bias=bias).logits[0]
-                loss = F.cross_entropy(logits, batch.labels[0], reduction="sum")
-                total += torch.stack([loss, (batch.labels != -100).sum()])
-        found[f"loss/{source}"] = float(total[0] / total[1])
-        sums += total
-    return found | {"loss/validation": float(sums[0] / sums[1])}
+    bias = bias_of(torch.empty(config.model.num_moe_layers, config.model.num_experts))
+    return slow_held_out(config, oracle_model(config).eval(), bias)
 
 
 def test_an_evaluation_is_that_of_the_rows_with_the_bias_and_leaves_training_alone(overrides):
