@@ -72,6 +72,10 @@ def run_on_ranks(overrides: list[str], folder: str) -> dict[str, Any]:
     return found
 
 
+def run_all_on_ranks(runs: list[list[str]], folder: str) -> list[dict[str, Any]]:
+    return [run_on_ranks(overrides, f"{folder}/{number}") for number, overrides in enumerate(runs)]
+
+
 def run_by_hand(overrides: list[str]) -> dict[str, Any]:
     """The reference: one process, fp64, one micro-batch of one rank after another, nothing kept between steps
     but the weights, AdamW's states and the selection bias."""
@@ -121,19 +125,22 @@ def largest(a: Tensor, b: Tensor) -> float:
     return float((a - b).abs().max() / b.abs().max())
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=" ".join)
-def test_six_steps_are_those_of_a_run_by_hand(layout, corpus, tmp_path):
-    overrides = [*corpus, *EVERYTHING, *layout]
-    expected = run_by_hand(overrides)
-    assert len({round(loss, 4) for loss in expected["losses"]}) == STEPS
-    for found in run_ranks(run_on_ranks, 2, overrides, str(tmp_path), timeout=200):
-        for key in ("losses", "mtp_losses", "grad_norms"):
-            assert found[key] == pytest.approx(expected[key], rel=TOLERANCE), key
-        for mine, theirs in zip(found["held out"], expected["held out"], strict=True):
-            assert {key: mine[key] for key in theirs} == pytest.approx(theirs, rel=TOLERANCE)
-        assert torch.equal(found["bias"], expected["bias"])
-        assert found["parameters"].keys() == expected["parameters"].keys()
-        worst = {
-            name: largest(found["parameters"][name], one) for name, one in expected["parameters"].items()
-        }
-        assert max(worst.values()) < TOLERANCE, worst
+def test_six_steps_are_those_of_a_run_by_hand(corpus, tmp_path):
+    runs = [[*corpus, *EVERYTHING, *layout] for layout in LAYOUTS]
+    by_rank = run_ranks(run_all_on_ranks, 2, runs, str(tmp_path), timeout=280)
+    for layout, overrides, *outcomes in zip(LAYOUTS, runs, *by_rank, strict=True):
+        expected = run_by_hand(overrides)
+        assert len({round(loss, 4) for loss in expected["losses"]}) == STEPS
+        for found in outcomes:
+            compare(found, expected, layout)
+
+
+def compare(found: dict[str, Any], expected: dict[str, Any], layout: list[str]) -> None:
+    for key in ("losses", "mtp_losses", "grad_norms"):
+        assert found[key] == pytest.approx(expected[key], rel=TOLERANCE), (layout, key)
+    for mine, theirs in zip(found["held out"], expected["held out"], strict=True):
+        assert {key: mine[key] for key in theirs} == pytest.approx(theirs, rel=TOLERANCE), layout
+    assert torch.equal(found["bias"], expected["bias"]), layout
+    assert found["parameters"].keys() == expected["parameters"].keys()
+    worst = {name: largest(found["parameters"][name], one) for name, one in expected["parameters"].items()}
+    assert max(worst.values()) < TOLERANCE, (layout, worst)
