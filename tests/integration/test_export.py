@@ -351,7 +351,9 @@ def test_sources_that_are_none(module, tmp_path, capsys):
     out = [str(tmp_path / "out")] if module is export else []
     for source in ("nowhere", "empty", "gone", "gone/checkpoints/step-00000001"):
         assert module.main([str(tmp_path / source), *out]) == 2
-        assert source in (said := capsys.readouterr().err) or "no value" in said
+        said = capsys.readouterr().err
+        assert source in said or "no value" in said
+        assert f"{tmp_path.parent} is not" not in said, "names what was typed, not a folder around it"
     assert not (tmp_path / "out").exists()
 
 

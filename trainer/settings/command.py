@@ -1,5 +1,6 @@
 """What the commands share: composing a configuration, checking a run, reporting mistakes. Torch-free."""
 
+import signal
 import sys
 from collections.abc import Callable
 from functools import wraps
@@ -48,6 +49,7 @@ def compose_and(
     prints `about`, the docstring of the command, and the groups.
     """
     if {"--help", "-h"} & set(sys.argv[1:]):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # for `--help | head`
         print(_help(about or "", config_name))
         sys.exit(0)
     composed, headline = False, "The configuration is wrong:\n"

@@ -157,8 +157,10 @@ def hf_folder(source: Path) -> Path:
 
 
 def run_of(source: Path) -> Path:
-    """`source` itself if it is a run folder, else the run folder of the checkpoint `source`."""
-    return source if (source / "config.yaml").is_file() else source.resolve().parent.parent
+    """The run folder around the checkpoint `source`; any other `source` itself."""
+    around = source.resolve().parent
+    is_run = (source / "config.yaml").is_file()
+    return around.parent if around.name == "checkpoints" and not is_run else source
 
 
 def read_state(run_dir: Path) -> dict[str, Any]:
