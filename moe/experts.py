@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from moe import experts_optional
 from moe.config import ConfigError, ModelConfig
 from moe.grouping import ExpertWeights, Grouping, Routes
+from moe.kernels.support import run_on
 
 # T tokens, K slots per token, E local experts, H hidden, I intermediate
 # M rows: the slots whose expert is here, sorted by expert
@@ -186,8 +187,7 @@ class _SwiGLU(Function):
         gate = products.project(rows, w1.mT, grouping.ends)  # [M,I]
         up = products.project(rows, w3.mT, grouping.ends)  # [M,I]
         del rows
-        weight = routing_weights.flatten()[grouping.slot].unsqueeze(1)  # [M,1]
-        hidden = F.silu(gate).mul_(up).mul_(weight)  # [M,I]
+        hidden = _activation(gate)[0](gate, up, routing_weights, grouping.slot)  # [M,I]
         ctx.products = products
         ctx.save_for_backward(x, routing_weights, w1, w3, w2, gate, up, *grouping)
         return grouping.combine(products.project(hidden, w2.mT, grouping.ends))
@@ -199,25 +199,48 @@ class _SwiGLU(Function):
         grouping = Grouping(*saved)
         project, outer = ctx.products
         ends = grouping.ends
-        weight = routing_weights.flatten()[grouping.slot].unsqueeze(1)  # [M,1]
-
         grad_rows = grouping.gather(grad_y)  # [M,H]
-        grad_hidden = project(grad_rows, w2, ends)  # [M,I], before the routing weight
-        silu = F.silu(gate)
-        activation = silu * up
-        grad_weight = (grad_hidden * activation).sum(1)  # [M]
-        grad_w2 = outer(grad_rows, activation.mul_(weight), ends)
-        del grad_rows, activation
+        grad_hidden = project(grad_rows, w2, ends)  # [M,I]
+        grad_gate, grad_up, grad_weights, hidden = _activation(gate)[1](
+            gate, up, routing_weights, grouping.slot, grad_hidden
+        )
+        grad_w2 = outer(grad_rows, hidden, ends)
+        del grad_rows, grad_hidden, hidden
 
-        grad_hidden.mul_(weight)
-        grad_up = silu.mul_(grad_hidden)
-        grad_gate = torch.ops.aten.silu_backward(grad_hidden.mul_(up), gate)
         rows = grouping.gather(x)  # [M,H]
         grad_w1, grad_w3 = outer(grad_gate, rows, ends), outer(grad_up, rows, ends)
         del rows
         grad_x = grouping.combine(project(grad_gate, w1, ends).add_(project(grad_up, w3, ends)))
-        grad_routing = torch.zeros_like(routing_weights).view(-1).index_copy_(0, grouping.slot, grad_weight)
-        return None, grad_x, grad_routing.view_as(routing_weights), None, None, grad_w1, grad_w3, grad_w2
+        return None, grad_x, grad_weights, None, None, grad_w1, grad_w3, grad_w2
+
+
+def _activation(x: Tensor) -> tuple[Callable[..., Tensor], Callable[..., tuple[Tensor, ...]]]:
+    """The activation of the experts and its gradient, for tensors like `x`."""
+    if run_on(x):
+        from moe.kernels import experts
+
+        return experts.activate, experts.activate_backward
+    return _activate, _activate_backward
+
+
+def _activate(gate: Tensor, up: Tensor, weights: Tensor, slot: Tensor) -> Tensor:
+    """silu(gate) * up * weight: gate, up [M,I], weights [T,K], slot [M] of each row -> [M,I]."""
+    return F.silu(gate).mul_(up).mul_(weights.flatten()[slot].unsqueeze(1))
+
+
+def _activate_backward(
+    gate: Tensor, up: Tensor, weights: Tensor, slot: Tensor, grad: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of `_activate` by gate, up and weights, and its result; `grad` [M,I] is overwritten."""
+    weight = weights.flatten()[slot].unsqueeze(1)  # [M,1]
+    silu = F.silu(gate)
+    hidden = silu * up
+    grad_weights = torch.zeros_like(weights).view(-1).index_copy_(0, slot, (grad * hidden).sum(1))
+    hidden.mul_(weight)
+    grad.mul_(weight)
+    grad_up = silu.mul_(grad)
+    grad_gate = torch.ops.aten.silu_backward(grad.mul_(up), gate)
+    return grad_gate, grad_up, grad_weights.view_as(weights), hidden
 
 
 def _fused(products: _Products) -> Backend:

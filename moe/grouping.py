@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
+from moe.kernels.support import run_on
+
 # T tokens, C columns, G groups, M rows (pairs that belong to a group), D width of a token
 # K slots per token, E experts of this rank, H hidden, I intermediate
 
@@ -92,6 +94,10 @@ class _Combine(Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, grouping: Grouping) -> Tensor:
         ctx.save_for_backward(*grouping)
+        if run_on(rows):
+            from moe.kernels.experts import combine
+
+            return combine(rows, grouping.bag_rows, grouping.bag_starts)
         return F.embedding_bag(grouping.bag_rows, rows, grouping.bag_starts, mode="sum")
 
     @staticmethod

@@ -20,11 +20,12 @@ class Room:
         self.rooms, self.packages, self.lines = set(rooms.split()), set(packages.split()), lines
 
 
-_BELOW = "moe data_pipeline trainer/settings"
+_BELOW = "moe moe/kernels data_pipeline trainer/settings"
 # From the bottom to the top. A file belongs to the longest name that its path begins with.
 ROOMS = {
     "conf": Room("", "", 10),
-    "moe": Room("", "torch safetensors", 3200),
+    "moe/kernels": Room("", "torch triton", 600),
+    "moe": Room("moe/kernels", "torch safetensors", 3200),
     "data_pipeline": Room("", "numpy torch rich", 3800),
     "trainer/settings": Room("moe data_pipeline", "omegaconf hydra yaml", 900),
     "trainer/ranks": Room(_BELOW, "torch numpy", 600),
