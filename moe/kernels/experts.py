@@ -28,7 +28,8 @@ def activate_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of `activate` by gate, up [M,I] and weights [T,K], and its result.
 
-    grad [M,I] is the gradient of the result, which takes its memory. Its oracle is `moe.experts._activate_backward`.
+    grad [M,I] is the gradient of the result, which takes its memory.
+    Its oracle is `moe.experts._activate_backward`.
     """
     grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
     grad_weights = torch.zeros_like(weights)
