@@ -27,6 +27,10 @@ CASES = {
         [BF16, BF16, BF16, LONG, BF16, BF16, BF16, BF16, INT, INT],
         {"ROWS": 2, "BLOCK": 1024},
     ),
+    "cross_entropy._loss_and_gradient": (
+        [BF16, LONG, "*fp32", INT],
+        {"IGNORED": -100, "GRADIENT": True, "BLOCK": 4096},
+    ),
     "experts._combine": ([BF16, LONG, LONG, BF16, INT, INT, INT], {"BLOCK": 2048}),
 }
 
