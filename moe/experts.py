@@ -210,7 +210,7 @@ class _SwiGLU(Function):
         rows = grouping.gather(x)  # [M,H]
         grad_w1, grad_w3 = outer(grad_gate, rows, ends), outer(grad_up, rows, ends)
         del rows
-        grad_x = grouping.combine(project(grad_gate, w1, ends).add_(project(grad_up, w3, ends)))
+        grad_x = grouping.combine_two(project(grad_gate, w1, ends), project(grad_up, w3, ends))
         return None, grad_x, grad_weights, None, None, grad_w1, grad_w3, grad_w2
 
 

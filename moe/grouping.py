@@ -76,6 +76,14 @@ class Grouping(NamedTuple):
         """[M,D] -> [T,D]: the sum of every token's rows, zero where it has none. The adjoint of `gather`."""
         return _Combine.apply(rows, self)
 
+    def combine_two(self, rows: Tensor, more: Tensor) -> Tensor:
+        """The same of `rows + more`, without a gradient; `rows` is overwritten."""
+        if run_on(rows):
+            from moe.kernels.experts import combine
+
+            return combine(self.bag_rows, self.bag_starts, rows, more)
+        return self.combine(rows.add_(more))
+
 
 class _Gather(Function):
     """index_select whose backward sums in fp32 and in a fixed order; torch's own backward adds atomically."""
@@ -97,7 +105,7 @@ class _Combine(Function):
         if run_on(rows):
             from moe.kernels.experts import combine
 
-            return combine(rows, grouping.bag_rows, grouping.bag_starts)
+            return combine(grouping.bag_rows, grouping.bag_starts, rows)
         return F.embedding_bag(grouping.bag_rows, rows, grouping.bag_starts, mode="sum")
 
     @staticmethod

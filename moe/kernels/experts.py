@@ -42,8 +42,8 @@ def activate_backward(
     return grad_gate, grad_up, grad_weights, grad
 
 
-def combine(rows: Tensor, bag_rows: Tensor, bag_starts: Tensor) -> Tensor:
-    """The sum of the rows of every token in fp32: rows [M,D], bag_rows [M], bag_starts [T] -> [T,D].
+def combine(bag_rows: Tensor, bag_starts: Tensor, rows: Tensor, more: Tensor | None = None) -> Tensor:
+    """The sum of the rows of every token in fp32: bag_rows [M], bag_starts [T], rows and more [M,D] -> [T,D].
 
     Its oracle is torch's embedding_bag.
     """
@@ -52,7 +52,8 @@ def combine(rows: Tensor, bag_rows: Tensor, bag_starts: Tensor) -> Tensor:
     if tokens and width:
         block = min(triton.next_power_of_2(width), 2048)
         grid = (tokens, triton.cdiv(width, block))
-        _combine[grid](rows, bag_rows, bag_starts, out, tokens, len(rows), width, BLOCK=block)
+        tensors = (bag_rows, bag_starts, rows, more, out)
+        _combine[grid](*tensors, tokens, len(rows), width, TWO=more is not None, BLOCK=block)
     return out
 
 
@@ -104,7 +105,9 @@ def _activate_backward(
 
 
 @triton.jit
-def _combine(rows, bag_rows, bag_starts, out, tokens, total, width, BLOCK: tl.constexpr):
+def _combine(
+    bag_rows, bag_starts, rows, more, out, tokens, total, width, TWO: tl.constexpr, BLOCK: tl.constexpr
+):
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     here = column < width
@@ -112,6 +115,8 @@ def _combine(rows, bag_rows, bag_starts, out, tokens, total, width, BLOCK: tl.co
     end = tl.load(bag_starts + token + 1, mask=token + 1 < tokens, other=total)
     sums = tl.zeros([BLOCK], dtype=tl.float32)
     for place in range(start, end):
-        row = tl.load(bag_rows + place)
-        sums += tl.load(rows + row * width + column, mask=here, other=0.0).to(tl.float32)
+        at = tl.load(bag_rows + place) * width + column
+        sums += tl.load(rows + at, mask=here, other=0.0).to(tl.float32)
+        if TWO:
+            sums += tl.load(more + at, mask=here, other=0.0).to(tl.float32)
     tl.store(out + token * width + column, sums, mask=here)

@@ -32,7 +32,7 @@ CASES = {
         [BF16, LONG, FP32, INT],
         {"IGNORED": -100, "GRADIENT": True, "BLOCK": 4096},
     ),
-    "experts._combine": ([BF16, LONG, LONG, BF16, INT, INT, INT], {"BLOCK": 2048}),
+    "experts._combine": ([LONG, LONG, BF16, BF16, BF16, INT, INT, INT], {"TWO": True, "BLOCK": 2048}),
     "router._forward": (
         [FP32, FP32, BOOL, BF16, LONG, FP32, FP32, INT, INT],
         {**ROUTER, "BIASED": True},

@@ -54,7 +54,9 @@ def test_combine(device, groups, dtype):
     grouping = Grouping.by(groups.to(device), 3)
     torch.manual_seed(0)
     rows = torch.randn(len(grouping.slot), 20, device=device).to(dtype)
-    found = experts.combine(rows, grouping.bag_rows, grouping.bag_starts)
+    found = experts.combine(grouping.bag_rows, grouping.bag_starts, rows)
     expected = torch.zeros(len(groups), 20, device=device).index_add_(0, grouping.token, rows.float())
     assert found.dtype == dtype
     torch.testing.assert_close(found, expected.to(dtype), rtol=1e-5, atol=1e-6)
+    found = experts.combine(grouping.bag_rows, grouping.bag_starts, rows, 2 * rows)
+    torch.testing.assert_close(found, (3 * expected).to(dtype), rtol=1e-5, atol=1e-5)
