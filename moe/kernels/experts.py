@@ -14,7 +14,7 @@ def activate(gate: Tensor, up: Tensor, weights: Tensor, slot: Tensor) -> Tensor:
 
     Computed in fp32 and rounded once. Its oracle is `moe.experts._activate`.
     """
-    out = torch.empty_like(gate)
+    out, weights = torch.empty_like(gate), weights.contiguous()
     rows, width = gate.shape
     if rows:
         block = triton.next_power_of_2(width)
@@ -32,6 +32,7 @@ def activate_backward(
     Its oracle is `moe.experts._activate_backward`.
     """
     grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
+    weights = weights.contiguous()
     grad_weights = torch.zeros_like(weights)
     rows, width = gate.shape
     if rows:
@@ -47,7 +48,7 @@ def combine(bag_rows: Tensor, bag_starts: Tensor, rows: Tensor, more: Tensor | N
 
     Its oracle is torch's embedding_bag.
     """
-    tokens, width = len(bag_starts), rows.shape[1]
+    tokens, width, rows = len(bag_starts), rows.shape[1], rows.contiguous()
     out = rows.new_empty(tokens, width)
     if tokens and width:
         block = min(triton.next_power_of_2(width), 2048)
