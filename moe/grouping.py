@@ -28,9 +28,8 @@ class Routes(NamedTuple):
 class ExpertWeights(NamedTuple):
     """The stacked weights of E experts down(silu(gate(x)) * up(x))."""
 
-    gate: Tensor  # w1 [E,I,H]
-    up: Tensor  # w3 [E,I,H]
-    down: Tensor  # w2 [E,H,I]
+    gate_up: Tensor  # [E,2I,H], for each expert first gate, then up
+    down: Tensor  # [E,H,I]
 
 
 class Grouping(NamedTuple):
@@ -75,14 +74,6 @@ class Grouping(NamedTuple):
     def combine(self, rows: Tensor) -> Tensor:
         """[M,D] -> [T,D]: the sum of every token's rows, zero where it has none. The adjoint of `gather`."""
         return _Combine.apply(rows, self)
-
-    def combine_two(self, rows: Tensor, more: Tensor) -> Tensor:
-        """The same of `rows + more`, without a gradient; `rows` is overwritten."""
-        if run_on(rows):
-            from moe.kernels.experts import combine
-
-            return combine(self.bag_rows, self.bag_starts, rows, more)
-        return self.combine(rows.add_(more))
 
 
 class _Gather(Function):

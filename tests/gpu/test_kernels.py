@@ -44,7 +44,7 @@ def routing(case: str) -> torch.Tensor:
 
 
 def experts_results(backend: str, ids: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:
-    """Output, and gradients of x, routing weights, w1, w3 and w2; all inputs are bf16 values."""
+    """Output, and gradients of x, routing weights and both weights; all inputs are bf16 values."""
     torch.manual_seed(1)
     experts = Experts(EXPERTS, HIDDEN, WIDTH, backend).to(PLACE)
     for weight in experts.parameters():
