@@ -64,3 +64,59 @@ def test_sums_of_bf16_gradients_are_exact(stage):
         assert whole == shared | {"experts": [together]}
         own = MICRO_BATCHES + (LARGE - 1 if rank == 0 else 0)  # no other rank holds these experts
         assert spread == shared | {"experts": [own]}
+
+
+def leftovers_of_an_idle_weight(stage: int) -> list[float]:
+    """The largest gradient of a weight in each of three steps; in the second it takes part in no backward."""
+    run = SmallRun(*OVERRIDES, f"deepspeed=zero{stage}", "parallel.ep_size=2", "balance.mode=micro_batch")
+    idle = run.engine.module.model.norm.weight
+    found: list[float] = []
+
+    def look(optimizer: torch.optim.Optimizer, *_: object) -> None:
+        held = run.engine._locate(idle)
+        squares = torch.zeros(())
+        if held is not None:
+            flat, offset, _, numel = held
+            squares = flat.grad.flatten()[offset : offset + numel].square().sum()
+        dist.all_reduce(squares)
+        found.append(float(squares))
+
+    run.engine._engine.basic_optimizer.register_step_pre_hook(look)
+    for step in range(3):
+        idle.requires_grad_(step != 1)
+        run.train(range(step, step + 1))
+    run.engine.close()
+    return found
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_a_weight_without_a_gradient_keeps_none_of_the_last_step(stage):
+    for first, idle, last in run_ranks(leftovers_of_an_idle_weight, 2, stage):
+        assert first > 0
+        assert idle == 0
+        assert last > 0
+
+
+def steps_with_clipping(stage: int, fused: bool) -> dict[str, list]:
+    """Losses and norms of steps of which some are clipped, with and without a fused optimizer."""
+    limit = 0.7  # some norms lie above, some below
+    run = SmallRun(
+        *OVERRIDES[:2], f"deepspeed=zero{stage}", f"optimizer.max_grad_norm={limit}", "optimizer.lr=0.02"
+    )
+    if not fused:
+        for defaults in (
+            run.engine._engine.basic_optimizer.defaults,
+            *run.engine._engine.basic_optimizer.param_groups,
+        ):
+            defaults["fused"] = False
+    result = run.train(range(8))
+    run.engine.close()
+    return {"losses": result["losses"], "norms": result["grad_norms"], "limit": limit}
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_a_fused_optimizer_clips_as_it_steps(stage):
+    (fused, _), (plain, _) = (run_ranks(steps_with_clipping, 2, stage, fused) for fused in (True, False))
+    assert min(fused["norms"]) < fused["limit"] < max(fused["norms"])
+    assert fused["norms"] == pytest.approx(plain["norms"], rel=1e-3)
+    assert fused["losses"] == pytest.approx(plain["losses"], rel=1e-4)

@@ -38,6 +38,7 @@ CASES = {
         {**ROUTER, "BIASED": True},
     ),
     "router._backward": ([FP32, BOOL, LONG, BF16, FP32, FP32, FP32, INT, INT], ROUTER),
+    "sums._accumulate": ([FP32, BF16, "i64"], {"FIRST": False, "BLOCK": 2048}),
 }
 PARTS = {"router._softmax", "experts._load"}  # called by kernels
 
