@@ -89,7 +89,7 @@ def megablocks(x: Tensor, routes: Routes, weights: ExpertWeights) -> Tensor:
 def liger(x: Tensor, routes: Routes, weights: ExpertWeights) -> Tensor:
     """liger-kernel's LigerFusedMoEFunction, over a copy of w1 and w3 in its layout, [E,2I,H]."""
     gate_up = torch.cat([weights.gate, weights.up], 1)
-    return _load_liger().apply(x, gate_up, weights.down, routes.experts.int(), routes.weights)
+    return _load_liger().apply(x.contiguous(), gate_up, weights.down, routes.experts.int(), routes.weights)
 
 
 @functools.cache
