@@ -16,8 +16,8 @@ class MoEBlock(nn.Module):
     """Router, dispatcher, experts, and a shared expert (arXiv 2401.06066) if the configuration has one.
 
     It is built with all experts; `apply_expert_parallel` keeps those of one rank and the whole shared expert.
-    `recompute` (`moe.recompute`): the backward computes experts and shared expert again, or ("local") also the
-    router; the tokens that reached the experts are kept.
+    `recompute` (`moe.recompute`): the backward computes experts and shared expert again ("experts"), or also
+    the router ("local"); the tokens that reached the experts are kept.
     """
 
     def __init__(self, config: ModelConfig, backend: str, recompute: str = "none") -> None:
