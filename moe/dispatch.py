@@ -234,7 +234,7 @@ class _Begin(Function):
         ctx.set_materialize_grads(False)  # the gradients arrive by the exchange
         ctx.exchange, ctx.unpack = exchange, None
         if packing is None:
-            return exchange.start(*tensors)
+            return exchange.start(tensors[0])
         pack, ctx.unpack, grouping = packing
         ctx.top_k = tensors[1].shape[1]
         ctx.save_for_backward(*grouping)
