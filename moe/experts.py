@@ -4,6 +4,7 @@
 different grouped matrix products. `megablocks` and `liger` are optional packages. `choose_backend` picks one.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from moe import experts_optional
 from moe.config import ConfigError, ModelConfig
 from moe.grouping import ExpertWeights, Grouping, Routes
 from moe.kernels.support import run_on
+from moe.recompute import call
 
 # T tokens, K slots per token, E local experts, H hidden, I intermediate
 # M rows: the slots whose expert is here, sorted by expert
@@ -29,16 +31,23 @@ Backend = Callable[[Tensor, Routes, ExpertWeights], Tensor]
 class Experts(nn.Module):
     """Experts down(silu(gate(x)) * up(x)); the weights have the names and shapes of transformers.
 
-    They are uninitialised; `moe.init` or `moe.hf` fills them.
-    Raises ConfigError for an unknown `backend` (a name of BACKENDS).
+    They are uninitialised; `moe.init` or `moe.hf` fills them. With `recompute` the backward computes the
+    experts again from their inputs. Raises ConfigError for an unknown `backend` (a name of BACKENDS).
     """
 
-    def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int, backend: str) -> None:
+    def __init__(
+        self,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size: int,
+        backend: str,
+        recompute: bool = False,
+    ) -> None:
         super().__init__()
         if backend not in BACKENDS:
             raise ConfigError([f"experts.backend={backend} is unknown; use one of {', '.join(BACKENDS)}"])
         self.num_local_experts = num_experts  # not read from the weights: ZeRO-3 empties them between uses
-        self.backend = backend
+        self.backend, self.recompute = backend, recompute
         self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * intermediate_size, hidden_size))
         self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size))
 
@@ -51,7 +60,8 @@ class Experts(nn.Module):
         `num_rows` is the number of all other slots; None counts them, which waits for a CUDA device.
         """
         routes = Routes(routing_weights, expert_indices, num_rows)
-        return BACKENDS[self.backend](x, routes, ExpertWeights(self.gate_up_proj, self.down_proj))
+        backends = RECOMPUTED if self.recompute else BACKENDS
+        return backends[self.backend](x, routes, ExpertWeights(self.gate_up_proj, self.down_proj))
 
 
 def supports(backend: str, device: torch.device | str, dtype: torch.dtype) -> str | None:
@@ -164,7 +174,8 @@ def _grouped_outer(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
 
 
 class _SwiGLU(Function):
-    """The experts as one autograd function. Of the rows, it saves only the pre-activations, 2 * M * I values.
+    """The experts as one autograd function. Of the rows, it saves only the pre-activations, 2 * M * I values;
+    with `recompute` not even these.
 
     The routing weight multiplies the activation, before the down projection, so that its gradient needs no
     output rows; the input rows are gathered again in backward (both: SonicMoE, arXiv 2512.14080).
@@ -174,6 +185,7 @@ class _SwiGLU(Function):
     def forward(
         ctx: Any,
         products: _Products,
+        recompute: bool,
         x: Tensor,
         routing_weights: Tensor,
         expert_indices: Tensor,
@@ -185,7 +197,8 @@ class _SwiGLU(Function):
         gate_up = products.project(grouping.gather(x), gate_up_weight.mT, grouping.ends)  # [M,2I]
         hidden = _activation(gate_up)[0](gate_up, routing_weights, grouping.slot)  # [M,I]
         ctx.products = products
-        ctx.save_for_backward(x, routing_weights, gate_up_weight, down_weight, gate_up, *grouping)
+        kept = None if recompute else gate_up
+        ctx.save_for_backward(x, routing_weights, gate_up_weight, down_weight, kept, *grouping)
         return grouping.combine(products.project(hidden, down_weight.mT, grouping.ends))
 
     @staticmethod
@@ -195,6 +208,8 @@ class _SwiGLU(Function):
         grouping = Grouping(*saved)
         project, outer = ctx.products
         ends = grouping.ends
+        if gate_up is None:
+            gate_up = project(grouping.gather(x), gate_up_weight.mT, ends)
 
         grad_rows = grouping.gather(grad_y)  # [M,H]
         grad_hidden = project(grad_rows, down_weight, ends)  # [M,I]
@@ -206,7 +221,7 @@ class _SwiGLU(Function):
 
         grad_gate_up_weight = outer(grad_gate_up, grouping.gather(x), ends)
         grad_x = grouping.combine(project(grad_gate_up, gate_up_weight, ends))
-        return None, grad_x, grad_weights, None, None, grad_gate_up_weight, grad_down
+        return None, None, grad_x, grad_weights, None, None, grad_gate_up_weight, grad_down
 
 
 def _activation(x: Tensor) -> tuple[Callable[..., Tensor], Callable[..., tuple[Tensor, ...]]]:
@@ -244,14 +259,21 @@ def _activate_backward(
     return grad_gate_up, grad_weights.view_as(weights), hidden.mul_(weight)
 
 
-def _fused(products: _Products) -> Backend:
-    return lambda x, routes, weights: _SwiGLU.apply(products, x, *routes, *weights)
+def _fused(products: _Products, recompute: bool) -> Backend:
+    return lambda x, routes, weights: _SwiGLU.apply(products, recompute, x, *routes, *weights)
 
 
+_LOOP, _GROUPED = _Products(_loop_project, _loop_outer), _Products(_grouped_project, _grouped_outer)
 BACKENDS: dict[str, Backend] = {
     "reference": _reference,
-    "loop": _fused(_Products(_loop_project, _loop_outer)),
-    "grouped": _fused(_Products(_grouped_project, _grouped_outer)),
+    "loop": _fused(_LOOP, recompute=False),
+    "grouped": _fused(_GROUPED, recompute=False),
     "megablocks": experts_optional.megablocks,
     "liger": experts_optional.liger,
+}
+# the same, with pre-activations or all activations computed again in the backward
+RECOMPUTED: dict[str, Backend] = {
+    **{name: functools.partial(call, backend) for name, backend in BACKENDS.items()},
+    "loop": _fused(_LOOP, recompute=True),
+    "grouped": _fused(_GROUPED, recompute=True),
 }

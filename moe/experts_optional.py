@@ -89,7 +89,9 @@ def megablocks(x: Tensor, routes: Routes, weights: ExpertWeights) -> Tensor:
 @_present_slots
 def liger(x: Tensor, routes: Routes, weights: ExpertWeights) -> Tensor:
     """liger-kernel's LigerFusedMoEFunction."""
-    return _load_liger().apply(x, weights.gate_up, weights.down, routes.experts.int(), routes.weights)
+    return _load_liger().apply(
+        x.contiguous(), weights.gate_up, weights.down, routes.experts.int(), routes.weights
+    )
 
 
 @functools.cache

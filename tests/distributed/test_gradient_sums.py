@@ -10,6 +10,7 @@ import torch.distributed as dist
 from harness import run_ranks
 from layouts import SmallRun
 
+from trainer.engine.gradients import clip
 from trainer.engine.optimizer import KINDS
 
 LARGE, MICRO_BATCHES = 256, 4
@@ -130,3 +131,15 @@ def test_gradients_are_clipped_once_and_only_where_they_are_too_large(stage, fus
     before, after = run_ranks(clipped_norms, 2, stage, fused)[0]
     assert min(before) < LIMIT < max(before)
     assert after == pytest.approx([min(norm, LIMIT) for norm in before], rel=1e-4)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_the_next_step_is_not_clipped_by_the_last(fused):
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([weight], fused=fused)
+    optimizer.defaults["fused"] = fused
+    for norm, seen in ((4.0, 0.25), (0.5, 1.0), (2.0, 0.5)):
+        weight.grad = torch.ones(3)
+        clip(optimizer, [weight.grad], norm, max_norm=1.0)
+        optimizer.step()
+        assert weight.grad.tolist() == pytest.approx([seen] * 3, rel=1e-5)

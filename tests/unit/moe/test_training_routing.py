@@ -95,7 +95,7 @@ def test_jitter_is_a_function_of_the_row() -> None:
     assert not torch.allclose(factors[0], factors[1])
 
 
-@pytest.mark.parametrize("recompute", ["experts", "full"])
+@pytest.mark.parametrize("recompute", ["experts", "local", "full"])
 @pytest.mark.parametrize("capacity_factor", [None, 0.7])
 def test_recompute_draws_the_same_and_layers_differ(
     moe_config: ModelConfig, build: Callable, pack: Callable, recompute: str, capacity_factor: float | None

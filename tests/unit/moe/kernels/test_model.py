@@ -22,7 +22,7 @@ def results(model, batch):
     return [loss.detach(), *more, *torch.autograd.grad(loss, list(model.parameters()))]
 
 
-@pytest.mark.parametrize("recompute", ["none", "experts", "full"])
+@pytest.mark.parametrize("recompute", ["none", "experts", "local", "full"])
 @pytest.mark.parametrize("kind", ["dense", "moe", "next", "mtp"])
 def test_a_model_is_equal_with_and_without_kernels(
     device, kind, recompute, request, build, pack, monkeypatch
