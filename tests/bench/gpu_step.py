@@ -103,7 +103,11 @@ class Ours:
         work = replace(self.work, micro_batches=micro_batches)
         config = replace(run_config(work, 1), recompute=recompute)
         config = replace(config, balance=replace(config.balance, mode=balance_mode))
-        self.engine.module.model.recompute_layers = recompute == "full"
+        decoder = self.engine.module.model
+        decoder.recompute_layers = recompute == "full"
+        for layer in decoder.layers:
+            layer.recompute = layer.mlp.recompute = recompute
+            layer.mlp.experts.recompute = recompute in ("experts", "local")
         self.engine._engine.set_train_batch_size(work.rows * micro_batches)
         self.engine._engine.micro_steps = 0  # else gradient accumulation would start in the middle
         balance = build_balance(config, config.plan(1), RANKS.device)
@@ -182,6 +186,7 @@ def configurations(name: str) -> Iterator[dict[str, Any]]:
         yield {"recompute": "full"}
     if name == "ours":
         yield {"recompute": "full", "micro_batches": 4}
+        yield {"recompute": "local"}
         yield {"micro_batches": 4, "balance_mode": "micro_batch"}
         yield {"passes": "torch"}
 
