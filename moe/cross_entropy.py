@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moe.kernels.support import run_on
+from moe.sums import accumulate
 
 IGNORED = -100  # the label of a token without loss
 CHUNK_BYTES = 2**30  # of the logits of a chunk and what is computed of them
@@ -54,7 +55,7 @@ def _loss_and_gradients(
     precise = torch.promote_types(hidden.dtype, torch.float32)
     fused = run_on(hidden)
     hidden_grad = torch.empty_like(hidden) if wanted[0] else None
-    weight_grad: Tensor | None = None
+    weight_grad: Any = None
     losses = []
     bytes_per_logit = hidden.element_size() if fused else 2 * precise.itemsize
     longest = max(1, chunk_bytes // (weight.shape[0] * bytes_per_logit))  # tokens
@@ -77,7 +78,8 @@ def _loss_and_gradients(
             if chunks == 1:
                 weight_grad = product
             else:
-                weight_grad = product.to(precise) if weight_grad is None else weight_grad.add_(product)
+                weight_grad = torch.empty_like(product, dtype=precise) if start == 0 else weight_grad
+                accumulate(weight_grad, product, first=start == 0)
         del logits
     total = torch.stack(losses).sum()
     return total, hidden_grad, None if weight_grad is None else weight_grad.to(weight.dtype)

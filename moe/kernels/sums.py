@@ -11,7 +11,7 @@ _BLOCK = 2048  # elements of one program
 def accumulate(total: Tensor, gradient: Tensor, first: bool) -> None:
     """Add `gradient` to `total`, both of n elements and contiguous, or write it there if it is the `first`.
 
-    Its oracle is `add_` or `copy_` of torch, whose kernels for two dtypes read one element at a time.
+    Its oracle is `moe.sums.accumulate`: torch's kernels for two dtypes do not load several elements at once.
     """
     if n := gradient.numel():
         _accumulate[(triton.cdiv(n, _BLOCK),)](total, gradient.contiguous(), n, FIRST=first, BLOCK=_BLOCK)

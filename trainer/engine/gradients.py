@@ -17,7 +17,7 @@ from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from torch import Tensor, nn
 
-from moe.kernels.support import run_on
+from moe.sums import accumulate
 
 SMALL = 2**20  # gradients with fewer elements share one collective
 bf16_optimizer.see_memory_usage = lambda *_, **__: None  # it would print a table for each parameter group
@@ -157,17 +157,6 @@ def clip(optimizer: Any, gradients: list[Tensor], norm: float, max_norm: float) 
     optimizer.grad_scale = torch.full((), scale, device=gradients[0].device) if fused and scale > 1 else None
     if scale > 1 and not fused:
         torch._foreach_mul_(gradients, 1 / scale)
-
-
-def accumulate(total: Tensor, gradient: Tensor, first: bool) -> None:
-    """Add a gradient to its fp32 sum, or write it there if it is the `first` of a step; equal sizes."""
-    if run_on(gradient):
-        from moe.kernels import sums
-
-        sums.accumulate(total, gradient, first)
-    else:
-        total = total.view_as(gradient)
-        (total.copy_ if first else total.add_)(gradient)
 
 
 def _adding_to(master: Any) -> Callable[[nn.Parameter], None]:
