@@ -16,7 +16,7 @@ from triton.compiler import ASTSource
 
 KERNELS = Path(__file__).parents[3] / "moe" / "kernels"
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-BF16, INT, LONG = "*bf16", "i32", "*i64"
+BF16, INT, LONG, FLOAT = "*bf16", "i32", "*i64", "fp32"
 # module.kernel: the types of its arguments, and its constants, as in Qwen3-30B-A3B
 CASES = {
     "experts._activate": (
@@ -28,6 +28,14 @@ CASES = {
         {"ROWS": 2, "BLOCK": 1024},
     ),
     "experts._combine": ([BF16, LONG, LONG, BF16, INT, INT, INT], {"BLOCK": 2048}),
+    "rotary._forward": (
+        [*[BF16] * 5, *[INT] * 6, FLOAT, FLOAT],
+        {"ROWS": 16, "HALF": 64, "REST": 0},
+    ),
+    "rotary._backward": (
+        [*[BF16] * 6, "*fp32", *[INT] * 8, FLOAT, FLOAT],
+        {"ROWS": 16, "STEPS": 16, "HALF": 64, "REST": 0},
+    ),
 }
 
 
