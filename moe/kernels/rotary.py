@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-_ROWS = 16  # heads of tokens that one program computes at a time
+_VALUES = 1024  # what one program computes at a time, in whole heads
 _STEPS = 16  # how often a program of the backward does so: it leaves one partial sum for the weight
 
 
@@ -39,8 +39,8 @@ class _NormalizeAndRotate(Function):
         rows, sizes, blocks = _sizes(x, cos)
         if rows:
             strides = x.stride(0), x.stride(1)
-            grid = (triton.cdiv(rows, _ROWS),)
-            _forward[grid](x, weight, cos, sin, out, *strides, *sizes, eps, center, ROWS=_ROWS, **blocks)
+            grid = (triton.cdiv(rows, blocks["ROWS"]),)
+            _forward[grid](x, weight, cos, sin, out, *strides, *sizes, eps, center, **blocks)
         return out
 
     @staticmethod
@@ -50,13 +50,12 @@ class _NormalizeAndRotate(Function):
         grad = _dense_heads(grad)
         grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         rows, sizes, blocks = _sizes(x, cos)
-        programs = triton.cdiv(rows, _ROWS * _STEPS)
+        programs = triton.cdiv(rows, blocks["ROWS"] * _STEPS)
         partial = torch.empty(programs, x.shape[-1], dtype=torch.float32, device=x.device)
         if rows:
             tensors = (x, weight, cos, sin, grad, grad_x, partial)
             strides = x.stride(0), x.stride(1), grad.stride(0), grad.stride(1)
-            constants = {"ROWS": _ROWS, "STEPS": _STEPS, **blocks}
-            _backward[(programs,)](*tensors, *strides, *sizes, *ctx.numbers, **constants)
+            _backward[(programs,)](*tensors, *strides, *sizes, *ctx.numbers, STEPS=_STEPS, **blocks)
         return grad_x, partial.sum(0).to(weight.dtype), None, None, None, None
 
 
@@ -71,6 +70,7 @@ def _sizes(x: Tensor, cos: Tensor) -> tuple[int, tuple[int, int, int, int], dict
     half = cos.shape[-1]
     rest = width - 2 * half
     blocks = {"HALF": triton.next_power_of_2(half), "REST": triton.next_power_of_2(rest) if rest else 0}
+    blocks["ROWS"] = max(_VALUES // triton.next_power_of_2(width), 1)
     return tokens * heads, (tokens * heads, heads, half, width), blocks
 
 

@@ -12,6 +12,13 @@ from moe.rope import rotary_tables, rotate
 EPS = 1e-6
 
 
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    """Several programs, of several steps, already for a few tokens."""
+    monkeypatch.setattr(rotary, "_VALUES", 64)
+    monkeypatch.setattr(rotary, "_STEPS", 3)
+
+
 def inputs(tokens, heads, width, rotated, dtype, device, gated=False):
     torch.manual_seed(tokens * 1000 + heads)
     x = torch.randn(tokens, heads, width * (2 if gated else 1), device=device).to(dtype)
@@ -36,8 +43,8 @@ SHAPES = [  # T, N, C, R, gated
     (1, 1, 8, 8, False),
     (5, 3, 8, 8, False),
     (7, 6, 12, 4, True),
-    (300, 2, 8, 8, True),  # several programs, each with several steps
-    (131, 5, 24, 12, False),
+    (50, 2, 8, 8, True),
+    (31, 5, 24, 12, False),
     (0, 2, 8, 8, False),
 ]
 
@@ -84,23 +91,21 @@ def test_sixteen_bits_are_rounded_once(device, dtype, spacing, center):
         torch.testing.assert_close(one.float(), other, rtol=spacing, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_attention_with_and_without_the_kernel(device, config, dtype, monkeypatch):
+def test_attention_with_and_without_the_kernel(device, config, monkeypatch):
     torch.manual_seed(0)
-    module = Attention(config, 0).to(device, dtype)
+    module = Attention(config, 0).to(device)
     for weight in (module.q_norm.weight, module.k_norm.weight):
         weight.data += torch.randn_like(weight)
     lengths = (7, 4, 9)
     borders = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
     documents = Documents(borders, lengths)
-    tables = rotary_tables(documents.position, config, dtype)
-    hidden = torch.randn(2, 10, config.hidden_size, device=device).to(dtype).requires_grad_()
-    direction = torch.randn(2, 10, config.hidden_size, device=device).to(dtype)
+    tables = rotary_tables(documents.position, config, torch.float32)
+    hidden = torch.randn(2, 10, config.hidden_size, device=device, requires_grad=True)
+    direction = torch.randn(2, 10, config.hidden_size, device=device)
     found = []
     for kernels in (True, False):
         monkeypatch.setattr(attention, "run_on", lambda x, kernels=kernels: kernels)
         out = module(hidden, LayerInputs(tables, documents))
         found.append([out, *torch.autograd.grad(out, (hidden, *module.parameters()), direction)])
     for mine, right in zip(*found, strict=True):
-        error = (mine.float() - right.float()).norm() / found[1][1].float().norm()
-        assert error < (1e-6 if dtype == torch.float32 else 2e-2)
+        torch.testing.assert_close(mine, right, rtol=1e-5, atol=1e-5)
