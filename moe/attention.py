@@ -2,11 +2,13 @@
 # B rows, S tokens per row, T = B*S tokens, D documents, H hidden
 # N query heads, G key/value heads, C head_dim, P cached tokens per row
 
+from collections.abc import Callable
 from functools import cache
 from inspect import signature
 from typing import Any, cast
 
 import torch
+import torch.nn.attention
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -76,18 +78,21 @@ class HeadNorm(nn.RMSNorm):
     Both in one module: ZeRO-3 gathers the weight for a call of the module that has it.
     """
 
+    center = 0.0  # what a weight of zero multiplies by
+
     def forward(self, x: Tensor, inputs: LayerInputs) -> Tensor:  # type: ignore[override]
         """[T, N, C] -> [T, N, C]."""
         if run_on(x):
             from moe.kernels.rotary import normalize_and_rotate
 
-            center = 1.0 if isinstance(self, ZeroCenteredRMSNorm) else 0.0
-            return normalize_and_rotate(x, self.weight, inputs.rotary, self.eps, center)
+            return normalize_and_rotate(x, self.weight, inputs.rotary, cast(float, self.eps), self.center)
         return rotate(super().forward(x), inputs.rotary)
 
 
-class ZeroCenteredHeadNorm(HeadNorm, ZeroCenteredRMSNorm):
+class ZeroCenteredHeadNorm(HeadNorm, ZeroCenteredRMSNorm):  # type: ignore[misc]
     """`HeadNorm` whose weight is centred at zero."""
+
+    center = 1.0
 
 
 class Rotary(nn.Module):
@@ -138,6 +143,74 @@ def varlen_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
     if (capability := torch.cuda.get_device_capability(device)) < (8, 0):
         return f"flash attention wants compute capability 8.0, not {capability[0]}.{capability[1]}"
     return None
+
+
+def choose_attention(
+    config: ModelConfig, device: torch.device, dtype: torch.dtype, deterministic: bool
+) -> tuple[str, str | None]:
+    """The name of what computes attention in this process, and a warning if it could be faster.
+
+    Switches torch to FlashAttention-3 or -4 if one is installed and right: for varlen, and for SDPA where
+    torch's own choice is flash attention.
+    """
+    if obstacle := varlen_obstacle(device, dtype):
+        slow = f"attention is computed document by document: {obstacle}" if device.type == "cuda" else None
+        return "per document", slow
+    if deterministic:
+        return "varlen", None
+    heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
+    version, failure = _newer_flash(device, dtype, heads, config.head_dim)
+    return "varlen or per document" + (f", {version}" if version else ""), failure
+
+
+# Names in torch's registry, and the compute capabilities 9.x and 10.x that torch accepts for them.
+_NEWER_FLASH = {"FA3": (9,), "FA4": (9, 10)}
+
+
+@cache
+def _newer_flash(
+    device: torch.device, dtype: torch.dtype, heads: tuple[int, int, int], head_dim: int
+) -> tuple[str | None, str | None]:
+    """The newer flash attention that torch uses from now on, or None; what is wrong with those refused."""
+    if not hasattr(torch.nn.attention, "activate_flash_attention_impl"):  # older torch
+        return None, None
+    failures = []
+    major = torch.cuda.get_device_capability(device)[0]
+    for name in [name for name, majors in _NEWER_FLASH.items() if major in majors]:
+        try:
+            torch.nn.attention.activate_flash_attention_impl(name)
+            _try_attention(device, dtype, heads, head_dim)
+            return name, None
+        except Exception as error:  # whatever the error is, training continues with torch's own kernels
+            if torch.nn.attention.current_flash_attention_impl():
+                torch.nn.attention.restore_flash_attention_impl()
+            if isinstance(error, ModuleNotFoundError) and str(error.name).startswith("flash_attn"):
+                continue  # not installed
+            said = " ".join(f"{type(error).__name__}: {error}".split())
+            failures.append(f"{name} is installed and not used: it fails here ({said}); update it")
+    return None, "; ".join(failures) or None
+
+
+def _try_attention(
+    device: torch.device, dtype: torch.dtype, heads: tuple[int, int, int], head_dim: int
+) -> None:
+    """Raise if attention of a few tokens or its gradients differ from fp32; heads: query, key, value."""
+    documents = Documents(torch.tensor([0, 70, 71, 200, 329], dtype=torch.int32, device=device))
+    generator = torch.Generator().manual_seed(0)
+    drawn = [torch.randn(329, count, head_dim, generator=generator).to(device, dtype) for count in heads]
+
+    def results(attend: Callable[..., Tensor], kind: torch.dtype) -> list[Tensor]:
+        given = [x.detach().to(kind).requires_grad_() for x in drawn]
+        mixed = attend(*given, documents)
+        return [mixed.detach(), *torch.autograd.grad(mixed.float().square().sum(), given)]
+
+    with torch.inference_mode(False), torch.enable_grad():
+        expected = results(attend_per_document, torch.float32)
+        for attend in (attend_varlen, attend_per_document):
+            pairs = list(zip(results(attend, dtype), expected, strict=True))
+            errors = [float((mine.float() - right).norm() / right.norm()) for mine, right in pairs]
+            if not all(error <= 2**-5 for error in errors):  # also for NaN
+                raise ArithmeticError("relative errors " + ", ".join(f"{error:.1e}" for error in errors))
 
 
 def attend_per_document(query: Tensor, key: Tensor, value: Tensor, documents: Documents) -> Tensor:
