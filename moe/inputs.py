@@ -2,6 +2,7 @@
 # B rows, S tokens per row, T = B*S tokens, D documents, P cached tokens per row
 # G key/value heads, C head_dim
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,7 +28,7 @@ class Documents:
     @cached_property
     def groups(self) -> list[tuple[int, int]]:
         """(number of documents, length) for each length, ascending: the calls of `attend_per_document`."""
-        return [(self.lengths.count(length), length) for length in sorted(set(self.lengths))]
+        return [(count, length) for length, count in sorted(Counter(self.lengths).items())]
 
     @cached_property
     def order(self) -> Tensor | None:

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import torch
 
-from moe.attention import varlen_obstacle
+from moe.attention import choose_attention
 from moe.config import ModelConfig
 from moe.experts import choose_backend
 from moe.formats import FULL, LINEAR
@@ -25,7 +25,7 @@ def choose_backends(
 ) -> Backends:
     """Choose the kernels; `experts` is the key experts.backend. Raises ConfigError if it cannot run here.
 
-    For a model with linear attention on CUDA, flash-linear-attention is tried out once per process.
+    On CUDA, optional packages for attention and linear attention are tried out once per process.
     """
     names: dict[str, str] = {}
     warnings: list[str] = []
@@ -33,10 +33,8 @@ def choose_backends(
         names["experts"], slow = choose_backend(experts, device, dtype, model, deterministic)
         warnings += [slow] if slow else []
     if FULL in model.layer_types or model.num_nextn_predict_layers:
-        obstacle = varlen_obstacle(device, dtype)
-        names["attention"] = "per document" if obstacle else "varlen"
-        if obstacle and device.type == "cuda":
-            warnings.append(f"attention is computed document by document: {obstacle}")
+        names["attention"], slow = choose_attention(model, device, dtype, deterministic)
+        warnings += [slow] if slow else []
     if LINEAR in model.layer_types:
         key_dim, value_dim = model.linear_key_head_dim, model.linear_value_head_dim
         obstacle = kernel_obstacle(device, dtype, key_dim, value_dim)

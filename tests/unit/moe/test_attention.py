@@ -1,6 +1,8 @@
 """Attention over documents against a dense block-diagonal mask."""
 
 import inspect
+import re
+from collections.abc import Callable
 from itertools import accumulate, pairwise
 
 import pytest
@@ -8,8 +10,17 @@ import torch
 from torch import Tensor
 
 from moe import attention
-from moe.attention import attend_cached, attend_per_document, attend_varlen
-from moe.inputs import Cache, Documents
+from moe.attention import (
+    Attention,
+    attend_cached,
+    attend_per_document,
+    attend_varlen,
+    choose_attention,
+    prefers_per_document,
+)
+from moe.config import ModelConfig
+from moe.inputs import Cache, Documents, LayerInputs
+from moe.rope import rotary_tables
 
 HEADS, GROUPS, HEAD_DIM = 6, 2, 8
 LAYOUTS = [[4, 4, 4], [12], [1] * 5, [5, 2, 5, 1, 2, 5], [7, 3, 2], [2, 3, 7]]
@@ -127,3 +138,115 @@ def test_which_attention_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "wants compute capability 8.0, not 7.5" in str(obstacle(gpu, bf16, capability=(7, 5)))
     monkeypatch.setattr(attention, "varlen_attn", None)
     assert "has no torch.nn.attention.varlen; use 2.10 or newer" in str(obstacle(gpu, bf16))
+
+
+def test_kernel_by_lengths() -> None:
+    """The two measured cases, and that few long documents are one call each."""
+    generator = torch.Generator().manual_seed(0)
+    cuts = torch.rand(63, generator=generator).pow(2).mul(16383).long() + 1
+    ragged = [stop - start for start, stop in pairwise(sorted({0, 16384, *cuts.tolist()}))]
+    per_document = [[4096] * 4, [16384], [64] * 256, [1], [6000, 10384], [3000, 4000, 4500, 4884]]
+    varlen = [ragged, list(range(1, 181)), [1, 2], [1024] * 8 + [512] * 16]
+    for lengths in per_document + varlen:
+        assert prefers_per_document(_documents(lengths)) == (lengths in per_document), lengths
+        assert prefers_per_document(_documents(lengths[::-1])) == (lengths in per_document), "any order"
+
+
+def test_deterministic_runs_take_varlen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    assert not prefers_per_document(_documents([4096] * 4))
+
+
+def test_forward_takes_the_chosen_kernel(dense_config: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def record(name: str) -> Callable[..., Tensor]:
+        return lambda query, *_: calls.append(name) or query
+
+    for name in ("attend_varlen", "attend_per_document"):
+        monkeypatch.setattr(attention, name, record(name))
+    module = Attention(dense_config, 0)
+    for obstacle, lengths in ((None, [8]), (None, [3, 5]), ("no kernel", [3, 5])):
+        monkeypatch.setattr(attention, "varlen_obstacle", lambda *_, obstacle=obstacle: obstacle)
+        documents = _documents(lengths)
+        tables = rotary_tables(documents.position, dense_config, torch.float32)
+        module(torch.zeros(1, 8, dense_config.hidden_size), LayerInputs(tables, documents))
+    assert calls == ["attend_per_document", "attend_varlen", "attend_per_document"]
+
+
+class _Registry:
+    """torch.nn.attention with FA3 and FA4 in the given states; the active one computes varlen."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, capability: int, **states: str) -> None:
+        self.states, self.active = states, None
+        for name in ("activate", "current", "restore"):
+            monkeypatch.setattr(torch.nn.attention, f"{name}_flash_attention_impl", getattr(self, name))
+        monkeypatch.setattr(attention, "attend_varlen", self.attend)
+        monkeypatch.setattr(attention, "varlen_obstacle", lambda *_: None)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (capability, 0))
+
+    def activate(self, name: str) -> None:
+        state = self.states.get(name, "absent")
+        if state in ("absent", "half"):
+            raise ModuleNotFoundError("none", name="flash_attn.cute" if state == "absent" else "cutlass")
+        self.active = name
+
+    def current(self) -> str | None:
+        return self.active
+
+    def restore(self) -> None:
+        self.active = None
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, documents: Documents) -> Tensor:
+        state = self.states[str(self.active)]
+        if state == "raises":
+            raise RuntimeError("no such\nhead")
+        mixed = attend_per_document(query, key, value, documents)
+        if state == "wrong gradient":
+            mixed = mixed + (query - query.detach())
+        return mixed * torch.nan if state == "nan" else mixed
+
+
+@pytest.mark.parametrize(
+    ("capability", "states", "chosen", "warning"),
+    [
+        (9, {}, None, None),
+        (9, {"FA3": "right", "FA4": "right"}, "FA3", None),
+        (10, {"FA3": "right", "FA4": "right"}, "FA4", None),
+        (8, {"FA3": "right", "FA4": "right"}, None, None),
+        (9, {"FA3": "raises", "FA4": "right"}, "FA4", None),
+        (9, {"FA3": "raises"}, None, "FA3 is .* fails here .RuntimeError: no such head.; update it"),
+        (9, {"FA4": "nan"}, None, "FA4 is .*relative errors nan"),
+        (9, {"FA4": "wrong gradient"}, None, "FA4 is .*relative errors"),
+        (9, {"FA4": "half"}, None, "FA4 is .*ModuleNotFoundError"),
+    ],
+)
+def test_newer_flash_attention_after_a_trial(
+    dense_config: ModelConfig,
+    monkeypatch: pytest.MonkeyPatch,
+    capability: int,
+    states: dict[str, str],
+    chosen: str | None,
+    warning: str | None,
+) -> None:
+    attention._newer_flash.cache_clear()
+    registry = _Registry(monkeypatch, capability, **states)
+    name, said = choose_attention(dense_config, torch.device("cpu"), torch.bfloat16, False)
+    assert name == "varlen or per document" + (f", {chosen}" if chosen else "")
+    assert registry.active == chosen
+    assert said is None if warning is None else re.match(warning, str(said))
+    attention._newer_flash.cache_clear()
+
+
+def test_attention_without_a_registry_or_in_deterministic_runs(
+    dense_config: ModelConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cpu = torch.device("cpu")
+    assert choose_attention(dense_config, cpu, torch.bfloat16, False) == ("per document", None)
+    attention._newer_flash.cache_clear()
+    registry = _Registry(monkeypatch, 9, FA3="right")
+    assert choose_attention(dense_config, cpu, torch.bfloat16, True) == ("varlen", None)
+    assert registry.active is None
+    monkeypatch.delattr(torch.nn.attention, "activate_flash_attention_impl")
+    assert choose_attention(dense_config, cpu, torch.bfloat16, False) == ("varlen or per document", None)
+    attention._newer_flash.cache_clear()
