@@ -30,10 +30,16 @@ CASES = {
         {"ROWS": 2, "BLOCK": 1024},
     ),
     "experts._combine": ([BF16, LONG, LONG, BF16, INT, INT, INT], {"BLOCK": 2048}),
-    "rotary._forward": (ROTARY, {"ROWS": 8, "HALF": 64, "REST": 0}),
-    "rotary._forward of Qwen3-Next": (ROTARY, {"ROWS": 4, "HALF": 32, "REST": 256}),
-    "rotary._backward": (ROTARY_BACKWARD, {"ROWS": 8, "STEPS": 16, "HALF": 64, "REST": 0}),
-    "rotary._backward of Qwen3-Next": (ROTARY_BACKWARD, {"ROWS": 4, "STEPS": 16, "HALF": 32, "REST": 256}),
+    "rotary._normalize_and_rotate": (ROTARY, {"ROWS": 8, "HALF": 64, "REST": 0}),
+    "rotary._normalize_and_rotate of Qwen3-Next": (ROTARY, {"ROWS": 4, "HALF": 32, "REST": 256}),
+    "rotary._normalize_and_rotate_backward": (
+        ROTARY_BACKWARD,
+        {"ROWS": 8, "STEPS": 16, "HALF": 64, "REST": 0},
+    ),
+    "rotary._normalize_and_rotate_backward of Qwen3-Next": (
+        ROTARY_BACKWARD,
+        {"ROWS": 4, "STEPS": 16, "HALF": 32, "REST": 256},
+    ),
 }
 
 
