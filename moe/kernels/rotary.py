@@ -22,10 +22,10 @@ def normalize_and_rotate(
     tables: cosines and sines [T,1,R/2]. x may be strided. Computed in fp32 and rounded once; the gradient of
     the weight is summed in a fixed order. Its oracle is the rest of `moe.attention.HeadNorm.forward`.
     """
-    return _NormalizeAndRotate.apply(x, weight, *tables, eps, center)
+    return _Function.apply(x, weight, *tables, eps, center)
 
 
-class _NormalizeAndRotate(Function):
+class _Function(Function):
     """Keeps its inputs and no result for the backward."""
 
     @staticmethod
@@ -40,7 +40,7 @@ class _NormalizeAndRotate(Function):
         if rows:
             strides = x.stride(0), x.stride(1)
             grid = (triton.cdiv(rows, blocks["ROWS"]),)
-            _forward[grid](x, weight, cos, sin, out, *strides, *sizes, eps, center, **blocks)
+            _normalize_and_rotate[grid](x, weight, cos, sin, out, *strides, *sizes, eps, center, **blocks)
         return out
 
     @staticmethod
@@ -55,7 +55,9 @@ class _NormalizeAndRotate(Function):
         if rows:
             tensors = (x, weight, cos, sin, grad, grad_x, partial)
             strides = x.stride(0), x.stride(1), grad.stride(0), grad.stride(1)
-            _backward[(programs,)](*tensors, *strides, *sizes, *ctx.numbers, STEPS=_STEPS, **blocks)
+            _normalize_and_rotate_backward[(programs,)](
+                *tensors, *strides, *sizes, *ctx.numbers, STEPS=_STEPS, **blocks
+            )
         return grad_x, partial.sum(0).to(weight.dtype), None, None, None, None
 
 
@@ -75,7 +77,7 @@ def _sizes(x: Tensor, cos: Tensor) -> tuple[int, tuple[int, int, int, int], dict
 
 
 @triton.jit
-def _forward(
+def _normalize_and_rotate(
     x,
     weight,
     cos,
@@ -120,7 +122,7 @@ def _forward(
 
 
 @triton.jit
-def _backward(
+def _normalize_and_rotate_backward(
     x,
     weight,
     cos,

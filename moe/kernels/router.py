@@ -49,7 +49,7 @@ class _Routing(Function):
         ranges = logits.new_zeros(programs + 1)  # one more, which stays 0: there may be no token
         if tokens:
             tensors = (logits, selection_bias, token_mask, weights, indices, sums, ranges)
-            _forward[(programs,)](*tensors, tokens, experts, **settings)
+            _route[(programs,)](*tensors, tokens, experts, **settings)
         ctx.save_for_backward(logits, token_mask, indices)
         ctx.settings = settings
         counts, probabilities, z, entropy = sums.sum(0).split((experts, experts, 1, 1))
@@ -68,7 +68,7 @@ class _Routing(Function):
             tensors = (logits, token_mask, indices, grad_weights, grad_probabilities, grad_z, grad)
             settings = {key: value for key, value in ctx.settings.items() if key != "BIASED"}
             programs = triton.cdiv(tokens, settings["TOKENS"])
-            _backward[(programs,)](*tensors, tokens, experts, **settings)
+            _route_backward[(programs,)](*tensors, tokens, experts, **settings)
         return grad, None, None, None, None, None
 
 
@@ -100,7 +100,7 @@ def _softmax(logits, token, expert, tokens, experts):
 
 
 @triton.jit
-def _forward(
+def _route(
     logits,
     selection_bias,
     token_mask,
@@ -156,7 +156,7 @@ def _forward(
 
 
 @triton.jit
-def _backward(
+def _route_backward(
     logits,
     token_mask,
     indices,

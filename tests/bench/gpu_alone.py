@@ -186,14 +186,15 @@ def attention() -> None:
     paths: dict[str, Any] = {"per document": attend_per_document}
     if varlen_obstacle(device(), torch.bfloat16) is None:
         paths = {"varlen": attend_varlen, **paths}
-    whole = [tokens // 4] * 4
+    whole = [[tokens], [tokens // 4] * 4]
+    few = [_different(tokens, count) for count in (2, 4, 8)]  # to judge `moe.attention.prefers_per_document`
     # lengths as in packed text: half of the tokens in the longest tenth of the documents
     cuts = torch.rand(63, generator=torch.Generator().manual_seed(0)).pow(2).mul(tokens - 1).long() + 1
     borders = sorted({0, tokens, *cuts.tolist()})
     ragged = [stop - start for start, stop in pairwise(borders)]
     heads = [shape["heads"], shape["key_value_heads"], shape["key_value_heads"]]
     query, key, value = (random(tokens, count, shape["head_dim"]) for count in heads)
-    for lengths in (whole, ragged):
+    for lengths in (*whole, *few, ragged):
         starts = torch.tensor(list(accumulate(lengths, initial=0)), dtype=torch.int32)
         documents = Documents(starts.to(device()), tuple(lengths))
         # two products of length^2 x C for each head; only the causal half counts
@@ -202,6 +203,11 @@ def attention() -> None:
         for name, path in paths.items():
             function = lambda path=path: path(query, key, value, documents)  # noqa: B023, E731
             there_and_back(name, "attention", function, flops, **about)
+
+
+def _different(tokens: int, count: int) -> list[int]:
+    """`count` different lengths that add up to `tokens`, descending, so that they have to be sorted."""
+    return [tokens // count + (count - 1 - 2 * number) * (tokens // (16 * count)) for number in range(count)]
 
 
 def cross_entropy() -> None:

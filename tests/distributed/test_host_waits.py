@@ -107,8 +107,9 @@ def step_on_the_host() -> None:
 
 def norm_of_a_dense_model() -> list[str]:
     """Without ZeRO and without experts, the norm is all that the host reads."""
+    optimizer = torch.optim.AdamW([torch.ones(3)], fused=True)
     with stand_in(answer=1) as device:
-        reduce_and_clip([torch.ones(3, device=device.name)], [], None, None, max_norm=0.5)
+        reduce_and_clip([torch.ones(3, device=device.name)], [], None, None, optimizer, max_norm=0.5)
     return device.reads
 
 

@@ -12,7 +12,13 @@ from one_gpu import ON_GPU, PLACE, USABLE, relative
 if not USABLE:
     pytest.skip("needs a GPU that torch can use", allow_module_level=True)
 
-from moe.attention import attend_per_document, attend_varlen, varlen_obstacle
+from moe.attention import (
+    HeadNorm,
+    ZeroCenteredHeadNorm,
+    attend_per_document,
+    attend_varlen,
+    varlen_obstacle,
+)
 from moe.cross_entropy import chunked_cross_entropy
 from moe.dispatch import AllToAllDispatcher, DeduplicatedAllToAllDispatcher, LocalDispatcher
 from moe.experts import Experts, supports
@@ -23,7 +29,7 @@ from moe.gated_delta_net import (
     kernel_obstacle,
     recurrent_delta_rule,
 )
-from moe.inputs import Documents
+from moe.inputs import Documents, LayerInputs
 from moe.router import Router
 
 TOKENS, HIDDEN, WIDTH, EXPERTS, TOP_K = 512, 256, 128, 16, 4
@@ -99,6 +105,31 @@ def test_attention(lengths):
         for mine, right in zip(torch.autograd.grad(mixed, inputs, direction), gradients, strict=True):
             # in a document of one token, the gradients of query and key are zero up to rounding
             assert relative(mine, right) < ROUNDING or right.abs().max() < 1e-4
+
+
+@pytest.mark.parametrize(("heads", "head_dim", "rotated"), [(32, 128, 128), (4, 128, 128), (16, 256, 64)])
+@pytest.mark.parametrize("kind", [HeadNorm, ZeroCenteredHeadNorm])
+def test_qk_norm_and_rotary(kind, heads, head_dim, rotated):
+    """The Triton kernel in bf16 and fp32, of a strided query, against torch's operations in fp64."""
+    torch.manual_seed(0)
+    x = torch.randn(TOKENS, heads, 2 * head_dim).bfloat16().to(PLACE)[..., :head_dim]  # beside it the gate
+    weight, direction = torch.randn(head_dim).bfloat16(), torch.randn(x.shape).bfloat16().to(PLACE)
+    angles = 6 * torch.rand(TOKENS, 1, rotated // 2)
+    tables = angles.cos().bfloat16().to(PLACE), angles.sin().bfloat16().to(PLACE)
+    documents = Documents(torch.tensor([0, TOKENS], dtype=torch.int32))
+
+    def results(dtype: torch.dtype) -> list[torch.Tensor]:
+        norm = kind(head_dim, eps=1e-6).to(PLACE, dtype)
+        norm.weight.data = weight.to(PLACE, dtype)
+        given = x.to(dtype).detach().requires_grad_()
+        cos, sin = (table.to(dtype) for table in tables)
+        out = norm(given, LayerInputs((cos, sin), documents))
+        return [out, *torch.autograd.grad(out, (given, norm.weight), direction.to(dtype))]
+
+    expected = results(torch.float64)
+    for dtype, within in ((torch.bfloat16, ROUNDING), (torch.float32, 1e-5)):
+        errors = [relative(mine, right) for mine, right in zip(results(dtype), expected, strict=True)]
+        assert max(errors) < within, (dtype, errors)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -35,16 +35,22 @@ CASES = {
         {"IGNORED": -100, "GRADIENT": True, "BLOCK": 4096},
     ),
     "experts._combine": ([LONG, LONG, BF16, BF16, INT, INT, INT], {"BLOCK": 2048}),
-    "router._forward": (
+    "router._route": (
         [FP32, FP32, BOOL, BF16, LONG, FP32, FP32, INT, INT],
         {**ROUTER, "BIASED": True},
     ),
-    "router._backward": ([FP32, BOOL, LONG, BF16, FP32, FP32, FP32, INT, INT], ROUTER),
+    "router._route_backward": ([FP32, BOOL, LONG, BF16, FP32, FP32, FP32, INT, INT], ROUTER),
     "sums._accumulate": ([FP32, BF16, "i64"], {"FIRST": False, "BLOCK": 2048}),
-    "rotary._forward": (ROTARY, {"ROWS": 8, "HALF": 64, "REST": 0}),
-    "rotary._forward of Qwen3-Next": (ROTARY, {"ROWS": 4, "HALF": 32, "REST": 256}),
-    "rotary._backward": (ROTARY_BACKWARD, {"ROWS": 8, "STEPS": 16, "HALF": 64, "REST": 0}),
-    "rotary._backward of Qwen3-Next": (ROTARY_BACKWARD, {"ROWS": 4, "STEPS": 16, "HALF": 32, "REST": 256}),
+    "rotary._normalize_and_rotate": (ROTARY, {"ROWS": 8, "HALF": 64, "REST": 0}),
+    "rotary._normalize_and_rotate of Qwen3-Next": (ROTARY, {"ROWS": 4, "HALF": 32, "REST": 256}),
+    "rotary._normalize_and_rotate_backward": (
+        ROTARY_BACKWARD,
+        {"ROWS": 8, "STEPS": 16, "HALF": 64, "REST": 0},
+    ),
+    "rotary._normalize_and_rotate_backward of Qwen3-Next": (
+        ROTARY_BACKWARD,
+        {"ROWS": 4, "STEPS": 16, "HALF": 32, "REST": 256},
+    ),
 }
 PARTS = {"router._softmax", "experts._load"}  # called by kernels
 
