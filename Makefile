@@ -18,9 +18,9 @@ test: check
 test-all: check
 	$(BIN)/python -m pytest tests
 
-# The tests that need a GPU: one GPU, two minutes.
+# The tests that need a GPU, and those of the kernels on it: one GPU, some minutes.
 test-gpu: $(INSTALLED)
-	$(BIN)/python -m pytest -s tests/gpu
+	$(BIN)/python -m pytest -s tests/gpu tests/unit/moe/kernels
 
 # Speed compared with transformers, DeepSpeed AutoEP and deepspeed.moe: half an hour on an idle machine.
 # AutoEP needs an older version of transformers, which is installed in build/.

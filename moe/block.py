@@ -6,6 +6,7 @@ from moe.config import ModelConfig
 from moe.dispatch import Dispatcher, LocalDispatcher
 from moe.experts import Experts
 from moe.mlp import MLP
+from moe.recompute import call
 from moe.router import PLAIN, Router, RouterStatistics, RoutingInputs, jittered, within_capacity
 
 # B rows, S positions, H hidden
@@ -15,14 +16,18 @@ class MoEBlock(nn.Module):
     """Router, dispatcher, experts, and a shared expert (arXiv 2401.06066) if the configuration has one.
 
     It is built with all experts; `apply_expert_parallel` keeps those of one rank and the whole shared expert.
+    `recompute` (`moe.recompute`): the backward computes experts and shared expert again ("experts"), or also
+    the router ("local"); the tokens that reached the experts are kept.
     """
 
-    def __init__(self, config: ModelConfig, backend: str) -> None:
+    def __init__(self, config: ModelConfig, backend: str, recompute: str = "none") -> None:
         super().__init__()
+        self.recompute = recompute
         self.gate = Router(
             config.hidden_size, config.num_experts, config.num_experts_per_tok, config.norm_topk_prob
         )
-        self.experts = Experts(config.num_experts, config.hidden_size, config.moe_intermediate_size, backend)
+        sizes = (config.num_experts, config.hidden_size, config.moe_intermediate_size)
+        self.experts = Experts(*sizes, backend, recompute=recompute in ("experts", "local"))
         self.dispatcher: Dispatcher = LocalDispatcher()
         shared = config.shared_expert_intermediate_size
         self.shared_expert = MLP(config.hidden_size, shared) if shared else None
@@ -37,7 +42,9 @@ class MoEBlock(nn.Module):
         seen = x
         if training is not None and training.jitter_noise:
             seen = jittered(hidden, training.jitter_noise, training.keys).flatten(0, 1)
-        routing_weights, expert_indices, statistics = self.gate(seen, mask, routing.selection_bias)
+        routing_weights, expert_indices, statistics = call(
+            self.gate, seen, mask, routing.selection_bias, recompute=self.recompute == "local"
+        )
         factor = None if training is None else training.capacity_factor
         if factor is not None:
             num_experts = len(statistics.tokens_per_expert)
@@ -45,7 +52,7 @@ class MoEBlock(nn.Module):
         y = self.dispatcher(x, routing_weights, expert_indices, self.experts, drops=factor is not None)
         y = y.view_as(hidden)
         if self.shared_expert is not None:
-            shared = self.shared_expert(hidden)
+            shared = call(self.shared_expert, hidden, recompute=self.experts.recompute)
             gate = self.shared_expert_gate
             y = y + (shared if gate is None else gate(hidden).sigmoid() * shared)
         return y, statistics

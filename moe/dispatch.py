@@ -17,10 +17,17 @@ from moe.experts import Experts
 from moe.grouping import Grouping
 
 # T tokens of this rank, H hidden, K experts per token, R = ep_size ranks
-# N rows sent, N' rows received, C slots per row
+# N rows sent, N' rows received, C slots per row (K or 1)
 
 # rows [N,...], rows to each rank, rows from each rank -> [N',...], and the work to wait for before reading it
 Swap = Callable[[Tensor, list[int], list[int]], tuple[Tensor, dist.Work | None]]
+
+
+# functions that pack (grouping, x, routing weights, ids) into rows and gradients of rows into gradients
+Packing = tuple[Callable[..., Tensor], Callable[..., tuple[Tensor, Tensor]], Grouping]
+
+# the integers that have the size of a floating dtype; bits are copied as integers, which changes no NaN
+_WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class _Counts(NamedTuple):
@@ -61,7 +68,7 @@ class LocalDispatcher:
 
 
 class AllToAllDispatcher:
-    """One row per (token, slot): the token, one routing weight, one local id.
+    """One row per (token, slot): the token, one routing weight, one id, packed into one buffer.
 
     The tokens are split into `chunks` chunks. The experts compute one chunk while later chunks are being sent
     to them and earlier ones back, in forward and backward. `all_to_all` works as dist.all_to_all_single.
@@ -86,60 +93,79 @@ class AllToAllDispatcher:
         absent = experts.num_local_experts
         ranks = expert_indices // absent  # [T,K] where each slot's expert lives, or R
         destinations = self._destinations(ranks)  # [T,columns], ep_size = no row
-        tensors = (x, routing_weights, ranks, expert_indices % absent, destinations)
+        tensors = (x, routing_weights, expert_indices, ranks, destinations)
         chunks = list(zip(*(tensor.tensor_split(self._chunks) for tensor in tensors), strict=True))
-        counts = self._exchange_counts([(destinations, ranks) for _, _, ranks, _, destinations in chunks])
+        counts = self._exchange_counts([(destinations, ranks) for *_, ranks, destinations in chunks])
 
         there = []
-        for n, (tokens, weights, ranks, local_ids, destinations) in enumerate(chunks):
+        for n, (tokens, weights, ids, _, destinations) in enumerate(chunks):
             # `Grouping.by` calls the function before `n` changes
             grouping = Grouping.by(destinations, self.ep_size, lambda: sum(counts()[n].send))  # noqa: B023
-            weights, ids = self._pack(grouping, ranks, weights, local_ids, absent)
             exchange = _Exchange(self._swap, counts()[n].send, counts()[n].receive)
-            (ids,) = exchange.start(ids.int())  # [N',C]
-            there.append((grouping, exchange, ids, exchange.begin(grouping.gather(tokens), weights)))
+            packing = (self._pack, self._unpack, grouping)
+            there.append((grouping, exchange, _Begin.apply(exchange, packing, tokens, weights, ids)))
         back = []
-        for n, (grouping, exchange, ids, arriving) in enumerate(there):
-            rows, weights = exchange.end(*arriving)  # [N',H], [N',C]
+        for n, (grouping, exchange, arriving) in enumerate(there):
+            rows, weights, ids = _End.apply(exchange, x.shape[1], arriving)  # [N',H], [N',C], [N',C]
             send, receive, num_slots = counts()[n]
+            ids = ids.view(_WORDS[ids.element_size()]) - self._ep_rank * absent
+            ids = torch.where((ids >= 0) & (ids < absent), ids, absent)  # the others live on other ranks
             exchange = _Exchange(self._swap, receive, send)
-            back.append((grouping, exchange, exchange.begin(experts(rows, weights, ids, num_rows=num_slots))))
+            results = experts(rows, weights.contiguous(), ids, num_rows=num_slots)  # [N',H]
+            back.append((grouping, exchange, _Begin.apply(exchange, None, results)))
             sent, returned = sum(send) - send[self._ep_rank], sum(receive) - receive[self._ep_rank]
-            row_bytes = x.shape[1] * x.element_size()
-            slot_bytes = ids.shape[1] * (weights.element_size() + ids.element_size())
             self.slots_received += num_slots
-            self.bytes_sent += sent * (row_bytes + slot_bytes) + returned * row_bytes
+            self.bytes_sent += (sent * arriving.shape[1] + returned * x.shape[1]) * x.element_size()
         self.slots_routed += expert_indices.numel()
-        y = [grouping.combine(*exchange.end(*rows)) for grouping, exchange, rows in back]
+        y = [grouping.combine(*_End.apply(exchange, None, rows)) for grouping, exchange, rows in back]
         return torch.cat(y) if len(y) > 1 else y[0]
 
     def _destinations(self, ranks: Tensor) -> Tensor:
         """ranks [T,K] -> [T,columns]: the destination ranks of each token's rows; ep_size = no row."""
         return ranks
 
-    def _pack(
-        self, grouping: Grouping, ranks: Tensor, routing_weights: Tensor, local_ids: Tensor, absent: int
-    ) -> tuple[Tensor, Tensor]:
-        """The routing weights and local ids of each row, both [N,C]; id `absent` = expert on another rank."""
-        return routing_weights.reshape(-1, 1)[grouping.slot], local_ids.reshape(-1, 1)[grouping.slot]
+    @staticmethod
+    def _pack(grouping: Grouping, x: Tensor, routing_weights: Tensor, ids: Tensor) -> Tensor:
+        """The rows [N,H+2C] of the `grouping`: token, routing weights, and ids in the bits of its dtype."""
+        words = _WORDS[x.element_size()]
+        weights = routing_weights.view(words).reshape(-1, 1)[grouping.slot]
+        ids = ids.to(words).reshape(-1, 1)[grouping.slot]
+        return torch.cat((x.view(words)[grouping.token], weights, ids), 1).view(x.dtype)
+
+    @staticmethod
+    def _unpack(grouping: Grouping, grads: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+        """The gradients [N,H+C] of packed rows, without ids -> those of x [T,H] and routing weights [T,K]."""
+        grad_x = grouping.combine(grads)[:, :-1]
+        grad_weights = grads.new_zeros(len(grad_x) * top_k).index_copy_(0, grouping.slot, grads[:, -1])
+        return grad_x, grad_weights.view(-1, top_k)
 
     def _exchange_counts(self, chunks: list[tuple[Tensor, Tensor]]) -> Callable[[], list[_Counts]]:
         """Exchange the counts of each chunk's (destinations, ranks).
 
-        The returned function waits for the device: call it late.
+        The returned function waits until the host knows them: call it late. On CUDA it waits for their copy
+        into pinned memory, not for what has been queued since.
         """
         pairs = [torch.stack([_count(ids, self.ep_size) for ids in chunk]) for chunk in chunks]
         counts = torch.stack(pairs).permute(2, 0, 1).contiguous()  # [R, chunks, 2]
         received = torch.empty_like(counts)
         work = self._all_to_all(received, counts, group=self._group, async_op=self._chunks > 1)
 
+        def numbers() -> Tensor:
+            if work is not None:
+                work.wait()  # on CUDA only the stream waits
+            rows, both = counts[..., 0].T, received.permute(1, 2, 0)
+            return torch.cat([rows.unsqueeze(1), both], 1)  # [chunks, 3, R]
+
+        if counts.is_cuda:
+            pinned, copied = numbers().to("cpu", non_blocking=True), torch.cuda.Event()
+            copied.record()
+
         @cache
         def wait() -> list[_Counts]:
-            if work is not None:
-                work.wait()
-            rows, both = counts[..., 0].T, received.permute(1, 2, 0)
-            numbers = torch.cat([rows.unsqueeze(1), both], 1).tolist()  # [chunks, 3, R]
-            return [_Counts(send, receive, sum(slots)) for send, receive, slots in numbers]
+            if counts.is_cuda:
+                copied.synchronize()
+            lists = (pinned if counts.is_cuda else numbers()).tolist()
+            return [_Counts(send, receive, sum(slots)) for send, receive, slots in lists]
 
         return wait
 
@@ -153,7 +179,7 @@ class AllToAllDispatcher:
 
 
 class DeduplicatedAllToAllDispatcher(AllToAllDispatcher):
-    """One row per (token, destination rank): the token with all its weights and the ids for that rank.
+    """One row per (token, destination rank): the token with all its weights and ids.
 
     The destination rank sums over its experts; the token's rank adds at most ep_size partial sums per token.
     """
@@ -163,69 +189,85 @@ class DeduplicatedAllToAllDispatcher(AllToAllDispatcher):
         visited = torch.zeros(len(ranks), self.ep_size + 1, dtype=torch.bool, device=ranks.device)
         return torch.where(visited.scatter_(1, ranks, True)[:, :-1], every_rank, self.ep_size)
 
-    def _pack(
-        self, grouping: Grouping, ranks: Tensor, routing_weights: Tensor, local_ids: Tensor, absent: int
-    ) -> tuple[Tensor, Tensor]:
-        destination = (grouping.slot % self.ep_size).unsqueeze(1)  # [N,1]
-        ids = torch.where(ranks[grouping.token] == destination, local_ids[grouping.token], absent)
-        return routing_weights[grouping.token], ids
+    @staticmethod
+    def _pack(grouping: Grouping, x: Tensor, routing_weights: Tensor, ids: Tensor) -> Tensor:
+        words = _WORDS[x.element_size()]
+        packed = torch.cat((x.view(words), routing_weights.view(words), ids.to(words)), 1)
+        return packed.index_select(0, grouping.token).view(x.dtype)
+
+    @staticmethod
+    def _unpack(grouping: Grouping, grads: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+        grad_x, grad_weights = grouping.combine(grads).tensor_split((-top_k,), 1)
+        return grad_x, grad_weights
 
 
 class _Exchange:
-    """One all-to-all of several tensors. In backward `end` sends their gradients, `begin` receives them."""
+    """One all-to-all of rows. In backward `_End` sends their gradients, `_Begin` receives them."""
 
     def __init__(self, swap: Swap, send: list[int], receive: list[int]) -> None:
         self._swap, self._send, self._receive = swap, send, receive
-        self._under_way: list[tuple[Tensor, dist.Work | None]] = []
+        self._under_way: tuple[Tensor, dist.Work | None] | None = None
 
-    def begin(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """Start the exchange. Pass the returned tensors to `end`, and do not read them before."""
-        return _Begin.apply(self, *tensors)
-
-    def end(self, *arriving: Tensor) -> tuple[Tensor, ...]:
-        """Wait for the exchange and return what has arrived; `arriving` is the result of `begin`."""
-        return _End.apply(self, *arriving)
-
-    def start(self, *tensors: Tensor, back: bool = False) -> tuple[Tensor, ...]:
-        """`begin` without gradients; `back` sends in the opposite direction."""
+    def start(self, rows: Tensor, back: bool = False) -> Tensor:
+        """Start to send; do not read the result before `finish`. `back` sends in the opposite direction."""
         splits = (self._receive, self._send) if back else (self._send, self._receive)
-        started = [self._swap(tensor, *splits) for tensor in tensors]
-        self._under_way += started
-        return tuple(arriving for arriving, _ in started)
+        self._under_way = self._swap(rows, *splits)
+        return self._under_way[0]
 
-    def finish(self) -> tuple[Tensor, ...]:
-        """Wait for every transfer that was started and return what has arrived."""
-        arrived, self._under_way = self._under_way, []
-        for _, work in arrived:
-            if work is not None:
-                work.wait()
-        return tuple(tensor for tensor, _ in arrived)
+    def finish(self) -> Tensor:
+        """Wait for the transfer that was started and return what has arrived."""
+        assert self._under_way is not None, "nothing was started"
+        (arrived, work), self._under_way = self._under_way, None
+        if work is not None:
+            work.wait()
+        return arrived
 
 
 class _Begin(Function):
-    """One autograd node for all tensors, so that every rank runs backward collectives in the same order."""
+    """Start an exchange: of packed rows [N,H+2C] from (x, routing weights, ids), or of rows as they are.
+
+    One autograd node for all tensors, so that every rank runs backward collectives in the same order.
+    """
 
     @staticmethod
-    def forward(ctx: Any, exchange: _Exchange, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.exchange = exchange
-        return exchange.start(*tensors)
+    def forward(ctx: Any, exchange: _Exchange, packing: Packing | None, *tensors: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)  # the gradients arrive by the exchange
+        ctx.exchange, ctx.unpack = exchange, None
+        if packing is None:
+            return exchange.start(tensors[0])
+        pack, ctx.unpack, grouping = packing
+        ctx.top_k = tensors[1].shape[1]
+        ctx.save_for_backward(*grouping)
+        return exchange.start(pack(grouping, *tensors))
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *ctx.exchange.finish()
+    def backward(ctx: Any, _: None) -> tuple[Tensor | None, ...]:
+        grads = ctx.exchange.finish()
+        if ctx.unpack is None:
+            return None, None, grads
+        return None, None, *ctx.unpack(Grouping(*ctx.saved_tensors), grads, ctx.top_k), None
 
 
 class _End(Function):
-    @staticmethod
-    def forward(ctx: Any, exchange: _Exchange, *arriving: Tensor) -> tuple[Tensor, ...]:
-        ctx.exchange = exchange
-        exchange.finish()
-        return tuple(tensor.view_as(tensor) for tensor in arriving)
+    """Wait for an exchange: rows [N',H+2C] -> tokens [N',width], weights and ids; `width` None: the rows.
+
+    Nothing may compute with the ids before they are viewed as integers again. They have no gradient.
+    """
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        ctx.exchange.start(*grads, back=True)
-        return None, *grads  # only for autograd's shape check: `_Begin` returns the exchanged gradients
+    def forward(ctx: Any, exchange: _Exchange, width: int | None, arriving: Tensor) -> tuple[Tensor, ...]:
+        ctx.exchange = exchange
+        rows = exchange.finish().detach()
+        if width is None:
+            return (rows,)
+        tokens, weights, ids = rows.tensor_split((width, (width + rows.shape[1]) // 2), 1)
+        ctx.mark_non_differentiable(ids)
+        return tokens, weights, ids
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, None]:
+        ctx.exchange.start(grads[0] if len(grads) == 1 else torch.cat(grads[:2], 1), back=True)
+        return None, None, None  # `_Begin` returns what this exchange brings
 
 
 def _count(ids: Tensor, num_ids: int) -> Tensor:

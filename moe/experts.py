@@ -4,6 +4,7 @@
 different grouped matrix products. `megablocks` and `liger` are optional packages. `choose_backend` picks one.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from moe import experts_optional
 from moe.config import ConfigError, ModelConfig
 from moe.grouping import ExpertWeights, Grouping, Routes
 from moe.kernels.support import run_on
+from moe.recompute import call
 
 # T tokens, K slots per token, E local experts, H hidden, I intermediate
 # M rows: the slots whose expert is here, sorted by expert
@@ -27,21 +29,27 @@ Backend = Callable[[Tensor, Routes, ExpertWeights], Tensor]
 
 
 class Experts(nn.Module):
-    """Experts down(silu(gate(x)) * up(x)): w1 is gate, w3 is up, w2 is down.
+    """Experts down(silu(gate(x)) * up(x)); the weights have the names and shapes of transformers.
 
-    The weights are uninitialised; `moe.init` or `moe.hf` fills them.
-    Raises ConfigError for an unknown `backend` (a name of BACKENDS).
+    They are uninitialised; `moe.init` or `moe.hf` fills them. With `recompute` the backward computes the
+    experts again from their inputs. Raises ConfigError for an unknown `backend` (a name of BACKENDS).
     """
 
-    def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int, backend: str) -> None:
+    def __init__(
+        self,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size: int,
+        backend: str,
+        recompute: bool = False,
+    ) -> None:
         super().__init__()
         if backend not in BACKENDS:
             raise ConfigError([f"experts.backend={backend} is unknown; use one of {', '.join(BACKENDS)}"])
         self.num_local_experts = num_experts  # not read from the weights: ZeRO-3 empties them between uses
-        self.backend = backend
-        self.w1 = nn.Parameter(torch.empty(num_experts, intermediate_size, hidden_size))
-        self.w3 = nn.Parameter(torch.empty(num_experts, intermediate_size, hidden_size))
-        self.w2 = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size))
+        self.backend, self.recompute = backend, recompute
+        self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * intermediate_size, hidden_size))
+        self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size))
 
     def forward(
         self, x: Tensor, routing_weights: Tensor, expert_indices: Tensor, num_rows: int | None = None
@@ -52,7 +60,8 @@ class Experts(nn.Module):
         `num_rows` is the number of all other slots; None counts them, which waits for a CUDA device.
         """
         routes = Routes(routing_weights, expert_indices, num_rows)
-        return BACKENDS[self.backend](x, routes, ExpertWeights(self.w1, self.w3, self.w2))
+        backends = RECOMPUTED if self.recompute else BACKENDS
+        return backends[self.backend](x, routes, ExpertWeights(self.gate_up_proj, self.down_proj))
 
 
 def supports(backend: str, device: torch.device | str, dtype: torch.dtype) -> str | None:
@@ -115,7 +124,8 @@ def _no_grouped(
 def _reference(x: Tensor, routes: Routes, weights: ExpertWeights) -> Tensor:
     """Every expert on every token, with weight zero if it was not selected."""
     y = torch.zeros_like(x)
-    for expert, (gate, up, down) in enumerate(zip(*weights, strict=True)):
+    for expert, (gate_up, down) in enumerate(zip(*weights, strict=True)):
+        gate, up = gate_up.chunk(2)
         weight = (routes.weights * (routes.experts == expert)).sum(-1, keepdim=True)  # [T,1]
         y = y + weight * F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
     return y
@@ -164,7 +174,8 @@ def _grouped_outer(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
 
 
 class _SwiGLU(Function):
-    """The experts as one autograd function. Of the rows, it saves only the pre-activations, 2 * M * I values.
+    """The experts as one autograd function. Of the rows, it saves only the pre-activations, 2 * M * I values;
+    with `recompute` not even these.
 
     The routing weight multiplies the activation, before the down projection, so that its gradient needs no
     output rows; the input rows are gathered again in backward (both: SonicMoE, arXiv 2512.14080).
@@ -174,44 +185,43 @@ class _SwiGLU(Function):
     def forward(
         ctx: Any,
         products: _Products,
+        recompute: bool,
         x: Tensor,
         routing_weights: Tensor,
         expert_indices: Tensor,
         num_rows: int | None,
-        w1: Tensor,
-        w3: Tensor,
-        w2: Tensor,
+        gate_up_weight: Tensor,
+        down_weight: Tensor,
     ) -> Tensor:
-        grouping = Grouping.by(expert_indices, len(w1), num_rows)
-        rows = grouping.gather(x)  # [M,H]
-        gate = products.project(rows, w1.mT, grouping.ends)  # [M,I]
-        up = products.project(rows, w3.mT, grouping.ends)  # [M,I]
-        del rows
-        hidden = _activation(gate)[0](gate, up, routing_weights, grouping.slot)  # [M,I]
+        grouping = Grouping.by(expert_indices, len(down_weight), num_rows)
+        gate_up = products.project(grouping.gather(x), gate_up_weight.mT, grouping.ends)  # [M,2I]
+        hidden = _activation(gate_up)[0](gate_up, routing_weights, grouping.slot)  # [M,I]
         ctx.products = products
-        ctx.save_for_backward(x, routing_weights, w1, w3, w2, gate, up, *grouping)
-        return grouping.combine(products.project(hidden, w2.mT, grouping.ends))
+        kept = None if recompute else gate_up
+        ctx.save_for_backward(x, routing_weights, gate_up_weight, down_weight, kept, *grouping)
+        return grouping.combine(products.project(hidden, down_weight.mT, grouping.ends))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        x, routing_weights, w1, w3, w2, gate, up, *saved = ctx.saved_tensors
+        x, routing_weights, gate_up_weight, down_weight, gate_up, *saved = ctx.saved_tensors
         grouping = Grouping(*saved)
         project, outer = ctx.products
         ends = grouping.ends
+        if gate_up is None:
+            gate_up = project(grouping.gather(x), gate_up_weight.mT, ends)
+
         grad_rows = grouping.gather(grad_y)  # [M,H]
-        grad_hidden = project(grad_rows, w2, ends)  # [M,I]
-        grad_gate, grad_up, grad_weights, hidden = _activation(gate)[1](
-            gate, up, routing_weights, grouping.slot, grad_hidden
+        grad_hidden = project(grad_rows, down_weight, ends)  # [M,I]
+        grad_gate_up, grad_weights, hidden = _activation(gate_up)[1](
+            gate_up, routing_weights, grouping.slot, grad_hidden
         )
-        grad_w2 = outer(grad_rows, hidden, ends)
+        grad_down = outer(grad_rows, hidden, ends)
         del grad_rows, grad_hidden, hidden
 
-        rows = grouping.gather(x)  # [M,H]
-        grad_w1, grad_w3 = outer(grad_gate, rows, ends), outer(grad_up, rows, ends)
-        del rows
-        grad_x = grouping.combine(project(grad_gate, w1, ends).add_(project(grad_up, w3, ends)))
-        return None, grad_x, grad_weights, None, None, grad_w1, grad_w3, grad_w2
+        grad_gate_up_weight = outer(grad_gate_up, grouping.gather(x), ends)
+        grad_x = grouping.combine(project(grad_gate_up, gate_up_weight, ends))
+        return None, None, grad_x, grad_weights, None, None, grad_gate_up_weight, grad_down
 
 
 def _activation(x: Tensor) -> tuple[Callable[..., Tensor], Callable[..., tuple[Tensor, ...]]]:
@@ -223,34 +233,47 @@ def _activation(x: Tensor) -> tuple[Callable[..., Tensor], Callable[..., tuple[T
     return _activate, _activate_backward
 
 
-def _activate(gate: Tensor, up: Tensor, weights: Tensor, slot: Tensor) -> Tensor:
-    """silu(gate) * up * weight: gate, up [M,I], weights [T,K], slot [M] of each row -> [M,I]."""
+def _activate(gate_up: Tensor, weights: Tensor, slot: Tensor) -> Tensor:
+    """silu(gate) * up * weight: gate_up [M,2I], weights [T,K], slot [M] of each row -> [M,I]."""
+    gate, up = gate_up.chunk(2, dim=1)
     return F.silu(gate).mul_(up).mul_(weights.flatten()[slot].unsqueeze(1))
 
 
 def _activate_backward(
-    gate: Tensor, up: Tensor, weights: Tensor, slot: Tensor, grad: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of `_activate` by gate, up and weights, and its result; `grad` [M,I] is overwritten."""
+    gate_up: Tensor, weights: Tensor, slot: Tensor, grad: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of `_activate` by gate_up [M,2I] and weights [T,K], and its result [M,I].
+
+    grad [M,I] is the gradient of the result; it is overwritten.
+    """
+    gate, up = gate_up.chunk(2, dim=1)
     weight = weights.flatten()[slot].unsqueeze(1)  # [M,1]
     silu = F.silu(gate)
     hidden = silu * up
     grad_weights = torch.zeros_like(weights).view(-1).index_copy_(0, slot, (grad * hidden).sum(1))
-    hidden.mul_(weight)
     grad.mul_(weight)
-    grad_up = silu.mul_(grad)
-    grad_gate = torch.ops.aten.silu_backward(grad.mul_(up), gate)
-    return grad_gate, grad_up, grad_weights.view_as(weights), hidden
+    grad_gate_up = torch.empty_like(gate_up)
+    grad_gate, grad_up = grad_gate_up.chunk(2, dim=1)
+    torch.mul(silu, grad, out=grad_up)
+    torch.ops.aten.silu_backward.grad_input(grad.mul_(up), gate, grad_input=grad_gate)
+    return grad_gate_up, grad_weights.view_as(weights), hidden.mul_(weight)
 
 
-def _fused(products: _Products) -> Backend:
-    return lambda x, routes, weights: _SwiGLU.apply(products, x, *routes, *weights)
+def _fused(products: _Products, recompute: bool) -> Backend:
+    return lambda x, routes, weights: _SwiGLU.apply(products, recompute, x, *routes, *weights)
 
 
+_LOOP, _GROUPED = _Products(_loop_project, _loop_outer), _Products(_grouped_project, _grouped_outer)
 BACKENDS: dict[str, Backend] = {
     "reference": _reference,
-    "loop": _fused(_Products(_loop_project, _loop_outer)),
-    "grouped": _fused(_Products(_grouped_project, _grouped_outer)),
+    "loop": _fused(_LOOP, recompute=False),
+    "grouped": _fused(_GROUPED, recompute=False),
     "megablocks": experts_optional.megablocks,
     "liger": experts_optional.liger,
+}
+# the same, with pre-activations or all activations computed again in the backward
+RECOMPUTED: dict[str, Backend] = {
+    **{name: functools.partial(call, backend) for name, backend in BACKENDS.items()},
+    "loop": _fused(_LOOP, recompute=True),
+    "grouped": _fused(_GROUPED, recompute=True),
 }

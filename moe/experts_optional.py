@@ -54,7 +54,7 @@ def _present_slots(
     """
 
     def backend(x: Tensor, routes: Routes, weights: ExpertWeights) -> Tensor:
-        absent, num_rows = routes.experts == len(weights.gate), routes.num_rows  # [T,K]
+        absent, num_rows = routes.experts == len(weights.down), routes.num_rows  # [T,K]
         if num_rows is None:
             num_rows = absent.numel() - int(absent.sum())
         if num_rows == absent.numel():
@@ -71,7 +71,7 @@ def _present_slots(
 def megablocks(x: Tensor, routes: Routes, weights: ExpertWeights) -> Tensor:
     """The grouped path of megablocks' dropless layer (`ParallelDroplessMLP` with `GroupedGLU`)."""
     ops, grouped_gemm = _load_megablocks()
-    num_experts, top_k = len(weights.gate), routes.experts.shape[1]
+    num_experts, top_k = len(weights.down), routes.experts.shape[1]
     ids = routes.experts.flatten().int()  # [T*K]
     sorted_ids, order = ops.sort(ids, num_experts.bit_length())
     counts = ops.histogram(ids, num_experts)  # [E]
@@ -80,16 +80,18 @@ def megablocks(x: Tensor, routes: Routes, weights: ExpertWeights) -> Tensor:
     counts = counts.cpu().long()  # grouped_gemm reads them on the host
     # GroupedGLU takes w2 as [E,I,H]; that copy would live until backward, and ZeRO-3 could not free it.
     product = functools.partial(grouped_gemm.gmm, batch_sizes=counts, trans_b=True)
-    hidden = F.silu(product(rows, weights.gate)) * product(rows, weights.up)  # [T*K,I]
+    gate, up = product(rows, weights.gate_up).chunk(2, dim=1)  # [T*K,I]
+    hidden = F.silu(gate) * up
     y = product(hidden, weights.down)  # [T*K,H]
     return ops.scatter(y, order, sorted_ids, routes.weights.flatten(), ends, top_k)
 
 
 @_present_slots
 def liger(x: Tensor, routes: Routes, weights: ExpertWeights) -> Tensor:
-    """liger-kernel's LigerFusedMoEFunction, over a copy of w1 and w3 in its layout, [E,2I,H]."""
-    gate_up = torch.cat([weights.gate, weights.up], 1)
-    return _load_liger().apply(x, gate_up, weights.down, routes.experts.int(), routes.weights)
+    """liger-kernel's LigerFusedMoEFunction."""
+    return _load_liger().apply(
+        x.contiguous(), weights.gate_up, weights.down, routes.experts.int(), routes.weights
+    )
 
 
 @functools.cache

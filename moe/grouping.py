@@ -28,9 +28,8 @@ class Routes(NamedTuple):
 class ExpertWeights(NamedTuple):
     """The stacked weights of E experts down(silu(gate(x)) * up(x))."""
 
-    gate: Tensor  # w1 [E,I,H]
-    up: Tensor  # w3 [E,I,H]
-    down: Tensor  # w2 [E,H,I]
+    gate_up: Tensor  # [E,2I,H], for each expert first gate, then up
+    down: Tensor  # [E,H,I]
 
 
 class Grouping(NamedTuple):
@@ -97,7 +96,7 @@ class _Combine(Function):
         if run_on(rows):
             from moe.kernels.experts import combine
 
-            return combine(rows, grouping.bag_rows, grouping.bag_starts)
+            return combine(grouping.bag_rows, grouping.bag_starts, rows)
         return F.embedding_bag(grouping.bag_rows, rows, grouping.bag_starts, mode="sum")
 
     @staticmethod

@@ -23,26 +23,20 @@ MAX_SHARD_BYTES = 5 * 10**9
 # dtypes as safetensors names them
 TORCH = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 
-# our stacked tensor -> the projection of one expert on the hub
-_PROJECTIONS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
-_PARAMETERS = {projection: weight for weight, projection in _PROJECTIONS.items()}
-_PARAMETER = re.compile(r"(.+\.mlp\.experts)\.(w1|w2|w3)")
+# our tensor of all experts, [E, 2I, H] or [E, H, I], as in transformers -> the projections of each expert on
+# the hub, side by side in its dimension 1
+_PROJECTIONS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+_STACKED = re.compile(r"(.+\.mlp\.experts)\.(gate_up_proj|down_proj)")
 _HUB = re.compile(r"(.+\.mlp\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj)\.weight")
-# Our stacked tensor -> transformers' tensor of all experts (gate_up_proj [E, 2I, H] or down_proj [E, H, I]),
-# and which part of its dimension 1 our tensor is, of how many parts
-_FUSED = {"w1": ("gate_up_proj", 0, 2), "w3": ("gate_up_proj", 1, 2), "w2": ("down_proj", 0, 1)}
-
-
-def to_hub(parameter: str, expert: int | None = None) -> str:
-    """The hub name of our parameter or, if it stacks experts, of the expert with global number `expert`."""
-    match = _PARAMETER.fullmatch(parameter)
-    return f"{match[1]}.{expert}.{_PROJECTIONS[match[2]]}.weight" if match else parameter
 
 
 def from_hub(name: str) -> tuple[str, int | None]:
-    """The inverse of `to_hub`: our parameter, and the expert's global number if the name has one."""
+    """The parameter that holds a hub tensor and, if it stacks experts, the expert's global number."""
     match = _HUB.fullmatch(name)
-    return (f"{match[1]}.{_PARAMETERS[match[3]]}", int(match[2])) if match else (name, None)
+    if match is None:
+        return name, None
+    stacked = next(ours for ours, projections in _PROJECTIONS.items() if match[3] in projections)
+    return f"{match[1]}.{stacked}", int(match[2])
 
 
 def hub_tensors(model: CausalLM, ep_rank: int = 0) -> Iterator[tuple[str, Tensor]]:
@@ -52,12 +46,15 @@ def hub_tensors(model: CausalLM, ep_rank: int = 0) -> Iterator[tuple[str, Tensor
 
 def _per_expert(parameters: Iterable[tuple[str, Tensor]], ep_rank: int) -> Iterator[tuple[str, Tensor]]:
     for parameter, tensor in parameters:
-        if _PARAMETER.fullmatch(parameter):  # stacks experts in its first dimension
-            first = ep_rank * tensor.shape[0]
-            for expert, view in enumerate(tensor.detach().unbind(0), start=first):
-                yield to_hub(parameter, expert), view
-        else:
+        match = _STACKED.fullmatch(parameter)
+        if match is None:
             yield parameter, tensor.detach()
+            continue
+        projections = _PROJECTIONS[match[2]]
+        parts = tensor.detach().chunk(len(projections), dim=1)
+        for part, projection in zip(parts, projections, strict=True):
+            for expert, view in enumerate(part.unbind(0), start=ep_rank * len(tensor)):
+                yield f"{match[1]}.{expert}.{projection}.weight", view
 
 
 class Written(NamedTuple):
@@ -186,13 +183,13 @@ def locate(config: ModelConfig, folder: Path, dense_slices: int = 0) -> dict[str
     with torch.device("meta"):
         whole = CausalLM(config)
     for name, tensor in hub_tensors(whole):
-        shape, (parameter, expert) = tuple(tensor.shape), from_hub(name)
+        shape, expert = tuple(tensor.shape), from_hub(name)[1]
         if dense_slices and name.endswith(ROUTER):
             continue
         if expert is not None and dense_slices:
             stored, part, stored_shape = _dense_part(name, shape, dense_slices)
         elif expert is not None and name not in found:
-            stored, part, stored_shape = _fused_part(parameter, expert, shape, config.num_experts)
+            stored, part, stored_shape = _fused_part(name, shape, config.num_experts)
         else:
             stored, part, stored_shape = name, (slice(None),), shape
         known.add(stored)
@@ -242,13 +239,15 @@ def _headers(folder: Path) -> dict[str, Place]:
 _Part = tuple[str, tuple[int | slice, ...], tuple[int, ...]]  # stored name, part of it, whole stored shape
 
 
-def _fused_part(parameter: str, expert: int, shape: tuple[int, ...], experts: int) -> _Part:
+def _fused_part(name: str, shape: tuple[int, ...], experts: int) -> _Part:
     """Where a folder with fused experts holds one expert's tensor of this shape."""
-    prefix, _, weight = parameter.rpartition(".")
-    fused, half, halves = _FUSED[weight]
+    stored, expert = from_hub(name)
+    assert expert is not None
+    projections = _PROJECTIONS[stored.rpartition(".")[2]]
+    place = projections.index(name.split(".")[-2])
     rows, columns = shape
-    cut = slice(half * rows, (half + 1) * rows)
-    return f"{prefix}.{fused}", (expert, cut), (experts, halves * rows, columns)
+    cut = slice(place * rows, (place + 1) * rows)
+    return stored, (expert, cut), (experts, len(projections) * rows, columns)
 
 
 def _dense_part(name: str, shape: tuple[int, ...], slices: int) -> _Part:

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple, Self
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from moe.attention import Attention
 from moe.block import MoEBlock
@@ -18,10 +17,9 @@ from moe.gated_delta_net import GatedDeltaNet
 from moe.inputs import Cache, Documents, LayerInputs
 from moe.mlp import MLP
 from moe.norm import rms_norm
+from moe.recompute import RECOMPUTE, call
 from moe.rope import rotary_tables
 from moe.router import RouterStatistics, RoutingInputs, TrainingRouting, stack_statistics
-
-RECOMPUTE = ("none", "experts", "full")
 
 
 class ModelOutput(NamedTuple):
@@ -47,31 +45,29 @@ class DecoderLayer(nn.Module):
         super().__init__()
         self.layer = layer
         self.sparse_layer = sum(sparse < layer for sparse in config.moe_layers)  # its row in [L, ...]
-        self.recompute_experts = recompute == "experts"
+        self.recompute = recompute
         self.input_layernorm = rms_norm(config, config.hidden_size)
         self.mixer, mixer_class = MIXERS[config.layer_type(layer)]
         self.add_module(self.mixer, mixer_class(config, layer))
         self.post_attention_layernorm = rms_norm(config, config.hidden_size)
         self.mlp: MoEBlock | MLP
         if config.is_moe_layer(layer):
-            self.mlp = MoEBlock(config, backend)
+            self.mlp = MoEBlock(config, backend, recompute)
         else:
             self.mlp = MLP(config.hidden_size, config.intermediate_size)
 
     def forward(self, hidden: Tensor, inputs: LayerInputs) -> tuple[Tensor, RouterStatistics | None]:
         """hidden [B, S, H] -> [B, S, H] and, from a sparse layer, its router statistics."""
-        mix = getattr(self, self.mixer)
-        hidden = hidden + mix(self.input_layernorm(hidden), inputs)
-        normed = self.post_attention_layernorm(hidden)
-        update, statistics = _call(
-            self._feed_forward, normed, inputs.routing, recompute=self.recompute_experts
-        )
-        return hidden + update, statistics
-
-    def _feed_forward(self, hidden: Tensor, routing: RoutingInputs) -> tuple[Tensor, RouterStatistics | None]:
+        hidden, normed = call(self._mix, hidden, inputs, recompute=self.recompute == "local")
         if isinstance(self.mlp, MoEBlock):
-            return self.mlp(hidden, routing.of_layer(self.layer, self.sparse_layer))
-        return self.mlp(hidden), None
+            update, statistics = self.mlp(normed, inputs.routing.of_layer(self.layer, self.sparse_layer))
+            return hidden + update, statistics
+        return hidden + call(self.mlp, normed, recompute=self.recompute in ("experts", "local")), None
+
+    def _mix(self, hidden: Tensor, inputs: LayerInputs) -> tuple[Tensor, Tensor]:
+        """The hidden states [B, S, H] after the sequence mixer, and the normed input of the feed-forward."""
+        hidden = hidden + getattr(self, self.mixer)(self.input_layernorm(hidden), inputs)
+        return hidden, self.post_attention_layernorm(hidden)
 
 
 class Decoder(nn.Module):
@@ -90,7 +86,7 @@ class Decoder(nn.Module):
         """Embedded tokens [B, S, H] -> hidden states after the final norm [B, S, H], router statistics."""
         per_layer: list[RouterStatistics] = []
         for layer in self.layers:
-            hidden, statistics = _call(layer, hidden, inputs, recompute=self.recompute_layers)
+            hidden, statistics = call(layer, hidden, inputs, recompute=self.recompute_layers)
             if statistics is not None:
                 per_layer.append(statistics)
         if inputs.cache is not None:
@@ -121,7 +117,7 @@ class MultiTokenPrediction(nn.Module):
     ) -> tuple[Tensor, list[RouterStatistics]]:
         """hidden, embedding of next tokens [B, S, H] -> input of the head [B, S, H], router statistics."""
         both = torch.cat((self.pre_fc_norm_embedding(embedding), self.pre_fc_norm_hidden(hidden)), dim=-1)
-        hidden, statistics = _call(self.layers[0], self.fc(both), inputs, recompute=self.recompute_layers)
+        hidden, statistics = call(self.layers[0], self.fc(both), inputs, recompute=self.recompute_layers)
         return self.norm(hidden), [] if statistics is None else [statistics]
 
 
@@ -148,7 +144,8 @@ class LanguageModelHead(nn.Linear):
 class CausalLM(nn.Module):
     """The language model. `backend` computes the experts; `recompute` says what the backward computes again.
 
-    recompute: "none"; "experts" = every feed-forward; "full" = every decoder layer.
+    recompute: "none"; "experts" = the inside of every feed-forward, from the tokens that reached its experts;
+    "local" = also sequence mixers, norms and routers, so that no token travels again; "full" = every layer.
     Raises ConfigError for a broken configuration.
     """
 
@@ -221,10 +218,3 @@ class CausalLM(nn.Module):
         super()._apply(fn, recurse)
         self._tie()
         return self
-
-
-def _call(function: Callable[..., Any], *arguments: Any, recompute: bool) -> Any:
-    """function(*arguments); with `recompute` its activations are computed again in the backward."""
-    if recompute:  # `function` draws nothing from the global random generators
-        return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
-    return function(*arguments)

@@ -16,6 +16,7 @@ def apply_expert_parallel(model: nn.Module, *, ep_rank: int, ep_size: int, dispa
             continue
         num_experts, experts = len(block.gate.weight), block.experts
         assert num_experts % ep_size == 0, f"ep_size={ep_size} does not divide num_experts={num_experts}"
+        assert num_experts < 2**15, "the dispatchers send ids in 16 bits"
         assert experts.num_local_experts == num_experts, "the experts are already distributed"
         experts.num_local_experts = num_experts // ep_size
         for name, weight in list(experts.named_parameters()):

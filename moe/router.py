@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from moe.kernels.support import run_on
+
 # T tokens, H hidden, E experts, K experts per token, L mixture-of-experts layers
 
 
@@ -82,16 +84,34 @@ class Router(nn.Module):
         dtype of `hidden`.
         """
         logits = _Float32Linear.apply(hidden, self.weight)  # [T,E] fp32
-        probabilities = logits.softmax(-1)
-        if selection_bias is None:
-            routing_weights, expert_indices = probabilities.topk(self.num_experts_per_tok, dim=-1)
+        if run_on(logits):
+            from moe.kernels.router import route
         else:
-            expert_indices = (probabilities + selection_bias).topk(self.num_experts_per_tok, dim=-1).indices
-            routing_weights = probabilities.gather(-1, expert_indices)
-        if self.norm_topk_prob:
-            routing_weights = routing_weights / routing_weights.sum(-1, keepdim=True)
-        statistics = _statistics(logits, probabilities, expert_indices, token_mask)
-        return routing_weights.to(hidden.dtype), expert_indices, statistics
+            route = _route
+        settings = (self.num_experts_per_tok, self.norm_topk_prob, hidden.dtype)
+        routing_weights, expert_indices, *sums = route(logits, selection_bias, token_mask, *settings)
+        return routing_weights, expert_indices, RouterStatistics(*sums)
+
+
+def _route(
+    logits: Tensor,
+    selection_bias: Tensor | None,
+    token_mask: Tensor | None,
+    top_k: int,
+    normalize: bool,
+    dtype: torch.dtype,
+) -> tuple[Tensor, ...]:
+    """logits [T,E] fp32 -> weights [T,K] in `dtype`, indices [T,K], and the fields of RouterStatistics."""
+    probabilities = logits.softmax(-1)
+    if selection_bias is None:
+        routing_weights, expert_indices = probabilities.topk(top_k, dim=-1)
+    else:
+        expert_indices = (probabilities + selection_bias).topk(top_k, dim=-1).indices
+        routing_weights = probabilities.gather(-1, expert_indices)
+    if normalize:
+        routing_weights = routing_weights / routing_weights.sum(-1, keepdim=True)
+    statistics = _statistics(logits, probabilities, expert_indices, token_mask)
+    return routing_weights.to(dtype), expert_indices, *statistics
 
 
 def seeded(key: str, device: torch.device) -> torch.Generator:
@@ -165,6 +185,8 @@ class _Float32Linear(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
+        if x.is_cuda and x.dtype == weight.dtype in (torch.bfloat16, torch.float16):
+            return torch.mm(x, weight.T, out_dtype=torch.float32)  # tensor cores: products exact, sums fp32
         return F.linear(x.float(), weight.float())
 
     @staticmethod

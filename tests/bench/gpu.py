@@ -1,8 +1,8 @@
 """`make bench-gpu`, or `python tests/bench/gpu.py [SECTION ...]`: layers of Qwen3-30B-A3B on one GPU.
 
 Sections: ceilings (of the card), step (ours against transformers), parts and kernels (of our step), experts,
-attention, cross_entropy (each alone). Each contender runs in one process. Each figure is written at once to
-its section of docs/bench-gpu.json, so that a run that is cut short keeps it. The tables of
+attention, cross_entropy, router (each alone). Each contender runs in one process. Each figure is written at
+once to its section of docs/bench-gpu.json, so that a run that is cut short keeps it. The tables of
 docs/performance.md follow at the end. All sections take about four minutes on an H100 or H200.
 
 --tiny is a rehearsal with tiny shapes, also on a CPU, and writes only --out.
@@ -25,7 +25,7 @@ RESULTS, PAGE = DOCS / "bench-gpu.json", DOCS / "performance.md"
 BEGIN, END = "<!-- bench-gpu -->", "<!-- end of bench-gpu -->"
 # the processes, and what each measures
 PROCESSES = {
-    ("gpu_alone.py",): ("ceilings", "experts", "attention", "cross_entropy"),
+    ("gpu_alone.py",): ("ceilings", "experts", "attention", "cross_entropy", "router"),
     ("gpu_step.py", "ours"): ("step", "kernels", "parts"),
     ("gpu_step.py", "transformers"): ("step",),
 }

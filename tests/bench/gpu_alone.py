@@ -1,13 +1,14 @@
 """Measures parts of a step alone for `make bench-gpu`: prints a line of JSON per figure.
 
-`python tests/bench/gpu_alone.py SECTION,... UNTIL [tiny] [liger]`: sections are ceilings, experts, attention
-and cross_entropy; UNTIL is the time (seconds since 1970) after which nothing new is started.
+`python tests/bench/gpu_alone.py SECTION,... UNTIL [tiny] [liger]`: sections are ceilings, experts, attention,
+cross_entropy and router; UNTIL is the time (seconds since 1970) after which nothing new is started.
 """
 
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -98,6 +99,17 @@ def there_and_back(
         tell(section, **told, forward_ms=None, why="out of memory")
 
 
+@contextmanager
+def torch_passes() -> Iterator[None]:
+    """Inside, torch's operators run instead of our Triton kernels."""
+    from moe.kernels import support
+
+    obstacle = support.obstacle
+    support.obstacle = lambda device: "turned off by the benchmark"  # type: ignore[assignment]
+    yield
+    support.obstacle = obstacle
+
+
 def kept_bytes(function: Callable[[], Tensor]) -> int:
     """Bytes on the device that a forward leaves behind for its backward, its result included."""
     if not torch.cuda.is_available():
@@ -142,7 +154,11 @@ def experts() -> None:
         about = {"tokens": tokens, "flops": 6 * tokens * top_k * hidden * width}
         for backend in backends:
             module.backend = backend
-            there_and_back(backend, "experts", lambda: module(x, weights, ids, ids.numel()), **about)  # noqa: B023
+            function = lambda: module(x, weights, ids, ids.numel())  # noqa: B023, E731
+            there_and_back(backend, "experts", function, **about)
+            if backend == "grouped":
+                with torch_passes():
+                    there_and_back("grouped, torch's passes", "experts", function, **about)
         there_and_back("transformers, grouped_mm", "experts", lambda: peer(x, ids, weights), **about)  # noqa: B023
         module.zero_grad()
         peer.zero_grad()
@@ -206,6 +222,8 @@ def cross_entropy() -> None:
     about = {"tokens": tokens, "logits_bytes": 2 * tokens * shape["vocab"]}
     function = lambda: chunked_cross_entropy(hidden, weight, labels)  # noqa: E731
     there_and_back("ours", "cross_entropy", function, 3 * product, backward=0.0, **about)
+    with torch_passes():
+        there_and_back("ours, torch's passes", "cross_entropy", function, 3 * product, backward=0.0, **about)
     hidden.grad = weight.grad = None
     function = lambda: F.cross_entropy((hidden @ weight.T).float(), labels, reduction="sum")  # noqa: E731
     there_and_back("torch, all logits at once", "cross_entropy", function, product, **about)
@@ -216,7 +234,27 @@ def cross_entropy() -> None:
         there_and_back("liger", "cross_entropy", function, 3 * product, backward=0.0, **about)
 
 
-SECTIONS = {function.__name__: function for function in (ceilings, experts, attention, cross_entropy)}
+def router() -> None:
+    """The router of a layer with its statistics."""
+    from moe.router import Router
+
+    shape, tokens = (TINY, 128) if is_tiny() else (WHOLE, 16384)
+    module = Router(shape["hidden"], shape["experts"], shape["top_k"], True).to(device(), torch.bfloat16)
+    torch.nn.init.normal_(module.weight, std=0.02)
+    hidden = random(tokens, shape["hidden"])
+    mask = torch.ones(tokens, dtype=torch.bool, device=device())
+
+    def function() -> Tensor:
+        weights, _, statistics = module(hidden, mask)
+        return weights.float().sum() + statistics.probability_sums.sum() + statistics.z_sums
+
+    about = {"tokens": tokens, "flops": 2 * tokens * shape["hidden"] * shape["experts"]}
+    there_and_back("ours", "router", function, **about)
+    with torch_passes():
+        there_and_back("ours, torch's passes", "router", function, **about)
+
+
+SECTIONS = {function.__name__: function for function in (ceilings, experts, attention, cross_entropy, router)}
 
 
 def main(sections: str, until: str, *_: str) -> None:

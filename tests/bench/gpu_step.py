@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from contender import one_batch, run_config, time_parts
-from gpu_alone import TINY, WHOLE, is_tiny, print_card, synchronize, tell
+from gpu_alone import TINY, WHOLE, is_tiny, print_card, synchronize, tell, torch_passes
 from torch import Tensor, nn
 from work import BETAS, CLIP, DECAY, EPS, LEARNING_RATE, Work, device
 
@@ -26,9 +26,9 @@ Step = Callable[[], Any]
 
 # What a kernel does, by a pattern of its name; the first match counts.
 KINDS = {
+    "our Triton kernels": "^_[a-z_]+$",
     "communication": "nccl",
     "attention": "flash|fmha|attention|cudnn.*sdpa|mha",
-    "QK-norm and rotary": "normalize_and_rotate",
     "AdamW": "adam",
     "clipping and norms of gradients": "multi_tensor_apply|foreach",
     "grouped products": "group",
@@ -103,7 +103,11 @@ class Ours:
         work = replace(self.work, micro_batches=micro_batches)
         config = replace(run_config(work, 1), recompute=recompute)
         config = replace(config, balance=replace(config.balance, mode=balance_mode))
-        self.engine.module.model.recompute_layers = recompute == "full"
+        decoder = self.engine.module.model
+        decoder.recompute_layers = recompute == "full"
+        for layer in decoder.layers:
+            layer.recompute = layer.mlp.recompute = recompute
+            layer.mlp.experts.recompute = recompute in ("experts", "local")
         self.engine._engine.set_train_batch_size(work.rows * micro_batches)
         self.engine._engine.micro_steps = 0  # else gradient accumulation would start in the middle
         balance = build_balance(config, config.plan(1), RANKS.device)
@@ -182,7 +186,9 @@ def configurations(name: str) -> Iterator[dict[str, Any]]:
         yield {"recompute": "full"}
     if name == "ours":
         yield {"recompute": "full", "micro_batches": 4}
+        yield {"recompute": "local"}
         yield {"micro_batches": 4, "balance_mode": "micro_batch"}
+        yield {"passes": "torch"}
 
 
 def measure_all(name: str, build: Callable[[int], Any], sections: list[str], until: float) -> None:
@@ -199,7 +205,9 @@ def measure_all(name: str, build: Callable[[int], Any], sections: list[str], unt
         work = contender.work
         for keys in configurations(name) if "step" in sections else ():
             if time.time() < until:
-                result = measured(contender.step(**keys), 2 if "micro_batches" in keys else 5)
+                settings = {key: value for key, value in keys.items() if key != "passes"}
+                with torch_passes() if "passes" in keys else contextlib.nullcontext():
+                    result = measured(contender.step(**settings), 2 if "micro_batches" in keys else 5)
                 told = {"contender": name, "layers": depth, "rows": work.rows, "seq_len": work.seq_len}
                 told |= {"recompute": "none", "micro_batches": 1, "flops_48": _flops(work, keys)}
                 tell("step", **told | keys | result)

@@ -22,9 +22,10 @@ def show(results: dict[str, Any]) -> str:
         "step": lambda found: _step(found, card["peak"]),
         "parts": _parts,
         "kernels": _kernels,
-        "experts": lambda found: _alone(found, results, "tokens"),
-        "attention": lambda found: _alone(found, results, "documents", "longest"),
-        "cross_entropy": lambda found: _alone(found, results, "tokens"),
+        "experts": lambda found: _alone("experts", found, results, "tokens"),
+        "attention": lambda found: _alone("attention", found, results, "documents", "longest"),
+        "cross_entropy": lambda found: _alone("cross entropy", found, results, "tokens"),
+        "router": lambda found: _alone("router", found, results, "tokens"),
     }
     return "\n\n".join(
         [where, *(render(results[name]) for name, render in sections.items() if results.get(name))]
@@ -43,12 +44,17 @@ def _step(found: Figures, peak: float) -> str:
     for figure in found:
         if "recompute" not in figure:  # the model did not fit
             continue
-        settings = (figure["recompute"], figure["micro_batches"], figure.get("balance_mode"))
+        settings = (
+            figure["recompute"],
+            figure["micro_batches"],
+            figure.get("balance_mode"),
+            figure.get("passes"),
+        )
         lines.setdefault((figure["contender"], *settings), {})[figure["layers"]] = figure
     rows = []
-    for (contender, recompute, micro_batches, mode), depths in lines.items():
+    for (contender, recompute, micro_batches, mode, passes), depths in lines.items():
         low, high = min(depths), max(depths)
-        name = contender + (f", {mode}" if mode else "")
+        name = contender + (f", {mode}" if mode else "") + (f", {passes}'s passes" if passes else "")
         cells: list[Any] = [name, recompute, micro_batches]
         took = {depth: figure["seconds"] for depth, figure in depths.items()}
         peaks = (depths[high].get("peak_gib"), depths[low].get("peak_gib"))
@@ -127,7 +133,7 @@ def _short(name: str) -> str:
     return " ".join(words)[:90].replace("|", "/").replace("`", "'")
 
 
-def _alone(found: Figures, results: dict[str, Any], *sizes: str) -> str:
+def _alone(part: str, found: Figures, results: dict[str, Any], *sizes: str) -> str:
     """Times of forward, and of forward and backward, beside the time at the rate of the largest product."""
     product = next((line["rate"] for line in results.get("ceilings", []) if "bfloat16" in line["name"]), None)
     copy = next((line["rate"] for line in results.get("ceilings", []) if line["name"] == "copy"), None)
@@ -147,12 +153,8 @@ def _alone(found: Figures, results: dict[str, Any], *sizes: str) -> str:
             "" if floor is None else f"{floor:.2f}",
         ]
         rows.append([*cells, f"{flops / figure['both_ms'] / 1e9:.0f}", f"{figure['kept'] / 2**20:.0f}"])
-    name = {
-        "tokens": "experts" if "logits_bytes" not in found[0] else "cross entropy",
-        "documents": "attention",
-    }
     head = [
-        f"{name[sizes[0]]} alone",
+        f"{part} alone",
         *sizes,
         "forward ms",
         "with backward ms",

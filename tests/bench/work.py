@@ -33,7 +33,7 @@ class Work:
     chunks: int = 1  # ours: parallel.dispatch_chunks
     zero_stage: int = 0  # ours, AutoEP
     parts: int = 0  # ours: 1 to time the parts of the last step
-    warm_up: int = 1
+    warm_up: int = 3  # until then malloc asks for fresh pages in every step
     steps: int = 2
 
     @classmethod

@@ -110,10 +110,10 @@ def test_equals_local(ranks: list[Results], kind: str, chunks: int, name: str) -
 
 
 def test_every_rank_meets_every_collective(ranks: list[Results]) -> None:
-    """One for counts; per chunk forward ids, tokens, weights, results, backward results, tokens, weights."""
+    """One for counts; per chunk, forward and backward, one there and one back."""
     for rank in ranks:
         for (_, chunks, _), result in rank.items():
-            assert result["collectives"] == 1 + 7 * chunks
+            assert result["collectives"] == 1 + 4 * chunks
 
 
 def record_overlap() -> list[str]:
@@ -129,10 +129,11 @@ def record_overlap() -> list[str]:
             self.work.wait()
 
     def recording_all_to_all(out: Tensor, rows: Tensor, **kwargs: Any) -> Work:
-        if rows.dim() == 2 and rows.shape[1] == H:
-            events.append("send")
         work = dist.all_to_all_single(out, rows, **kwargs)
-        return Work(work) if rows.shape[-1] == H else work
+        if rows.dtype == torch.int64:  # counts
+            return work
+        events.append("send")
+        return Work(work)
 
     experts = build_experts()
     experts.register_forward_hook(lambda *_: events.append("experts"))
@@ -166,7 +167,7 @@ def count_bytes(top_k: int, tokens: int) -> dict[str, tuple[int, int]]:
         out = sum(destination != rank for token in lists[rank] for destination in token)
         back = sum(d == rank for r, owner in enumerate(lists) if r != rank for token in owner for d in token)
         slots = top_k if kind == "deduplicated" else 1
-        by_hand = out * (2 * H + slots * (2 + 4)) + back * 2 * H  # bf16 tokens and weights, int32 ids
+        by_hand = out * (2 * H + slots * (2 + 2)) + back * 2 * H  # bf16 tokens and weights, int16 ids
         instance = dispatcher(dist.group.WORLD)
         y = instance(x, routing_weights, indices, experts, drops=False)
         assert y.dtype == torch.bfloat16
@@ -187,6 +188,54 @@ def test_bytes_sent(world_size: int) -> None:
     for kind, expected in {"all_to_all": top_k / world_size, "deduplicated": visits}.items():
         rows = sum(result[kind][2] for result in results) / (world_size * tokens)
         assert rows == pytest.approx((world_size - 1) * expected, rel=0.03)
+
+
+class Recorder:
+    """In place of experts: keeps the rows that arrive, [N',H], [N',C], [N',C]; returns the tokens."""
+
+    def __init__(self, num_local_experts: int) -> None:
+        self.num_local_experts = num_local_experts
+
+    def __call__(self, rows: Tensor, weights: Tensor, ids: Tensor, num_rows: int) -> Tensor:
+        self.arrived = [rows.detach().clone(), weights.detach().clone(), ids.long()]
+        return rows + 0 * weights.sum(1, keepdim=True)
+
+
+def send_every_id(dtype: torch.dtype) -> None:
+    """As floats, some ids are subnormal and, in 16 bits, some are NaN; all arrive, with their weights."""
+    rank, experts, top_k = dist.get_rank(), 2**15 - 2, 6
+    ids = torch.randperm(experts, generator=torch.Generator().manual_seed(0)).view(-1, top_k)
+    x = ids.to(dtype).requires_grad_()  # H = K: the token says which experts it wants, as far as dtype can
+    weights = (ids % 251).to(dtype).requires_grad_()  # exact in every dtype
+    share = experts // 2
+    for kind, dispatcher in CLASSES.items():
+        recorder = Recorder(share)
+        y = dispatcher(dist.group.WORLD)(x, weights, ids, recorder, drops=False)
+        rows, arrived, local = recorder.arrived
+        here = local < share
+        counted = (local + rank * share)[here]
+        assert counted.bincount(minlength=experts).tolist() == [
+            2 * (rank * share <= expert < (rank + 1) * share) for expert in range(experts)
+        ], "each rank sends every id once"
+        assert torch.equal(arrived[here], (counted % 251).to(dtype))
+        if kind == "deduplicated":
+            assert torch.equal(rows[here], counted.to(dtype))
+        grads = torch.autograd.grad(y.float().sum(), (x, weights))
+        assert torch.equal(grads[0], _visits(ids, kind, share).to(dtype).expand_as(x))
+        assert not grads[1].any()
+
+
+def _visits(ids: Tensor, kind: str, share: int) -> Tensor:
+    """How many rows each token sends, [T,1]."""
+    if kind == "all_to_all":
+        return torch.full_like(ids[:, :1], ids.shape[1])
+    first = (ids < share).sum(1, keepdim=True)
+    return (first > 0).long() + (first < ids.shape[1]).long()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_every_id_arrives(dtype: torch.dtype) -> None:
+    run_ranks(send_every_id, 2, dtype)
 
 
 def hang_or_fail(behaviour: str) -> None:

@@ -25,7 +25,7 @@ def in_fp32(*model: str) -> Outcome:
     return _fp32[key]
 
 
-@pytest.mark.parametrize("recompute", ["none", "experts", "full"])
+@pytest.mark.parametrize("recompute", ["none", "experts", "local", "full"])
 @pytest.mark.parametrize("stage", STAGES)
 def test_layouts_agree_in_fp32(stage, recompute):
     outcome = train_small(stage, f"recompute={recompute}", "micro_batch_size=4", device=PLACE)
@@ -41,8 +41,8 @@ def test_dense_models(stage):
 
 @pytest.mark.parametrize(
     ("model", "recompute"),
-    [*(([GROUPED], recompute) for recompute in ("none", "experts", "full")), (DENSE_MODEL, "none")],
-    ids=["none", "experts", "full", "dense"],
+    [*(([GROUPED], recompute) for recompute in ("none", "experts", "local", "full")), (DENSE_MODEL, "none")],
+    ids=["none", "experts", "local", "full", "dense"],
 )
 @pytest.mark.parametrize("stage", STAGES)
 def test_bf16_follows_fp32(stage, model, recompute):

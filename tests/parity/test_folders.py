@@ -85,7 +85,7 @@ def test_upcycled_experts_learn_apart(dense: tuple[CausalLM, Path], rows: Mappin
     upcycled = _upcycled(dense[1], "split-2")
     upcycled(**rows, labels=rows["input_ids"].roll(-1, dims=1)).cross_entropy_sum.backward()
     block = upcycled.model.layers[0].mlp
-    for gradient in (block.experts.w1.grad, block.experts.w2.grad, block.gate.weight.grad):
+    for gradient in (block.experts.gate_up_proj.grad, block.experts.down_proj.grad, block.gate.weight.grad):
         gradients = gradient.flatten(1)
         distances = torch.cdist(gradients, gradients) / gradients.norm(dim=1).mean()
         assert distances[~torch.eye(12, dtype=torch.bool)].min() > 1e-2

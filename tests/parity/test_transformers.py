@@ -21,7 +21,6 @@ from moe.rope import rotary_tables
 from .conftest import CASES
 
 Check = Callable[[Tensor, Tensor, str], None]
-FUSED = {"w1": ("gate_up_proj", 0), "w3": ("gate_up_proj", 1), "w2": ("down_proj", None)}
 
 
 @pytest.fixture
@@ -51,16 +50,6 @@ def _load_theirs(folder: Path) -> transformers.PreTrainedModel:
     return model.train()
 
 
-def _their_gradient(parameters: Mapping[str, Tensor], name: str) -> Tensor:
-    """Their gradient for our parameter; transformers fuses gate and up of all experts."""
-    prefix, _, weight = name.rpartition(".")
-    if not prefix.endswith("mlp.experts"):
-        return parameters[name].grad
-    fused, half = FUSED[weight]
-    gradient = parameters[f"{prefix}.{fused}"].grad
-    return gradient if half is None else gradient.chunk(2, dim=1)[half]
-
-
 def test_logits_loss_and_gradients(
     ours: CausalLM, rows: Mapping[str, Tensor], tmp_path: Path, assert_close: Check
 ) -> None:
@@ -80,7 +69,7 @@ def test_logits_loss_and_gradients(
 
     parameters = dict(theirs.named_parameters())
     for name, parameter in ours.named_parameters():
-        assert_close(parameter.grad, _their_gradient(parameters, name), name)
+        assert_close(parameter.grad, parameters[name].grad, name)
 
 
 def test_gradients_through_logits(
@@ -93,7 +82,7 @@ def test_gradients_through_logits(
     (ours(**rows).logits * direction).sum().backward()
     parameters = dict(theirs.named_parameters())
     for name, parameter in ours.named_parameters():
-        assert_close(parameter.grad, _their_gradient(parameters, name), name)
+        assert_close(parameter.grad, parameters[name].grad, name)
 
 
 def test_their_folder_loads(

@@ -24,7 +24,7 @@ _BELOW = "moe moe/kernels data_pipeline trainer/settings"
 # From the bottom to the top. A file belongs to the longest name that its path begins with.
 ROOMS = {
     "conf": Room("", "", 10),
-    "moe/kernels": Room("", "torch triton", 600),
+    "moe/kernels": Room("", "torch triton", 750),
     "moe": Room("moe/kernels", "torch safetensors", 3200),
     "data_pipeline": Room("", "numpy torch rich", 3800),
     "trainer/settings": Room("moe data_pipeline", "omegaconf hydra yaml", 900),

@@ -9,6 +9,7 @@ from moe.config import ModelConfig
 from moe.experts import choose_backend
 from moe.formats import FULL, LINEAR
 from moe.gated_delta_net import kernel_obstacle
+from moe.kernels import support
 from trainer.ranks.runtime import DTYPES, Ranks
 from trainer.settings.config import RunConfig
 
@@ -16,7 +17,7 @@ from trainer.settings.config import RunConfig
 class Backends(NamedTuple):
     """The kernels chosen for each kind of layer in the model, and warnings about slow ones."""
 
-    names: dict[str, str]  # "experts", "attention", "linear attention" -> e.g. "grouped", "varlen", "fla"
+    names: dict[str, str]  # "experts", "attention", "linear attention", "passes" -> e.g. "grouped", "Triton"
     warnings: list[str]
 
 
@@ -41,6 +42,11 @@ def choose_backends(
         names["linear attention"] = "chunked" if obstacle else "fla"
         if obstacle and device.type == "cuda":
             warnings.append(f"linear attention is computed in chunks by torch, which is slower: {obstacle}")
+    if device.type == "cuda":
+        obstacle = support.obstacle(device)
+        names["passes"] = "torch" if obstacle else "Triton"
+        if obstacle:
+            warnings.append(f"what happens between matrix products is several passes over memory: {obstacle}")
     return Backends(names, warnings)
 
 

@@ -213,9 +213,8 @@ class Engine:
             if master.grad is None:  # other ranks may have one
                 master.grad = torch.zeros_like(master)
             (experts if _is_expert(parameter) else shared).append(master.grad)
-        return reduce_and_clip(
-            shared, experts, self._edp_group, self._ep_group, self.config.optimizer.max_grad_norm
-        )
+        optimizer, max_norm = self._engine.basic_optimizer, self.config.optimizer.max_grad_norm
+        return reduce_and_clip(shared, experts, self._edp_group, self._ep_group, optimizer, max_norm)
 
     @property
     def fields(self) -> int:

@@ -17,6 +17,8 @@ from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from torch import Tensor, nn
 
+from moe.sums import accumulate
+
 SMALL = 2**20  # gradients with fewer elements share one collective
 bf16_optimizer.see_memory_usage = lambda *_, **__: None  # it would print a table for each parameter group
 
@@ -62,6 +64,10 @@ class ReduceScatter(BF16_Optimizer):
             self.real_dp_process_group,
             strict=True,
         )
+        for totals, written in zip(self.fp32_groups_gradients, self.fp32_groups_has_gradients, strict=True):
+            for total, there in zip(totals, written, strict=True):
+                if not there:  # it holds the sum of the last step
+                    total.zero_()
         works = [
             deepspeed.comm.reduce_scatter_tensor(mine, whole, group=group, async_op=True)
             for mine, whole, group in parts
@@ -80,15 +86,22 @@ class ReduceScatter(BF16_Optimizer):
         self.overflow = not math.isfinite(norm)
         if self.overflow:
             return
-        clip(gradients, norm, self.clip_grad)
+        clip(self.optimizer, gradients, norm, self.clip_grad)
         for master, gradient in zip(self.fp32_groups_flat_partition, gradients, strict=True):
             master.grad = gradient
         self.optimizer.step()
         self.update_lp_params()
 
-    def _update_hp_grad(self, lp: nn.Parameter, group_idx: int, param_idx: int, clear_lp_grads: bool) -> None:
+    def _update_hp_grad(self, lp: Any, group_idx: int, param_idx: int, clear_lp_grads: bool) -> None:
         """Called by DeepSpeed as soon as the backward has computed a gradient; DeepSpeed then frees it."""
-        self.fp32_groups_gradients[group_idx][param_idx].view_as(lp).add_(lp.grad)
+        written = self.fp32_groups_has_gradients[group_idx]
+        accumulate(self.fp32_groups_gradients[group_idx][param_idx], lp.grad, first=not written[param_idx])
+        written[param_idx] = True
+
+    def clear_hp_grads(self) -> None:
+        """Called by DeepSpeed after a step: the next gradients are written over the sums."""
+        for written in self.fp32_groups_has_gradients:
+            written[:] = [False] * len(written)
 
 
 def reduce_and_clip(
@@ -96,9 +109,10 @@ def reduce_and_clip(
     experts: list[Tensor],
     edp_group: dist.ProcessGroup | None,
     ep_group: dist.ProcessGroup | None,
+    optimizer: Any,
     max_norm: float,
 ) -> float:
-    """Without ZeRO: sum gradients over the ranks that hold the same weights, in place, and clip them.
+    """Without ZeRO: sum gradients over the ranks that hold the same weights, in place; clip them.
 
     shared: gradients of weights that all ranks hold; experts: of weights that the ranks of `edp_group` hold;
     `ep_group` holds all experts once. Returns the global norm before clipping. Every rank must call it.
@@ -109,7 +123,7 @@ def reduce_and_clip(
     squares = torch.stack([square_sum(gradients, shared[0].device) for gradients in (shared, experts)])
     dist.all_reduce(squares[1], group=ep_group)
     norm = float(squares.sum().sqrt())
-    clip(shared + experts, norm, max_norm)
+    clip(optimizer, shared + experts, norm, max_norm)
     return norm
 
 
@@ -133,19 +147,25 @@ def square_sum(tensors: list[Tensor], device: torch.device) -> Tensor:
     return torch.stack(torch._foreach_norm(tensors, dtype=torch.float32)).square().sum()
 
 
-def clip(gradients: list[Tensor], norm: float, max_norm: float) -> None:
-    """Scale gradients with this global norm down to `max_norm`, in place; `max_norm` 0 turns this off."""
-    if max_norm > 0 and norm > max_norm:
-        torch._foreach_mul_(gradients, max_norm / (norm + 1e-6))
+def clip(optimizer: Any, gradients: list[Tensor], norm: float, max_norm: float) -> None:
+    """Scale gradients with this global norm down to `max_norm`; `max_norm` 0 turns this off.
+
+    A fused optimizer of torch does it in its next step, as it reads them; for others it is done here.
+    """
+    scale = max(1.0, (norm + 1e-6) / max_norm) if max_norm > 0 else 1.0
+    fused = optimizer.defaults.get("fused")
+    optimizer.grad_scale = torch.full((), scale, device=gradients[0].device) if fused and scale > 1 else None
+    if scale > 1 and not fused:
+        torch._foreach_mul_(gradients, 1 / scale)
 
 
-def _adding_to(master: Tensor) -> Callable[[nn.Parameter], None]:
+def _adding_to(master: Any) -> Callable[[nn.Parameter], None]:
     @torch.no_grad()
     def add(weight: Any) -> None:
-        if master.grad is None:
-            master.grad = weight.grad.to(master.dtype)
-        else:
-            master.grad.add_(weight.grad)
+        first = master.grad is None
+        if first:
+            master.grad = torch.empty_like(master)
+        accumulate(master.grad, weight.grad, first)
         weight.grad = None
 
     return add

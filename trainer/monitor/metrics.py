@@ -120,14 +120,14 @@ class OptimizerNorms:
     def _before(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         for group, parameter in self._stepped(optimizer):
             kind = KINDS.index(group["kind"])
-            _add(self.squares[kind, 0], _square(parameter.grad))
             _add(self.squares[kind, 1], _square(parameter.detach()))
-            for part in parameter.grad.flatten().split(SLICE) if self._with_histograms else ():
-                _add(self.histograms[kind], _histogram(part))
 
     def _after(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         for group, parameter in self._stepped(optimizer):
             kind, state = KINDS.index(group["kind"]), optimizer.state[parameter]
+            _add(self.squares[kind, 0], _square(parameter.grad))  # clipped by now in every case
+            for part in parameter.grad.flatten().split(SLICE) if self._with_histograms else ():
+                _add(self.histograms[kind], _histogram(part))
             tensors = (parameter.grad, parameter.detach(), *(state[name] for name in self._rule.states))
             for parts in zip(*(tensor.flatten().split(SLICE) for tensor in tensors), strict=True):
                 _add(self.squares[kind, 2], _square(self._rule.change(group, state.get("step"), *parts)))

@@ -79,9 +79,10 @@ class Terminal:
 def opening(
     config: RunConfig, plan: ParallelPlan, device: torch.device, backends: Backends, step: int
 ) -> str:
-    """One line on the model, the hardware and the batch of a run that starts."""
+    """A line on the model, the hardware and batch of a run that starts, and why its first step is slow."""
     total, active = config.model.num_parameters(), config.model.num_active_parameters()
     devices = f"{plan.world_size} " if device.type == "cuda" else ""
+    triton = backends.names.get("passes") == "Triton"
     return (
         f"{config.name}: {total / 1e6:,.1f}M parameters ({active / 1e6:,.1f}M active) "
         f"on {devices}{device_name(device)} ({', '.join(map(' '.join, backends.names.items()))}), "
@@ -89,6 +90,7 @@ def opening(
         f"{plan.gradient_accumulation_steps} micro-batches per step, "
         f"{config.stage.step_tokens:,} tokens per step, {config.stage.total_steps:,} steps"
         + (f", going on after step {step}" if step else "")
+        + ("\n  the first step compiles kernels, once per machine" if triton else "")
     )
 
 

@@ -138,7 +138,7 @@ class RunConfig:
     dtype: Literal["fp32", "bf16"]
     device: Literal["auto", "cuda", "cpu"]
     micro_batch_size: int
-    recompute: Literal["none", "experts", "full"]
+    recompute: Literal["none", "experts", "local", "full"]
     deterministic: bool
     mtp_loss_scaling_factor: NotNegative
     model: ModelConfig

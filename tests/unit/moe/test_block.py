@@ -36,9 +36,8 @@ def test_parameter_names_and_shapes() -> None:
     block, _, _ = build()
     assert {name: tuple(weight.shape) for name, weight in block.named_parameters()} == {
         "gate.weight": (E, H),
-        "experts.w1": (E, 8, H),
-        "experts.w3": (E, 8, H),
-        "experts.w2": (E, H, 8),
+        "experts.gate_up_proj": (E, 16, H),
+        "experts.down_proj": (E, H, 8),
     }
 
 

@@ -26,9 +26,9 @@ def build(num_experts: int, backend: str, dtype: torch.dtype) -> Experts:
 
 
 def results(experts: Experts, expert_indices: Tensor) -> list[Tensor]:
-    """Output, and the gradients of x, the routing weights, w1, w3 and w2."""
+    """Output, and the gradients of x, the routing weights and both weights."""
     torch.manual_seed(2)
-    dtype = experts.w1.dtype
+    dtype = experts.down_proj.dtype
     x = torch.randn(len(expert_indices), H, dtype=dtype, requires_grad=True)
     routing_weights = torch.rand(*expert_indices.shape, dtype=dtype, requires_grad=True)
     y = experts(x, routing_weights, expert_indices)
@@ -80,8 +80,8 @@ def test_reference_is_the_definition() -> None:
         expected = torch.zeros(H, dtype=torch.float64)
         for weight, expert in zip(routing_weights[token], slots, strict=True):
             if expert < num_experts:
-                gate, up = experts.w1[expert] @ x[token], experts.w3[expert] @ x[token]
-                expected += weight * (experts.w2[expert] @ (gate * torch.sigmoid(gate) * up))
+                gate, up = (experts.gate_up_proj[expert] @ x[token]).chunk(2)
+                expected += weight * (experts.down_proj[expert] @ (gate * torch.sigmoid(gate) * up))
         torch.testing.assert_close(y[token], expected, rtol=1e-12, atol=1e-12)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moe.config import ConfigError, ModelConfig
 from moe.dispatch import LocalDispatcher
-from moe.hf import from_hub, hub_tensors, load_hf, save_hf, stored_dtype, to_hub
+from moe.hf import from_hub, hub_tensors, load_hf, save_hf, stored_dtype
 from moe.model import CausalLM
 from moe.parallelize import apply_expert_parallel
 
@@ -45,28 +45,33 @@ def _load_error(model: CausalLM, folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("parameter", "expert", "hub"),
+    ("hub", "parameter", "expert"),
     [
-        (f"{EXPERTS}.w1", 7, f"{EXPERTS}.7.gate_proj.weight"),
-        (f"{EXPERTS}.w3", 0, f"{EXPERTS}.0.up_proj.weight"),
-        (f"{EXPERTS}.w2", 127, f"{EXPERTS}.127.down_proj.weight"),
-        ("model.layers.2.mlp.gate.weight", None, "model.layers.2.mlp.gate.weight"),
-        ("model.layers.1.mlp.gate_proj.weight", None, "model.layers.1.mlp.gate_proj.weight"),
-        ("model.embed_tokens.weight", None, "model.embed_tokens.weight"),
+        (f"{EXPERTS}.7.gate_proj.weight", f"{EXPERTS}.gate_up_proj", 7),
+        (f"{EXPERTS}.0.up_proj.weight", f"{EXPERTS}.gate_up_proj", 0),
+        (f"{EXPERTS}.127.down_proj.weight", f"{EXPERTS}.down_proj", 127),
+        ("model.layers.2.mlp.gate.weight", "model.layers.2.mlp.gate.weight", None),
+        ("model.layers.1.mlp.gate_proj.weight", "model.layers.1.mlp.gate_proj.weight", None),
+        ("model.embed_tokens.weight", "model.embed_tokens.weight", None),
     ],
 )
-def test_names_both_ways(parameter: str, expert: int | None, hub: str) -> None:
-    assert to_hub(parameter, expert) == hub
+def test_the_parameter_of_a_hub_name(hub: str, parameter: str, expert: int | None) -> None:
     assert from_hub(hub) == (parameter, expert)
 
 
-def test_every_name_of_a_model_goes_both_ways(config: ModelConfig) -> None:
-    with torch.device("meta"):
-        model = CausalLM(config)
-    names = [name for name, _ in hub_tensors(model)]
-    assert len(set(names)) == len(names)
-    assert all(to_hub(*from_hub(name)) == name for name in names)
-    assert {from_hub(name)[0] for name in names} == dict(model.named_parameters()).keys()
+def test_the_hub_tensors_of_a_model_are_its_parameters_cut_up(config: ModelConfig, build: Build) -> None:
+    model = build(config)
+    tensors = list(hub_tensors(model))
+    assert len({name for name, _ in tensors}) == len(tensors)
+    parameters = dict(model.named_parameters())
+    assert {from_hub(name)[0] for name, _ in tensors} == parameters.keys()
+    assert sum(tensor.numel() for _, tensor in tensors) == sum(x.numel() for x in parameters.values())
+    for name, tensor in tensors:
+        parameter, expert = from_hub(name)
+        whole = parameters[parameter] if expert is None else parameters[parameter][expert]
+        if name.endswith(("gate_proj.weight", "up_proj.weight")) and expert is not None:
+            whole = whole.chunk(2)["up_proj" in name]
+        assert torch.equal(tensor, whole)
 
 
 @pytest.mark.parametrize("fused", [False, True])

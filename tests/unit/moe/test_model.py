@@ -126,16 +126,27 @@ def test_cached_decoding(generating: ModelConfig, build: Build, pack: Pack, step
 
 
 @pytest.mark.parametrize(
-    ("recompute", "attention_runs", "mlp_runs"), [("none", 1, 1), ("experts", 1, 2), ("full", 2, 2)]
+    ("recompute", "attention_runs", "dense_runs", "router_runs", "dispatch_runs"),
+    [("none", 1, 1, 1, 1), ("experts", 1, 2, 1, 1), ("local", 2, 2, 2, 1), ("full", 2, 2, 2, 2)],
 )
 def test_recompute(
-    config: ModelConfig, build: Build, pack: Pack, recompute: str, attention_runs: int, mlp_runs: int
+    config: ModelConfig,
+    build: Build,
+    pack: Pack,
+    recompute: str,
+    attention_runs: int,
+    dense_runs: int,
+    router_runs: int,
+    dispatch_runs: int,
 ) -> None:
     """The same loss, gradients and statistics; and the configured parts run twice."""
     batch = pack([[3, 5], [6, 2]])
     labels = batch["input_ids"].roll(-1, dims=1)
     mixer = "linear_attn" if "linear_attention" in config.layer_types else "self_attn"
-    runs = {mixer: 0, "mlp": 0}
+    expected_runs = {mixer: attention_runs, "mlp": dense_runs}
+    if config.is_moe_layer(0):
+        expected_runs = {mixer: attention_runs, "mlp.gate": router_runs, "mlp.experts": dispatch_runs}
+    runs = dict.fromkeys(expected_runs, 0)
 
     def forward(model: CausalLM) -> tuple[Tensor, dict[str, Tensor], tuple[Tensor, ...]]:
         output = model(**batch, labels=labels)
@@ -153,9 +164,9 @@ def test_recompute(
     expected = forward(build(config))
     model = build(config, recompute=recompute)
     for key in runs:
-        getattr(model.model.layers[0], key).register_forward_pre_hook(count(key))
+        model.model.layers[0].get_submodule(key).register_forward_pre_hook(count(key))
     actual = forward(model)
-    assert runs == {mixer: attention_runs, "mlp": mlp_runs}
+    assert runs == expected_runs
     assert torch.equal(actual[0], expected[0])
     for name in expected[1]:
         assert torch.equal(actual[1][name], expected[1][name]), name
@@ -205,5 +216,5 @@ def test_broken_configuration_is_refused(dense_config: ModelConfig) -> None:
         CausalLM(dense_config, recompute="some")
     assert str(error.value).splitlines() == [
         "model.head_dim=7 must be even: rotary embeddings turn pairs",
-        "recompute=some is unknown; use none, experts, full",
+        "recompute=some is unknown; use none, experts, local, full",
     ]

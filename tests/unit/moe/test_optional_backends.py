@@ -39,7 +39,7 @@ CASES: dict[str, tuple[int, Tensor]] = {
 
 
 def results(backend: str, name: str) -> list[Tensor]:
-    """Output, and the gradients of x, the routing weights, w1, w3 and w2."""
+    """Output, and the gradients of x, the routing weights and both weights."""
     num_experts, expert_indices = CASES[name]
     torch.manual_seed(1)
     experts = Experts(num_experts, H, INTERMEDIATE, backend)

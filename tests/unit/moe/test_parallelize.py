@@ -48,7 +48,7 @@ def test_shares_in_order_are_the_whole(ep_size: int) -> None:
         apply_expert_parallel(model, ep_rank=rank, ep_size=ep_size, dispatcher=dispatcher)
         for block in (model.layers[0], model.layers[2]):
             assert block.dispatcher is dispatcher
-            assert block.experts.num_local_experts == len(block.experts.w1) == E // ep_size
+            assert block.experts.num_local_experts == len(block.experts.down_proj) == E // ep_size
             assert all(w.untyped_storage().nbytes() == 4 * w.numel() for w in block.experts.parameters())
         shares.append(model.state_dict())
     assert list(shares[0]) == list(state)
@@ -64,10 +64,10 @@ def test_meta() -> None:
         model = Model()
     apply_expert_parallel(model, ep_rank=1, ep_size=4, dispatcher=LocalDispatcher())
     experts = model.layers[2].experts
-    assert experts.w1.shape == experts.w3.shape == (2, INTERMEDIATE, H)
-    assert experts.w2.shape == (2, H, INTERMEDIATE)
+    assert experts.gate_up_proj.shape == (2, 2 * INTERMEDIATE, H)
+    assert experts.down_proj.shape == (2, H, INTERMEDIATE)
     assert all(weight.is_meta and weight.requires_grad for weight in model.parameters())
-    assert isinstance(experts.w1, nn.Parameter)
+    assert isinstance(experts.down_proj, nn.Parameter)
 
 
 def test_wrong_layouts_are_our_bugs() -> None:

@@ -67,7 +67,7 @@ def test_dropped_slots_add_nothing(moe_config: ModelConfig, backend: str) -> Non
     kept = slow_capacity(weights.detach(), indices, 0.6, None)
     expected = torch.zeros_like(x)
     for expert in range(E):
-        gate, up, down = block.experts.w1[expert], block.experts.w3[expert], block.experts.w2[expert]
+        (gate, up), down = block.experts.gate_up_proj[expert].chunk(2), block.experts.down_proj[expert]
         weight = (weights * (kept == expert)).sum(-1, keepdim=True)
         expected = expected + weight * F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
     assert ((kept == E).sum(1) == K).any()  # some tokens lose all their slots
@@ -95,7 +95,7 @@ def test_jitter_is_a_function_of_the_row() -> None:
     assert not torch.allclose(factors[0], factors[1])
 
 
-@pytest.mark.parametrize("recompute", ["experts", "full"])
+@pytest.mark.parametrize("recompute", ["experts", "local", "full"])
 @pytest.mark.parametrize("capacity_factor", [None, 0.7])
 def test_recompute_draws_the_same_and_layers_differ(
     moe_config: ModelConfig, build: Callable, pack: Callable, recompute: str, capacity_factor: float | None

@@ -8,32 +8,33 @@ from moe.kernels import experts
 
 def inputs(rows, width, dtype, device):
     torch.manual_seed(rows * 1000 + width)
-    gate, up, grad = (torch.randn(rows, width, dtype=dtype, device=device) for _ in range(3))
-    weights = torch.rand(rows + 3, 2, dtype=dtype, device=device)
+    gate_up = torch.randn(rows, 2 * width, dtype=dtype, device=device)
+    grad = torch.randn(rows, width, dtype=dtype, device=device)
+    weights = torch.rand(rows + 3, 5, dtype=dtype, device=device)[:, 1:3]  # columns of a packed buffer
     slot = torch.randperm(2 * (rows + 3), device=device)[:rows]
-    return gate, up, weights, slot, grad
+    return gate_up, weights, slot, grad
 
 
 @pytest.mark.parametrize(("rows", "width"), [(1, 1), (4, 16), (5, 7), (9, 24), (0, 8)])
 def test_activation_and_its_gradient(device, rows, width):
-    gate, up, weights, slot, grad = inputs(rows, width, torch.float32, device)
+    gate_up, weights, slot, grad = inputs(rows, width, torch.float32, device)
     torch.testing.assert_close(
-        experts.activate(gate, up, weights, slot), _activate(gate, up, weights, slot), rtol=1e-5, atol=1e-6
+        experts.activate(gate_up, weights, slot), _activate(gate_up, weights, slot), rtol=1e-5, atol=1e-6
     )
-    found = experts.activate_backward(gate, up, weights, slot, grad.clone())
-    expected = _activate_backward(gate, up, weights, slot, grad.clone())
+    found = experts.activate_backward(gate_up, weights, slot, grad.clone())
+    expected = _activate_backward(gate_up, weights, slot, grad.clone())
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
-    assert (found[2].flatten() == 0).sum() >= weights.numel() - rows  # slots without a row
+    assert (found[1].flatten() == 0).sum() >= weights.numel() - rows  # slots without a row
 
 
 # Triton's interpreter truncates to bf16, where a GPU rounds: one spacing
 @pytest.mark.parametrize(("dtype", "spacing"), [(torch.float16, 2**-10), (torch.bfloat16, 2**-7)])
 def test_sixteen_bits_are_rounded_once(device, dtype, spacing):
-    gate, up, weights, slot, grad = inputs(5, 24, dtype, device)
-    wide = (gate.float(), up.float(), weights.float(), slot)
-    found = [experts.activate(gate, up, weights, slot)]
-    found += experts.activate_backward(gate, up, weights, slot, grad.clone())
+    gate_up, weights, slot, grad = inputs(5, 24, dtype, device)
+    wide = (gate_up.float(), weights.float(), slot)
+    found = [experts.activate(gate_up, weights, slot)]
+    found += experts.activate_backward(gate_up, weights, slot, grad.clone())
     expected = [_activate(*wide), *_activate_backward(*wide, grad.float())]
     for one, other in zip(found, expected, strict=True):
         assert one.dtype == dtype
@@ -53,8 +54,8 @@ def test_sixteen_bits_are_rounded_once(device, dtype, spacing):
 def test_combine(device, groups, dtype):
     grouping = Grouping.by(groups.to(device), 3)
     torch.manual_seed(0)
-    rows = torch.randn(len(grouping.slot), 20, device=device).to(dtype)
-    found = experts.combine(rows, grouping.bag_rows, grouping.bag_starts)
+    rows = torch.randn(len(grouping.slot), 22, device=device).to(dtype)[:, :20]  # of a packed buffer
+    found = experts.combine(grouping.bag_rows, grouping.bag_starts, rows)
     expected = torch.zeros(len(groups), 20, device=device).index_add_(0, grouping.token, rows.float())
     assert found.dtype == dtype
     torch.testing.assert_close(found, expected.to(dtype), rtol=1e-5, atol=1e-6)
