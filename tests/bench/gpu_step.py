@@ -29,7 +29,6 @@ KINDS = {
     "our Triton kernels": "^_[a-z_]+$",
     "communication": "nccl",
     "attention": "flash|fmha|attention|cudnn.*sdpa|mha",
-    "QK-norm and rotary": "normalize_and_rotate",
     "AdamW": "adam",
     "clipping and norms of gradients": "multi_tensor_apply|foreach",
     "grouped products": "group",
