@@ -200,8 +200,9 @@ class Engine:
             group["lr"] = learning_rate
         with self.clock.part("optimizer"):
             norm = self._reduce_and_clip() if self._zero_stage == 0 else None
-            if norm is None or math.isfinite(norm):
-                self._engine.step()
+            if norm is not None and not math.isfinite(norm):
+                self._engine.optimizer.zero_grad()  # then nothing is updated; the next step starts anew
+            self._engine.step()
             return float(self._engine.get_global_grad_norm()) if norm is None else norm
 
     def _reduce_and_clip(self) -> float:
