@@ -41,6 +41,7 @@ CASES = {
     ),
     "router._route_backward": ([FP32, BOOL, LONG, BF16, FP32, FP32, FP32, INT, INT], ROUTER),
     "sums._accumulate": ([FP32, BF16, "i64"], {"FIRST": False, "BLOCK": 2048}),
+    "sums._accumulate of the first": ([FP32, BF16, "i64"], {"FIRST": True, "BLOCK": 2048}),
     "rotary._normalize_and_rotate": (ROTARY, {"ROWS": 8, "HALF": 64, "REST": 0}),
     "rotary._normalize_and_rotate of Qwen3-Next": (ROTARY, {"ROWS": 4, "HALF": 32, "REST": 256}),
     "rotary._normalize_and_rotate_backward": (
