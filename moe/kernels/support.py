@@ -2,6 +2,8 @@
 
 import functools
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 
 import torch
@@ -10,10 +12,26 @@ from torch import Tensor
 
 def run_on(x: Tensor) -> bool:
     """Whether the kernels take `x`; otherwise the caller's torch code does the same."""
-    return x.dtype in _DTYPES and obstacle(x.device) is None
+    return _on and x.dtype in _DTYPES and obstacle(x.device) is None
 
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_on = True
+
+
+def turn_off() -> None:
+    """From now on torch's code runs everywhere."""
+    global _on
+    _on = False
+
+
+@contextmanager
+def turned_off() -> Iterator[None]:
+    """Inside, torch's code runs everywhere."""
+    global _on
+    before, _on = _on, False
+    yield
+    _on = before
 
 
 @functools.cache

@@ -7,8 +7,7 @@ cross_entropy and router; UNTIL is the time (seconds since 1970) after which not
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -16,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from work import device
+
+from moe.kernels import support
 
 # T tokens, H hidden, I intermediate, E experts, K slots per token, V vocabulary, N heads, C head_dim
 
@@ -99,17 +100,6 @@ def there_and_back(
         tell(section, **told, forward_ms=None, why="out of memory")
 
 
-@contextmanager
-def torch_passes() -> Iterator[None]:
-    """Inside, torch's operators run instead of our Triton kernels."""
-    from moe.kernels import support
-
-    obstacle = support.obstacle
-    support.obstacle = lambda device: "turned off by the benchmark"  # type: ignore[assignment]
-    yield
-    support.obstacle = obstacle
-
-
 def kept_bytes(function: Callable[[], Tensor]) -> int:
     """Bytes on the device that a forward leaves behind for its backward, its result included."""
     if not torch.cuda.is_available():
@@ -157,7 +147,7 @@ def experts() -> None:
             function = lambda: module(x, weights, ids, ids.numel())  # noqa: B023, E731
             there_and_back(backend, "experts", function, **about)
             if backend == "grouped":
-                with torch_passes():
+                with support.turned_off():
                     there_and_back("grouped, torch's passes", "experts", function, **about)
         there_and_back("transformers, grouped_mm", "experts", lambda: peer(x, ids, weights), **about)  # noqa: B023
         module.zero_grad()
@@ -222,7 +212,7 @@ def cross_entropy() -> None:
     about = {"tokens": tokens, "logits_bytes": 2 * tokens * shape["vocab"]}
     function = lambda: chunked_cross_entropy(hidden, weight, labels)  # noqa: E731
     there_and_back("ours", "cross_entropy", function, 3 * product, backward=0.0, **about)
-    with torch_passes():
+    with support.turned_off():
         there_and_back("ours, torch's passes", "cross_entropy", function, 3 * product, backward=0.0, **about)
     hidden.grad = weight.grad = None
     function = lambda: F.cross_entropy((hidden @ weight.T).float(), labels, reduction="sum")  # noqa: E731
@@ -250,7 +240,7 @@ def router() -> None:
 
     about = {"tokens": tokens, "flops": 2 * tokens * shape["hidden"] * shape["experts"]}
     there_and_back("ours", "router", function, **about)
-    with torch_passes():
+    with support.turned_off():
         there_and_back("ours, torch's passes", "router", function, **about)
 
 

@@ -17,9 +17,11 @@ from typing import Any
 
 import torch
 from contender import one_batch, run_config, time_parts
-from gpu_alone import TINY, WHOLE, is_tiny, print_card, synchronize, tell, torch_passes
+from gpu_alone import TINY, WHOLE, is_tiny, print_card, synchronize, tell
 from torch import Tensor, nn
 from work import BETAS, CLIP, DECAY, EPS, LEARNING_RATE, Work, device
+
+from moe.kernels import support
 
 LARGE = 100e9  # bytes of a card that holds 8 layers with their optimizer states, and 16,384 tokens
 Step = Callable[[], Any]
@@ -206,7 +208,7 @@ def measure_all(name: str, build: Callable[[int], Any], sections: list[str], unt
         for keys in configurations(name) if "step" in sections else ():
             if time.time() < until:
                 settings = {key: value for key, value in keys.items() if key != "passes"}
-                with torch_passes() if "passes" in keys else contextlib.nullcontext():
+                with support.turned_off() if "passes" in keys else contextlib.nullcontext():
                     result = measured(contender.step(**settings), 2 if "micro_batches" in keys else 5)
                 told = {"contender": name, "layers": depth, "rows": work.rows, "seq_len": work.seq_len}
                 told |= {"recompute": "none", "micro_batches": 1, "flops_48": _flops(work, keys)}

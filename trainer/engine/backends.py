@@ -9,7 +9,7 @@ from moe.config import ModelConfig
 from moe.experts import choose_backend
 from moe.formats import FULL, LINEAR
 from moe.gated_delta_net import kernel_obstacle
-from moe.kernels import support
+from moe.trial import kernels_obstacle
 from trainer.ranks.runtime import DTYPES, Ranks
 from trainer.settings.config import RunConfig
 
@@ -26,7 +26,7 @@ def choose_backends(
 ) -> Backends:
     """Choose the kernels; `experts` is the key experts.backend. Raises ConfigError if it cannot run here.
 
-    On CUDA, optional packages for attention and linear attention are tried out once per process.
+    On CUDA, Triton kernels and optional packages are tried out once per process.
     """
     names: dict[str, str] = {}
     warnings: list[str] = []
@@ -43,7 +43,7 @@ def choose_backends(
         if obstacle and device.type == "cuda":
             warnings.append(f"linear attention is computed in chunks by torch, which is slower: {obstacle}")
     if device.type == "cuda":
-        obstacle = support.obstacle(device)
+        obstacle = kernels_obstacle(device, dtype)
         names["passes"] = "torch" if obstacle else "Triton"
         if obstacle:
             warnings.append(f"what happens between matrix products is several passes over memory: {obstacle}")

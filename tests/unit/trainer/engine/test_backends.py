@@ -4,7 +4,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_module
 
-from moe import attention
+from moe import attention, trial
 from moe.kernels import support
 from trainer.engine.backends import choose_backends
 from trainer.monitor.terminal import opening
@@ -20,7 +20,8 @@ def config():
 @pytest.fixture
 def choose(config, monkeypatch):
     """The choice for a GPU of this compute capability, of which torch is told here."""
-    caches = (support.obstacle, attention.varlen_obstacle, attention._newer_flash)
+    caches = (support.obstacle, trial.kernels_obstacle, attention.varlen_obstacle, attention._newer_flash)
+    monkeypatch.setattr(trial, "_results", lambda device, dtype: [])  # there is no GPU to try them on
 
     def make(capability):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
