@@ -30,8 +30,10 @@ def turned_off() -> Iterator[None]:
     """Inside, torch's code runs everywhere."""
     global _on
     before, _on = _on, False
-    yield
-    _on = before
+    try:
+        yield
+    finally:
+        _on = before
 
 
 @functools.cache
