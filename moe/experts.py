@@ -142,8 +142,8 @@ def _loop_project(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
     out = rows.new_empty(len(rows), weights.shape[2])
     start = 0
     for weight, end in zip(weights.unbind(), ends.tolist(), strict=True):
-        if end > start:
-            torch.mm(rows[start:end], weight, out=out[start:end])
+        last = min(end + (start - end) % _unit(end - start), len(rows))
+        torch.mm(rows[start:last], weight, out=out[start:last])  # later experts write their rows again
         start = end
     return out
 
@@ -152,9 +152,17 @@ def _loop_outer(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
     out = a.new_empty(len(ends), a.shape[1], b.shape[1])
     start = 0
     for product, end in zip(out.unbind(), ends.tolist(), strict=True):
-        torch.mm(a[start:end].t(), b[start:end], out=product)  # zero for an expert without rows
+        middle = end - (end - start) % _unit(end - start)
+        torch.mm(a[start:middle].t(), b[start:middle], out=product)  # zero for an expert without rows
+        product.addmm_(a[middle:end].t(), b[middle:end])
         start = end
     return out
+
+
+def _unit(count: int) -> int:
+    """What the rows of a product are rounded to: oneDNN compiles each number of rows and keeps 1,024
+    products, but an expert has another number in every step."""
+    return max(16, (1 << count.bit_length()) >> 5)
 
 
 def _grouped_project(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:

@@ -21,11 +21,12 @@ import torch
 from tables import show
 from work import Work
 
+from trainer.ranks.launch import ON_CPU
+
 HERE = Path(__file__).parent
 RESULTS = HERE.parent.parent / "docs" / "bench.json"
 PAGE, BEGIN, END = RESULTS.with_name("performance.md"), "<!-- bench -->", "<!-- end of bench -->"
 PEER = HERE.parent.parent / "build" / "transformers-5.22"  # AutoEP does not work with newer versions
-LAUNCHER = {"MALLOC_MMAP_THRESHOLD_": str(8 << 30), "MALLOC_TRIM_THRESHOLD_": str(16 << 30)}
 TUNED = "our malloc settings"
 ASIDE = (f"transformers, {TUNED}", "deepspeed.moe")
 ROUNDS = 2
@@ -34,7 +35,7 @@ SECONDS = 300  # a contender that takes longer is stopped
 
 def run(name: str, ranks: int = 1, tuned: bool = True, **work: Any) -> dict[str, Any] | None:
     """One run of a contender; None if it did not finish. `tuned`: with the launcher's settings of malloc."""
-    environment = {**os.environ, **(LAUNCHER if tuned else {}), "WORLD_SIZE": str(ranks)}
+    environment = {**os.environ, **(ON_CPU if tuned else {}), "WORLD_SIZE": str(ranks)}
     environment["OMP_NUM_THREADS"] = str(max(1, work.pop("threads", os.cpu_count() or 1) // ranks))
     if name == "autoep":
         environment["PYTHONPATH"] = f"{PEER}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"

@@ -19,7 +19,7 @@ NO_GPUS = ("", "-1", "NoDevFiles")  # values of CUDA_VISIBLE_DEVICES that hide a
 _GRACE_SECONDS = 10.0  # for the other ranks to end, once one has failed
 # Keep large freed blocks instead of returning them to the system: page faults cost a fifth of the time of a
 # step on a CPU. Not for runs on GPUs: there every rank would keep the memory of its checkpoint copy.
-_ON_CPU = {"MALLOC_MMAP_THRESHOLD_": str(8 << 30), "MALLOC_TRIM_THRESHOLD_": str(16 << 30)}
+ON_CPU = {"MALLOC_MMAP_THRESHOLD_": str(8 << 30), "MALLOC_TRIM_THRESHOLD_": str(16 << 30)}
 # The number of rows per expert differs in every step: segments that can grow avoid fragmentation.
 _ON_GPU = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)  # SIGUSR1 is used by NCCL
@@ -77,7 +77,7 @@ def launch(
         port = probe.getsockname()[1]
     environment = {
         "OMP_NUM_THREADS": str(max(1, _cpus() // nproc)),
-        **(_ON_GPU if sees_gpu(device) else _ON_CPU),
+        **(_ON_GPU if sees_gpu(device) else ON_CPU),
         **os.environ,
         **dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(nproc)),
         "MASTER_ADDR": "127.0.0.1",

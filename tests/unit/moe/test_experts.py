@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe import experts_optional
 from moe.config import ConfigError, ModelConfig
@@ -50,6 +51,7 @@ CASES: dict[str, tuple[int, Tensor]] = {
     "one hot expert": (8, draw(21, 1, [5])),
     "K=1": (8, draw(21, 1, list(range(8)))),
     "K=E": (6, draw(9, 6, list(range(6)))),
+    "hundreds of rows": (4, draw(400, 2, [0, 2, 3])),
     "no tokens": (4, draw(0, 2, list(range(4)))),
     "no token is here": (4, torch.full((5, 2), 4)),
     "more ids than a byte holds": (300, draw(40, 4, list(range(300)))),
@@ -68,6 +70,26 @@ def test_equals_reference(backend: str, dtype: torch.dtype, tolerance: float, na
     for value, exact in zip(actual, expected, strict=True):
         scale = exact.abs().max().item() if exact.numel() else 0.0
         torch.testing.assert_close(value, exact, rtol=0, atol=tolerance * scale)
+
+
+def test_products_of_many_steps_have_few_sizes() -> None:
+    """oneDNN keeps 1,024 compiled products, but each expert has another number of rows in every step."""
+    torch.manual_seed(0)
+    experts = build(64, "loop", torch.float32)
+    sizes = set()
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm_):
+                sizes.add((func, *(operand.shape for operand in args), args[-1].stride()))
+            return func(*args, **(kwargs or {}))
+
+    for step in range(10):
+        torch.manual_seed(step)
+        chosen = torch.randn(64).softmax(0).expand(4000, 64).multinomial(2)
+        with Record():
+            results(experts, chosen)
+    assert 100 < len(sizes) < 500
 
 
 def test_reference_is_the_definition() -> None:

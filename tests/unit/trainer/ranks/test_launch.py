@@ -90,8 +90,8 @@ def test_what_ranks_are_started_with(gpu, tmp_path, repository, monkeypatch):
     assert done.returncode == 0, done.stderr
     environment = json.loads(done.stdout)
     assert environment["OMP_NUM_THREADS"] == "1"
-    assert ("MALLOC_TRIM_THRESHOLD_" in environment) is not gpu
-    assert ("MALLOC_MMAP_THRESHOLD_" in environment) is not gpu
+    for key in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"):
+        assert (key in environment) is not gpu, key
     assert environment.get("PYTORCH_ALLOC_CONF") == ("expandable_segments:True" if gpu else None)
 
 
