@@ -122,7 +122,7 @@ def clipped_norms(stage: int, fused: bool) -> tuple[list[float], list[float]]:
     return before, after
 
 
-LIMIT = 0.7  # some norms of these steps lie above, some below
+LIMIT = 0.55  # some norms of these steps lie above, some below
 
 
 @pytest.mark.parametrize("fused", [True, False])
