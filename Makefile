@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := $(if $(filter .venv/bin,$(BIN)),.venv/installed)
 
-.PHONY: demo test test-all test-gpu check bench bench-gpu megablocks clean
+.PHONY: demo test test-all test-gpu check mutants bench bench-gpu megablocks clean
 
 demo: .venv/installed
 	$(BIN)/python -m data_pipeline experiment=demo
@@ -21,6 +21,11 @@ test-all: check
 # The tests that need a GPU, and those of the kernels on it: one GPU, some minutes.
 test-gpu: $(INSTALLED)
 	$(BIN)/python -m pytest -s tests/gpu tests/unit/moe/kernels
+
+# Which faults do the tests notice? Two hours on two cores; the result is in docs/testing.md.
+mutants: .venv/installed
+	$(BIN)/python -m pip install --quiet 'cosmic-ray>=8.4,<9'
+	$(BIN)/python tests/mutants/mutants.py
 
 # Speed compared with transformers, DeepSpeed AutoEP and deepspeed.moe: half an hour on an idle machine.
 # AutoEP needs an older version of transformers, which is installed in build/.

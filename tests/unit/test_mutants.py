@@ -1,0 +1,54 @@
+"""The tables of hand-written faults fit the product, and a fault that the tests miss is found to survive."""
+
+from pathlib import Path
+
+import pytest
+from faults import Mutant, tables
+
+ROOT = Path(__file__).parents[2]
+TABLES = {table.file: table for table in tables()}
+# The rooms whose claims are the project's; each of these files has a table.
+ROOMS = [
+    *(f"moe/{name}.py" for name in ("balance", "router", "dispatch", "experts", "attention")),
+    *(f"moe/{name}.py" for name in ("cross_entropy", "gated_delta_net", "grouping", "block")),
+    *(f"trainer/engine/{name}.py" for name in ("loss", "engine", "optimizer", "gradients")),
+    *(f"trainer/{name}.py" for name in ("train", "evaluate", "stages/held_out", "stages/supervised")),
+    *(f"trainer/checkpoints/{name}.py" for name in ("saving", "folder", "optimizer_state", "export")),
+    *(
+        f"data_pipeline/{name}.py"
+        for name in ("mixture", "packing", "loader", "chat", "shards", "permutation")
+    ),
+    "trainer/monitor/metrics.py",
+    "slurm/job.sh",
+]
+
+
+def test_each_room_has_faults() -> None:
+    assert sorted(TABLES) == sorted(ROOMS)
+    assert sum(len(table.faults) for table in TABLES.values()) >= 150
+
+
+@pytest.mark.parametrize("file", ROOMS)
+def test_faults_fit_their_file(file: str) -> None:
+    table = TABLES[file]
+    assert len({fault.what for fault in table.faults}) == len(table.faults)
+    for fault in table.faults:
+        if file.endswith(".py"):
+            compile(fault.source, file, "exec")
+        for tests in fault.tests.split():
+            assert (ROOT / tests.partition("::")[0]).exists(), f"{fault.what}: {tests}"
+
+
+def test_the_run_tells_who_survives() -> None:
+    mutants = pytest.importorskip("mutants", reason="`make mutants` installs cosmic-ray")
+    file = "data_pipeline/permutation.py"
+    source = (ROOT / file).read_text()
+    tests = "tests/unit/data_pipeline/test_permutation.py"
+    unharmed = Mutant(file, "nothing is wrong", source + "\n", tests)
+    broken = Mutant(file, "no module", source + "\nimport no_such_module\n", tests)
+    wrong = TABLES[file].faults[0]
+    outcomes = mutants.judge_all([unharmed, wrong, broken], [mutants.Copy(0)])
+    assert [outcome.result for outcome in outcomes] == ["survived", "caught", "broken"]
+    drawn = mutants.generated(TABLES[file], 5, seed=0)
+    assert len({mutant.source for mutant in drawn}) == 5
+    assert drawn == mutants.generated(TABLES[file], 5, seed=0) != mutants.generated(TABLES[file], 5, seed=1)
