@@ -2,6 +2,8 @@
 PYTHON ?= python3
 # BIN=FOLDER uses another interpreter and its installed packages, for example those of a GPU image.
 BIN := .venv/bin
+# Processes that test at once; each may start several ranks.
+WORKERS ?= 2
 INSTALLED := $(if $(filter .venv/bin,$(BIN)),.venv/installed)
 
 .PHONY: demo test test-all test-gpu check mutants bench bench-gpu megablocks clean
@@ -13,10 +15,10 @@ demo: .venv/installed
 	$(BIN)/python -m trainer.report runs/demo
 
 test: check
-	$(BIN)/python -m pytest -m "not slow" tests
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m "not slow" tests
 
 test-all: check
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup tests
 
 # The tests that need a GPU, and those of the kernels on it: one GPU, some minutes.
 test-gpu: $(INSTALLED)
@@ -24,7 +26,6 @@ test-gpu: $(INSTALLED)
 
 # Which faults do the tests notice? Two hours on two cores; the result is in docs/testing.md.
 mutants: .venv/installed
-	$(BIN)/python -m pip install --quiet 'cosmic-ray>=8.4,<9'
 	$(BIN)/python tests/mutants/mutants.py
 
 # Speed compared with transformers, DeepSpeed AutoEP and deepspeed.moe: half an hour on an idle machine.

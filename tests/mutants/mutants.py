@@ -41,8 +41,8 @@ class Outcome(NamedTuple):
 class Copy:
     """A copy of the repository in which one mutant at a time is tested."""
 
-    def __init__(self, number: int) -> None:
-        self.folder = BUILD / f"copy-{number}"
+    def __init__(self, name: str) -> None:
+        self.folder = BUILD / f"copy-{name}"
         shutil.rmtree(self.folder, ignore_errors=True)
         listed = subprocess.check_output(["git", "ls-files", "-z", "-co", "--exclude-standard"], cwd=ROOT)
         for name in filter(None, listed.decode().split("\0")):
@@ -131,7 +131,7 @@ def main(arguments: list[str]) -> int:
     given = parser.parse_args(arguments)
     chosen = [t for t in tables() if not given.names or any(name in t.file for name in given.names)]
     mutants = [m for t in chosen for m in (*t.faults, *generated(t, given.generated, given.seed))]
-    copies = [Copy(number) for number in range(given.workers)]
+    copies = [Copy(str(number)) for number in range(given.workers)]
     print(f"{len(mutants)} mutants of {len(chosen)} files", flush=True)
     outcomes = judge_all(mutants, copies)
     for outcome in outcomes:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 from faults import Mutant, tables
+from mutants import Copy, generated, judge_all
 
 ROOT = Path(__file__).parents[2]
 TABLES = {table.file: table for table in tables()}
@@ -40,15 +41,14 @@ def test_faults_fit_their_file(file: str) -> None:
 
 
 def test_the_run_tells_who_survives() -> None:
-    mutants = pytest.importorskip("mutants", reason="`make mutants` installs cosmic-ray")
     file = "data_pipeline/permutation.py"
     source = (ROOT / file).read_text()
     tests = "tests/unit/data_pipeline/test_permutation.py"
     unharmed = Mutant(file, "nothing is wrong", source + "\n", tests)
     broken = Mutant(file, "no module", source + "\nimport no_such_module\n", tests)
     wrong = TABLES[file].faults[0]
-    outcomes = mutants.judge_all([unharmed, wrong, broken], [mutants.Copy(0)])
+    outcomes = judge_all([unharmed, wrong, broken], [Copy("test")])
     assert [outcome.result for outcome in outcomes] == ["survived", "caught", "broken"]
-    drawn = mutants.generated(TABLES[file], 5, seed=0)
+    drawn = generated(TABLES[file], 5, seed=0)
     assert len({mutant.source for mutant in drawn}) == 5
-    assert drawn == mutants.generated(TABLES[file], 5, seed=0) != mutants.generated(TABLES[file], 5, seed=1)
+    assert drawn == generated(TABLES[file], 5, seed=0) != generated(TABLES[file], 5, seed=1)
