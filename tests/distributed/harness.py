@@ -65,7 +65,9 @@ def _start(work: tuple[str, str, str, float], rank: int, world_size: int) -> For
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["harness_imports"])
     os.environ.update(ENVIRONMENT)
-    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # the fork server of Python 3.11 is not told sys.path
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        sys.path
+    )  # the fork server of Python 3.11 is not told sys.path
     try:
         forkserver.ensure_running()
         process = context.Process(target=_run_rank, args=(*work, before | ENVIRONMENT | place))

@@ -49,14 +49,14 @@ def test_shares_of_micro_batches_add_up_to_the_global_batch():
 
 def test_the_prior_fills_what_has_not_been_seen():
     """With the same routing every step, the prior makes the first micro-batch's frequencies exact."""
-    parts = [torch.tensor([[6.0, 2.0]]), torch.tensor([[0.0, 8.0]])]
+    parts = [torch.tensor([[3.0, 1.0]]), torch.tensor([[0.0, 12.0]])]
     balance = Balance("prior_buffer", num_layers=1, num_experts=2, micro_batches_per_step=2)
     first = [balance.frequencies(part, 16) for part in parts]
     assert first[0].tolist() == [[0.75, 0.25]]  # no prior yet: only the buffer
-    assert first[1].tolist() == [[6 / 16, 10 / 16]]
+    assert first[1].tolist() == [[3 / 16, 13 / 16]]
     balance.end_step()
     second = balance.frequencies(parts[0], 16)
-    torch.testing.assert_close(second, 0.5 * torch.tensor([[0.75, 0.25]]) + 0.5 * first[1])
+    torch.testing.assert_close(second, 0.25 * torch.tensor([[0.75, 0.25]]) + 0.75 * first[1])
 
     resumed = Balance("prior_buffer", num_layers=1, num_experts=2, micro_batches_per_step=2)
     balance.end_step()
@@ -64,8 +64,9 @@ def test_the_prior_fills_what_has_not_been_seen():
     assert torch.equal(resumed.frequencies(parts[1], 16), balance.frequencies(parts[1], 16))
 
 
-def test_the_selection_bias_moves_towards_the_idle():
-    balance = Balance("exact", num_layers=1, num_experts=4, micro_batches_per_step=1, bias_update_rate=0.5)
+@pytest.mark.parametrize("mode", ["exact", "buffer", "prior_buffer", "micro_batch"])
+def test_the_selection_bias_moves_towards_the_idle(mode: str) -> None:
+    balance = Balance(mode, num_layers=1, num_experts=4, micro_batches_per_step=1, bias_update_rate=0.5)
     for _ in range(2):
         balance.frequencies(torch.tensor([[8.0, 0.0, 4.0, 4.0]]), 16)
         balance.end_step()
