@@ -17,7 +17,7 @@ from harness import run_ranks
 
 import moe.block
 import trainer.engine.loss
-from moe.balance import expert_frequencies
+from moe.balance import Balance, expert_frequencies
 from moe.block import MoEBlock
 from trainer.checkpoints.assemble import build_model
 from trainer.engine.engine import Engine, init_deepspeed
@@ -155,6 +155,29 @@ def test_the_other_modes_are_approximations(expected, mode):
     _, overrides = layout(1, 1, 4, 1, "none")
     measured = run_ranks(measure_many, 1, [[*overrides, f"balance.mode={mode}"]])[0][0]
     assert deviation(measured, expected) > 1e-3
+
+
+def biases(counts: list[list[list[float]]]) -> dict[str, list[float]]:
+    """The bias in each mode after a step in which a rank counts `counts` [ranks, micro-batches, E]."""
+    mine, found = [torch.tensor([part]) for part in counts[dist.get_rank()]], {}
+    for mode in ("exact", "buffer", "prior_buffer", "micro_batch"):
+        sizes = {"num_layers": 1, "num_experts": 3, "micro_batches_per_step": len(mine)}
+        balance = Balance(mode, **sizes, bias_update_rate=0.5)
+        if balance.counts_first:
+            balance.count_first(mine)
+        for part in mine:
+            balance.frequencies(part, 24)
+        balance.end_step()
+        assert balance.bias is not None
+        found[mode] = balance.bias[0].tolist()
+    return found
+
+
+def test_the_bias_sees_all_ranks_in_every_mode() -> None:
+    """Expert 0 is the busiest on rank 0 and idle over all ranks."""
+    counts = [[[4.0, 1.0, 1.0], [3.0, 2.0, 1.0]], [[0.0, 3.0, 3.0], [0.0, 4.0, 2.0]]]  # sums 7, 10, 7
+    for found in run_ranks(biases, 2, counts):
+        assert found == {mode: [0.5, -0.5, 0.5] for mode in found}
 
 
 def forwards(overrides: list[str], micro_batches: list[int]) -> dict[int, list[bool]]:

@@ -84,6 +84,15 @@ def test_bf16_sums_the_weight_gradient_in_fp32() -> None:
     assert weight.grad.flatten().tolist() == [-1024.0, 1024.0]
 
 
+def test_bf16_logits_have_a_softmax_in_fp32() -> None:
+    """Each logit is one element of the weight, so that only the softmax can round."""
+    weight = torch.randn(V, 4, generator=torch.Generator().manual_seed(0)).bfloat16().requires_grad_()
+    labels = torch.tensor([3, 0, V - 1, 7])
+    loss = chunked_cross_entropy(torch.eye(4, dtype=torch.bfloat16), weight, labels)
+    expected = F.cross_entropy(weight.detach().T.double(), labels, reduction="sum")
+    assert _error(loss.detach(), expected) < 1e-6
+
+
 def test_second_backward_is_an_error() -> None:
     hidden, weight, labels = _inputs()
     loss = chunked_cross_entropy(hidden, weight, labels, CHUNK)
