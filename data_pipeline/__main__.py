@@ -9,6 +9,7 @@ docs/data.md explains the keys of data.
 """
 
 import itertools
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,8 @@ def prepare_here(cfg: DictConfig) -> int:
         raise ConfigError(problems)
     prepare(config.data, config.model.vocab_size, config.seed)
     make_plans(config.data, config.stage.seq_len)
-    print(f"Next: python -m trainer experiment=... with the same data (data.dir={config.data.dir})")
+    same = shlex.quote(f"data.dir={config.data.dir}")
+    print(f"Next: python -m trainer experiment=... with the same data ({same})")
     return 0
 
 
@@ -97,7 +99,8 @@ def main(arguments: list[str]) -> None:
 
         def inspect_here(cfg: DictConfig) -> int:
             config = RunConfig.load(cfg)
-            print(show(config.data, arguments[1], seq_len=config.stage.seq_len, seed=config.seed))
+            shown = show(config.data, arguments[1], seq_len=config.stage.seq_len, seed=config.seed)
+            print(shown.encode(errors="backslashreplace").decode())  # names of files may be other bytes
             return 0
 
         sys.argv[1:] = arguments[2:]  # Hydra reads the other arguments

@@ -18,6 +18,7 @@ The tokens of a source and split are those of its shards in the order of the man
 import hashlib
 import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ from data_pipeline.config import DataError
 
 FORMAT = "token-shards-3"
 SPLITS = ("train", "validation")
+SUFFIXES = {"tokens", "offsets", "rows", "loss"}  # of the files of a shard
+_SHARD = re.compile(r"\w[\w-]*/\w+-\d+")
 REMEDY = "move the folder away and run python -m data_pipeline again"
 
 
@@ -102,7 +105,7 @@ class Manifest:
         except FileNotFoundError as error:
             what = "is missing: the data is not prepared; run python -m data_pipeline"
             raise DataError(f"{path} {what}") from error
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise DataError(f"{path} is damaged ({error}); {REMEDY}") from error
 
     def save(self, folder: Path, name: str = "manifest.json") -> None:
@@ -127,7 +130,12 @@ class Manifest:
 
 
 def shards_from_json(splits: dict[str, list[dict[str, Any]]]) -> Shards:
-    return {split: [ShardRecord(**shard) for shard in splits[split]] for split in SPLITS}
+    """Raises ValueError for a name that would lead out of slices/."""
+    shards = {split: [ShardRecord(**shard) for shard in splits[split]] for split in SPLITS}
+    for shard in (shard for of in shards.values() for shard in of):
+        if not _SHARD.fullmatch(shard.name) or not shard.crc32.keys() <= SUFFIXES:
+            raise ValueError(f"{shard.name!r} with {list(shard.crc32)} is no shard of slices/")
+    return shards
 
 
 def sha256_of(path: Path) -> str:

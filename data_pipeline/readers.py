@@ -69,7 +69,8 @@ def list_inputs(name: str, source: SourceConfig, known: Known, *, hashed: bool =
         elif source.kind == "tree":
             files = _tree_files(key, path)
         else:
-            files = [file for file in sorted(glob.glob(path, recursive=True)) if os.path.isfile(file)]
+            named = [path] if os.path.isfile(path) else sorted(glob.glob(path, recursive=True))  # a[1].txt
+            files = [file for file in named if os.path.isfile(file)]
             if not files:
                 raise DataError(f"{key} matches no file; for a folder use folder/**/*.EXT")
         new = [file for file in files if file not in found]

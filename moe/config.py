@@ -230,11 +230,12 @@ class ModelConfig:
     def of_folder(cls, folder: Path) -> "ModelConfig":
         """Read config.json of a Hugging Face folder. Raises ConfigError as `from_hf`, or if unreadable."""
         try:
-            values = dict(json.loads((folder / "config.json").read_text()))
-        except (OSError, ValueError, TypeError) as error:
+            return cls.from_hf(dict(json.loads((folder / "config.json").read_text())))
+        except ConfigError:
+            raise
+        except (OSError, ValueError, TypeError, RecursionError) as error:
             what = f"{folder} is not a Hugging Face folder"
             raise ConfigError(f"{what}: config.json cannot be read ({error})") from error
-        return cls.from_hf(values)
 
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> "ModelConfig":

@@ -18,6 +18,7 @@ from moe.model import CausalLM
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+_SUFFIX = ".safetensors"
 ROUTER = ".mlp.gate.weight"  # the end of a router's hub name
 MAX_SHARD_BYTES = 5 * 10**9
 # dtypes as safetensors names them
@@ -197,6 +198,8 @@ def locate(config: ModelConfig, folder: Path, dense_slices: int = 0) -> dict[str
             missing.append(stored if dense_slices else name)
         elif found[stored].shape != stored_shape:
             misshapen.append(f"{stored} {list(found[stored].shape)} instead of {list(stored_shape)}")
+        elif found[stored].dtype not in TORCH:
+            misshapen.append(f"{stored} {found[stored].dtype} instead of {', '.join(TORCH)}")
         else:
             places[name] = found[stored]._replace(part=part, shape=shape)
     # a folder may hold a layer of multi-token prediction that the model does not have
@@ -219,7 +222,9 @@ def _headers(folder: Path) -> dict[str, Place]:
     if (folder / INDEX).exists():
         try:
             files = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            if wrong := [name for name in files if Path(name).name != name or Path(name).suffix != _SUFFIX]:
+                raise ValueError(f"{wrong[0]!r} is not the name of a {_SUFFIX} file in this folder")
+        except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             raise ConfigError(f"{folder / INDEX} cannot be read ({error!r}); fetch it again") from error
     if absent := [file for file in files if not (folder / file).exists()]:
         raise ConfigError(f"{folder}: {_listed('missing', absent)}")
@@ -231,7 +236,7 @@ def _headers(folder: Path) -> dict[str, Place]:
                     view = reader.get_slice(name)
                     shape = tuple(view.get_shape())
                     stored[name] = Place(folder / file, name, view.get_dtype(), (slice(None),), shape)
-        except SafetensorError as error:
+        except (SafetensorError, OSError) as error:
             raise ConfigError(f"{folder / file} cannot be read: {error}; fetch it again") from error
     return stored
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from moe.config import ConfigError
 from trainer.settings.config import RunConfig
+from trainer.settings.secrets import is_secret_name
 from trainer.settings.typed import AtLeast0, AtLeast1
 
 
@@ -89,14 +90,14 @@ class SlurmConfig:
         for flag, value in self.flags().items():
             if flag in _OURS:
                 found.append(f"slurm.sbatch.{flag} is set by {_OURS[flag]}; remove it")
-            elif not re.fullmatch(r"[a-z][a-z0-9-]+", flag) or re.search(r"[\x00-\x1f]", value or ""):
+            elif not re.fullmatch(r"[a-z][a-z0-9-]+", flag) or not (value or "").isprintable():
                 found.append(
                     f"slurm: --{flag}={value!r} must be a long flag of sbatch with a value of one line"
                 )
         for key in self.env:
             if not re.fullmatch(r"[A-Za-z_]\w*", key):
                 found.append(f"slurm.env.{key} is not the name of an environment variable")
-            elif re.search(r"KEY|TOKEN(?!IZER)|SECRET|PASSW", key.upper()):
+            elif is_secret_name(key):
                 remedy = "keep it out of the job script: export it in the shell that submits"
                 found.append(f"slurm.env.{key} looks like a secret; {remedy}")
         return found

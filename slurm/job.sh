@@ -42,7 +42,7 @@ go_on() { # REASON
     say "$1; going on after the newest checkpoint ($(latest))"
     if [[ $RESUME = chain ]]; then
         for id in $(successors); do avoid_bad_nodes "$id"; done
-        [[ -n $(successors) ]] || say "the chain has no more jobs; resume: python -m slurm.resume $RUN_DIR"
+        [[ -n $(successors) ]] || say "the chain has no more jobs; resume: python -m slurm.resume ${RUN_DIR@Q}"
         exit 0
     fi
     trap '' TERM # requeueing sends TERM, but bad nodes are still to be excluded

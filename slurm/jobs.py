@@ -1,5 +1,6 @@
 """The SLURM jobs of run folders, and their states, with or without accounting. Torch-free."""
 
+import json
 import os
 import subprocess
 import sys
@@ -31,10 +32,24 @@ def is_sweep(folder: Path) -> bool:
     return (folder / "sweep.json").is_file()
 
 
+def points_of(sweep: Path) -> list[list[str]]:
+    """The overrides of each point of a sweep. Raises ConfigError for a damaged sweep.json."""
+    path = sweep / "sweep.json"
+    try:
+        points = json.loads(path.read_text())
+        if isinstance(points, list) and points and all(isinstance(point, list) for point in points):
+            return points
+        why = "it holds no lists of overrides"
+    except (OSError, ValueError, RecursionError) as error:
+        why = str(error)
+    raise ConfigError(f"{path} cannot be read ({why}); restore it, or name a point of the sweep")
+
+
 def runs_of(folder: Path) -> list[Path]:
     """The run folders of a sweep, or the run folder itself. Raises ConfigError if it is neither."""
     if is_sweep(folder):
-        return sorted((path.parent for path in folder.glob("*/config.yaml")), key=lambda path: int(path.name))
+        points = (path.parent for path in folder.glob("*/config.yaml") if path.parent.name.isdecimal())
+        return sorted(points, key=lambda path: int(path.name))
     if (folder / "config.yaml").is_file():
         return [folder]
     raise ConfigError([f"{folder} is not a run folder or a sweep: it holds no config.yaml or sweep.json"])

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from trainer.settings.command import tells_mistakes
-from trainer.settings.run_folder import read_state
+from trainer.settings.run_folder import pasted, read_state
 
 
 @tells_mistakes
@@ -21,9 +21,9 @@ def main(arguments: list[str]) -> int:
     if options.rank is not None:
         log = run_dir / "logs" / f"attempt-{read_state(run_dir)['attempt']}" / f"rank-{options.rank}.log"
     if not log.is_file() and not (follow and log.parent.is_dir()):
-        print(f"{log} does not exist: see python -m slurm.status {run_dir}", file=sys.stderr)
+        print(f"{log} does not exist: see python -m slurm.status {pasted(run_dir)}", file=sys.stderr)
         return 2
-    os.execvp("tail", ["tail", "-n", "+1", *(["-F"] if follow else []), str(log)])
+    os.execvp("tail", ["tail", "-n", "+1", *(["-F"] if follow else []), "--", str(log)])
 
 
 if __name__ == "__main__":

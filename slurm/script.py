@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from data_pipeline.streaming import absolute_paths
+from moe.config import ConfigError
 from slurm.config import SubmitConfig
 from trainer.settings.run_folder import ROOT, git
 
@@ -25,6 +26,7 @@ def job_script(folder: Path, configs: list[SubmitConfig], sweep: bool) -> str:
         "signal": f"B:USR1@{slurm.stop_before_seconds}",
         ("requeue" if slurm.resume == "requeue" else "no-requeue"): None,
     }
+    _check_lines(flags)
     step, wrap = _container(folder, configs)
     contained = slurm.container.kind != "none"
     variables: dict[str, object] = {
@@ -54,10 +56,26 @@ def job_script(folder: Path, configs: list[SubmitConfig], sweep: bool) -> str:
     return "\n".join([*lines, "", Path(__file__).with_name("job.sh").read_text()])
 
 
+def _check_lines(flags: dict[str, str | None]) -> None:
+    """Raises ConfigError for a flag that would not be one line of the script, also through its folder.
+
+    sbatch reads a backslash in the name of the log as an order to leave %% as it is.
+    """
+    broken = {flag: value for flag, value in flags.items() if value and not value.isprintable()}
+    if "\\" in (log := flags["output"] or ""):
+        broken["output"] = log
+    if broken:
+        law = "must be one line of visible characters, --output without backslashes; rename the run or folder"
+        raise ConfigError([f"#SBATCH --{flag}={value!r} {law}" for flag, value in broken.items()])
+
+
 def _container(folder: Path, configs: list[SubmitConfig]) -> tuple[list[str], list[str]]:
     """Flags of srun, and a prefix of the rank command, with which ranks run in the container."""
     container, code = configs[0].slurm.container, folder / "code"
     needed = {folder.resolve()}.union(*map(_places, configs))
+    if container.kind != "none" and (split := [str(path) for path in needed if {",", ":"} & set(str(path))]):
+        what = "holds a comma or a colon, which would mount other folders in the container"
+        raise ConfigError([f"{path} {what}; choose another name or folder" for path in sorted(split)])
     mounts = [*sorted(map(str, needed)), *container.mounts]
     if container.kind == "pyxis":
         pairs = ",".join(mount if ":" in mount else f"{mount}:{mount}" for mount in mounts)

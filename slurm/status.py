@@ -1,10 +1,11 @@
 """`python -m slurm.status RUN_DIR|SWEEP`: the state of each run, with or without accounting. Torch-free."""
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from slurm.jobs import ACTIVE, ask, command, is_sweep, jobs_of, runs_of
+from slurm.jobs import ACTIVE, ask, command, is_sweep, jobs_of, points_of, runs_of
 from trainer.settings.config import RunConfig
 from trainer.settings.run_folder import read_state
 
@@ -32,7 +33,8 @@ def last_metrics(run_dir: Path) -> dict[str, Any]:
             file.seek(max(0, path.stat().st_size - 65536))
             for line in reversed(file.read().splitlines()):
                 if b'"loss":' in line and line[:1] == b"{" and line[-1:] == b"}":  # a complete line
-                    return json.loads(line)
+                    with suppress(ValueError, RecursionError):
+                        return json.loads(line)
     return {}
 
 
@@ -40,7 +42,7 @@ def show(folder: Path) -> None:
     """Print one line per run."""
     run_dirs = runs_of(folder)
     answers = ask(run_dirs)
-    points = json.loads((folder / "sweep.json").read_text()) if is_sweep(folder) else [[]]
+    points = points_of(folder) if is_sweep(folder) else [[]]
     shared = set(points[0]).intersection(*points) if len(points) > 1 else set()
     rows = [["run", "state", "job", "attempt", "step", "loss", "tokens/s", "overrides"]]
     for run_dir, overrides in zip(run_dirs, points, strict=True):

@@ -13,10 +13,11 @@ from data_pipeline.config import DataError
 from data_pipeline.manifest import write_atomically
 from moe.config import ConfigError
 from slurm.config import SlurmConfig, SubmitConfig
-from slurm.jobs import is_sweep, refuse_queued, slurm
+from slurm.jobs import is_sweep, points_of, refuse_queued, slurm
 from slurm.script import job_script, snapshot
 from trainer.settings.command import check
-from trainer.settings.run_folder import freeze, lock
+from trainer.settings.run_folder import freeze, lock, pasted
+from trainer.settings.secrets import redacted
 from trainer.settings.typed import typed
 
 
@@ -38,7 +39,7 @@ class Submission:
         if self._sweep:
             cfg.name = f"{cfg.name}/{len(self._cfgs)}"
         self._cfgs.append(cfg)
-        self._overrides.append(list(hydra_config.overrides.task))
+        self._overrides.append([redacted(override) for override in hydra_config.overrides.task])
         return 0
 
     def submit(self) -> int:
@@ -66,8 +67,9 @@ class Submission:
             ids = queue(folder, run_dirs, request)
         points = f"{len(run_dirs)} points of " if self._sweep else ""
         print(f"queued as job {', '.join(ids)}: {points}{request.nodes} nodes, {config.world_size} ranks")
-        print(f"  python -m slurm.status {folder}\n  python -m slurm.logs -f {run_dirs[0]}")
-        print(f"  python -m slurm.stop {folder}")
+        shown = pasted(folder)
+        print(f"  python -m slurm.status {shown}\n  python -m slurm.logs -f {pasted(run_dirs[0])}")
+        print(f"  python -m slurm.stop {shown}")
         return 0
 
     def _checked(self) -> list[SubmitConfig]:
@@ -91,7 +93,7 @@ class Submission:
         return configs
 
     def _refuse_other(self, folder: Path) -> None:
-        there = json.loads((folder / "sweep.json").read_text()) if is_sweep(folder) else None
+        there = points_of(folder) if is_sweep(folder) else None
         if (folder / "config.yaml").exists() and self._sweep:
             raise ConfigError([f"{folder} is a single run; choose another name for the sweep"])
         if there is not None and (not self._sweep or there != self._overrides):

@@ -16,6 +16,7 @@ from trainer.checkpoints.weights import device_for, load_model, selection_bias
 from trainer.engine.cpu_products import fast_products
 from trainer.settings.command import tells_mistakes
 from trainer.settings.run_folder import hf_folder
+from trainer.settings.secrets import is_text
 
 
 @torch.inference_mode()
@@ -66,6 +67,8 @@ def main(arguments: list[str]) -> int:
     device = device_for(options.source)
     model, bias = load_model(folder, device), selection_bias(folder, device)
     tokenizer = load_tokenizer(folder)
+    if not is_text(options.prompt):
+        raise ConfigError("the prompt is not text in UTF-8; correct its bytes")
     if not (prompt := tokenizer.encode(options.prompt)):
         raise ConfigError("the prompt is empty; give at least one character")
     if options.tokens > (room := model.config.max_position_embeddings - len(prompt)):

@@ -6,7 +6,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from moe.config import ConfigError
 from trainer.checkpoints.folder import damage
@@ -22,7 +22,7 @@ _KINDS = {
     "embed_tokens": "embedding",
     "lm_head": "embedding",
 }
-_BYTES = {"F32": 4, "BF16": 2}
+_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
 
 
 def describe(checkpoint: Path) -> list[str]:
@@ -67,8 +67,13 @@ def main(arguments: list[str]) -> int:
         return 2
     problems = {checkpoint: damage(checkpoint) for checkpoint in found}
     for checkpoint, lines in problems.items():
+        described = []
+        try:
+            described = [] if lines else describe(checkpoint)
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            lines.append(f"its manifest or its weights are of no checkpoint ({error!r})")
         print(f"{checkpoint}: {'damaged' if lines else 'whole'}")
-        for line in lines or describe(checkpoint):
+        for line in lines or described:
             print(f"  {line}")
     return int(any(problems.values()))
 

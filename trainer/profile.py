@@ -89,7 +89,7 @@ def main(arguments: list[str]) -> int:
     config = RunConfig.of_run(run_dir)
     config.check()
     folder.mkdir(exist_ok=True)
-    command = ["trainer.profile", f"--steps={options.steps}"]
+    command = ["trainer.profile", f"--steps={options.steps}", "--"]
     code = launch(run_dir, config.parallel.nproc_per_node, config.device, lock(run_dir), command)
     print(f"failed: see {folder}/rank-*.log" if code else (folder / "rank-0.txt").read_text())
     return code

@@ -13,9 +13,11 @@ from data_pipeline.check import check_data
 from data_pipeline.manifest import write_atomically
 from moe.config import ConfigError
 from trainer.ranks.launch import start
-from trainer.settings.command import tells_mistakes
+from trainer.settings.command import refuse_unsafe, tells_mistakes
 from trainer.settings.config import RunConfig
 from trainer.settings.run_folder import ROOT, lock, read_run, read_state
+from trainer.settings.secrets import redacted
+from trainer.settings.typed import literal
 
 # Keys that a resume may change: where and how the ranks compute and what is kept, not what they compute.
 _LAYOUT_KEYS = (
@@ -50,13 +52,16 @@ def change_layout(cfg: Any, overrides: list[str]) -> dict[str, Any]:
                 problems.append(f"{override} cannot be read ({error})")
     if problems:
         raise ConfigError(problems)
-    return {section: cfg[section] for section in touched}
+    refuse_unsafe(cfg)
+    resolved: Any = OmegaConf.to_container(cfg, resolve=True)
+    return {section: resolved[section] for section in touched}
 
 
 def record_layout(run_dir: Path, sections: dict[str, Any], overrides: list[str]) -> Path:
     """Write resume-K.yaml, where K is the next attempt; it applies to this and all later attempts."""
     path = run_dir / f"resume-{read_state(run_dir)['attempt'] + 1}.yaml"
-    text = f"# python -m trainer.resume with {overrides}\n{OmegaConf.to_yaml(OmegaConf.create(sections))}"
+    written = OmegaConf.to_yaml(OmegaConf.create(literal(sections)), resolve=True)
+    text = redacted(f"# python -m trainer.resume with {overrides}\n") + written
     write_atomically(path, text.encode())
     return path
 

@@ -12,7 +12,8 @@ from zlib import crc32
 from data_pipeline.config import DataError
 from trainer.ranks.launch import StopRequest
 from trainer.settings.config import ConfigError, RunConfig
-from trainer.settings.run_folder import read_state, write_state
+from trainer.settings.run_folder import pasted, read_state, write_state
+from trainer.settings.secrets import redacted
 
 _OUT_OF_MEMORY = (
     "Continue with less memory per rank: python -m trainer.resume {} with recompute=full, a smaller "
@@ -45,7 +46,7 @@ def main(arguments: list[str]) -> int:
         os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", str(record))
     except ConfigError as error:
         if os.environ.get("RANK", "0") == "0":  # all ranks have the same error
-            print(error, file=sys.stderr)
+            print(redacted(str(error)), file=sys.stderr)
         return 2
     try:
         ranks = Ranks.join(config.device)
@@ -69,14 +70,14 @@ def main(arguments: list[str]) -> int:
     except (ConfigError, DataError, TrainingError) as error:
         logging.error("%s", error)
         if _first(logs / f"error-{crc32(str(error).encode()):08x}"):  # most errors occur on all ranks
-            print(f"rank {ranks.rank}: {error}", file=terminal)
+            print(redacted(f"rank {ranks.rank}: {error}"), file=terminal)
         state, code = "failed", 1 if isinstance(error, TrainingError) else 2
     except Exception as error:
         logging.exception("rank %s", ranks.rank)
         said = traceback.format_exc()
         if isinstance(error, torch.OutOfMemoryError):
-            said = f"{error}\n{_OUT_OF_MEMORY.format(run_dir)}"
-        print(f"rank {ranks.rank}: {said}", file=terminal)
+            said = f"{error}\n{_OUT_OF_MEMORY.format(pasted(run_dir))}"
+        print(redacted(f"rank {ranks.rank}: {said}"), file=terminal)
         state, code = "failed", 1
     if ranks.is_main:
         try:

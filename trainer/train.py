@@ -30,7 +30,7 @@ from trainer.ranks.launch import StopRequest
 from trainer.ranks.runtime import DTYPES, Ranks, TrainingError, garbage_collected_by_hand, seed_everything
 from trainer.settings.config import RunConfig
 from trainer.settings.parallel import ParallelPlan
-from trainer.settings.run_folder import record_attempt
+from trainer.settings.run_folder import pasted, record_attempt
 from trainer.stages.kinds import open_stage
 
 # At most so many forwards are kept until the routing of a step is counted. Each keeps the inputs of its
@@ -127,7 +127,9 @@ def train(
     if stall := checkpoints.take_stall():  # from saves after the last logged step
         tracker.log({"step": step, "tokens": step * step_tokens, "save_stall_seconds": stall})
     if outcome == "stopped":
-        screen.say(f"stopped at step {step} of {total_steps}; resume: python -m trainer.resume {run_dir}")
+        screen.say(
+            f"stopped at step {step} of {total_steps}; resume: python -m trainer.resume {pasted(run_dir)}"
+        )
     elif metrics:
         screen.say(closing(config, metrics, stage.results(metrics), run_dir))
     else:

@@ -24,6 +24,7 @@ from moe.formats import MTP_FORMATS
 from moe.hf import INDEX, SINGLE, TORCH, Place, SafetensorError, locate, safe_open, save_file, write_config
 from trainer.checkpoints.weights import selection_bias
 from trainer.monitor.terminal import duration
+from trainer.settings.run_folder import pasted
 
 DTYPES = {"fp32": "F32", "bf16": "BF16"}
 IM_END = "<|im_end|>"
@@ -108,7 +109,7 @@ def write_tokenizer(folder: Path, out: Path, config: ModelConfig) -> list[int]:
     serialized = (folder / "tokenizer.json").read_bytes()
     vocabulary = tokenizer.vocabulary()
     chat = {"<|im_start|>", IM_END} <= vocabulary.keys()
-    added = json.loads(serialized)["added_tokens"]
+    added = json.loads(serialized).get("added_tokens") or []
     fields = {
         "tokenizer_class": "PreTrainedTokenizerFast",  # loads tokenizer.json unchanged
         "model_max_length": config.max_position_embeddings,
@@ -160,6 +161,6 @@ def export(folder: Path, out: Path, max_shard_bytes: int, dtype: str | None) -> 
         print(f"warning: {what}; the format has no place for it, so the exported model routes without it")
     print(
         f"{out}: {config.num_parameters() / 1e6:,.1f}M parameters, {kind}, from {origin}\n"
-        f'  load    AutoModelForCausalLM.from_pretrained("{out}", dtype="auto")\n'
-        f"  upload  hf upload YOUR_NAME/{out.resolve().name} {shlex.quote(str(out))}"
+        f'  load    AutoModelForCausalLM.from_pretrained({json.dumps(str(out))}, dtype="auto")\n'
+        f"  upload  hf upload {shlex.quote(f'YOUR_NAME/{out.resolve().name}')} {pasted(out)}"
     )

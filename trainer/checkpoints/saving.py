@@ -26,6 +26,7 @@ from moe.config import ConfigError
 from moe.hf import Written, write_config, write_index, write_shards
 from trainer.checkpoints.folder import damage, is_read, measure, reading
 from trainer.checkpoints.optimizer_state import fill_fragments, write_fragments
+from trainer.checkpoints.weights import read_tensors
 from trainer.engine.engine import Engine, Fragment
 from trainer.monitor.hardware import available_memory
 from trainer.ranks.runtime import DTYPES, Ranks, TrainingError, random_state, set_random_state
@@ -295,15 +296,11 @@ class Checkpoints:
         self._agree(f"restore {checkpoint}", fill_fragments, engine.fragments(), files)
         self._saved = step = read_manifest(checkpoint)["step"]
         engine.end_restore(step)
-        balance.load_state(_load(checkpoint / "balance.pt"))
-        generators = _load(checkpoint / "random.pt")
+        balance.load_state(read_tensors(checkpoint / "balance.pt"))
+        generators = read_tensors(checkpoint / "random.pt")
         if self._ranks.rank < len(generators):  # a new rank keeps the state from its seed
             set_random_state(generators[self._ranks.rank])
         return step
-
-
-def _load(path: Path) -> Any:
-    return torch.load(path, weights_only=True, map_location="cpu")
 
 
 def _on_host(tensor: Tensor) -> Tensor:

@@ -2,11 +2,12 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from moe.config import ModelConfig
+from moe.config import ConfigError, ModelConfig
 from moe.hf import load_hf, stored_dtype
 from moe.model import CausalLM
 from trainer.checkpoints.folder import reading
@@ -45,4 +46,15 @@ def selection_bias(folder: Path, device: torch.device) -> Tensor | None:
     balance = folder.parent / "balance.pt"
     if not balance.is_file():
         return None
-    return torch.load(balance, weights_only=True, map_location=device).get("bias")
+    stored = read_tensors(balance, device)
+    return stored.get("bias") if isinstance(stored, dict) else None
+
+
+def read_tensors(path: Path, device: torch.device | str = "cpu") -> Any:
+    """What torch.save wrote, of tensors and plain values only. Raises ConfigError for any other file."""
+    try:
+        return torch.load(path, weights_only=True, map_location=device)
+    except Exception as error:  # torch raises exceptions of many types
+        why = str(error).partition("\n")[0]
+        what = f"{path} is not a file of tensors ({type(error).__name__}: {why})"
+        raise ConfigError(f"{what}; it is not read, for it might run code: restore the checkpoint") from error

@@ -56,7 +56,14 @@ class Run:
 def _lines(path: Path) -> list[dict[str, Any]]:
     """The complete lines of a JSON Lines file: a running or killed run may leave an incomplete last line."""
     text = path.read_text(errors="replace") if path.exists() else ""
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    try:
+        lines = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+        if all(isinstance(line["step"], int) for line in lines):
+            return lines
+        why = "a step is no integer"
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        why = repr(error)
+    raise ConfigError(f"{path} cannot be read ({why}); remove the damaged lines, or report other runs")
 
 
 def _last_said(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -87,11 +94,11 @@ def draw(runs: list[Run], panels: dict[str, list[str]]) -> Figure:
         if len(runs) > 1 and "loss/validation" in keys:
             keys = ["loss/validation"]
         if title.startswith("+") and keys:
-            axes.stackplot(*runs[0].series(*keys), labels=map(_short, keys))
+            axes.stackplot(*runs[0].series(*keys), labels=[_label(_short(key)) for key in keys])
         for run in runs if len(keys) == 1 else runs[:1]:
             for key in keys if not title.startswith("+") else []:
                 tokens, values = run.series(key)
-                name = run.config.name if len(keys) == 1 else _short(key)
+                name = _label(run.config.name if len(keys) == 1 else _short(key))
                 axes.plot(tokens, values, label=name, marker="o" if len(tokens) < 20 else "")
         axes.set_yscale("log" if title.endswith("log") else "linear")
         axes.set_title(title.removeprefix("+").removesuffix(", log"))
@@ -116,6 +123,11 @@ def _short(key: str) -> str:
     if key.startswith("layers/"):
         return key.rpartition("/")[2]
     return key.split("/")[1] if "/" in key else key.removesuffix("_seconds").replace("_", " ")
+
+
+def _label(name: str) -> str:
+    """A name in a legend: matplotlib would set $...$ as mathematics, and leave out one that begins with _."""
+    return ("\u200b" if name.startswith("_") else "") + name.replace("$", r"\$")
 
 
 def draw_experts(run: Run) -> Figure:
@@ -204,12 +216,15 @@ def write_report(runs: list[Run], out: Path) -> Path:
             figure.savefig(out / f"{name}.png")
             source = f"data:image/png;base64,{b64encode((out / f'{name}.png').read_bytes()).decode()}"
             parts.append(f'<h2>{title}</h2><img alt="{title}" src="{source}">')
-    alarms = [f"<b>{escape(a['kind'])}</b> at step {a['step']}: {escape(a['text'])}" for a in best.alarms]
+    alarms = [
+        f"<b>{escape(str(alarm.get('kind')))}</b> at step {alarm['step']}: {escape(str(alarm.get('text')))}"
+        for alarm in best.alarms
+    ]
     step, total, name = best.last("step"), best.config.stage.total_steps, best.config.name
     eta = f", {duration(best.last('eta_seconds'))} to go" if best.state == "running" else ""
     page = Template(here.with_suffix(".html").read_text()).substitute(
         title=escape(name if len(runs) == 1 else f"{len(runs)} runs, the best: {name}"),
-        state=best.state,
+        state=escape(best.state),
         progress=f"{step / total:.1%}",
         facts=f"step {step:,} of {total:,}, {best.last('tokens'):,} tokens{eta}",
         cards=cards(best),

@@ -16,6 +16,8 @@ from trainer.engine.backends import Backends
 from trainer.ranks.device import device_name
 from trainer.settings.config import RunConfig
 from trainer.settings.parallel import ParallelPlan
+from trainer.settings.run_folder import pasted
+from trainer.settings.secrets import redacted
 
 # The live panel shows all of these for a step; a plain line shows the first two of each row.
 _SHOWN = {
@@ -32,7 +34,10 @@ class Terminal:
     """Progress of training on the terminal that the run was started from."""
 
     def __init__(self, stream: TextIO | None, total_steps: int) -> None:
-        self._console = Console(file=stream, quiet=stream is None, highlight=False, soft_wrap=True)
+        # names of runs are shown as they are
+        self._console = Console(
+            file=stream, quiet=stream is None, highlight=False, emoji=False, soft_wrap=True
+        )
         self._total_steps = total_steps
         self._live: Live | None = None
         if stream is not None and self._console.is_terminal:
@@ -42,7 +47,7 @@ class Terminal:
     def say(self, message: str) -> None:
         """Print a line that stays above the live panel."""
         when = "" if self._console.is_terminal else time.strftime("%H:%M:%S ")
-        self._console.print(when + message, markup=False)
+        self._console.print(when + redacted(message), markup=False)
 
     def progress(self, metrics: dict[str, Any], saved_step: int) -> None:
         """Show the run at a logged step; `saved_step` is the step of the last checkpoint, 0 = none."""
@@ -109,7 +114,8 @@ def closing(config: RunConfig, metrics: dict[str, Any], results: dict[str, str],
         )
     rows["run"] = f"{run_dir}; for transformers: {run_dir}/checkpoints/step-{metrics['step']:08d}/hf"
     prompt = '"    def __init__(self" --temperature 0.5'
-    rows["next"] = f"python -m trainer.generate {run_dir} {prompt}, python -m trainer.report {run_dir}"
+    here = pasted(run_dir)
+    rows["next"] = f"python -m trainer.generate {here} {prompt}, python -m trainer.report {here}"
     return "\n".join(["", *(f"  {name:<9} {value}" for name, value in rows.items() if value)])
 
 

@@ -18,7 +18,8 @@ from data_pipeline.manifest import write_atomically
 from trainer.monitor.alarms import Alarm
 from trainer.monitor.metrics import HISTOGRAM_LOG2
 from trainer.settings.config import RunConfig
-from trainer.settings.run_folder import ROOT, flat_metrics
+from trainer.settings.run_folder import ROOT, flat_metrics, pasted
+from trainer.settings.secrets import is_secret_name, redacted, without_secrets
 
 _CODE = {".py", ".yaml", ".sh", ".html"}
 
@@ -83,6 +84,9 @@ class Tracker:
         # Else W&B waits at exit for a server that does not answer, and copies our code to the home directory.
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         os.environ.setdefault("WANDB_DATA_DIR", str((run_dir / "wandb").resolve()))
+        for name in list(os.environ):  # W&B records all variables of SLURM
+            if name.startswith("SLURM_") and is_secret_name(name):
+                del os.environ[name]
         import wandb
 
         identity = run_dir / "wandb_id"  # one for all attempts; a W&B sweep's agent sets it
@@ -98,29 +102,22 @@ class Tracker:
             group=config.tracker.group or (None if folder == "." else folder),
             tags=config.tracker.tags,
             name=config.name,
-            config=asdict(config),
-            settings={"console": "off", "silent": True, **settings},
+            config=without_secrets(asdict(config)),
+            settings={"console": "off", "silent": True, "disable_git": True, "save_code": False, **settings},
         )
         try:
             self._run = init(mode=mode, resume="allow" if mode == "online" else None)
         except Exception as error:
             if mode != "online":
                 raise
-            later = f"upload later with wandb sync {run_dir}/wandb/latest-run"
+            later = f"upload later with wandb sync {pasted(run_dir / 'wandb/latest-run')}"
             self._say(f"warning: W&B does not answer ({error}); continuing offline, {later}")
             wandb.teardown()  # the service of W&B still holds the run id
             self._run = init(mode="offline")
         self._run.define_metric("*", step_metric="step")  # `tokens` may be chosen as the x axis
         for key in ("loss", "loss/validation"):
             self._run.define_metric(key, step_metric="step", summary="min,last")
-        code = wandb.Artifact(f"code-{self._run.id}", type="code")
-        for package in ("trainer", "moe", "data_pipeline", "slurm", "conf"):
-            for path in sorted((ROOT / package).rglob("*")):
-                if path.suffix in _CODE:
-                    code.add_file(str(path), str(path.relative_to(ROOT)))
-        for name in ("config.yaml", "overrides.txt", "environment.json", "git.txt"):
-            code.add_file(str(run_dir / name), f"run/{name}")
-        self._run.log_artifact(code)
+        self._run.log_artifact(_code(f"code-{self._run.id}", run_dir))
         self._told_step = self._run.step  # online: the step that the server has reached
         with (run_dir / "metrics.jsonl").open() as known, (run_dir / "expert_load.jsonl").open() as loads:
             load = {line["step"]: line for line in map(json.loads, loads)}
@@ -143,6 +140,25 @@ class Tracker:
         for kind, counts in histograms.items():
             point[f"gradient/{kind}"] = wandb.Histogram(np_histogram=(np.array(counts), edges))
         self._run.log(point, step=step)
+
+
+def _code(name: str, run_dir: Path) -> Any:
+    """An artifact of the code and of what was frozen, without secrets: the code may have been edited."""
+    import wandb
+
+    packages = [ROOT / package for package in ("trainer", "moe", "data_pipeline", "slurm", "conf")]
+    paths = (path for package in packages for path in sorted(package.rglob("*")) if path.suffix in _CODE)
+    files = {str(path.relative_to(ROOT)): path for path in paths}
+    frozen = ("config.yaml", "overrides.txt", "environment.json", "git.txt")
+    artifact = wandb.Artifact(name, type="code")
+    for place, path in (files | {f"run/{file}": run_dir / file for file in frozen}).items():
+        text = path.read_text(encoding="utf-8", errors="replace")
+        if (shown := redacted(text)) == text:
+            artifact.add_file(str(path), place)
+        else:
+            with artifact.new_file(place, encoding="utf-8") as file:
+                file.write(shown)
+    return artifact
 
 
 def heatmap(load: np.ndarray) -> np.ndarray:

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from trainer.ranks.device import check_devices, choose_device
+from trainer.settings.secrets import redacted
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # A collective that waits longer fails: another rank has died or hangs.
@@ -109,6 +110,13 @@ class _Guest(io.FileIO):
             return len(data)
 
 
+class _Discreet(logging.Formatter):
+    """Hides secrets, which errors of libraries may repeat, such as an address with a password."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return redacted(super().format(record))
+
+
 def redirect_output(log_file: Path) -> TextIO:
     """Send file descriptors 1 and 2 (also used by C libraries) and Python logging to `log_file`.
 
@@ -122,9 +130,9 @@ def redirect_output(log_file: Path) -> TextIO:
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.close(descriptor)
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
-    )
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Discreet("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     return terminal
 
 

@@ -11,13 +11,15 @@ from typing import NoReturn, ParamSpec
 
 import hydra
 from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 
 from data_pipeline.check import check_data
 from data_pipeline.config import DataError
 from data_pipeline.streaming import absolute_paths
 from moe.config import ConfigError
 from trainer.settings.config import RunConfig
-from trainer.settings.run_folder import forget_origin
+from trainer.settings.run_folder import flat, forget_origin
+from trainer.settings.secrets import redacted, unsafe_settings
 
 P = ParamSpec("P")
 
@@ -30,7 +32,7 @@ def tells_mistakes(command: Callable[P, int | None], headline: str = "") -> Call
         try:
             return command(*args, **kwargs)
         except (ConfigError, DataError) as error:
-            print(f"{headline}{error}", file=sys.stderr)
+            print(redacted(f"{headline}{error}"), file=sys.stderr)
             return 2
 
     return telling
@@ -79,12 +81,23 @@ def check(config: RunConfig, cfg: DictConfig) -> None:
     """
     forget_origin(config, config.run_dir)
     config.check()
+    refuse_unsafe(cfg)
     check_data(config.data, config.model.vocab_size, config.seed)
     for group, key in (("data", "dir"), ("stage", "init_from")):
         if cfg[group][key] is not None:
             cfg[group][key] = str(Path(cfg[group][key]).resolve())
     if config.data.mode == "streaming":
         cfg.data.merge_with(absolute_paths(config.data))
+
+
+def refuse_unsafe(cfg: DictConfig) -> None:
+    """Raises ConfigError if a setting holds a secret or no text: `cfg` is stored, and must stay exact."""
+    try:
+        problems = unsafe_settings(flat(cfg))
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"the configuration cannot be resolved ({error}); write the value out") from error
+    if problems:
+        raise ConfigError(problems)
 
 
 def _help(about: str, config_name: str) -> str:

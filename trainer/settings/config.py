@@ -11,7 +11,7 @@ from moe.config import ConfigError, ModelConfig
 from moe.upcycle import upcycle_problems
 from trainer.settings.deepspeed_section import deepspeed_problems
 from trainer.settings.parallel import ParallelConfig, ParallelPlan
-from trainer.settings.run_folder import hf_folder, read_run
+from trainer.settings.run_folder import hf_folder, is_inside, read_run
 from trainer.settings.typed import AtLeast0, AtLeast1, NotNegative, typed, value_problems
 
 
@@ -253,8 +253,12 @@ class RunConfig:
                 f"stage.seq_len={stage.seq_len} exceeds model.max_position_embeddings="
                 f"{model.max_position_embeddings}; shorten the rows or raise the model's limit"
             )
-        if Path(self.name) == Path() or Path(self.name).is_absolute() or ".." in Path(self.name).parts:
+        if Path(self.name) == Path() or not is_inside(self.name):
             found.append(f"name={self.name!r} must be a relative path inside output_dir")
+        for key in ("name", "output_dir"):
+            if not (value := getattr(self, key)).isprintable():
+                what = "holds a line end or another character that cannot be printed"
+                found.append(f"{key}={value!r} {what}; use one line of visible characters")
         return found
 
     def _init_problems(self) -> list[str]:

@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import zlib
@@ -19,6 +20,8 @@ from yaml import YAMLError
 
 from data_pipeline.manifest import to_json, write_atomically
 from moe.config import ConfigError
+from trainer.settings.secrets import redacted
+from trainer.settings.typed import literal
 
 ROOT = Path(__file__).parents[2]
 MANIFEST = "manifest.json"
@@ -26,7 +29,7 @@ NAMES = "step-" + 8 * "[0-9]"  # of checkpoints; any other folder, such as a cop
 
 
 def freeze(run_dir: Path, cfg: DictConfig, overrides: list[str]) -> None:
-    """Write config.yaml, overrides.txt, environment.json and git.txt of a new run.
+    """Write config.yaml, overrides.txt, environment.json and git.txt of a new run; the texts hide secrets.
 
     A folder that already holds the same configuration is not changed (the run continues). A folder with a
     different configuration raises ConfigError with the keys that differ.
@@ -44,19 +47,27 @@ def freeze(run_dir: Path, cfg: DictConfig, overrides: list[str]) -> None:
             raise ConfigError([what, *differing])
         return
     try:
-        (run_dir / "overrides.txt").write_text("".join(f"{line}\n" for line in overrides))
+        given = redacted("".join(f"{line}\n" for line in overrides))
+        (run_dir / "overrides.txt").write_text(given, errors="backslashreplace")
         (run_dir / "environment.json").write_text(json.dumps(_environment(), indent=1))
-        (run_dir / "git.txt").write_text(f"{git('rev-parse', '--verify', 'HEAD')}\n{git('diff', 'HEAD')}")
+        commit, changes = git("rev-parse", "--verify", "HEAD"), git("diff", "HEAD")
+        (run_dir / "git.txt").write_text(redacted(f"{commit}\n{changes}"))
         write_atomically(frozen, OmegaConf.to_yaml(cfg, resolve=True).encode())
     except OSError as error:
         raise ConfigError(f"output_dir: cannot write the run folder {run_dir} ({error.strerror})") from error
 
 
 def read_frozen(path: Path) -> Any:
-    """Load a configuration from a frozen YAML file. Raises ConfigError if it cannot be read."""
+    """Load a configuration from a frozen YAML file. Raises ConfigError if it cannot be read.
+
+    Its ${...} are plain text: nothing in it reads the environment of whoever opens the folder.
+    """
     try:
-        return OmegaConf.load(path)
-    except (OSError, UnicodeDecodeError, YAMLError, OmegaConfBaseException) as error:
+        found = OmegaConf.to_container(OmegaConf.load(path))
+        if not isinstance(found, dict):
+            raise YAMLError("it holds no keys")
+        return OmegaConf.create(literal(found))
+    except (OSError, UnicodeDecodeError, YAMLError, OmegaConfBaseException, RecursionError) as error:
         remedy = "restore it, or start a run with another name"
         raise ConfigError(f"{path} cannot be read ({error}); {remedy}") from error
 
@@ -70,9 +81,12 @@ def read_run(run_dir: Path) -> Any:
     if not frozen.is_file():
         raise ConfigError(f"{run_dir} is not a run folder: it holds no config.yaml")
     cfg = read_frozen(frozen)
-    for path in sorted(run_dir.glob("resume-*.yaml"), key=lambda path: int(path.stem.partition("-")[2])):
+    changes = {path.stem.partition("-")[2]: path for path in run_dir.glob("resume-*.yaml")}
+    for path in (changes[number] for number in sorted(filter(str.isdecimal, changes), key=int)):
         for section, value in read_frozen(path).items():
             cfg[section] = value
+    if absent := [key for key in ("stage", "init") if not isinstance(cfg.get(key), DictConfig)]:
+        raise ConfigError(f"{frozen} is not the configuration of a run: it has no {' and no '.join(absent)}")
     forget_origin(cfg, run_dir)
     return cfg
 
@@ -118,12 +132,25 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     """What `write_manifest` wrote. Raises ValueError if it is missing or damaged."""
     try:
         fields = json.loads((checkpoint / MANIFEST).read_bytes())
-        if fields.pop("crc32") == zlib.crc32(to_json(fields)):
+        is_whole = fields.pop("crc32") == zlib.crc32(to_json(fields))
+        files = fields.get("files", {})
+        wrong = [name for name, entry in files.items() if len(entry) != 2 or not is_inside(name)]
+        if is_whole and not wrong:
             return fields
-        reason = "its checksum differs"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = f"{wrong[0]!r} is no file of a checkpoint" if is_whole else "its checksum differs"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = str(error)
     raise ValueError(f"{MANIFEST} cannot be read ({reason})")
+
+
+def is_inside(name: str) -> bool:
+    """Whether a relative path stays in the folder that it is taken from."""
+    return not Path(name).is_absolute() and ".." not in Path(name).parts
+
+
+def pasted(path: Path) -> str:
+    """A path in a command that is printed: quoted for a shell, and never taken for an option."""
+    return shlex.quote(f"./{path}" if str(path).startswith("-") else str(path))
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
@@ -171,7 +198,7 @@ def read_state(run_dir: Path) -> dict[str, Any]:
             return {"state": "new", "attempt": 0}
         found = json.loads(path.read_text())
         return {"state": str(found["state"]), "attempt": int(found["attempt"])}
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         remedy = "delete it, attempts count from 1 again"
         raise ConfigError(f"{path} cannot be read ({error}); {remedy}") from error
 
@@ -186,7 +213,7 @@ def record_attempt(run_dir: Path, attempt: int, facts: dict[str, Any]) -> None:
     """Add the hardware of an attempt to environment.json: {"attempts": {"1": facts, ...}}. Rank 0 only."""
     path = run_dir / "environment.json"
     environment: dict[str, Any] = {}
-    with suppress(OSError, ValueError):  # missing or damaged: only people read this file
+    with suppress(OSError, ValueError, RecursionError):  # missing or damaged: only people read this file
         environment = json.loads(path.read_text())
     environment.setdefault("attempts", {})[str(attempt)] = facts
     write_atomically(path, json.dumps(environment, indent=1).encode())

@@ -1,6 +1,7 @@
 """A composed configuration as nested dataclasses, with every mismatch and broken rule named. Torch-free."""
 
 import difflib
+import re
 from collections.abc import Iterable
 from dataclasses import MISSING, fields, is_dataclass, make_dataclass
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
@@ -27,6 +28,15 @@ def typed(cls: type[T], cfg: Any) -> T:
     if problems:
         raise ConfigError(problems)
     return instance
+
+
+def literal(value: Any) -> Any:
+    """Plain data in which OmegaConf resolves nothing: each ${ is escaped, after twice its backslashes."""
+    if isinstance(value, dict):
+        return {key: literal(of) for key, of in value.items()}
+    if isinstance(value, list):
+        return [literal(of) for of in value]
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
 
 
 def value_problems(config: Any, path: str = "") -> list[str]:
@@ -83,7 +93,7 @@ def _leaf(hint: Any, value: Any, path: str, problems: list[str]) -> Any:
     hint = str if get_origin(hint) is Literal else hint
     try:
         node: Any = OmegaConf.structured(make_dataclass("Leaf", [("value", hint)]))
-        node.value = value
+        node.value = literal(value)  # a text that was resolved already
         return OmegaConf.to_object(node).value  # type: ignore[union-attr]
     except OmegaConfBaseException:
         problems.append(f"{path}={value} must be of type {getattr(hint, '__name__', hint)}")
