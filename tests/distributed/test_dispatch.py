@@ -172,6 +172,8 @@ def count_bytes(top_k: int, tokens: int) -> dict[str, tuple[int, int]]:
         y = instance(x, routing_weights, indices, experts, drops=False)
         assert y.dtype == torch.bfloat16
         assert y.isfinite().all()
+        here = sum(d == rank for owner in everyone for token in owner for d in token)
+        assert (instance.slots_routed, instance.slots_received) == (tokens * top_k, here)
         result[kind] = (instance.bytes_sent, by_hand, out)
     return result
 
