@@ -2,8 +2,8 @@
 
 Each mutant is the product with one fault: those written by hand in the tables of this folder, and for each
 file `--generated` changes, drawn from those that cosmic-ray can make (another operator, number, condition,
-...). The tests of the file run on a copy of the repository. A mutant survives if they pass. Without names,
-the score and the survivors are written into docs/testing.md.
+...). The tests of the file run on a copy of the repository. A mutant survives if they pass. The score
+and the survivors are written into docs/mutants.json and docs/testing.md.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from cosmic_ray.ast import get_ast
 from cosmic_ray.mutating import mutate_code
 from cosmic_ray.plugins import get_operator, operator_names
 from faults import ROOT, Mutant, Table, tables
-from page import write_page
+from page import PAGE, known, write_page
 
 BUILD = ROOT / "build" / "mutants"
 PATIENCE = 60.0  # seconds that a mutant may run beyond three times what the tests take without a fault
@@ -122,27 +122,31 @@ def _lines(source: str, changed: str) -> tuple[str, str] | None:
 
 
 def main(arguments: list[str]) -> int:
-    """The command line; the exit code is 1 if a fault that was written by hand survives."""
+    """The command line; the exit code is 1 if a fault that was written by hand is not caught."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("names", nargs="*", help="only files whose name contains one of these")
+    parser.add_argument("names", nargs="*", help="only those whose `FILE: FAULT` contains one of these")
     parser.add_argument("--generated", type=int, default=8, help="drawn for each file (8)")
     parser.add_argument("--seed", type=int, default=0, help="of the draw (0)")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="tested at once (cores)")
     given = parser.parse_args(arguments)
-    chosen = [t for t in tables() if not given.names or any(name in t.file for name in given.names)]
-    mutants = [m for t in chosen for m in (*t.faults, *generated(t, given.generated, given.seed))]
-    copies = [Copy(str(number)) for number in range(given.workers)]
-    print(f"{len(mutants)} mutants of {len(chosen)} files", flush=True)
-    outcomes = judge_all(mutants, copies)
-    for outcome in outcomes:
-        if outcome.result != "caught" and not (outcome.mutant.generated and outcome.result == "broken"):
-            print(f"{outcome.result}: {outcome.mutant.file}: {outcome.mutant.what}")
-    if not given.names:
-        write_page([(o.mutant.file, o.mutant.what, o.mutant.generated, o.result) for o in outcomes])
-    by_hand = [o for o in outcomes if not o.mutant.generated]
-    caught = sum(o.result == "caught" for o in by_hand)
-    print(f"{caught} of {len(by_hand)} faults written by hand are caught")
-    return int(caught < len(by_hand))
+    mutants = [m for t in tables() for m in (*t.faults, *generated(t, given.generated, given.seed))]
+    names = [f"{mutant.file}: {mutant.what}" for mutant in mutants]
+    if given.names:
+        chosen = [any(part in name for part in given.names) for name in names]
+        mutants = [mutant for mutant, is_chosen in zip(mutants, chosen, strict=True) if is_chosen]
+    print(f"{len(mutants)} mutants", flush=True)
+    outcomes = judge_all(mutants, [Copy(str(number)) for number in range(given.workers)])
+    results = known()
+    for file in {o.mutant.file for o in outcomes if o.mutant.generated}:
+        results[file]["generated"] = {}  # of an earlier draw
+    for mutant, result, _ in outcomes:
+        results[mutant.file]["generated" if mutant.generated else "by hand"][mutant.what] = result
+    write_page(results)
+    missed = [o for o in outcomes if o.result != "caught"]
+    for mutant, result, _ in missed:
+        print(f"{result}: {mutant.file}: {mutant.what}")
+    print(f"{len(outcomes) - len(missed)} of {len(outcomes)} are caught; see {PAGE.relative_to(ROOT)}")
+    return int(any(not outcome.mutant.generated for outcome in missed))
 
 
 def judge_all(mutants: list[Mutant], copies: list[Copy]) -> list[Outcome]:

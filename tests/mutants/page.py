@@ -1,37 +1,48 @@
-"""The table of mutants in docs/testing.md."""
+"""docs/mutants.json, what became of each mutant when it was last judged, and its table in docs/testing.md."""
 
-from collections import defaultdict
+import json
 
-from faults import ROOT
+from faults import ROOT, tables
 
-PAGE, BEGIN, END = ROOT / "docs" / "testing.md", "<!-- mutants -->", "<!-- end of mutants -->"
+RESULTS, PAGE = ROOT / "docs" / "mutants.json", ROOT / "docs" / "testing.md"
+BEGIN, END = "<!-- mutants -->\n", "<!-- end of mutants -->"
+KINDS = ("by hand", "generated")
 
-Judged = tuple[str, str, bool, str]  # file, what was changed, whether by cosmic-ray, result
+Results = dict[str, dict[str, dict[str, str]]]  # file -> one of KINDS -> what was changed -> result
 
 
-def write_page(judged: list[Judged]) -> None:
-    """Replace what is between the two marks of the page."""
+def known() -> Results:
+    """The results so far, without those of faults that are no longer in the tables."""
+    stored = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    results: Results = {}
+    for table in tables():
+        of = stored.get(table.file, {})
+        judged = {f.what: of["by hand"][f.what] for f in table.faults if f.what in of.get("by hand", {})}
+        results[table.file] = {"by hand": judged, "generated": of.get("generated", {})}
+    return results
+
+
+def write_page(results: Results) -> None:
+    """Replace the stored results and the table of the page."""
+    RESULTS.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
     before, _, rest = PAGE.read_text().partition(BEGIN)
-    _, _, after = rest.partition(END)
-    PAGE.write_text("".join([before, BEGIN, "\n", *_table(judged), "\n", *_survivors(judged), END, after]))
+    PAGE.write_text(f"{before}{BEGIN}{show(results)}{END}{rest.partition(END)[2]}")
 
 
-def _table(judged: list[Judged]) -> list[str]:
-    rooms: dict[str, list[Judged]] = defaultdict(list)
-    for one in judged:
-        rooms[one[0]].append(one)
-    rooms["all"] = judged
-    lines = ["| file | written by hand | caught | generated | caught |\n", "|---|---|---|---|---|\n"]
-    for file, mutants in rooms.items():
-        cells = [file]
-        for generated in (False, True):  # a generated change that cannot be imported tests nothing
-            kind = [one for one in mutants if one[2] is generated and not (generated and one[3] == "broken")]
-            cells += [str(len(kind)), str(sum(one[3] == "caught" for one in kind))]
-        lines.append(f"| {' | '.join(cells)} |\n")
-    return lines
+def show(results: Results) -> str:
+    """The table and the survivors. A generated change that cannot be imported tests nothing: left out."""
+    lines = ["| file | written by hand: caught | generated: caught |", "|---|---|---|"]
+    counts = {file: {kind: _count(of[kind]) for kind in KINDS} for file, of in results.items()}
+    counts["all"] = {kind: [sum(of[kind][i] for of in counts.values()) for i in (0, 1)] for kind in KINDS}
+    for file, of in counts.items():
+        lines.append(f"| {file} | {' | '.join('{} of {}'.format(*of[kind]) for kind in KINDS)} |")
+    lines += ["", "Survivors:", ""]
+    for file, kinds in results.items():
+        alive = [what for kind in KINDS for what, result in kinds[kind].items() if result == "survived"]
+        lines += [f"- {file}: {what}" for what in alive]
+    return "\n".join([*lines, ""])
 
 
-def _survivors(judged: list[Judged]) -> list[str]:
-    alive = [one for one in judged if one[3] != "caught" and not (one[2] and one[3] == "broken")]
-    lines = [f"- {file}: {what.replace('|', chr(92) + '|')}\n" for file, what, *_ in alive]
-    return ["Survivors:\n", "\n", *lines] if lines else ["No mutant survived.\n"]
+def _count(judged: dict[str, str]) -> list[int]:
+    results = [result for result in judged.values() if result != "broken"]
+    return [results.count("caught"), len(results)]

@@ -1,10 +1,12 @@
 """The tables of hand-written faults fit the product, and a fault that the tests miss is found to survive."""
 
+import json
 from pathlib import Path
 
 import pytest
 from faults import Mutant, tables
 from mutants import Copy, generated, judge_all
+from page import BEGIN, END, PAGE, RESULTS, show
 
 ROOT = Path(__file__).parents[2]
 TABLES = {table.file: table for table in tables()}
@@ -38,6 +40,13 @@ def test_faults_fit_their_file(file: str) -> None:
             compile(fault.source, file, "exec")
         for tests in fault.tests.split():
             assert (ROOT / tests.partition("::")[0]).exists(), f"{fault.what}: {tests}"
+
+
+def test_the_page_shows_the_last_results() -> None:
+    results = json.loads(RESULTS.read_text())
+    judged = {file: set(of["by hand"]) for file, of in results.items()}
+    assert judged == {table.file: {fault.what for fault in table.faults} for table in TABLES.values()}
+    assert f"{BEGIN}{show(results)}{END}" in PAGE.read_text()
 
 
 def test_the_run_tells_who_survives() -> None:
