@@ -142,7 +142,7 @@ def _loop_project(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
     out = rows.new_empty(len(rows), weights.shape[2])
     start = 0
     for weight, end in zip(weights.unbind(), ends.tolist(), strict=True):
-        last = min(end + (start - end) % _unit(end - start), len(rows))
+        last = end + (start - end) % _unit(end - start)  # a slice ends with the last row
         torch.mm(rows[start:last], weight, out=out[start:last])  # later experts write their rows again
         start = end
     return out

@@ -13,6 +13,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -41,9 +42,9 @@ class Outcome(NamedTuple):
 class Copy:
     """A copy of the repository in which one mutant at a time is tested."""
 
-    def __init__(self, name: str) -> None:
-        self.folder = BUILD / f"copy-{name}"
-        shutil.rmtree(self.folder, ignore_errors=True)
+    def __init__(self) -> None:
+        BUILD.mkdir(parents=True, exist_ok=True)
+        self.folder = Path(tempfile.mkdtemp(dir=BUILD))
         listed = subprocess.check_output(["git", "ls-files", "-z", "-co", "--exclude-standard"], cwd=ROOT)
         for name in filter(None, listed.decode().split("\0")):
             if (ROOT / name).is_file():
@@ -135,7 +136,7 @@ def main(arguments: list[str]) -> int:
         chosen = [any(part in name for part in given.names) for name in names]
         mutants = [mutant for mutant, is_chosen in zip(mutants, chosen, strict=True) if is_chosen]
     print(f"{len(mutants)} mutants", flush=True)
-    outcomes = judge_all(mutants, [Copy(str(number)) for number in range(given.workers)])
+    outcomes = judge_all(mutants, [Copy() for _ in range(given.workers)])
     results = known()
     for file in {o.mutant.file for o in outcomes if o.mutant.generated}:
         results[file]["generated"] = {}  # of an earlier draw
@@ -177,6 +178,8 @@ def judge_all(mutants: list[Mutant], copies: list[Copy]) -> list[Outcome]:
             left = (time.monotonic() - started) / len(done) * (len(mutants) - len(done))
             head = f"{len(done)}/{len(mutants)}, {left / 60:.0f} min left: {outcome.result:<8}"
             print(f"{head} {outcome.mutant.file}: {outcome.mutant.what}", flush=True)
+    for copy in copies:
+        shutil.rmtree(copy.folder)
     return [done[number] for number in range(len(mutants))]
 
 

@@ -56,7 +56,7 @@ def test_the_run_tells_who_survives() -> None:
     unharmed = Mutant(file, "nothing is wrong", source + "\n", tests)
     broken = Mutant(file, "no module", source + "\nimport no_such_module\n", tests)
     wrong = TABLES[file].faults[0]
-    outcomes = judge_all([unharmed, wrong, broken], [Copy("test")])
+    outcomes = judge_all([unharmed, wrong, broken], [Copy()])
     assert [outcome.result for outcome in outcomes] == ["survived", "caught", "broken"]
     drawn = generated(TABLES[file], 5, seed=0)
     assert len({mutant.source for mutant in drawn}) == 5

@@ -152,10 +152,12 @@ def saved_bytes(run: Callable[[], Tensor], without: list[Tensor]) -> int:
 
 
 @pytest.mark.parametrize("backend", ["loop", "grouped"])
-def test_keeps_only_the_pre_activation(backend: str) -> None:
-    """Qwen3-30B-A3B in bf16: gate and up, 2 x 8 slots x 768 x 2 bytes = 24 KiB per token, and indices."""
+@pytest.mark.parametrize("recompute", [False, True])
+def test_keeps_only_the_pre_activation(backend: str, recompute: bool) -> None:
+    """Qwen3-30B-A3B in bf16: gate and up, 2 x 8 slots x 768 x 2 bytes = 24 KiB per token, and indices; with
+    recompute, the indices alone."""
     tokens, top_k, num_experts, hidden, intermediate = 64, 8, 16, 2048, 768
-    experts = Experts(num_experts, hidden, intermediate, backend).bfloat16()
+    experts = Experts(num_experts, hidden, intermediate, backend, recompute).bfloat16()
     for weight in experts.parameters():
         torch.nn.init.normal_(weight, std=0.02)
     x = torch.randn(tokens, hidden).bfloat16().requires_grad_()
@@ -167,7 +169,7 @@ def test_keeps_only_the_pre_activation(backend: str) -> None:
     pre_activation = 2 * top_k * intermediate * 2
     assert pre_activation == 24 * 1024
     index_vectors = 3 * top_k * 8 + 8  # token, slot and bag_rows of each slot, bag_starts: int64
-    assert kept == tokens * (pre_activation + index_vectors) + num_experts * 4
+    assert kept == tokens * (index_vectors + (0 if recompute else pre_activation)) + num_experts * 4
 
 
 def test_supports() -> None:
