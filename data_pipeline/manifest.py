@@ -18,6 +18,7 @@ The tokens of a source and split are those of its shards in the order of the man
 import hashlib
 import json
 import os
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ from typing import Any
 from data_pipeline.config import DataError
 
 FORMAT = "token-shards-3"
+_HEAD = b'{\n "crc32": "%08x",'  # the first key of a manifest: the checksum of all bytes after it
+_HEAD_BYTES = len(_HEAD % 0)
 SPLITS = ("train", "validation")
 REMEDY = "move the folder away and run python -m data_pipeline again"
 
@@ -88,9 +91,13 @@ class Manifest:
         """Read manifest.json. Raises DataError if it is missing, damaged, or of another format."""
         path = folder / name
         try:
-            fields = json.loads(path.read_bytes())
+            text = path.read_bytes()
+            fields = json.loads(text)
             if fields["format"] != FORMAT:
                 raise DataError(f"{path}: format {fields['format']!r} is not {FORMAT!r}; {REMEDY}")
+            checksum = fields.pop("crc32", None)  # None: written by an earlier version
+            if checksum is not None and checksum != f"{zlib.crc32(text[_HEAD_BYTES:]):08x}":
+                raise ValueError("its checksum differs")
             fields["inputs"] = {
                 name: [InputFile(**file) for file in files] for name, files in fields["inputs"].items()
             }
@@ -102,12 +109,13 @@ class Manifest:
         except FileNotFoundError as error:
             what = "is missing: the data is not prepared; run python -m data_pipeline"
             raise DataError(f"{path} {what}") from error
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise DataError(f"{path} is damaged ({error}); {REMEDY}") from error
 
     def save(self, folder: Path, name: str = "manifest.json") -> None:
         """Write manifest.json, which appears only when it is complete."""
-        write_atomically(folder / name, to_json(self))
+        text = to_json(self)[1:]
+        write_atomically(folder / name, _HEAD % zlib.crc32(text) + text)
 
     def shards(self) -> list[ShardRecord]:
         return [shard for of in self.sources.values() for split in SPLITS for shard in of.shards[split]]

@@ -80,7 +80,7 @@ def _places(config: SubmitConfig) -> set[Path]:
         paths = [Path(config.data.dir).resolve()]
     if config.stage.init_from is not None:
         paths.append(Path(config.stage.init_from).resolve())
-    return {next(place for place in (path, *path.parents) if place.exists()) for path in paths}
+    return {next(place for place in (path, *path.parents) if os.path.exists(place)) for path in paths}
 
 
 def _quoted(value: object) -> str:

@@ -25,9 +25,9 @@ _BELOW = "moe moe/kernels data_pipeline trainer/settings"
 ROOMS = {
     "conf": Room("", "", 10),
     "moe/kernels": Room("", "torch triton", 750),
-    "moe": Room("moe/kernels", "torch safetensors", 3200),
+    "moe": Room("moe/kernels", "torch safetensors", 3220),
     "data_pipeline": Room("", "numpy torch rich", 3800),
-    "trainer/settings": Room("moe data_pipeline", "omegaconf hydra yaml", 900),
+    "trainer/settings": Room("moe data_pipeline", "omegaconf hydra yaml", 950),
     "trainer/ranks": Room(_BELOW, "torch numpy", 600),
     "trainer/engine": Room(f"{_BELOW} trainer/ranks", "torch", 1100),
     "trainer/stages": Room(f"{_BELOW} trainer/ranks trainer/engine", "torch", 400),
