@@ -207,7 +207,7 @@ def _fault(message: dict[str, Any]) -> str | None:
     role, content, calls = message.get("role"), message.get("content"), message.get("tool_calls")
     if role not in ("system", "user", "assistant", "tool"):
         return f"role {role!r} is not one of system, user, assistant, tool"
-    if not isinstance(content, str) and not (content is None and calls):
+    if not isinstance(content, str) and not (role == "assistant" and content is None and calls):
         return f"content is of type {type(content).__name__}, not text"
     if role != "assistant":
         return None

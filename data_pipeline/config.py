@@ -102,7 +102,9 @@ class DataConfig:
             key: getattr(self, key) for key in ("max_bad_fraction", "think_flag_share", "fim_spm_share")
         }
         for key, share in (shares | {f"fim_rates.{name}": of for name, of in self.fim_rates.items()}).items():
-            laws[f"data.{key}={share} is not in [0, 1]"] = share is not None and not 0 <= share <= 1
+            laws[f"data.{key}={share} must be a fraction in [0, 1]"] = (
+                share is not None and not 0 <= share <= 1
+            )
         given, ids, held_out = self.tokenizer, self.tokenizer_vocab_size, self.validation_fraction
         weight = sum(source.weight for source in self.sources.values())
         add = "name at least one source: '+data.sources.NAME={kind: jsonl, paths: [FILES]}'"
@@ -110,7 +112,7 @@ class DataConfig:
         too_few = "a tokenizer that is trained (data.tokenizer=null) needs at least 512 ids"
         no_use = f"has no use with data.tokenizer={given}; set one of the two to null"
         laws |= {
-            f"data.validation_fraction={held_out} is not in [0, 1)": not 0 <= held_out < 1,
+            f"data.validation_fraction={held_out} must be a fraction in [0, 1)": not 0 <= held_out < 1,
             "data.dir is empty; name the folder of the prepared shards": not self.dir,
             f"data.tokenizer {no_tokenizer}": given is None and ids is None and self.mode == "prepared",
             f"data.tokenizer_vocab_size={ids}: {too_few}": given is None and ids is not None and ids < 512,
@@ -141,7 +143,7 @@ class DataConfig:
                 f"{key}.text_key={column} has no use with kind={kind}; set it to null": (
                     kind in SOURCE_KINDS and not has_columns and column is not None
                 ),
-                f"{key}.weight={weight} is not a finite number >= 0": not 0 <= weight < math.inf,
+                f"{key}.weight={weight} must be a finite number >= 0": not 0 <= weight < math.inf,
                 f"{key}.weight={weight} of {total_weight} {law}": 0 < weight * BLOCK_ROWS < total_weight,
                 f"{key}.max_epochs={epochs} is not positive; null = no limit": epochs is not None
                 and not 0 < epochs < math.inf,
@@ -167,10 +169,10 @@ class DataConfig:
         if shares:
             laws = {
                 f"{key} needs data.packing=best_fit; set it to {{}}": self.packing != "best_fit",
-                f"{key}: lengths are above 0 and shares in (0, 1]": (
+                f"{key}: lengths must be above 0 and shares in (0, 1]": (
                     min(shares) < 1 or not all(0 < share <= 1 for share in shares.values())
                 ),
-                f"{key}: the shares sum to {total}, not 1": abs(total - 1) > 1e-9,
+                f"{key}: the shares sum to {total} and must sum to 1": abs(total - 1) > 1e-9,
                 "data.weight_changes has no use with data.length_shares; set one of them to {}": (
                     bool(self.weight_changes)
                 ),
@@ -186,7 +188,9 @@ class DataConfig:
             laws |= {f"{key}.{name} is not a source; use {known}": name not in weights for name in changed}
             weights |= changed
             are_weights = all(0 <= of < math.inf for of in changed.values()) and sum(weights.values()) > 0
-            laws[f"{key}={changed}: weights are finite numbers >= 0, at least one above 0"] = not are_weights
+            laws[
+                f"{key}={changed}: weights must be finite numbers >= 0, at least one above 0"
+            ] = not are_weights
         end = 0
         for span in self.skip:
             law = f"data.skip: {span} is not a range [first, end) after the last one; sort and join them"

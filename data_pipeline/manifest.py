@@ -19,6 +19,7 @@ import hashlib
 import json
 import os
 import re
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ from typing import Any
 from data_pipeline.config import DataError
 
 FORMAT = "token-shards-3"
+_HEAD = b'{\n "crc32": "%08x",'  # the first key of a manifest: the checksum of all bytes after it
+_HEAD_BYTES = len(_HEAD % 0)
 SPLITS = ("train", "validation")
 SUFFIXES = {"tokens", "offsets", "rows", "loss"}  # of the files of a shard
 _SHARD = re.compile(r"\w[\w-]*/\w+-\d+")
@@ -91,9 +94,13 @@ class Manifest:
         """Read manifest.json. Raises DataError if it is missing, damaged, or of another format."""
         path = folder / name
         try:
-            fields = json.loads(path.read_bytes())
+            text = path.read_bytes()
+            fields = json.loads(text)
             if fields["format"] != FORMAT:
                 raise DataError(f"{path}: format {fields['format']!r} is not {FORMAT!r}; {REMEDY}")
+            checksum = fields.pop("crc32", None)  # None: written by an earlier version
+            if checksum is not None and checksum != f"{zlib.crc32(text[_HEAD_BYTES:]):08x}":
+                raise ValueError("its checksum differs")
             fields["inputs"] = {
                 name: [InputFile(**file) for file in files] for name, files in fields["inputs"].items()
             }
@@ -110,7 +117,8 @@ class Manifest:
 
     def save(self, folder: Path, name: str = "manifest.json") -> None:
         """Write manifest.json, which appears only when it is complete."""
-        write_atomically(folder / name, to_json(self))
+        text = to_json(self)[1:]
+        write_atomically(folder / name, _HEAD % zlib.crc32(text) + text)
 
     def shards(self) -> list[ShardRecord]:
         return [shard for of in self.sources.values() for split in SPLITS for shard in of.shards[split]]

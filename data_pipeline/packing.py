@@ -7,7 +7,6 @@ tokens that starts at token r * seq_len, so no token is a target twice. "best_fi
 # B rows, S seq_len, D documents, N tokens of a row
 
 import hashlib
-import zipfile
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +17,7 @@ from data_pipeline.best_fit import ITEM, STREAM_SHIFT, Bins, PackingReport, Shar
 from data_pipeline.config import DataConfig, DataError
 from data_pipeline.manifest import SPLITS, Manifest, to_json
 from data_pipeline.permutation import MASK, derive_key, mix
-from data_pipeline.shards import TokenStream, open_prepared
+from data_pipeline.shards import TokenStream, open_prepared, read_arrays
 from data_pipeline.streaming import TextStream
 from data_pipeline.tokenizer import Tokenizer, tokenizer_of
 
@@ -141,7 +140,7 @@ class BestFitRows:
             what = to_json([{source: of.weight for source, of in sources.items()}, sorted(shares.items())])
             name += "-" + hashlib.sha256(what).hexdigest()[:8]
         path = folder / "packing" / f"{name}-{seq_len}.npz"
-        items_path = path.with_suffix(".items")
+        self._items_path = items_path = path.with_suffix(".items")
         if not path.exists():
             streams, weights = [of.stream for of in self._sources], [of.weight for of in self._sources]
             try:
@@ -150,14 +149,14 @@ class BestFitRows:
                 law = f"{path} is missing and cannot be written ({error})"
                 raise DataError(f"{law}; run python -m data_pipeline where it is writable") from error
         try:
-            with np.load(path) as plan:
-                self.report = PackingReport(*plan["report"].tolist())
-                self._bins = Bins(plan["first_bins"], plan["first_parts"], plan["parts"])
-                self._first_items = np.cumsum(plan["counts"]) - plan["counts"]  # by length
+            plan = read_arrays(path)
+            self.report = PackingReport(*plan["report"].tolist())
+            self._bins = Bins(plan["first_bins"], plan["first_parts"], plan["parts"])
+            self._first_items = np.cumsum(plan["counts"]) - plan["counts"]  # by length
             self._items = np.memmap(items_path, ITEM, "r") if self.report.documents else np.empty(0, ITEM)
             if len(self._items) != self.report.documents:
                 raise ValueError(f"{items_path} has {len(self._items)} items, not {self.report.documents}")
-        except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(f"{path} is damaged ({error}); remove it, it will be made again") from error
         self.mean_tokens = (self.report.tokens - self.report.rows) / max(self.report.rows, 1)
 
@@ -194,7 +193,11 @@ class BestFitRows:
         """Source, first token and length of each part of a row."""
         for length, item in self._bins.contents(row) if row < len(self) else ():
             place = int(self._items[self._first_items[length] + item])
-            yield self._sources[place >> STREAM_SHIFT], place & ((1 << STREAM_SHIFT) - 1), length
+            number, start = place >> STREAM_SHIFT, place & ((1 << STREAM_SHIFT) - 1)
+            if number >= len(self._sources) or start + length > len(self._sources[number].stream):
+                what = f"{self._items_path} is damaged: no text has the place {place}"
+                raise DataError(f"{what}; remove it and its .npz, they will be made again")
+            yield self._sources[number], start, length
 
 
 def pack_rows(rows: list[Row], seq_len: int, padding_id: int, predict_first_token: bool) -> PackedRows:

@@ -121,8 +121,11 @@ class TokenStream:
     def document_at(self, token: int) -> Place:
         """The document that holds a token of the stream."""
         shard = int(np.searchsorted(self._ends, token, side="right"))
-        offsets = self._offsets(shard)
+        record, offsets = self._shards[shard], self._offsets(shard)
         local = int(np.searchsorted(offsets, token, side="right")) - 1
+        first, last = local * ROW.itemsize, (local + 1) * ROW.itemsize - 1
+        for number in {first // _BLOCK_BYTES, last // _BLOCK_BYTES}:
+            _check_block(self._folder, record, "rows", number)
         [(file, offset)] = self._elements(shard, "rows", ROW, local, local + 1).tolist()
         document = sum(record.documents for record in self._shards[:shard]) + local
         return Place(document, int(offsets[local]), int(offsets[local + 1]), file, offset)
@@ -134,6 +137,9 @@ class TokenStream:
     def _offsets(self, shard: int) -> np.ndarray:
         record = self._shards[shard]
         offsets = self._elements(shard, "offsets", OFFSET, 0, record.documents + 1)
+        if _crc32(offsets.tobytes()) != record.crc32["offsets"]:  # all of the file has just been read
+            path, _ = shard_file(self._folder, record, "offsets")
+            raise DataError(f"{path} is damaged: its checksum is not that of its manifest; {REMEDY}")
         return offsets.astype(np.int64) + (int(self._ends[shard]) - record.tokens)
 
     def _shard_spans(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
@@ -217,16 +223,29 @@ def verify(folder: Path) -> Manifest:
             found.append(str(error))
     for path in sorted((folder / "packing").glob("*.npz")):
         try:
-            with np.load(path) as plan:  # the zip format has its own checksum
-                arrays = dict(plan.items())
-            is_whole = file_crc32(path.with_suffix(".items")) == str(arrays["items_crc32"])
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+            wanted = str(read_arrays(path)["items_crc32"])
+            is_whole = file_crc32(path.with_suffix(".items")) == wanted
+        except (OSError, ValueError, KeyError):
             is_whole = False
         if not is_whole:
             found.append(f"{path} or its .items is damaged; remove both, they will be made again")
     if found:
         raise DataError("\n".join(found))
     return manifest
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of a .npz file. Raises ValueError, with the reason, if it is missing or damaged."""
+    try:
+        with zipfile.ZipFile(path) as file:  # numpy checks no array that is said to be shorter than it is
+            damaged = file.testzip()
+        with np.load(path) as arrays:
+            found = dict(arrays.items())
+    except Exception as error:  # both raise exceptions of many types for a damaged file
+        raise ValueError(str(error)) from error
+    if damaged is not None:
+        raise ValueError(f"the checksum of {damaged} in it differs")
+    return found
 
 
 def _check_documents(folder: Path, shard: ShardRecord, tokenizer: TokenizerRecord) -> None:
@@ -250,6 +269,12 @@ def _check_block(folder: Path, shard: ShardRecord, suffix: str, number: int) -> 
 def file_crc32(path: Path) -> str:
     """The crc32 of each block of a file, as eight hex digits per block."""
     return "".join(_block_crc32(path, start) for start in range(0, path.stat().st_size, _BLOCK_BYTES))
+
+
+def _crc32(data: bytes) -> str:
+    """The same of the content of a file."""
+    starts = range(0, len(data), _BLOCK_BYTES)
+    return "".join(f"{zlib.crc32(data[start : start + _BLOCK_BYTES]):08x}" for start in starts)
 
 
 def _block_crc32(path: Path, offset: int) -> str:

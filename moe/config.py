@@ -63,8 +63,10 @@ class ModelConfig:
 
     def is_moe_layer(self, layer: int) -> bool:
         """Whether decoder layer `layer` (from 0) is a mixture of experts; num_hidden_layers = MTP's layer."""
+        if self.num_experts == 0:
+            return False
         placed = layer not in self.mlp_only_layers and (layer + 1) % self.decoder_sparse_step == 0
-        return self.num_experts > 0 and (placed or layer == self.num_hidden_layers)
+        return placed or layer == self.num_hidden_layers
 
     def unaligned_keys(self, bytes_per_value: int) -> list[str]:
         """Sizes whose rows are not a multiple of 16 bytes; torch's grouped product requires that they are."""
@@ -98,10 +100,14 @@ class ModelConfig:
             sizes += ["moe_intermediate_size", "num_experts_per_tok", "decoder_sparse_step"]
         if LINEAR in self.layer_types:
             sizes += [field.name for field in fields(self) if field.name.startswith("linear_")]
-        found = [_must(self, key, "be above 0") for key in sizes if getattr(self, key) <= 0]
+        found = [_must(self, key, "be above 0") for key in sizes if not getattr(self, key) > 0]
         not_negative = ["num_experts", "initializer_range", "router_aux_loss_coef"]
         not_negative.append("shared_expert_intermediate_size")
-        found += [_must(self, key, "not be negative") for key in not_negative if getattr(self, key) < 0]
+        found += [_must(self, key, "not be negative") for key in not_negative if not getattr(self, key) >= 0]
+        if self.num_hidden_layers > 10_000:
+            found.append(_must(self, "num_hidden_layers", "be at most 10000"))
+        if self.num_experts >= 2**15:
+            found.append(_must(self, "num_experts", "be below 32768: ranks send their numbers in 16 bits"))
         if self.num_nextn_predict_layers not in (0, 1):
             found.append(_must(self, "num_nextn_predict_layers", "be 0 or 1"))
         if self.hidden_act != "silu":
@@ -122,6 +128,8 @@ class ModelConfig:
             law = f"select an even part of model.head_dim={self.head_dim}: rotary embeddings turn pairs"
             found.append(_must(self, "partial_rotary_factor", law))
         if (scaling := self.rope_scaling) is not None:
+            if 0 < self.rope_theta <= 1:
+                found.append(_must(self, "rope_theta", "be above 1 where model.rope_scaling is set"))
             original, limit = scaling.original_max_position_embeddings, self.max_position_embeddings
             falling = scaling.beta_fast > scaling.beta_slow > 0
             within = f"be above 0 and at most model.max_position_embeddings={limit}"
@@ -162,7 +170,7 @@ class ModelConfig:
         if len(self.moe_layers) < self.num_hidden_layers and self.intermediate_size <= 0:
             found.append(_must(self, "intermediate_size", "be above 0: the model has dense layers"))
         if self.shared_expert_intermediate_size and not self.num_experts:
-            law = "be 0 in a dense model: it adds to routed experts"
+            law = "be 0 in a dense model (model.num_experts=0)"
             found.append(_must(self, "shared_expert_intermediate_size", law))
         if self.shared_expert_gate and not self.shared_expert_intermediate_size:
             law = "be false where model.shared_expert_intermediate_size=0"
@@ -235,7 +243,9 @@ class ModelConfig:
             raise
         except (OSError, ValueError, TypeError, RecursionError) as error:
             what = f"{folder} is not a Hugging Face folder"
-            raise ConfigError(f"{what}: config.json cannot be read ({error})") from error
+            raise ConfigError(
+                f"{what}: config.json cannot be read ({error}); name one that has it"
+            ) from error
 
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> "ModelConfig":

@@ -24,5 +24,6 @@ def upcycle_problems(dense: ModelConfig, model: ModelConfig, how: str) -> list[s
     ]
     for key in ("num_experts", "num_experts_per_tok"):
         law = f"model.{key}={getattr(model, key)} to be a multiple of {slices}, the slices of the dense MLP"
+        law += f" at model.moe_intermediate_size={size}"
         laws.append((not fits or getattr(model, key) % slices == 0, law))
     return [f"init.upcycle={how} needs {law}" for holds, law in laws if not holds]

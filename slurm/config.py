@@ -95,8 +95,11 @@ class SlurmConfig:
                     f"slurm: --{flag}={value!r} must be a long flag of sbatch with a value of one line"
                 )
         for key in self.env:
-            if not re.fullmatch(r"[A-Za-z_]\w*", key):
-                found.append(f"slurm.env.{key} is not the name of an environment variable")
+            if not re.fullmatch(r"[A-Za-z_]\w*", key, re.ASCII):
+                law = "is not the name of an environment variable; use letters, digits and _"
+                found.append(f"slurm.env.{key} {law}")
+            elif key in _OF_THE_SCRIPT or key.startswith("BASH"):
+                found.append(f"slurm.env.{key} is a variable of the job script or of bash; use another name")
             elif is_secret_name(key):
                 remedy = "keep it out of the job script: export it in the shell that submits"
                 found.append(f"slurm.env.{key} looks like a secret; {remedy}")
@@ -115,6 +118,14 @@ _OURS = {
     **dict.fromkeys(("requeue", "no-requeue", "dependency"), "slurm.resume"),
     **dict.fromkeys(("array", "wrap", "parsable", "test-only"), "python -m slurm"),
     "signal": "slurm.stop_before_seconds",
+}
+# Variables that slurm/script.py and slurm/job.sh set, or that bash keeps for itself.
+_OF_THE_SCRIPT = {
+    *("RUN_DIR", "CODE", "PYTHON", "RANKS_PER_NODE", "RESUME", "MAX_RESTARTS", "EXCLUDE", "START_SECONDS"),
+    *("HEALTH_SECONDS", "HEALTH", "SCRATCH", "SRUN", "WRAP", "SETUP", "JOB", "CHILD", "STOPPING"),
+    *("TERMINATED", "HOSTS", "MASTER_ADDR", "MASTER_PORT", "PYTHONSAFEPATH", "SRUN_CPUS_PER_TASK"),
+    *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "IFS", "UID", "EUID", "PPID", "SHELLOPTS", "_"),
+    *("SLURM_JOB_ID", "SLURM_JOB_NODELIST", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID"),
 }
 
 

@@ -52,7 +52,7 @@ def job_script(folder: Path, configs: list[SubmitConfig], sweep: bool) -> str:
     lines += [f"{name}={_quoted(value)}" for name, value in variables.items()]
     # some nodes show their GPUs also to jobs that did not request any
     cpu_only = {} if slurm.gpus_per_node else {"CUDA_VISIBLE_DEVICES": ""}
-    lines += [f"export {name}={shlex.quote(value)}" for name, value in (cpu_only | slurm.env).items()]
+    lines += [f"export {name}={_quoted(value)}" for name, value in (cpu_only | slurm.env).items()]
     return "\n".join([*lines, "", Path(__file__).with_name("job.sh").read_text()])
 
 
@@ -98,14 +98,17 @@ def _places(config: SubmitConfig) -> set[Path]:
         paths = [Path(config.data.dir).resolve()]
     if config.stage.init_from is not None:
         paths.append(Path(config.stage.init_from).resolve())
-    return {next(place for place in (path, *path.parents) if place.exists()) for path in paths}
+    return {next(place for place in (path, *path.parents) if os.path.exists(place)) for path in paths}
 
 
 def _quoted(value: object) -> str:
     """A value as bash text: an array for a list, else a string."""
     if isinstance(value, list):
         return f"({shlex.join(map(str, value))})"
-    return shlex.quote(str(value))
+    text = shlex.quote(str(value))
+    return (
+        f"'{text}'" if text.startswith("=") else text
+    )  # NAME==x is an assignment, but looks like a comparison
 
 
 def snapshot(target: Path, root: Path = ROOT) -> None:

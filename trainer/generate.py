@@ -16,7 +16,7 @@ from trainer.checkpoints.weights import device_for, load_model, selection_bias
 from trainer.engine.cpu_products import fast_products
 from trainer.settings.command import tells_mistakes
 from trainer.settings.run_folder import hf_folder
-from trainer.settings.secrets import is_text
+from trainer.settings.typed import is_text
 
 
 @torch.inference_mode()

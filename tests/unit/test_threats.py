@@ -185,8 +185,6 @@ def test_text_of_any_size_is_searched_in_time() -> None:
         ),
         ({"slurm.setup": ["a", "export HF_TOKEN=hunter22"]}, "slurm.setup holds a value of HF_TOKEN"),
         ({"deepspeed.x": [{"y": "https://me:hunter22@host"}]}, "deepspeed.x holds what looks like"),
-        ({"data.dir": "a\0b"}, r"data.dir='a\x00b' is not text in UTF-8"),
-        ({"data.dir": "a\udcff"}, r"data.dir='a\udcff' is not text in UTF-8"),
     ],
 )
 def test_unsafe_settings_are_named_without_their_secret(settings: dict, message: str) -> None:

@@ -91,7 +91,7 @@ def check(config: RunConfig, cfg: DictConfig) -> None:
 
 
 def refuse_unsafe(cfg: DictConfig) -> None:
-    """Raises ConfigError if a setting holds a secret or no text: `cfg` is stored, and must stay exact."""
+    """Raises ConfigError if a setting holds a secret: `cfg` is stored, and must stay exact."""
     try:
         problems = unsafe_settings(flat(cfg))
     except OmegaConfBaseException as error:

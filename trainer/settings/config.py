@@ -187,13 +187,14 @@ class RunConfig:
 
     def check(self, world_size: int | None = None) -> None:
         """Raises ConfigError with every broken law of the run on `world_size` ranks; see `plan`."""
+        of_model = self.model.problems()
         problems = [
-            *self.model.problems(),
+            *of_model,
             *self.data.problems(),
             *self.plan(world_size).problems(self.model.num_experts),
             *value_problems(self),
             *self._own_problems(),
-            *self._init_problems(),
+            *(self._init_problems() if not of_model else []),
             *deepspeed_problems(self.deepspeed, self.dtype),
         ]
         if problems:
@@ -212,11 +213,13 @@ class RunConfig:
         if len(betas) != 2:
             found.append(f"optimizer.betas={betas} must hold two numbers, as [0.9, 0.95]")
         if not 0 <= self.seed < 2**31:
-            found.append(f"seed={self.seed} is outside 0 to 2^31 - 1")
-        if schedule.warmup_steps > stage.total_steps and schedule.kind != "constant":
+            found.append(f"seed={self.seed} must be a number from 0 to 2^31 - 1")
+        has_steps = stage.seq_len > 0 and stage.global_batch_size > 0  # else other laws are broken
+        if has_steps and schedule.warmup_steps > stage.total_steps and schedule.kind != "constant":
             found.append(
                 f"schedule.warmup_steps={schedule.warmup_steps} exceeds the {stage.total_steps} steps of the "
-                "run, so that the peak rate is never reached; shorten it or raise stage.train_tokens"
+                "run (stage.train_tokens in steps of stage.global_batch_size x stage.seq_len), so that the "
+                "peak rate is never reached; shorten it or raise stage.train_tokens"
             )
         capacity = self.experts.capacity_factor
         if capacity is not None and not capacity > 0:
@@ -268,7 +271,7 @@ class RunConfig:
             return [f"init.upcycle={how} needs stage.init_from, a dense folder"] if how != "none" else []
         origin = Path(self.stage.init_from)
         named = f"stage.init_from={origin}"
-        if not origin.is_dir():
+        if not os.path.isdir(origin):  # also for a name that is too long
             return [f"{named} is not a folder; name a run folder, a checkpoint or a Hugging Face folder"]
         try:
             theirs = ModelConfig.of_folder(hf_folder(origin))

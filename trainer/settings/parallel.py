@@ -75,6 +75,6 @@ class ParallelPlan:
 
 
 def _listed(number: int) -> str:
-    """The divisors of a number as text, at most 12."""
-    divisors = [d for d in range(1, number + 1) if number % d == 0]
+    """The divisors of a number up to 4096 as text, at most 12."""
+    divisors = [d for d in range(1, min(number, 4096) + 1) if number % d == 0]
     return ", ".join(map(str, divisors[:12])) + (", ..." if len(divisors) > 12 else "")

@@ -67,7 +67,7 @@ def read_frozen(path: Path) -> Any:
         if not isinstance(found, dict):
             raise YAMLError("it holds no keys")
         return OmegaConf.create(literal(found))
-    except (OSError, UnicodeDecodeError, YAMLError, OmegaConfBaseException, RecursionError) as error:
+    except (OSError, ValueError, YAMLError, OmegaConfBaseException, RecursionError) as error:
         remedy = "restore it, or start a run with another name"
         raise ConfigError(f"{path} cannot be read ({error}); {remedy}") from error
 
@@ -93,8 +93,9 @@ def read_run(run_dir: Path) -> Any:
 
 def forget_origin(config: Any, run_dir: Path) -> None:
     """Once a run has a checkpoint, clear the source of its initial weights, whose folder may be gone."""
-    if latest_checkpoint(run_dir) is not None:
-        config.stage.init_from, config.init.upcycle = None, "none"
+    with suppress(OSError):  # such as a name that is too long, which is refused where it is written
+        if latest_checkpoint(run_dir) is not None:
+            config.stage.init_from, config.init.upcycle = None, "none"
 
 
 def lock(run_dir: Path) -> int:

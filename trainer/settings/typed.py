@@ -1,9 +1,11 @@
 """A composed configuration as nested dataclasses, with every mismatch and broken rule named. Torch-free."""
 
 import difflib
+import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import MISSING, fields, is_dataclass, make_dataclass
+from functools import cache
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
@@ -62,24 +64,31 @@ def similar(key: str, known: Iterable[str]) -> str:
 def _typed(cls: Any, cfg: Any, path: str, problems: list[str]) -> Any:
     """An instance of `cls`, or None if one of its keys is missing; appends to `problems`."""
     if not isinstance(cfg, DictConfig):
-        problems.append(f"{path.rstrip('.')}={cfg} must be a group of keys")
+        problems.append(f"{path.rstrip('.') or 'the configuration'}={_shown(cfg)} must be a group of keys")
         return None
     hints = get_type_hints(cls)
     known = [field.name for field in fields(cls)]
     optional = {field.name for field in fields(cls) if field.default is not MISSING}
     unknown = [str(key) for key in cfg if str(key) not in known]
-    problems += [f"{path}{key} is unknown{similar(key, known)}; remove it" for key in unknown]
+    problems += [f"{path}{_shown(key)} is unknown{similar(key, known)}; remove it" for key in unknown]
     values: dict[str, Any] = {}
     for key in known:
         if key not in cfg or OmegaConf.is_missing(cfg, key):
             if key not in optional:
                 problems.append(f"{path}{key} has no value; give {path}{key}=...")
             continue
-        hint, value = hints[key], cfg[key]
+        try:
+            hint, value = hints[key], cfg[key]
+        except OmegaConfBaseException as error:  # of an interpolation
+            problems.append(_unresolved(f"{path}{key}", error))
+            values[key] = None
+            continue
         inner: Any = next((part for part in (hint, *get_args(hint)) if is_dataclass(part)), None)
         if inner and get_origin(hint) is dict and isinstance(value, DictConfig):
+            names: list[Any] = list(value)
             values[key] = {
-                name: _typed(inner, value[name], f"{path}{key}.{name}.", problems) for name in map(str, value)
+                str(name): _typed(inner, _item(value, name), f"{path}{key}.{name}.", problems)
+                for name in names
             }
         elif inner and (value is not None or inner is hint):
             values[key] = _typed(inner, value, f"{path}{key}.", problems)
@@ -88,13 +97,76 @@ def _typed(cls: Any, cfg: Any, path: str, problems: list[str]) -> Any:
     return cls(**values) if values.keys() | optional == set(known) else None
 
 
+def _item(group: DictConfig, name: Any) -> Any:
+    """The value of a key, or the key's text if it has none or its interpolation fails."""
+    try:
+        return group[name]
+    except OmegaConfBaseException:
+        return group._get_node(name)
+
+
 def _leaf(hint: Any, value: Any, path: str, problems: list[str]) -> Any:
     """One value, converted by OmegaConf to its declared type."""
     hint = str if get_origin(hint) is Literal else hint
     try:
-        node: Any = OmegaConf.structured(make_dataclass("Leaf", [("value", hint)]))
-        node.value = literal(value)  # a text that was resolved already
-        return OmegaConf.to_object(node).value  # type: ignore[union-attr]
-    except OmegaConfBaseException:
-        problems.append(f"{path}={value} must be of type {getattr(hint, '__name__', hint)}")
+        if OmegaConf.is_config(value):  # its interpolations belong to the whole configuration
+            value = OmegaConf.to_container(value, resolve=True)
+    except OmegaConfBaseException as error:
+        problems.append(_unresolved(path, error))
         return None
+    if faults := list(_faults(value, path)):
+        problems += faults
+        return None
+    try:
+        node = _node(hint)
+        node.value = literal(value)  # a text that was resolved already
+        found = OmegaConf.to_object(node).value  # type: ignore[union-attr]
+    except OmegaConfBaseException:
+        problems.append(f"{path}={_shown(value)} must be of type {getattr(hint, '__name__', hint)}")
+        return None
+    problems += _faults(found, path)  # such as the text "nan" for a number
+    return found
+
+
+@cache
+def _node(hint: Any) -> Any:
+    """A place for values of one type; OmegaConf takes most of its time to make it."""
+    return OmegaConf.structured(make_dataclass("Leaf", [("value", hint)]))
+
+
+def _faults(value: Any, path: str) -> Iterator[str]:
+    """What no key may hold, one line each: Python would take it, and fail later."""
+    law = ""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _faults(key, f"{path}: the key")
+            yield from _faults(item, f"{path}.{_shown(key)}")
+    elif isinstance(value, list):
+        for i, item in enumerate(value):
+            yield from _faults(item, f"{path}[{i}]")
+    elif isinstance(value, float) and not math.isfinite(value):
+        law = "must be a finite number"
+    elif isinstance(value, int) and not -(2**63) <= value < 2**63:
+        law = "must be a number of 64 bits"
+    elif isinstance(value, str) and ("\0" in value or not is_text(value)):
+        law = "must be text in UTF-8 without null characters"
+    if law:
+        yield f"{path}={_shown(value)} {law}"
+
+
+def is_text(text: str) -> bool:
+    """Whether a string can be written as UTF-8; a file name or an argument of other bytes cannot."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def _unresolved(path: str, error: OmegaConfBaseException) -> str:
+    """The line about an interpolation at or below a key that fails."""
+    return f"{error.full_key or path} cannot be resolved ({_shown(error)}); give it a value"
+
+
+def _shown(value: Any) -> str:
+    """A value for a message: on one line, and not too long."""
+    huge = isinstance(value, int) and not -(2**63) <= value < 2**63  # has perhaps too many digits for str
+    text = hex(value) if huge else str(value)
+    line = text.partition("\n")[0][:100]
+    return line if line == text else f"{line}..."

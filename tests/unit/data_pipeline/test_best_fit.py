@@ -27,6 +27,9 @@ class Stream:
         self._tokens = np.arange(first + 1, first + 1 + self._ends[-1], dtype=np.uint32)
         self._tokens[self._ends[1:] - 1] = END
 
+    def __len__(self) -> int:
+        return len(self._tokens)
+
     def document_offsets(self):
         yield self._ends[: self._half + 1].astype(np.int64)
         yield self._ends[self._half :].astype(np.int64)

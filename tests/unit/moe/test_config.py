@@ -107,7 +107,7 @@ def test_each_law(change: dict[str, Any], line: str) -> None:
         ),
         (
             {"num_experts": 0},
-            "model.shared_expert_intermediate_size=48 must be 0 in a dense model: it adds to routed experts",
+            "model.shared_expert_intermediate_size=48 must be 0 in a dense model (model.num_experts=0)",
         ),
         (
             {"layer_types": ["full_attention"] * 3},
