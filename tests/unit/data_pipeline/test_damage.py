@@ -16,7 +16,7 @@ from data_pipeline.config import DataConfig, DataError
 from data_pipeline.loader import Loader
 from data_pipeline.manifest import Manifest
 from data_pipeline.packing import make_plans
-from data_pipeline.shards import TokenStream, open_prepared, verify
+from data_pipeline.shards import TokenStream, open_prepared, read_arrays, verify
 
 SEQ_LEN = 64
 
@@ -205,3 +205,15 @@ def test_a_document_of_no_stream_is_named(folder: Path, prepared: DataConfig) ->
         pytest.raises(DataError, match=rf"{path} is damaged: no text"),
     ):
         next(loader)
+
+
+def test_an_array_that_is_said_to_be_shorter_is_damaged(tmp_path: Path) -> None:
+    """numpy reads what its header says, and the checksum of the zip format only covers what is read."""
+    path = tmp_path / "plan.npz"
+    np.savez(path, counts=np.arange(66))
+    assert read_arrays(path)["counts"].tolist() == list(range(66))
+    content = path.read_bytes()
+    assert content.count(b"(66,)") == 1
+    path.write_bytes(content.replace(b"(66,)", b"(26,)"))
+    with pytest.raises(ValueError, match=r"the checksum of counts\.npy in it differs"):
+        read_arrays(path)
