@@ -1,10 +1,12 @@
 """Wrong bytes in a prepared folder: an error that names the file, or the same tokens. Never another error."""
 
 import json
+import random
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,15 +18,22 @@ from data_pipeline.config import DataConfig, DataError
 from data_pipeline.loader import Loader
 from data_pipeline.manifest import Manifest
 from data_pipeline.packing import make_plans
-from data_pipeline.shards import TokenStream, open_prepared, verify
+from data_pipeline.shards import TokenStream, open_prepared, read_arrays, verify
 
 SEQ_LEN = 64
+
+
+class All(random.Random):
+    """Takes a sample that holds everything; each shard here is one block."""
+
+    def choices(self, population: list, *, k: int) -> list:
+        return population
 
 
 @pytest.fixture
 def folder(prepared: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of the prepared folder with plans of best_fit; every block is checked when it is opened."""
-    monkeypatch.setattr(shards, "_BLOCKS_CHECKED", 200)
+    monkeypatch.setattr(shards, "random", SimpleNamespace(Random=All))
     copied = Path(shutil.copytree(prepared.dir, tmp_path / "copy"))
     make_plans(replace(prepared, dir=str(copied), packing="best_fit"), SEQ_LEN)
     return copied
@@ -205,3 +214,15 @@ def test_a_document_of_no_stream_is_named(folder: Path, prepared: DataConfig) ->
         pytest.raises(DataError, match=rf"{path} is damaged: no text"),
     ):
         next(loader)
+
+
+def test_an_array_that_is_said_to_be_shorter_is_damaged(tmp_path: Path) -> None:
+    """numpy reads what its header says, and the checksum of the zip format only covers what is read."""
+    path = tmp_path / "plan.npz"
+    np.savez(path, counts=np.arange(66_000))
+    assert read_arrays(path)["counts"].tolist() == list(range(66_000))
+    content = path.read_bytes()
+    assert content.count(b"(66000,)") == 1
+    path.write_bytes(content.replace(b"(66000,)", b"(26000,)"))
+    with pytest.raises(ValueError, match=r"the checksum of counts\.npy in it differs"):
+        read_arrays(path)
