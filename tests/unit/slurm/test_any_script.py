@@ -160,7 +160,7 @@ def shellcheck(script: str, *options: str) -> None:
     assert done.returncode == 0, done.stdout.decode()
 
 
-@pytest.mark.fuzzing(50, 1000)
+@pytest.mark.fuzzing(60, 1000)
 def test_any_text_is_refused_or_arrives_as_one_word(fuzz, tree, tmp_path):
     accepted, refused = [], []
     folder, empty = tmp_path / "run", tmp_path / "empty"
@@ -175,9 +175,13 @@ def test_any_text_is_refused_or_arrives_as_one_word(fuzz, tree, tmp_path):
             for line in error.problems:
                 assert line.startswith(("slurm", "name=", "output_dir=")), line
             return
-        accepted.append(texts)
         run_dir = folder / config.run_dir
-        script = job_script(run_dir, [config], False)
+        try:
+            script = job_script(run_dir, [config], False)
+        except ConfigError:  # its folder is no name for a mount or a flag: tests/unit/threats
+            refused.append(texts)
+            return
+        accepted.append(texts)
         assert script.endswith(f"\n{JOB}")
         head = script.removesuffix(JOB)
         flags = config.slurm.flags() | {"job-name": config.name}
