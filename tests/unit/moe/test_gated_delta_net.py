@@ -13,6 +13,7 @@ from moe import gated_delta_net
 from moe.gated_delta_net import (
     CausalConvolution,
     DeltaInputs,
+    GatedRMSNorm,
     chunked_delta_rule,
     fused_delta_rule,
     recurrent_delta_rule,
@@ -215,3 +216,14 @@ def test_the_kernel_equals_the_chunks(lengths: list[int]) -> None:
     ]
     for actual, expected in zip((results[0], *gradients[0]), (results[1], *gradients[1]), strict=True):
         assert (actual.float() - expected).abs().max() <= 2**-5 * expected.abs().max()
+
+
+def test_the_gated_norm_rounds_once() -> None:
+    """In bf16, the result is the exact value rounded to 8 binary digits."""
+    norm = GatedRMSNorm(32, eps=1e-6).bfloat16()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        norm.weight.copy_(torch.randn(32, generator=generator))
+    x, gate = torch.randn(2, 500, 32, generator=generator).bfloat16()
+    exact = F.rms_norm(x.double(), (32,), norm.weight.double(), 1e-6) * F.silu(gate.double())
+    assert ((norm(x, gate).double() - exact).abs() <= 2**-8 * 1.001 * exact.abs()).all()

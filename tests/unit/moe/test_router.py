@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe.router import Router, RouterStatistics, stack_statistics
+from moe.router import Router, RouterStatistics, RoutingInputs, TrainingRouting, stack_statistics
 
 # T tokens, H hidden, E experts, K experts per token
 
@@ -51,7 +51,8 @@ def test_statistics_of_the_tokens_that_count() -> None:
     router, hidden = build()
     token_mask = torch.arange(T) % 3 != 0
     with torch.no_grad():
-        hidden[~token_mask] *= 100  # gives padding the widest logits
+        hidden[0] *= 100  # of padding: the widest logits
+        hidden[3::3] /= 100  # of padding: the largest entropy
     _, expert_indices, statistics = router(hidden, token_mask)
     logits = (hidden.double() @ router.weight.double().t())[token_mask]
     probabilities = logits.softmax(-1)
@@ -90,6 +91,17 @@ def test_gradients_of_statistics() -> None:
         grads = torch.autograd.grad(loss, leaves, retain_graph=True)
         for grad, exact in zip(grads, torch.autograd.grad(expected, leaves, retain_graph=True), strict=True):
             torch.testing.assert_close(grad, exact, rtol=1e-5, atol=1e-6)
+
+
+def test_bf16_gradients_are_rounded_once() -> None:
+    router, hidden = build(dtype=torch.bfloat16)
+    router(hidden)[2].z_sums.backward()
+    exact = [x.detach().double().requires_grad_() for x in (hidden, router.weight)]
+    (exact[0] @ exact[1].t()).logsumexp(-1).square().sum().backward()
+    for leaf, expected in zip((hidden, router.weight), exact, strict=True):
+        error = (leaf.grad.double() - expected.grad).abs()
+        half_a_digit = 2**-8 * 1.001 * expected.grad.abs()  # bf16 has 8 binary digits
+        assert (error <= half_a_digit + 1e-6 * expected.grad.abs().max()).all()
 
 
 def test_gradients_of_routing_weights() -> None:
@@ -135,3 +147,12 @@ def test_a_selection_bias_moves_the_choice_and_not_the_weights():
     assert (indices == 3).any(dim=1).all()
     probabilities = F.linear(hidden, router.weight).softmax(-1)
     torch.testing.assert_close(weights, probabilities.gather(-1, indices))
+
+
+def test_each_layer_has_its_own_bias_and_noise() -> None:
+    bias = torch.arange(6.0).view(2, 3)
+    inputs = RoutingInputs(selection_bias=bias, training=TrainingRouting(0.1, None, ["a", "b"]))
+    for layer, sparse_layer in ((1, 0), (3, 1)):  # layers 0 and 2 are dense
+        of_layer = inputs.of_layer(layer, sparse_layer)
+        assert torch.equal(of_layer.selection_bias, bias[sparse_layer])
+        assert of_layer.training.keys == [f"a:{layer}", f"b:{layer}"]
