@@ -31,18 +31,18 @@ def write_page(results: Results) -> None:
 
 def show(results: Results) -> str:
     """The table and the survivors. A generated change that cannot be imported tests nothing: left out."""
-    lines = ["| file | written by hand: caught | generated: caught |", "|---|---|---|"]
-    counts = {file: {kind: _count(of[kind]) for kind in KINDS} for file, of in results.items()}
-    counts["all"] = {kind: [sum(of[kind][i] for of in counts.values()) for i in (0, 1)] for kind in KINDS}
-    for file, of in counts.items():
-        lines.append(f"| {file} | {' | '.join('{} of {}'.format(*of[kind]) for kind in KINDS)} |")
+    head = ["file", "faults by hand", "judged", "caught", "generated", "caught"]
+    rows = []
+    for table in tables():
+        kinds = results[table.file]
+        judged = [list(kinds[kind].values()) for kind in KINDS]
+        drawn = [result for result in judged[1] if result != "broken"]
+        counts = [len(table.faults), len(judged[0]), judged[0].count("caught")]
+        rows.append([table.file, *counts, len(drawn), drawn.count("caught")])
+    rows.append(["all", *(sum(column) for column in list(zip(*rows, strict=True))[1:])])
+    lines = [f"| {' | '.join(map(str, row))} |" for row in [head, ["---"] * len(head), *rows]]
     lines += ["", "Survivors:", ""]
     for file, kinds in results.items():
         alive = [what for kind in KINDS for what, result in kinds[kind].items() if result == "survived"]
         lines += [f"- {file}: {what}" for what in alive]
     return "\n".join([*lines, ""])
-
-
-def _count(judged: dict[str, str]) -> list[int]:
-    results = [result for result in judged.values() if result != "broken"]
-    return [results.count("caught"), len(results)]

@@ -44,8 +44,10 @@ def test_faults_fit_their_file(file: str) -> None:
 
 def test_the_page_shows_the_last_results() -> None:
     results = json.loads(RESULTS.read_text())
-    judged = {file: set(of["by hand"]) for file, of in results.items()}
-    assert judged == {table.file: {fault.what for fault in table.faults} for table in TABLES.values()}
+    for table in TABLES.values():
+        assert set(results[table.file]["by hand"]) <= {fault.what for fault in table.faults}, (
+            "are judged again"
+        )
     assert f"{BEGIN}{show(results)}{END}" in PAGE.read_text()
 
 
