@@ -181,7 +181,11 @@ def test_flags_of_the_modes() -> None:
     assert abs(marked - 120) < 37  # four standard deviations
     assert [one(row, 0.3) for row in rows[:9]] == [one(row, 0.3) for row in rows[:9]]
     asked = {"messages": [turn("user", "q /think"), turn("assistant", "a", "r")]}
-    assert text_of(one(asked, 1.0)).count("/think<") == 1, "an existing flag must not be repeated"
+    assert "user\nq /think<|im_end|>" in text_of(one(asked, 1.0)), "an existing flag must not be repeated"
+    changed = [turn("user", "/think, no: /no_think")]
+    one({"messages": [*changed, turn("assistant", "a")]}, 1.0)
+    with pytest.raises(ValueError, match="the last flag is /no_think, but the answer has reasoning"):
+        one({"messages": [*changed, turn("assistant", "a", "r")]}, 1.0)
 
 
 def test_reasoning_after_no_think_gets_its_flag_back() -> None:
@@ -215,6 +219,7 @@ def test_reasoning_after_no_think_gets_its_flag_back() -> None:
         ([turn("user", "q"), turn("assistant", "a", tool_calls="f")], "tool_calls"),
         ([turn("user", "q /no_think"), turn("assistant", "a", "r")], "the last flag is /no_think"),
         ([turn("system", "/think"), turn("user", "q"), turn("assistant", "a")], "the last flag is /think"),
+        ([turn("user", "q"), turn("assistant", "a\ud800")], "surrogates not allowed"),
     ],
 )
 def test_rows_that_teach_nothing_good_are_refused_with_a_reason(messages: object, reason: str) -> None:
