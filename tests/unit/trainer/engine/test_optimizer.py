@@ -5,10 +5,11 @@ from itertools import pairwise
 import pytest
 
 from moe.model import CausalLM
-from trainer.engine.optimizer import build_optimizer, learning_rate
+from trainer.engine.optimizer import KINDS, build_optimizer, learning_rate
 from trainer.settings.config import ScheduleConfig
 
 TOTAL = 100
+ADAM = ("optimizer.betas=[0.8,0.7]", "optimizer.eps=1e-3")
 
 
 def rates(kind: str, warmup: int, decay: float, minimum: float) -> list[float]:
@@ -18,6 +19,10 @@ def rates(kind: str, warmup: int, decay: float, minimum: float) -> list[float]:
 
 def test_warmup_is_linear_and_starts_above_zero():
     assert rates("constant", 4, 0.0, 1.0)[:5] == pytest.approx([0.5, 1.0, 1.5, 2.0, 2.0])
+
+
+def test_constant_never_decays():
+    assert set(rates("constant", 4, 0.5, 0.0)[3:]) == {2.0}
 
 
 def test_cosine_falls_from_the_peak_to_the_minimum():
@@ -60,3 +65,29 @@ def test_decay_acts_on_matrices_except_embeddings_and_on_zero_centred_norms_of_h
         expected |= {name for name in every if name.endswith(("q_norm.weight", "k_norm.weight"))}
     assert decayed(built, build_optimizer(built, config.optimizer)) == expected
     assert expected < set(every), "biases and norms do not decay"
+
+
+def test_groups_hold_one_kind_and_experts_of_a_group_are_apart(run_config):
+    small = ("model.hidden_size=32", "model.vocab_size=64", "model.moe_intermediate_size=8")
+    config = run_config("model=tiny_qwen3_next", "model.tie_word_embeddings=false", *small, *ADAM)
+    built = CausalLM(config.model)
+    names = {id(parameter): name for name, parameter in built.named_parameters()}
+    for name, parameter in built.named_parameters():
+        if ".mlp.experts." in name:
+            parameter.group_name = "ep_size_2"
+    optimizer = build_optimizer(built, config.optimizer)
+    assert (optimizer.defaults["betas"], optimizer.defaults["eps"]) == ((0.8, 0.7), 1e-3)
+    kinds = {kind: set() for kind in KINDS}
+    for group in optimizer.param_groups:
+        assert group["lr"] == 0, "DeepSpeed takes a step during its set-up"
+        kinds[group["kind"]] |= {names[id(parameter)] for parameter in group["params"]}
+        assert (group.get("moe", False), group["name"] == "ep_size_2") == (group["kind"] == "experts",) * 2
+    by_hand = {
+        "experts": {name for name in names.values() if ".mlp.experts." in name},
+        "router": {name for name in names.values() if name.endswith(".mlp.gate.weight")},
+        "attention": {name for name in names.values() if ".self_attn." in name or ".linear_attn." in name},
+        "embedding": {"model.embed_tokens.weight", "lm_head.weight"},
+    }
+    by_hand["other"] = set(names.values()) - set().union(*by_hand.values())
+    assert kinds == by_hand
+    assert all(kinds.values()), "the model has parameters of every kind"
