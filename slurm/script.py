@@ -106,9 +106,7 @@ def _quoted(value: object) -> str:
     if isinstance(value, list):
         return f"({shlex.join(map(str, value))})"
     text = shlex.quote(str(value))
-    return (
-        f"'{text}'" if text.startswith("=") else text
-    )  # NAME==x is an assignment, but looks like a comparison
+    return f"'{text}'" if text.startswith("=") else text  # shellcheck takes NAME==x for a comparison
 
 
 def snapshot(target: Path, root: Path = ROOT) -> None:

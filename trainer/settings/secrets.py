@@ -41,7 +41,7 @@ _NO_FILE = r"(?<!(?i:_path))(?<!(?i:_file))(?<!(?i:_dir))"
 _ASSIGNED = re.compile(
     rf"""({_NAMES}{_NO_FILE})(["'\]]*(?:[ \t]*:[ \t]*\w+)?[ \t]*[:=][ \t]*["']?){_VALUE}"""
 )
-_OPTION = re.compile(rf"""(--(?:[\w-]{1, 40}-)?(?:api-?key|token|secret|password))([ =]["']?){_VALUE}""")
+_OPTION = re.compile(rf"""(--(?:[\w-]{{1,40}}-)?(?:api-?key|token|secret|password))([ =]["']?){_VALUE}""")
 
 
 def is_secret_name(name: str) -> bool:

@@ -46,6 +46,7 @@ SECRETS = [
     ("hf_token=hunter22", "hunter22"),
     ("login --token hunter22", "hunter22"),
     ("login --api-key=hunter22", "hunter22"),
+    ("login --hub-token hunter22", "hunter22"),
 ]
 NO_SECRETS = [
     "stage.train_tokens=4096 data.text_key=content data.max_chat_tokens=100000 model.num_key_value_heads=2",
