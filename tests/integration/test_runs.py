@@ -247,7 +247,7 @@ def test_a_loss_that_is_no_number_names_step_rank_and_rows(train, tmp_path):
         (["data.validation_fraction=0.2"], "prepared with another configuration"),
         (["stage.init_from=nowhere"], "stage.init_from=nowhere is not a folder"),
         (["output_dir=/proc/nothing"], "cannot write the run folder"),
-        (["seed=-1"], "seed=-1 is outside"),
+        (["seed=-1"], "seed=-1 must be a number from 0"),
         (["schedule.warmup_steps=500"], "schedule.warmup_steps=500 exceeds the 8 steps"),
         (["name=."], "must be a relative path inside output_dir"),
     ],

@@ -114,7 +114,8 @@ def _leaf(hint: Any, value: Any, path: str, problems: list[str]) -> Any:
     except OmegaConfBaseException as error:
         problems.append(_unresolved(path, error))
         return None
-    if faults := list(_faults(value, path)):
+    # a float is judged when it has its type: the text "nan" of a name comes as a number
+    if faults := [] if isinstance(value, float) else list(_faults(value, path)):
         problems += faults
         return None
     try:

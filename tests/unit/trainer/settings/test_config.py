@@ -215,3 +215,8 @@ def test_laws_of_upcycling(run_config, tmp_path, changes, message):
         config.check(1)
     else:
         assert message in "\n".join(broken(config))
+
+
+def test_a_run_may_be_called_nan(composed):
+    """The command line takes the word for a number, which the key's type turns back into text."""
+    assert RunConfig.load(composed("name=nan", "tracker.project=.inf")).name == "nan"
