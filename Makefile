@@ -14,11 +14,17 @@ demo: .venv/installed
 	$(BIN)/python -m trainer.generate runs/demo "    def __init__(self" --temperature 0.5
 	$(BIN)/python -m trainer.report runs/demo
 
+# Tests of commands and of SLURM jobs, which stop and kill runs at given steps, have the machine for themselves.
+ALONE := tests/integration tests/slurm
+TESTS := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile tests $(ALONE:%=--ignore=%)
+
 test: check
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m "not slow" tests
+	$(TESTS) -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" $(ALONE)
 
 test-all: check
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup tests
+	$(TESTS)
+	$(BIN)/python -m pytest $(ALONE)
 
 # The tests that need a GPU, and those of the kernels on it: one GPU, some minutes.
 test-gpu: $(INSTALLED)

@@ -48,14 +48,6 @@ def _compose(config_name: str = "train", *overrides: str) -> DictConfig:
         return compose(config_name, overrides=list(overrides))
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Under pytest-xdist, the tests of a file share a process, and so do all that use the SLURM cluster."""
-    cluster = Path(__file__).parent / "slurm"
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(str(cluster if cluster in item.path.parents else item.path)))
-
-
 @pytest.fixture
 def composed():
     """`composed("key=value", ...)`: the composed configuration of a training run named t."""

@@ -69,8 +69,9 @@ def prepare_corpus(folder: Path) -> list[str]:
 
 
 def metrics(run_dir: Path) -> list[dict]:
-    """The logged training steps."""
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    """The logged training steps, without a line that is being written."""
+    text = (run_dir / "metrics.jsonl").read_text()
+    lines = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
     return [line for line in lines if "loss" in line]
 
 

@@ -23,7 +23,9 @@ def held(cluster: Cluster, folder: Path) -> Iterator[Submit]:
 
 def queued(cluster: Cluster) -> set[str]:
     """The ids of all jobs that wait or run."""
-    return set(cluster.run("squeue", "-h", "-o", "%i").stdout.split())
+    done = cluster.run("squeue", "-h", "-o", "%i")
+    assert done.returncode == 0, done.stderr
+    return set(done.stdout.split())
 
 
 def test_every_flag_reaches_slurm(cluster, held, folder):
