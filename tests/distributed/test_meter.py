@@ -25,8 +25,8 @@ SETTINGS += [
 def log_every_second_step() -> list[dict[str, Any]]:
     """The metrics of steps 2 and 4; for each, what this rank dispatched, and the seconds since the last."""
     run, found = SmallRun(*SETTINGS), []
-    meter = Meter(run.config, run.ranks, run.engine, run.engine._engine.basic_optimizer, 0)
     started, before = time.perf_counter(), dispatched(run.engine.module)
+    meter = Meter(run.config, run.ranks, run.engine, run.engine._engine.basic_optimizer, 0)
     for step in range(4):
         with run.engine.clock.wait("data"):
             time.sleep(PAUSE * (run.ranks.rank + 1))
@@ -39,12 +39,13 @@ def log_every_second_step() -> list[dict[str, Any]]:
             with run.engine.clock.wait("save"):
                 time.sleep(PAUSE)
             continue
+        next_start = time.perf_counter()
         metrics = meter.measure(step + 1, sums, totals, norm, RATE, 0.25)
         now, after = time.perf_counter(), dispatched(run.engine.module)
         seen = {"traffic": [new - old for new, old in zip(after, before, strict=True)]}
         seen |= {"elapsed": now - started, "tokens": totals.tokens}
         found.append({"metrics": metrics, **seen})
-        started, before = now, after
+        started, before = next_start, after  # the meter's own time begins and ends inside
     meter.begin(9)
     assert meter.due, "the last step is always logged"
     run.engine.close()
