@@ -196,3 +196,19 @@ def test_skipped_rows_leave_out_the_ranges_and_nothing_else(steps: list[tuple[in
     left_out = {row for first, end in skip for row in range(first, end)}
     expected = [row for row in range(200) if row not in left_out]
     assert [skip_rows(row, skip) for row in range(len(expected))] == expected
+
+
+def test_seeds_and_blocks_have_orders_of_their_own() -> None:
+    one = {"a": MixtureSource(1.0, 5000, None, 10.0)}
+    first, second = ([Mixture(one, seed).locate(row).row for row in range(50)] for seed in (0, 1))
+    assert first != second
+    mixture = Mixture(one | {"b": MixtureSource(1.0, 5000, None, 10.0)}, 0)
+    rows = [mixture.locate(row).source for row in range(2 * BLOCK_ROWS)]
+    assert rows[:BLOCK_ROWS] != rows[BLOCK_ROWS:]
+
+
+def test_a_budget_between_two_rows_ends_with_the_row_before() -> None:
+    mixture = Mixture({"a": MixtureSource(1.0, 10, 1.55, 10.0)}, 0)
+    mixture.check_budget(15)
+    with pytest.raises(DataError, match="allows 15 rows"):
+        mixture.check_budget(16)
