@@ -127,9 +127,8 @@ def train(
     if stall := checkpoints.take_stall():  # from saves after the last logged step
         tracker.log({"step": step, "tokens": step * step_tokens, "save_stall_seconds": stall})
     if outcome == "stopped":
-        screen.say(
-            f"stopped at step {step} of {total_steps}; resume: python -m trainer.resume {pasted(run_dir)}"
-        )
+        again = f"resume: python -m trainer.resume {pasted(run_dir)}"
+        screen.say(f"stopped at step {step} of {total_steps}; {again}")
     elif metrics:
         screen.say(closing(config, metrics, stage.results(metrics), run_dir))
     else:

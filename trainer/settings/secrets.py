@@ -9,6 +9,8 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from trainer.settings.typed import each_text
+
 HIDDEN = "***"
 _SHORTEST = 8  # characters of a value of the environment: shorter ones occur in ordinary text
 _WORDS = r"(?:KEY|TOKEN(?!IZ|S)|SECRET|PASSW|CREDENTIAL|JWT)"
@@ -72,11 +74,7 @@ def redacted(text: str) -> str:
 
 def without_secrets(value: Any) -> Any:
     """The same dictionaries and lists with every text `redacted`."""
-    if isinstance(value, dict):
-        return {key: without_secrets(of) for key, of in value.items()}
-    if isinstance(value, list):
-        return [without_secrets(of) for of in value]
-    return redacted(value) if isinstance(value, str) else value
+    return each_text(value, redacted)
 
 
 def unsafe_settings(settings: Mapping[str, Any]) -> list[str]:

@@ -3,7 +3,7 @@
 import difflib
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import MISSING, fields, is_dataclass, make_dataclass
 from functools import cache
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
@@ -32,13 +32,18 @@ def typed(cls: type[T], cfg: Any) -> T:
     return instance
 
 
+def each_text(value: Any, change: Callable[[str], str]) -> Any:
+    """The same dictionaries and lists with every text that is a value changed."""
+    if isinstance(value, dict):
+        return {key: each_text(of, change) for key, of in value.items()}
+    if isinstance(value, list):
+        return [each_text(of, change) for of in value]
+    return change(value) if isinstance(value, str) else value
+
+
 def literal(value: Any) -> Any:
     """Plain data in which OmegaConf resolves nothing: each ${ is escaped, after twice its backslashes."""
-    if isinstance(value, dict):
-        return {key: literal(of) for key, of in value.items()}
-    if isinstance(value, list):
-        return [literal(of) for of in value]
-    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
+    return each_text(value, lambda text: re.sub(r"(\\*)\$\{", r"\1\1\\${", text))
 
 
 def value_problems(config: Any, path: str = "") -> list[str]:

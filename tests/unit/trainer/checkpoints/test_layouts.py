@@ -43,7 +43,7 @@ def resumed(run_dir, overrides: list[str]) -> RunConfig:
     return config
 
 
-@pytest.mark.fuzzing(50, 1000)
+@pytest.mark.fuzzing(100, 1000)
 def test_a_resume_is_possible_if_the_numbers_divide(fuzz, run_dir):
     sizes = st.one_of(st.sampled_from([1, 2, 3, 4, 6, 12]), st.integers(-2, 26))
     allowed = []
@@ -67,7 +67,7 @@ def test_a_resume_is_possible_if_the_numbers_divide(fuzz, run_dir):
         assert (config.world_size, config.parallel.ep_size) == (ranks, ep_size)
         assert (config.zero_stage, config.micro_batch_size) == (zero_stage, micro_batch_size)
 
-    assert len(allowed) > 5
+    assert len(allowed) > 10
 
 
 KEYS = [
