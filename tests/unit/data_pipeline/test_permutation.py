@@ -42,7 +42,7 @@ def test_it_shuffles_and_keys_differ() -> None:
 
 
 def test_mix_is_that_of_splitmix64() -> None:
-    """The first numbers for the seed 1234567, as the author's C code and Java's SplittableRandom give them."""
+    """The first numbers for the seed 1234567, as the authors' C code gives them."""
     states = [(1234567 + turn * 0x9E3779B97F4A7C15) & MASK for turn in range(1, 4)]
     expected = [6457827717110365317, 3203168211198807973, 9817491932198370423]
     assert [mix(state) for state in states] == expected
