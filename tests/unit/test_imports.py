@@ -50,6 +50,7 @@ EXTRA = {
     "slurm/health.py": {"torch"},  # runs on the nodes
     "trainer/engine/engine.py": {"deepspeed"},
     "trainer/engine/gradients.py": {"deepspeed"},
+    "trainer/engine/zero3.py": {"deepspeed"},
     "trainer/checkpoints/optimizer_state.py": {"safetensors"},
     "trainer/inspect.py": {"safetensors"},
     "trainer/monitor/tracker.py": {"wandb"},

@@ -8,7 +8,8 @@ attributes by which DeepSpeed reduces, partitions and clips them over the expert
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +40,7 @@ from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.utils import groups
 
 from trainer.engine.gradients import Fp32Sums, ReduceScatter, reduce_and_clip
+from trainer.engine.zero3 import all_gathered, in_one_order
 
 all_to_all = deepspeed.comm.all_to_all_single  # for dispatchers; DeepSpeed's communication log counts it
 # the collectives of DeepSpeed's backend that the clock times
@@ -158,7 +160,7 @@ class Engine:
         elif isinstance(sums, BF16_Optimizer):
             sums.__class__, self._averaged_over = ReduceScatter, 1
         elif self._zero_stage == 3:
-            _in_one_order(self.module)
+            in_one_order(self.module)
 
     def forward(
         self, batch: Batch, selection_bias: Tensor | None = None, routing_only: bool = False
@@ -179,6 +181,15 @@ class Engine:
                 routing=routing if self.module.training else None,
                 lengths=batch.lengths,
             )
+
+    @torch.no_grad()
+    def apply(self, *args: Any, **kwargs: Any) -> ModelOutput:
+        """CausalLM.forward without gradients, for sampling."""
+        return self._engine(*args, **kwargs)
+
+    def gathered(self, wanted: bool) -> AbstractContextManager[None]:
+        """Under ZeRO-3, if `wanted`: inside, this rank holds all that it computes with, for many forwards."""
+        return all_gathered(self._engine) if wanted and self._zero_stage == 3 else nullcontext()
 
     def backward(self, loss_share: Tensor) -> None:
         """Accumulate the gradient of this rank's share; shares add up over ranks and micro-batches.
@@ -309,19 +320,3 @@ class Engine:
 
 def _is_expert(parameter: nn.Parameter) -> bool:
     return not getattr(parameter, "allreduce", True)
-
-
-def _in_one_order(model: nn.Module) -> None:
-    """ZeRO-3: make all ranks gather parameters in the same order.
-
-    DeepSpeed prefetches a Python set of parameters, whose order differs between processes, one group of ranks
-    at a time. If two ranks start the collectives of two groups in different orders, they can deadlock.
-    """
-    parameter: Any
-    for parameter in model.parameters():
-        gather = parameter.all_gather_coalesced
-
-        def ordered(parameters: Iterable[Any], *args: Any, _gather: Any = gather, **kwargs: Any) -> Any:
-            return _gather(sorted(parameters, key=lambda one: one.ds_id), *args, **kwargs)
-
-        parameter.all_gather_coalesced = ordered

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +20,8 @@ from trainer.settings.config import AlarmsConfig
 
 _WINDOW, _LEAST = 50, 10  # the loss is compared with up to 50 logged losses, and with no fewer than 10
 _COLLAPSES = 10  # consecutive logged steps after warmup in which a layer uses too few experts
+_RECENT = 10  # logged steps over which rewards and lengths are averaged
+_FLAT = 5  # consecutive logged steps in which no group has two different rewards
 _STRAGGLES = 3  # consecutive logged steps in which the same rank is the slowest
 
 
@@ -37,6 +40,10 @@ class Alarms:
         self._losses: deque[float] = deque(maxlen=_WINDOW)
         self._slow = (-1, 0)  # the slowest rank, and for how many logged steps it has been so
         self._collapsed = Counter[int]()  # layer -> logged steps after warmup with too few experts in a row
+        self._rewards: deque[float] = deque(maxlen=_RECENT)
+        self._best_reward = 0.0  # the highest mean of _RECENT logged steps
+        self._lengths: deque[float] = deque(maxlen=_WINDOW)
+        self._flat = 0  # logged steps in a row in which all groups were flat
         self._raised: dict[str, int] = {}  # kind -> step
 
     def check(self, metrics: dict[str, Any]) -> list[Alarm]:
@@ -68,7 +75,9 @@ class Alarms:
     def _found(self, metrics: dict[str, Any]) -> Iterator[Alarm]:
         limits, loss, before = self._config, metrics["loss"], np.array(self._losses)
         self._losses.append(loss)
-        if len(before) >= _LEAST:  # the z-score of the loss against the line through those before it
+        if "reward" in metrics:
+            yield from self._of_rewards(metrics)
+        elif len(before) >= _LEAST:  # the z-score of the loss against the line through those before it
             at = np.arange(len(before))
             slope, start = np.polyfit(at, before, 1)
             expected = start + slope * len(before)
@@ -95,6 +104,35 @@ class Alarms:
                 f"median in {self._slow[1]} consecutive logged steps, and all others wait for it. Check the "
                 "clocks, the temperature and other processes of its device, or exclude the node; if "
                 "received_imbalance is high, its experts get too many tokens",
+            )
+
+    def _of_rewards(self, metrics: dict[str, Any]) -> Iterator[Alarm]:
+        self._rewards.append(metrics["reward"])
+        self._lengths.append(metrics["completion_tokens"])
+        mean = fmean(self._rewards)
+        if len(self._rewards) == _RECENT:
+            self._best_reward = max(self._best_reward, mean)
+        if mean < self._best_reward / 2:
+            yield Alarm(
+                "reward collapse",
+                f"the mean reward of {_RECENT} logged steps is {mean:.3f}; it was {self._best_reward:.3f}. "
+                "Read the samples, go back to an earlier checkpoint, lower optimizer.lr or raise rl.kl_coef",
+            )
+        lengths = list(self._lengths)
+        if len(lengths) >= 2 * _RECENT and fmean(lengths[-_RECENT:]) > 2 * fmean(lengths[:_RECENT]):
+            yield Alarm(
+                "lengths",
+                f"completions have {fmean(lengths[-_RECENT:]):.0f} tokens, more than twice as many as "
+                f"{len(lengths)} logged steps ago ({metrics['truncated']:.0%} are truncated). Read them, "
+                "use rl.overlong=penalise, or rl.loss_sum=constant, which does not favour length",
+            )
+        self._flat = self._flat + 1 if metrics["flat_groups"] == 1 else 0
+        if self._flat >= _FLAT:
+            yield Alarm(
+                "no signal",
+                f"in {_FLAT} logged steps all completions of a prompt had the same reward (mean {mean:.3f}): "
+                "nothing is learned. Choose prompts of another difficulty, raise rl.group_size or the "
+                "temperature",
             )
 
 

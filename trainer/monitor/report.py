@@ -34,14 +34,17 @@ class Run:
     points: list[dict[str, Any]]  # of metrics.jsonl, flattened, in the order of steps
     loads: list[dict[str, Any]]  # step, tokens_per_expert [L,E]
     alarms: list[dict[str, Any]]
+    samples: list[dict[str, Any]]  # completions of the last logged step
 
     @classmethod
     def read(cls, folder: Path) -> "Run":
         """Raises ConfigError for a folder that is not a run folder."""
         points = [dict(flat_metrics(line)) for line in _lines(folder / "metrics.jsonl")]
         loads, alarms = _lines(folder / "expert_load.jsonl"), _lines(folder / "alarms.jsonl")
-        state = read_state(folder)["state"]
-        return cls(folder, RunConfig.of_run(folder), state, _last_said(points), _last_said(loads), alarms)
+        state, samples = read_state(folder)["state"], _lines(folder / "samples.jsonl")
+        newest = [line for line in samples if line["step"] == samples[-1]["step"]]
+        lines = (_last_said(points), _last_said(loads), alarms, newest)
+        return cls(folder, RunConfig.of_run(folder), state, *lines)
 
     def series(self, *keys: str) -> list[np.ndarray]:
         """Tokens and the values of `keys`, from the points that have all of them."""
@@ -68,7 +71,8 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 def _last_said(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The last line of each step and kind of line (training, evaluation, other)."""
-    last = {(line["step"], "loss" in line, "loss/validation" in line): line for line in lines}
+    held_out = ("loss/validation", "reward/validation")
+    last = {(line["step"], "loss" in line, any(key in line for key in held_out)): line for line in lines}
     return [last[key] for key in sorted(last)]
 
 
@@ -82,7 +86,14 @@ def find_runs(paths: list[Path]) -> list[Run]:
     if not runs:
         where = ", ".join(map(str, paths))
         raise ConfigError([f"no run with a logged step in {where}; name run folders or sweeps"])
-    return sorted(runs, key=lambda run: run.last("loss/validation", run.last("loss")))
+    return sorted(runs, key=_badness)
+
+
+def _badness(run: Run) -> float:
+    """By which runs are sorted: the held-out reward, turned round, or the loss."""
+    if run.config.rl is not None:
+        return -run.last("reward/validation", run.last("reward"))
+    return run.last("loss/validation", run.last("loss"))
 
 
 def draw(runs: list[Run], panels: dict[str, list[str]]) -> Figure:
@@ -165,13 +176,14 @@ def sweep_table(runs: list[Run]) -> str:
 
 def cards(run: Run) -> str:
     """Three answers: does it learn, is it balanced, is it fast?"""
-    limits, (_, losses) = run.config.tracker.alarms, run.series("loss")
-    _, held_out = run.series("loss/validation")
-    recent = max(1, len(losses) // 8)  # logged steps, compared with the same number before them
-    fell = losses[-2 * recent : -recent].mean() - losses[-recent:].mean() if len(losses) > 1 else 0.0
-    verdict = "good" if fell > 0 else "watch" if fell > -0.02 * losses[-1] else "bad"
-    said = [f"{losses[0]:.3f} at the start", *(f"held out {loss:.3f}" for loss in held_out[-1:])]
-    found = [_card("Learns", verdict, f"loss {losses[-1]:.3f}", said, losses)]
+    limits = run.config.tracker.alarms
+    goal, better = ("loss", -1) if run.config.rl is None else ("reward", 1)
+    (_, values), (_, held_out) = run.series(goal), run.series(f"{goal}/validation")
+    recent = max(1, len(values) // 8)  # logged steps, compared with the same number before them
+    gain = values[-recent:].mean() - values[-2 * recent : -recent].mean() if len(values) > 1 else 0.0
+    verdict = "good" if better * gain > 0 else "watch" if better * gain > -0.02 * abs(values[-1]) else "bad"
+    said = [f"{values[0]:.3f} at the start", *(f"held out {value:.3f}" for value in held_out[-1:])]
+    found = [_card("Learns", verdict, f"{goal} {values[-1]:.3f}", said, values)]
     if "effective_experts" in run.points[0]:
         share = run.last("effective_experts")
         verdict = "good" if share > 0.5 else "watch" if share > limits.effective_experts else "bad"
@@ -200,6 +212,18 @@ def _card(title: str, verdict: str, figure: str, said: list[str], history: np.nd
     return f'<section class="card {verdict}">{head}{picture}</section>'
 
 
+def samples_table(run: Run) -> str:
+    """Completions of the last logged step, to be read; what the model and the prompts say is only text."""
+    rows = []
+    for one in run.samples:
+        reasons = "<br>".join(escape(f"{name}: {said}") for name, said in one["reasons"].items())
+        texts = "".join(f"<td><pre>{escape(str(one[key]))}</pre></td>" for key in ("prompt", "completion"))
+        rows.append(f"<tr>{texts}<td>{one['reward']:.2f}</td><td>{reasons}</td></tr>")
+    head = "<tr><th>prompt</th><th>completion</th><th>reward</th><th>reasons</th></tr>"
+    step = run.samples[0]["step"]
+    return f"<h2>Completions of step {step:,}</h2><table class=samples>{head}{''.join(rows)}</table>"
+
+
 def write_report(runs: list[Run], out: Path) -> Path:
     """Write `report.html` and its pictures into the folder `out`; returns the file."""
     out.mkdir(parents=True, exist_ok=True)
@@ -208,7 +232,9 @@ def write_report(runs: list[Run], out: Path) -> Path:
     with matplotlib.style.context(here.with_suffix(".mplstyle")):
         pictures = yaml.safe_load(here.with_suffix(".yaml").read_text())
         drawn = {
-            name: (picture["title"], draw(runs, picture["panels"])) for name, picture in pictures.items()
+            name: (picture["title"], draw(runs, picture["panels"]))
+            for name, picture in pictures.items()
+            if picture.get("of") is None or (picture["of"] == "rl") == (best.config.rl is not None)
         }
         if best.loads:
             drawn["experts"] = ("Where do the tokens go?", draw_experts(best))
@@ -216,6 +242,8 @@ def write_report(runs: list[Run], out: Path) -> Path:
             figure.savefig(out / f"{name}.png")
             source = f"data:image/png;base64,{b64encode((out / f'{name}.png').read_bytes()).decode()}"
             parts.append(f'<h2>{title}</h2><img alt="{title}" src="{source}">')
+    if best.samples:
+        parts.append(samples_table(best))
     alarms = [
         f"<b>{escape(str(alarm.get('kind')))}</b> at step {alarm['step']}: {escape(str(alarm.get('text')))}"
         for alarm in best.alarms

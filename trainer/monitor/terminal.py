@@ -22,12 +22,17 @@ from trainer.settings.secrets import redacted
 # The live panel shows all of these for a step; a plain line shows the first two of each row.
 _SHOWN = {
     "learning": ["loss {loss:.3f}", "grad {grad_norm:.2f}", "learning rate {learning_rate:.2e}"],
+    "rewards": [
+        *("reward {reward:.3f}", "{completion_tokens:.0f} tokens", "{truncated:.0%} truncated"),
+        *("{flat_groups:.0%} of groups flat", "entropy {entropy:.2f}"),
+    ],
     "balance": ["balance {balance_loss:.3f}", "busiest {busiest:.1f}x", "{dead_experts} unused"],
     "speed": [
         *("{tokens_per_second:,.0f} tok/s", "mfu {mfu:.1%}", "waiting for data {stall_fraction:.1%}"),
         "{memory_gib:.1f} GiB",
     ],
 }
+_NEEDS = {"rewards": "reward", "balance": "balance_loss"}  # without this metric a row is left out
 
 
 class Terminal:
@@ -57,7 +62,7 @@ class Terminal:
         parts = {
             title: [text.format(**known) for text in texts]
             for title, texts in _SHOWN.items()
-            if title != "balance" or "balance_loss" in metrics
+            if _NEEDS.get(title, "loss") in metrics
         }
         if self._live is None:
             brief = [text for texts in parts.values() for text in texts[:2]]
@@ -101,8 +106,8 @@ def opening(
 
 def closing(config: RunConfig, metrics: dict[str, Any], results: dict[str, str], run_dir: Path) -> str:
     """The summary of a finished run, with the `results` of its stage and the next commands."""
-    rows = {
-        "loss": f"{metrics['loss']:.3f} nats per token at step {metrics['step']:,}",
+    rows = {} if config.rl else {"loss": f"{metrics['loss']:.3f} nats per token at step {metrics['step']:,}"}
+    rows |= {
         **results,
         "speed": f"{metrics['tokens_per_second']:,.0f} tokens/s, MFU {metrics['mfu']:.1%}",
     }
@@ -113,7 +118,7 @@ def closing(config: RunConfig, metrics: dict[str, Any], results: dict[str, str],
             f"the mean, {metrics['dead_experts']} of {experts} unused in the last step"
         )
     rows["run"] = f"{run_dir}; for transformers: {run_dir}/checkpoints/step-{metrics['step']:08d}/hf"
-    prompt = '"    def __init__(self" --temperature 0.5'
+    prompt = '"What is 2 + 3?" --chat' if config.rl else '"    def __init__(self" --temperature 0.5'
     here = pasted(run_dir)
     rows["next"] = f"python -m trainer.generate {here} {prompt}, python -m trainer.report {here}"
     return "\n".join(["", *(f"  {name:<9} {value}" for name, value in rows.items() if value)])

@@ -21,6 +21,7 @@ from trainer.settings.config import RunConfig
 from trainer.settings.run_folder import ROOT, flat_metrics, pasted
 from trainer.settings.secrets import is_secret_name, redacted, without_secrets
 
+SAMPLE = ("prompt", "completion", "reward", "reasons", "source", "row")  # columns of a table of completions
 _CODE = {".py", ".yaml", ".sh", ".html"}
 
 
@@ -35,7 +36,7 @@ class Tracker:
     def __init__(
         self, config: RunConfig, run_dir: Path, attempt: int, say: Callable[[str], None], is_main: bool
     ) -> None:
-        names = ("metrics", "expert_load", "alarms") if is_main else ()
+        names = ("metrics", "expert_load", "alarms", *(["samples"] if config.rl else [])) if is_main else ()
         self._files = {name: _open(run_dir / f"{name}.jsonl") for name in names}
         self._attempt, self._say = attempt, say
         self._run: Any = None
@@ -47,6 +48,8 @@ class Tracker:
         """Write a line to metrics.jsonl, and a point to W&B; `metrics` holds at least `step`."""
         rest = dict(metrics)
         load = rest.pop("tokens_per_expert", None)
+        for sample in rest.pop("samples", ()):
+            self._write("samples", {"step": metrics["step"], **sample})
         self._write("metrics", rest)
         if load is not None:
             self._write("expert_load", {"step": metrics["step"], "tokens_per_expert": load})
@@ -132,6 +135,7 @@ class Tracker:
             return
         self._told_step = step
         histograms, load = rest.pop("gradient_histogram", {}), rest.pop("tokens_per_expert", None)
+        samples = rest.pop("samples", ())
         point = dict(flat_metrics(rest))
         if load is not None:
             caption = f"step {step}: layers down, experts across; red = twice the mean"
@@ -139,6 +143,9 @@ class Tracker:
         edges = np.exp2(np.arange(HISTOGRAM_LOG2[0], HISTOGRAM_LOG2[1] + 1))
         for kind, counts in histograms.items():
             point[f"gradient/{kind}"] = wandb.Histogram(np_histogram=(np.array(counts), edges))
+        if samples:
+            cells = [[str(sample[key]) for key in SAMPLE] for sample in samples]
+            point["samples"] = wandb.Table(columns=list(SAMPLE), data=cells)
         self._run.log(point, step=step)
 
 

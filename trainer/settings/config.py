@@ -269,17 +269,12 @@ class RunConfig:
         return found
 
     def _stage_problems(self) -> list[str]:
-        """What reinforcement learning needs, and what supervised training cannot read."""
-        rl, sources = self.rl, self.data.sources
-        trained = [name for name in sorted(self.data.trained_sources()) if name in sources]
-        prompts = [name for name in trained if sources[name].kind == "prompts"]
+        """What the kind of stage needs of the rest."""
+        rl, found = self.rl, self.data.reading_problems(as_prompts=self.rl is not None)
         if rl is None:
-            what = "kind=prompts has no answers to learn; choose rl=grpo, or set its weight to 0"
-            return [f"data.sources.{name}: {what}" for name in prompts]
-        needs = "needs answers that a program can check: kind=prompts, or weight 0"
-        laws = {f"rl: data.sources.{name} {needs}": name not in prompts for name in trained}
+            return found
         same = "sampling and training must route alike"
-        laws |= {
+        laws = {
             f"rl: experts.capacity_factor={self.experts.capacity_factor}: {same}; use null": (
                 self.experts.capacity_factor is not None
             ),
@@ -291,8 +286,8 @@ class RunConfig:
             ),
             "rl: data.mode=streaming cannot be sampled from; prepare the data": self.data.mode != "prepared",
         }
-        of_rl = rl.problems(self.stage.seq_len, self.stage.global_batch_size)
-        return of_rl + [law for law, is_broken in laws.items() if is_broken]
+        found += rl.problems(self.stage.seq_len, self.stage.global_batch_size)
+        return found + [law for law, is_broken in laws.items() if is_broken]
 
     def _reference_problems(self) -> list[str]:
         """Why the weights in rl.reference are not of this model."""

@@ -1,0 +1,265 @@
+"""Reinforcement learning with verifiable rewards: sample completions, check them, learn from the rewards.
+
+Sampling runs in the model that is trained, with its own weights, kernels and ranks, so that the probability
+that a token had when it was sampled is the one that the loss computes. See docs/rl.md.
+"""
+
+import logging
+from dataclasses import asdict, replace
+from statistics import fmean, pstdev
+from time import perf_counter
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from data_pipeline.prompts import Prompt, Prompts
+from moe.sampling import Request, SamplingSettings, sample
+from torch import Tensor
+
+from data_pipeline.permutation import derive_key
+from data_pipeline.tokenizer import tokenizer_of
+from moe.balance import Balance
+from moe.model import CausalLM, ModelOutput
+from trainer.engine.engine import Engine
+from trainer.engine.loss import LossShares, Totals
+from trainer.engine.policy import SUMS, PolicyBatch, policy_loss
+from trainer.ranks.runtime import Ranks
+from trainer.settings.config import RunConfig
+from trainer.stages.completions import Completion, StepCompletions
+from trainer.stages.stage import BuildModel
+from trainer.verifiers.scorer import Scorer
+
+SHOWN = 12  # completions of a logged step for people to read
+
+
+class Reinforced:
+    """A `Stage` that learns from its own completions of the run's prompts.
+
+    A phase samples the completions of `rl.updates` steps with the weights of its first step. Every rank then
+    holds all of them, so that a checkpoint inside a phase restores on any layout.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        ranks: Ranks,
+        engine: Engine,
+        balance: Balance,
+        step: int,
+        state: dict[str, Any],
+        build_model: BuildModel,
+    ) -> None:
+        assert config.rl is not None
+        self._config, self._rl, self._ranks, self._step = config, config.rl, ranks, step
+        self._engine, self._balance = engine, balance
+        self._prompts = Prompts(config.data, seed=config.seed)
+        self._groups = config.stage.global_batch_size // self._rl.group_size  # prompts of a step
+        self._prompts.check_budget(config.stage.total_steps * self._groups)
+        self._tokenizer = tokenizer_of(config.data)
+        self._stops = (self._tokenizer.control_id("<|im_end|>"), self._tokenizer.end_of_text)
+        self._scorer = Scorer(self._rl.verifiers, workers=4)
+        self._phase = [Completion(**one) for one in state.get("completions", [])]
+        self._speed = state.get("speed", 0.0)  # tokens sampled per second
+        self._reference = self._open_reference(build_model)
+        self._of_step: StepCompletions | None = None
+        self._sums = self._mismatches = torch.zeros(0)  # of the loss over this rank's micro-batches
+
+    def _open_reference(self, build_model: BuildModel) -> CausalLM | None:
+        """The frozen model of rl.reference; None without a KL term."""
+        if self._rl.reference is None:
+            return None
+        stage = replace(self._config.stage, init_from=self._rl.reference)
+        init = replace(self._config.init, upcycle="none")
+        return build_model(replace(self._config, stage=stage, init=init)).eval().requires_grad_(False)
+
+    def describe(self) -> list[str]:
+        """The prompts and the verifiers."""
+        rewards = ", ".join(f"{name} ({of.kind})" for name, of in self._rl.verifiers.items())
+        what = f"{self._groups} prompts x {self._rl.group_size} completions per step, rewards: {rewards}"
+        return [*self._prompts.describe(), what]
+
+    def micro_batches(self) -> list[PolicyBatch]:
+        """The completions of the next step; at the start of a phase, they are sampled first."""
+        update = self._step % self._rl.updates
+        if update == 0:
+            first = self._step * self._groups
+            prompts = [self._prompts[first + n] for n in range(self._groups * self._rl.updates)]
+            self._phase = self._complete(prompts, self._rl.group_size, self._rl.sampling.temperature)
+        size = self._groups * self._rl.group_size
+        some = self._phase[update * size : (update + 1) * size]
+        self._of_step = of_step = StepCompletions(some, self._rl)
+        self._sums = torch.zeros(len(SUMS), dtype=torch.float64, device=self._ranks.device)
+        self._step += 1
+        layout = (self._ranks.rank, self._ranks.world_size, self._config.micro_batch_size)
+        batches = of_step.micro_batches(*layout)
+        if self._reference is None:
+            return batches
+        with self._engine.clock.wait("reference"):
+            return [self._with_reference(self._reference, batch) for batch in batches]
+
+    @torch.no_grad()
+    def _with_reference(self, reference: CausalLM, batch: PolicyBatch) -> PolicyBatch:
+        """`batch` with the log-probabilities of its labels under the reference model."""
+        here = batch.to(self._ranks.device)
+        output = reference(
+            here.input_ids,
+            here.position_ids,
+            here.cu_seqlens,
+            labels=here.labels,
+            lengths=here.lengths,
+            temperature=batch.temperature,
+        )
+        assert output.log_probs is not None
+        return replace(batch, reference_log_probs=output.log_probs.cpu())
+
+    def _complete(self, prompts: list[Prompt], each: int, temperature: float) -> list[Completion]:
+        """`each` completions of every prompt with their rewards, in order, on all ranks.
+
+        Each is a function of the seed, the step, the prompt and its number. Every rank must call it.
+        """
+        wanted = [(prompt, number) for prompt in prompts for number in range(each)]
+        mine = wanted[self._ranks.rank :: self._ranks.world_size]
+        clock, started = self._engine.clock, perf_counter()
+        with clock.wait("sampling"):
+            found = self._sample(mine, temperature)
+        seconds = perf_counter() - started
+        with clock.wait("scoring"):
+            self._score(mine, found)
+            everywhere: list[Any] = [None] * self._ranks.world_size
+            dist.all_gather_object(everywhere, found)
+        completions = [everywhere[i % len(everywhere)][i // len(everywhere)] for i in range(len(wanted))]
+        self._speed = sum(one.length for one in completions) / seconds
+        return completions
+
+    def _sample(self, wanted: list[tuple[Prompt, int]], temperature: float) -> list[Completion]:
+        """Completions without rewards."""
+        how, balance, step = self._rl.sampling, self._balance, self._step
+        settings = SamplingSettings(
+            temperature, how.top_p, how.top_k, how.min_new_tokens, how.max_new_tokens, self._stops
+        )
+        keys = [derive_key(self._config.seed, step, prompt.source, prompt.row, n) for prompt, n in wanted]
+        requests = [Request(key, prompt.ids) for key, (prompt, _) in zip(keys, wanted, strict=True)]
+        self._engine.module.eval()
+        with self._engine.gathered(how.gather_weights):
+            ended = sample(
+                self._engine.apply,
+                requests,
+                settings,
+                rows_at_once=how.rows_at_once,
+                device=self._ranks.device,
+                anyone=self._anyone,
+                bias=balance.bias,
+                keep_experts=how.router_replay != "off" and self._config.model.num_experts > 0,
+            )
+            samples = [one for _, one in sorted(ended)]
+        self._engine.module.train()
+        return [
+            Completion(
+                row=prompt.row,
+                source=prompt.source,
+                number=number,
+                ids=prompt.ids + one.tokens,
+                prompt_tokens=len(prompt.ids),
+                log_probs=list(one.log_probs),
+                truncated=one.truncated,
+                experts=one.experts,
+            )
+            for (prompt, number), one in zip(wanted, samples, strict=True)
+        ]
+
+    def _anyone(self, active: bool) -> bool:
+        """Whether any rank is active. Every rank must call it before every forward of a phase."""
+        flag = torch.tensor(int(active))  # in host memory
+        dist.all_reduce(flag)
+        return bool(flag)
+
+    def _score(self, wanted: list[tuple[Prompt, int]], found: list[Completion]) -> None:
+        """Fill in the rewards. A check that fails is told in this rank's log, with its prompt."""
+        texts = [self._tokenizer.decode(one.ids[one.prompt_tokens :]) for one in found]
+        scores = self._scorer.score(
+            [(prompt.fields, text) for (prompt, _), text in zip(wanted, texts, strict=True)]
+        )
+        for one, score in zip(found, scores, strict=True):
+            one.reward = score.reward
+            one.parts = {name: list(part) for name, part in score.parts.items()}
+            for name, (_, reason, failed) in one.parts.items():
+                if failed:
+                    what = "verifier %s failed on completion %d of prompt %d of %s: %s"
+                    logging.warning(what, name, one.number, one.row, one.source, reason)
+
+    def loss_shares(
+        self, batch: PolicyBatch, output: ModelOutput, frequencies: Tensor | None, totals: Totals
+    ) -> LossShares:
+        """The policy loss of a micro-batch, and the terms of its routers."""
+        assert output.log_probs is not None
+        assert output.entropies is not None
+        terms = policy_loss(output.log_probs, output.entropies, batch, self._rl)
+        self._sums += terms.sums
+        return LossShares.of(terms.loss, output, frequencies, totals)
+
+    def evaluate(self) -> dict[str, float]:
+        """Mean reward of one greedy completion of held-out prompts: `reward/SOURCE`, `reward/validation`."""
+        rewards: dict[str, list[float]] = {}
+        for source in sorted(self._config.data.trained_sources()):
+            with Prompts(
+                self._config.data, seed=self._config.seed, split="validation", source=source
+            ) as all_:
+                some = [all_[n] for n in range(min(len(all_), self._config.evaluate.rows))]
+            rewards[source] = [one.reward for one in self._complete(some, 1, temperature=0.0)]
+        rewards["validation"] = [reward for of in rewards.values() for reward in of]
+        return {f"reward/{source}": fmean(of) for source, of in rewards.items() if of}
+
+    def metrics(self) -> dict[str, Any]:
+        """Rewards, lengths and what the loss says of the step, over all ranks; a few completions to read."""
+        assert self._of_step is not None
+        some, of_step = self._of_step.completions, self._of_step
+        rewards, lengths = [one.reward for one in some], [one.length for one in some]
+        parts = [one.parts or {} for one in some]
+        return {
+            "reward": fmean(rewards),
+            "reward_deviation": pstdev(rewards),
+            "rewards": {name: fmean(of[name][0] for of in parts) for name in self._rl.verifiers},
+            "failed_checks": fmean(failed for of in parts for _, _, failed in of.values()),
+            "flat_groups": float(of_step.flat.double().mean()),
+            "completion_tokens": fmean(lengths),
+            "longest_completion": max(lengths),
+            "truncated": fmean(one.truncated for one in some),
+            "length_penalty": -float(of_step.penalties.mean()),
+            "sampled_tokens_per_second": self._speed,
+            **self._loss_metrics(),
+            "sources": self._prompts.seen(self._step * self._groups),
+            "samples": [self._shown(one) for one in some[:: max(1, len(some) // SHOWN)][:SHOWN]],
+        }
+
+    def _loss_metrics(self) -> dict[str, float]:
+        """Means over the tokens of the global batch that have a weight in the loss."""
+        sums = self._sums.clone()
+        dist.all_reduce(sums)
+        tokens, *of_tokens = sums.tolist()
+        return {name: of / max(tokens, 1) for name, of in zip(SUMS[1:], of_tokens, strict=True)}
+
+    def _shown(self, one: Completion) -> dict[str, Any]:
+        prompt, rest = one.ids[: one.prompt_tokens], one.ids[one.prompt_tokens :]
+        reasons = {name: f"{reward:g}: {reason}" for name, (reward, reason, _) in (one.parts or {}).items()}
+        shown = {"source": one.source, "row": one.row, "reward": one.reward, "reasons": reasons}
+        return shown | {"prompt": self._tokenizer.decode(prompt), "completion": self._tokenizer.decode(rest)}
+
+    def results(self, metrics: dict[str, Any]) -> dict[str, str]:
+        """The mean rewards of the last step and of the held-out prompts."""
+        held_out = [
+            f"{key[7:]} {value:.3f}"
+            for key, value in metrics.items()
+            if key.startswith("reward/") and key != "reward/validation"
+        ]
+        return {"reward": f"{metrics['reward']:.3f}", "held out": ", ".join(held_out)}
+
+    def state(self) -> dict[str, Any]:
+        """The completions of a phase that is not over."""
+        if self._step % self._rl.updates == 0:
+            return {}
+        return {"completions": [asdict(one) for one in self._phase], "speed": self._speed}
+
+    def close(self) -> None:
+        """End the workers of the verifiers and close the files of the prompts."""
+        self._scorer.close()
+        self._prompts.close()
