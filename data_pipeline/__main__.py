@@ -9,6 +9,7 @@ docs/data.md explains the keys of data.
 """
 
 import itertools
+import json
 import shlex
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ from omegaconf import DictConfig
 from data_pipeline.config import DataConfig, DataError
 from data_pipeline.packing import NO_LOSS, make_plans
 from data_pipeline.prepare import prepare
+from data_pipeline.prompts import Prompts
 from data_pipeline.shards import verify
 from data_pipeline.tokenizer import load_tokenizer
 from moe.config import ConfigError
@@ -54,7 +56,8 @@ def show(config: DataConfig, which: str, *, seq_len: int, seed: int) -> str:
     """One row as the model sees it: decoded, with the borders and origins of its documents.
 
     which: ROW, a global row number of the run; or SOURCE or SOURCE:ROW, a training row of one source, without
-    shuffling. Raises DataError if the prepared folder has no such row.
+    shuffling. A row of a source of prompts is one prompt, shown with its fields. Raises DataError if the
+    prepared folder has no such row.
     """
     from data_pipeline.loader import Loader  # imports torch, which workers do not need
 
@@ -64,6 +67,9 @@ def show(config: DataConfig, which: str, *, seq_len: int, seed: int) -> str:
         raise DataError(f"{which} is not a row; give ROW, SOURCE or SOURCE:ROW, with SOURCE of {known}")
     if config.mode == "streaming":
         raise DataError("data.mode=streaming: only rows of a prepared folder can be shown; prepare the data")
+    names = {source} if source else config.trained_sources()
+    if not names & set(config.text_sources()):
+        return _show_prompt(config, source or None, int(number or 0), seed)
     shape: dict[str, Any] = {"global_batch_size": 1, "micro_batch_size": 1, "rank": 0, "world_size": 1}
     shape |= {"next_row": int(number or 0), "source": source or None}
     with Loader(config, seq_len=seq_len, seed=seed, **shape) as loader:
@@ -87,6 +93,16 @@ def show(config: DataConfig, which: str, *, seq_len: int, seed: int) -> str:
     if valid < len(tokens):
         lines.append(f"--- tokens {valid} to {len(tokens)}: padding")
     return "\n".join(lines)
+
+
+def _show_prompt(config: DataConfig, source: str | None, number: int, seed: int) -> str:
+    with Prompts(config, seed=seed, source=source) as prompts:
+        if number >= len(prompts):
+            raise DataError(f"{source or 'the run'}: there is no such row as {number}")
+        (row, _, ids, fields), origin = prompts[number], prompts.origin(number)
+    head = f"prompt {row}: {len(ids)} tokens, none of them learned", f"--- {origin}"
+    shown = [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in fields.items()]
+    return "\n".join([*head, load_tokenizer(config.dir).decode(ids), "--- fields", *shown])
 
 
 def main(arguments: list[str]) -> None:

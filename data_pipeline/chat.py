@@ -68,7 +68,7 @@ def render(row: Mapping[str, Any], options: Mapping[str, Any], *, loss_from: int
             out.text(_content(messages[0]) + "\n\n")
         out.markup(_TOOLS_BEFORE)
         for tool in tools:
-            out.text("\n" + _to_json(tool, ensure_ascii=False))
+            out.text("\n" + to_json(tool, ensure_ascii=False))
         out.markup(_TOOLS_AFTER)
     for i, message in enumerate(messages):
         role, content = message["role"], _content(message)
@@ -125,6 +125,28 @@ def samples(row: Mapping[str, Any], think_flag_share: float | None) -> list[list
     return found
 
 
+def prompt(content: Any, row: Mapping[str, Any]) -> list[Piece]:
+    """A text or messages that wait for an answer, with the header of the answer; nothing is learned.
+
+    row: may have `tools`, and `enable_thinking`, where false means that the answer begins after an empty
+    think block. Raises ValueError, with the reason, for a prompt that is malformed or needs no answer.
+    """
+    if isinstance(content, str):
+        if not content.strip():
+            raise ValueError("empty")
+        content = [{"role": "user", "content": content}]
+    thinks, asked = row.get("enable_thinking"), {"messages": content, "tools": row.get("tools")}
+    if not isinstance(thinks, bool | None):
+        raise ValueError(f"type: enable_thinking is of type {type(thinks).__name__}")
+    messages = _well_formed(asked)
+    if not _queries(messages):
+        raise ValueError("messages: no question of a user")
+    if (role := messages[-1]["role"]) not in ("user", "tool"):
+        raise ValueError(f"messages: the last one has the role {role}; a prompt ends with user or tool")
+    options = {"add_generation_prompt": True, "enable_thinking": thinks}
+    return render(asked, options, loss_from=len(messages))
+
+
 def encode(pieces: Sequence[Piece], tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
     """Ids of rendered pieces (uint32 [n]), and whether each id is learned (bool [n])."""
     ids, loss = list[int](), list[bool]()
@@ -147,14 +169,14 @@ def _render_body(out: _Pieces, message: Mapping[str, Any], thinks: bool, loss: b
         function = call.get("function") or call
         arguments = function["arguments"]
         if not isinstance(arguments, str):
-            arguments = _to_json(arguments, ensure_ascii=False)
+            arguments = to_json(arguments, ensure_ascii=False)
         out.markup(("\n" if content or number else "") + '<tool_call>\n{"name": "', loss)
         out.text(function["name"] + '", "arguments": ' + arguments, loss)
         out.markup("}\n</tool_call>", loss)
     out.markup("<|im_end|>", loss)
 
 
-def _to_json(value: object, **options: Any) -> str:
+def to_json(value: object, **options: Any) -> str:
     """Raises ValueError for a value that JSON cannot hold, such as a date in a table."""
     try:
         return json.dumps(value, **options)
@@ -184,8 +206,8 @@ def _queries(messages: Sequence[Mapping[str, Any]]) -> list[int]:
     return [i for i, content in spoken if isinstance(content, str) and not _RESPONSE.fullmatch(content)]
 
 
-def _checked(row: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Copies of the messages of a valid row. Raises ValueError, with the fault, for another row."""
+def _well_formed(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The messages of a row, each of which is valid. Raises ValueError, with the fault, for another row."""
     messages, tools = row.get("messages"), row.get("tools")
     if not messages or not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
         raise ValueError("messages: not a list of objects")
@@ -194,6 +216,12 @@ def _checked(row: Mapping[str, Any]) -> list[dict[str, Any]]:
     for i, message in enumerate(messages):
         if fault := _fault(message):
             raise ValueError(f"messages[{i}]: {fault}")
+    return messages
+
+
+def _checked(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Copies of the messages of a row that teaches. Raises ValueError, with the fault, for another row."""
+    messages = _well_formed(row)
     first_answer = next((i for i, m in enumerate(messages) if m["role"] == "assistant"), None)
     if first_answer is None:
         raise ValueError("no_target: no message of the assistant")
@@ -243,7 +271,7 @@ def _apply_flags(
         mode = flags[-1] if flags else mode
         if think_flag_share is not None and not flags:
             wanted = "think" if thinks else "no_think"
-            key = derive_key(0, _to_json(messages, sort_keys=True, default=str), query)
+            key = derive_key(0, to_json(messages, sort_keys=True, default=str), query)
             if not thinks or mode == "no_think" or key < think_flag_share * 2**64:
                 messages[query]["content"] += f" /{wanted}"
                 mode = wanted

@@ -16,8 +16,9 @@ LEAST = {
     "shard_bytes": (4, "a token takes 4 bytes"),
     "num_workers": (1, "1 works in this process"),
 }
-SOURCE_KINDS = ("embedded", "jsonl", "parquet", "arrow", "hub", "text", "tree", "sft")
+SOURCE_KINDS = ("embedded", "jsonl", "parquet", "arrow", "hub", "text", "tree", "sft", "prompts")
 KINDS_WITH_TEXT_COLUMN = ("jsonl", "parquet", "arrow", "hub")
+CHAT_KINDS = ("sft", "prompts")  # a row is a conversation with its fields, not a text
 CONTENT_KEYS = (
     *("tokenizer_vocab_size", "validation_fraction", "deduplicate", "min_characters"),
     *("max_chat_tokens", "think_flag_share"),
@@ -37,15 +38,20 @@ class SourceConfig:
     kind: str
     paths: list[str]  # files, globs, folders, hub datasets, or collections of data_pipeline.samples
     text_key: str | None = None  # column or JSON key of the text, for the kinds that have one; null = text
-    weight: float = 1.0  # share of the training tokens, relative to the others; 0 = prepared only
+    weight: float = 1.0  # share of the training tokens (of the prompts), relative to the others; 0: unused
     max_epochs: float | None = None  # how often a training row may be seen; null = no limit
+    required_fields: list[str] | None = None  # of prompts: what verifiers need in a row; null = [answer]
 
     @property
     def text_column(self) -> str | None:
-        """The column that holds the text; None for the kinds without columns of text."""
-        if self.kind not in KINDS_WITH_TEXT_COLUMN:
-            return None
-        return "text" if self.text_key is None else self.text_key
+        """The column that holds the text; None for the kinds without columns of text, and for prompts that
+        stand in `prompt` or `messages`."""
+        return "text" if self.text_key is None and self.kind in KINDS_WITH_TEXT_COLUMN else self.text_key
+
+    @property
+    def verified_fields(self) -> list[str]:
+        """The fields without which a row of prompts is bad."""
+        return ["answer"] if self.required_fields is None else self.required_fields
 
 
 @dataclass
@@ -59,8 +65,8 @@ class DataConfig:
     sources: dict[str, SourceConfig]  # by name, which is part of file names and metrics
     validation_fraction: float  # share of the documents, chosen by their hash, that is never trained on
     deduplicate: bool  # keep the first of equal documents of a source
-    min_characters: int  # shorter documents are bad rows (too_short); not for conversations
-    max_chat_tokens: int | None  # longer conversations are bad rows (too_long); null = no limit
+    min_characters: int  # shorter documents are bad rows (too_short); not for conversations and prompts
+    max_chat_tokens: int | None  # longer conversations and prompts are bad rows (too_long); null = no limit
     think_flag_share: float | None  # /no_think without reasoning, /think in this share of others; null: none
     on_bad_row: str  # skip (list it in rejects.jsonl) | quarantine (keep the whole row there) | error (stop)
     max_bad_fraction: float  # with a larger share of bad rows in a source, nothing is prepared
@@ -72,8 +78,8 @@ class DataConfig:
     predict_first_token: bool  # whether the end of a document predicts the first token of the next one
     fim_rates: dict[str, float]  # source -> share of its documents rearranged for fill-in-the-middle
     fim_spm_share: float  # share of these that have the suffix first (SPM; else PSM)
-    weight_changes: dict[int, dict[str, float]]  # training tokens -> weights from then on; others stay
-    skip: list[list[int]]  # ranges [first, end) of global row numbers that are left out
+    weight_changes: dict[int, dict[str, float]]  # training tokens (prompts) -> weights from then on
+    skip: list[list[int]]  # ranges [first, end) of global numbers of rows (prompts) that are left out
 
     def content_settings(self) -> dict[str, object]:
         """The keys that decide which tokens a prepared folder holds, apart from the bytes of its inputs."""
@@ -81,13 +87,34 @@ class DataConfig:
         for name, source in sorted(self.sources.items()):
             settings[f"data.sources.{name}.kind"] = source.kind
             settings[f"data.sources.{name}.text_key"] = source.text_column
+            if source.kind == "prompts":
+                settings[f"data.sources.{name}.required_fields"] = source.verified_fields
         return settings
+
+    def text_sources(self) -> list[str]:
+        """The names of the sources that are read as rows of tokens to learn, that is, not as prompts."""
+        return [name for name, source in self.sources.items() if source.kind != "prompts"]
 
     def trained_sources(self) -> set[str]:
         """The names of the sources that have a weight at some time of the run."""
         weights = [{name: source.weight for name, source in self.sources.items()}]
         weights += self.weight_changes.values()
         return {name for of in weights for name, weight in of.items() if weight > 0}
+
+    def reading_problems(self, *, as_prompts: bool, source: str | None = None) -> list[str]:
+        """Broken laws of a run that samples from prompts (`as_prompts`), or that trains on rows of text. It
+        reads the sources that have a weight, or only `source`."""
+        names, text = self.trained_sources() if source is None else {source}, set(self.text_sources())
+        reads = "samples from prompts" if as_prompts else "trains on text"
+        found = [
+            f"data.sources.{name}.kind={self.sources[name].kind} cannot be read by a stage that {reads};"
+            " set its weight to 0, or choose another stage"
+            for name in sorted(names & self.sources.keys())
+            if (name in text) == as_prompts
+        ]
+        if as_prompts and source is None and self.length_shares:
+            found.append(f"data.length_shares={self.length_shares} has no use with prompts; set it to {{}}")
+        return found
 
     def problems(self) -> list[str]:
         """Every broken law, one line each: key, value, law, remedy."""
@@ -131,7 +158,7 @@ class DataConfig:
         laws = dict[str, bool]()
         for name, source in self.sources.items():
             key, kind, weight, epochs = f"data.sources.{name}", source.kind, source.weight, source.max_epochs
-            column, has_columns = source.text_key, kind in KINDS_WITH_TEXT_COLUMN
+            column, has_columns = source.text_key, kind in (*KINDS_WITH_TEXT_COLUMN, "prompts")
             law = f"is less than one row in {BLOCK_ROWS}; raise it or use 0"
             laws |= {
                 f"{key}: the name becomes a file name; use letters, digits and _": not _NAME.fullmatch(name),
@@ -142,6 +169,9 @@ class DataConfig:
                 ),
                 f"{key}.text_key={column} has no use with kind={kind}; set it to null": (
                     kind in SOURCE_KINDS and not has_columns and column is not None
+                ),
+                f"{key}.required_fields has no use with kind={kind}; set it to null": (
+                    kind in SOURCE_KINDS and kind != "prompts" and source.required_fields is not None
                 ),
                 f"{key}.weight={weight} must be a finite number >= 0": not 0 <= weight < math.inf,
                 f"{key}.weight={weight} of {total_weight} {law}": 0 < weight * BLOCK_ROWS < total_weight,
@@ -160,6 +190,7 @@ class DataConfig:
         for name, source in self.sources.items():
             law = f"data.sources.{name}.max_epochs={source.max_epochs} is not a whole number"
             laws[law] = source.max_epochs is not None and source.max_epochs % 1 > 0
+            laws[f"data.sources.{name}.kind=prompts needs shards"] = source.kind == "prompts"
         remedy = "; change it, or prepare the data and use data.mode=prepared"
         return {f"data.mode=streaming: {law}{remedy}": is_broken for law, is_broken in laws.items()}
 
@@ -177,7 +208,7 @@ class DataConfig:
                     bool(self.weight_changes)
                 ),
             }
-        text = {name for name, source in self.sources.items() if source.kind != "sft"}
+        text = {name for name, source in self.sources.items() if source.kind not in CHAT_KINDS}
         for name in self.fim_rates:
             laws[f"data.fim_rates.{name} is not a source of text; name one, or remove it"] = name not in text
         weights = {name: source.weight for name, source in self.sources.items()}

@@ -12,7 +12,7 @@ import numpy as np
 
 from data_pipeline import chat
 from data_pipeline.config import DataConfig, DataError, SourceConfig
-from data_pipeline.readers import Row, column_of
+from data_pipeline.readers import Row, columns_of
 from data_pipeline.tokenizer import Tokenizer
 
 _HEAD_BYTES = 200
@@ -28,6 +28,7 @@ class Document(NamedTuple):
     text: str  # empty for a conversation
     pieces: list[chat.Piece] | None
     data: bytes  # equal for equal documents: the UTF-8 of a text, the JSON of `pieces`
+    fields: bytes | None = None  # of a prompt: the JSON of its row, for verifiers
 
     def is_held_out(self, seed: int, validation_fraction: float) -> bool:
         """Whether its hash selects it for validation; equal documents are in the same split."""
@@ -67,9 +68,13 @@ def read_documents(
     for row in rows:
         items: list[Document | Reject]
         try:
-            content = _content(row, column_of(source))
+            content = _content(row, columns_of(source))
             if source.kind == "sft":
-                items = _conversations(row, config, tokenizer)
+                samples = chat.samples(row.value, config.think_flag_share)
+                items = [_conversation(row, pieces, config, tokenizer) for pieces in samples]
+            elif source.kind == "prompts":
+                pieces, fields = _prompt(row, content, source.verified_fields)
+                items = [_conversation(row, pieces, config, tokenizer, fields)]
             else:
                 items = [_text(row, content, config.min_characters)]
         except UnicodeEncodeError:
@@ -79,17 +84,20 @@ def read_documents(
         yield from items
 
 
-def _content(row: Row, column: str | None) -> Any:
-    """The content of a row. Raises ValueError, with the reason, if there is none."""
+def _content(row: Row, columns: tuple[str, ...]) -> Any:
+    """The content of a row: that of the first column that has one, or without columns the whole row. Raises
+    ValueError, with the reason, if there is none."""
     if row.fault is not None:
         raise ValueError(row.fault)
-    if column is not None and column not in row.value:
+    if not columns:
+        return row.value
+    if not any(column in row.value for column in columns):
         names = ", ".join(map(repr, row.value)) or "nothing"
-        raise ValueError(f"missing: the row has no {column!r}, only {names}")
-    content = row.value if column is None else row.value[column]
-    if content is None:
+        raise ValueError(f"missing: the row has no {' or '.join(map(repr, columns))}, only {names}")
+    found = [row.value[column] for column in columns if row.value.get(column) is not None]
+    if not found:
         raise ValueError("null")
-    return content
+    return found[0]
 
 
 def _text(row: Row, content: object, min_characters: int) -> Document:
@@ -103,20 +111,29 @@ def _text(row: Row, content: object, min_characters: int) -> Document:
     return Document(row, content, None, content.encode())
 
 
-def _conversations(row: Row, config: DataConfig, tokenizer: Tokenizer | None) -> list[Document | Reject]:
-    """Raises ValueError, with the reason, for a row that is malformed."""
-    items: list[Document | Reject] = []
-    most = config.max_chat_tokens
-    for pieces in chat.samples(row.value, config.think_flag_share):
-        data, length = json.dumps(pieces).encode(), 0
-        # a token has at least one byte, so most conversations need not be tokenized for the count
-        if tokenizer and most is not None and len(data) > most:
-            length = len(chat.encode(pieces, tokenizer)[0]) + 1
-        if most is not None and length > most:
-            items.append(Reject(row, f"too_long: {length} tokens"))
-        else:
-            items.append(Document(row, "", pieces, data))
-    return items
+def _prompt(row: Row, content: Any, verified_fields: list[str]) -> tuple[list[chat.Piece], bytes]:
+    """The pieces of a prompt and its row as JSON. Raises ValueError, with the reason, for a bad row."""
+    if lost := [key for key in verified_fields if row.value.get(key) is None]:
+        raise ValueError(f"missing: the row has no {', '.join(map(repr, lost))} for its verifiers")
+    return chat.prompt(content, row.value), chat.to_json(row.value, ensure_ascii=False).encode()
+
+
+def _conversation(
+    row: Row,
+    pieces: list[chat.Piece],
+    config: DataConfig,
+    tokenizer: Tokenizer | None,
+    fields: bytes | None = None,
+) -> Document | Reject:
+    """A conversation or, with its fields, a prompt as a document, if it is not too long."""
+    data, length, most = json.dumps(pieces).encode(), 0, config.max_chat_tokens
+    # a token has at least one byte, so most conversations need not be tokenized for the count
+    if tokenizer and most is not None and len(data) > most:
+        is_closed = fields is None  # the closing id of a prompt is not given to the model
+        length = len(chat.encode(pieces, tokenizer)[0]) + is_closed
+    if most is not None and length > most:
+        return Reject(row, f"too_long: {length} tokens")
+    return Document(row, "", pieces, data, fields)
 
 
 def encoded(
@@ -151,16 +168,18 @@ def _megabyte(documents: Iterator[Document]) -> Iterator[Document]:
 
 def check_columns(name: str, source: SourceConfig, rows: Iterable[Row]) -> None:
     """Raise DataError, which lists the columns, if none of the first rows of a source has its text column."""
-    column, wanted = column_of(source), list if source.kind == "sft" else str
-    columns: dict[str, str] = {}
+    columns = columns_of(source)
+    wanted = {"sft": (list,), "prompts": (str, list)}.get(source.kind, (str,))
+    found: dict[str, str] = {}
     sound = (row for row in rows if row.fault is None)
-    for row in itertools.islice(sound, _PROBED_ROWS) if column is not None else ():
-        if isinstance(row.value.get(column), wanted):
+    for row in itertools.islice(sound, _PROBED_ROWS) if columns else ():
+        if any(isinstance(row.value.get(column), wanted) for column in columns):
             return
-        columns |= {key: type(value).__name__ for key, value in row.value.items()}
-    if columns:
-        listed = ", ".join(f"{key}: {kind}" for key, kind in columns.items())
-        law = f"its first rows have no {column!r} of type {wanted.__name__}; their columns are {listed}"
+        found |= {key: type(value).__name__ for key, value in row.value.items()}
+    if found:
+        listed = ", ".join(f"{key}: {kind}" for key, kind in found.items())
+        named, types = " or ".join(map(repr, columns)), " or ".join(of.__name__ for of in wanted)
+        law = f"its first rows have no {named} of type {types}; their columns are {listed}"
         remedy = "" if source.kind == "sft" else f"; set data.sources.{name}.text_key to one of them"
         raise DataError(f"data.sources.{name}: {law}{remedy}")
 

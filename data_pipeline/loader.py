@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data_pipeline.config import DataConfig
+from data_pipeline.config import DataConfig, DataError
 from data_pipeline.manifest import Manifest
 from data_pipeline.mixture import Mixture, MixtureSource, skip_rows
 from data_pipeline.packing import (
@@ -87,7 +87,7 @@ class Loader(Iterator[list[Batch]], AbstractContextManager["Loader"]):
     source=None: the endless mixture of the sources. source=NAME: only that source, once, without shuffling;
     the last step is filled up with padding rows, so that all ranks have the same number of micro-batches. A
     thread reads batches ahead; with `pin`, into pinned memory, from which a GPU copies while the host works.
-    Raises DataError for a folder that is damaged or was not prepared as configured.
+    Raises DataError for a folder that is damaged or was not prepared as configured, and for prompts.
     """
 
     def __init__(
@@ -116,6 +116,8 @@ class Loader(Iterator[list[Batch]], AbstractContextManager["Loader"]):
         if source is not None:  # length_shares apply only to all sources together
             config = replace(config, length_shares={})
         names = config.trained_sources() if source is None else {source}
+        if problems := config.reading_problems(as_prompts=False, source=source):
+            raise DataError("\n".join(problems))
         self.manifest: Manifest | None = None
         self._streams: Mapping[str, Stream]
         if config.mode == "prepared":

@@ -7,6 +7,8 @@
         train-00000.offsets           uint64 little-endian: where the documents begin, then the shard's end
         train-00000.rows              per document: uint32 input file, uint64 offset of its row in it
         train-00000.loss              conversations only: a bit per token, lowest bit first; 1 = learned
+        train-00000.fields            prompts only: the rows as JSON (UTF-8) end to end
+        train-00000.field_offsets     uint64 little-endian: where the rows of JSON begin, then the file's end
         validation-00000.tokens ...
         slice.json unigrams.npy       what the slice adds to the manifest
     rejects.jsonl                     rejected rows: file, line, offset, reason, first bytes
@@ -30,7 +32,7 @@ FORMAT = "token-shards-3"
 _HEAD = b'{\n "crc32": "%08x",'  # the first key of a manifest: the checksum of all bytes after it
 _HEAD_BYTES = len(_HEAD % 0)
 SPLITS = ("train", "validation")
-SUFFIXES = {"tokens", "offsets", "rows", "loss"}  # of the files of a shard
+SUFFIXES = {"tokens", "offsets", "rows", "loss", "fields", "field_offsets"}  # of the files of a shard
 _SHARD = re.compile(r"\w[\w-]*/\w+-\d+")
 REMEDY = "move the folder away and run python -m data_pipeline again"
 
@@ -47,12 +49,14 @@ class InputFile:
 
 @dataclass
 class ShardRecord:
-    """name: path below slices/, without suffix. crc32: by suffix, eight hex digits per block of the file."""
+    """name: path below slices/, without suffix. crc32: by suffix, eight hex digits per block of the file.
+    field_bytes: of the fields of prompts."""
 
     name: str
     documents: int
     tokens: int
     crc32: dict[str, str]
+    field_bytes: int = 0
 
 
 Shards = dict[str, list[ShardRecord]]  # by split

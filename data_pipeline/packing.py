@@ -267,7 +267,8 @@ def make_plans(config: DataConfig, seq_len: int) -> None:
     """Make the missing best_fit plans of a run with rows of `seq_len`, and print the rows of each source."""
     manifest = open_prepared(Path(config.dir))
     for split in SPLITS:
-        names = config.trained_sources() if split == "train" else config.sources
+        names = set(config.text_sources())
+        names &= config.trained_sources() if split == "train" else names
         streams = open_streams(Path(config.dir), manifest, split, names)
         rows = open_rows(config, streams, manifest.tokenizer.end_of_text, split, seq_len, seed=0)
         for name, of in rows.items() if split == "train" else ():

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from data_pipeline import samples
-from data_pipeline.config import DataError, SourceConfig
+from data_pipeline.config import CHAT_KINDS, DataError, SourceConfig
 from data_pipeline.manifest import InputFile, sha256_of
 
 if TYPE_CHECKING:
@@ -100,7 +100,8 @@ def read_rows(source: SourceConfig, part: Part) -> Iterator[Row]:
     with _whole(part.path, format):
         if format == "embedded":
             texts = samples.documents(part.path)[part.start : part.stop]
-            yield from _numbered(part, map(json.loads, texts) if source.kind == "sft" else texts, part.start)
+            rows = map(json.loads, texts) if source.kind in CHAT_KINDS else texts
+            yield from _numbered(part, rows, part.start)
         elif format == "text":
             raw, value, fault = Path(part.path).read_bytes(), None, None
             try:
@@ -124,20 +125,23 @@ def hub_rows(key: str, dataset: str) -> Iterator[Row]:
 
 def format_of(kind: str, path: str) -> str:
     """The format of a file of a source: jsonl, parquet, arrow, text or embedded."""
-    if kind == "sft":
+    if kind in CHAT_KINDS:
         of_suffix = {".parquet": "parquet", ".arrow": "arrow"}.get(Path(path).suffix, "jsonl")
         return "embedded" if path in samples.COLLECTIONS else of_suffix
     return {"hub": "arrow", "tree": "text"}.get(kind, kind)
 
 
-def column_of(source: SourceConfig) -> str | None:
-    """The key or column that holds a document; None if the whole row is the document."""
-    return "messages" if source.kind == "sft" else source.text_column
+def columns_of(source: SourceConfig) -> tuple[str, ...]:
+    """The keys or columns that may hold a document: of a row, the first that has a value. Empty if the
+    whole row is the document."""
+    if source.text_column is not None:
+        return (source.text_column,)
+    return {"sft": ("messages",), "prompts": ("prompt", "messages")}.get(source.kind, ())
 
 
 def is_hub(source: SourceConfig, path: str) -> bool:
     """Whether a path of a source names a dataset of the hub."""
-    return source.kind == "hub" or (source.kind == "sft" and ":" in path)
+    return source.kind == "hub" or (source.kind in CHAT_KINDS and ":" in path)
 
 
 def _numbered(part: Part, values: Iterable[Any], first: int) -> Iterator[Row]:
@@ -301,21 +305,24 @@ def _open_table(format: str, path: str) -> tuple["pyarrow.Schema", list[tuple[in
 
 
 def _columns(source: SourceConfig, path: str, schema: "pyarrow.Schema") -> list[str]:
-    """The columns to read: the text column, or for conversations all columns. Raises DataError if the column
-    of the documents is missing or of the wrong type."""
+    """The columns to read: the text column, or for conversations all columns. Raises DataError if no column
+    of documents is there and of the right type."""
     from pyarrow import types
 
-    column, is_chat = column_of(source), source.kind == "sft"
-    kind = schema.field(column).type if schema.names.count(column) == 1 else None
-    if kind is not None and types.is_dictionary(kind):
-        kind = kind.value_type
-    good = (types.is_list, types.is_large_list) if is_chat else (types.is_string, types.is_large_string)
-    if kind is None or not any(is_good(kind) for is_good in good):
+    texts, lists = [types.is_string, types.is_large_string], [types.is_list, types.is_large_list]
+    good = {"sft": lists, "prompts": texts + lists}.get(source.kind, texts)
+    columns, found = columns_of(source), []
+    for column in (name for name in columns if schema.names.count(name) == 1):
+        kind = schema.field(column).type
+        kind = kind.value_type if types.is_dictionary(kind) else kind
+        found += [column] if any(is_good(kind) for is_good in good) else []
+    if not found:
         listed = ", ".join(f"{field.name}: {field.type}" for field in schema)
-        wanted = "list" if is_chat else "text"
-        remedy = "" if is_chat else "; set text_key of the source to one of them"
-        raise DataError(f"{path} has no {wanted} column {column!r}; its columns are {listed}{remedy}")
-    return schema.names if is_chat else [str(column)]
+        wanted = {"sft": "list", "prompts": "text or list"}.get(source.kind, "text")
+        remedy = "" if source.kind == "sft" else "; set text_key of the source to one of them"
+        named = " or ".join(map(repr, columns))
+        raise DataError(f"{path} has no {wanted} column {named}; its columns are {listed}{remedy}")
+    return schema.names if source.kind in CHAT_KINDS else found
 
 
 @contextlib.contextmanager

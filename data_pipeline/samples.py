@@ -1,4 +1,4 @@
-"""Real text without a download: the standard library of the running interpreter."""
+"""Text without a download: the standard library of the running interpreter, and small tasks."""
 
 import ast
 import functools
@@ -7,6 +7,7 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
+from data_pipeline import tasks
 from data_pipeline.config import DataError
 
 # Tests, other people's packages, near-duplicates of other modules (lib2to3) and tables (encodings).
@@ -22,6 +23,7 @@ def documents(collection: str) -> tuple[str, ...]:
     `stdlib_code`: one module's source is one document. `stdlib_prose`: the language reference of pydoc, and
     one module's docstrings as one document. `stdlib_chat`: conversations as JSON: the user asks what a
     function does, and the answer is its docstring; every second answer has reasoning about the arguments.
+    `task_chat`, `task_prompts`: the conversations and the prompts of tasks.py.
     """
     if collection not in COLLECTIONS:
         raise DataError(f"embedded collection {collection!r} is unknown; use {', '.join(COLLECTIONS)}")
@@ -83,4 +85,10 @@ def _code() -> Iterator[str]:
     yield from _modules().values()
 
 
-COLLECTIONS = {"stdlib_code": _code, "stdlib_prose": _prose, "stdlib_chat": _chat}
+COLLECTIONS = {
+    "stdlib_code": _code,
+    "stdlib_prose": _prose,
+    "stdlib_chat": _chat,
+    "task_chat": tasks.conversations,
+    "task_prompts": tasks.prompts,
+}

@@ -37,17 +37,27 @@ class ShardWriter:
         self._begin_shard()
 
     def _begin_shard(self) -> None:
-        self._offsets, self._files, self._loss = [0], dict[str, BinaryIO](), list[np.ndarray]()
+        self._offsets, self._field_offsets, self._loss = [0], [0], list[np.ndarray]()
+        self._files = dict[str, BinaryIO]()
 
-    def add(self, ids: np.ndarray, row: tuple[int, int], loss: np.ndarray | None = None) -> None:
+    def add(
+        self,
+        ids: np.ndarray,
+        row: tuple[int, int],
+        loss: np.ndarray | None = None,
+        fields: bytes | None = None,
+    ) -> None:
         """Append one document, its closing id included. row: its input file and the offset there. loss: which
-        of its tokens are learned; given for all documents or for none."""
+        of its tokens are learned; fields: the JSON of its row. Given for all or for no documents."""
         if self._files and self._offsets[-1] + len(ids) > self._capacity:
             self._finish_shard()
         self._write("tokens", ids.astype(TOKEN))
         self._write("rows", np.array(row, dtype=ROW))
         if loss is not None:
             self._loss.append(loss)
+        if fields is not None:
+            self._write("fields", np.frombuffer(fields, dtype=np.uint8))
+            self._field_offsets.append(self._field_offsets[-1] + len(fields))
         self._offsets.append(self._offsets[-1] + len(ids))
 
     def close(self) -> list[ShardRecord]:
@@ -66,11 +76,14 @@ class ShardWriter:
         self._write("offsets", np.array(self._offsets, dtype=OFFSET))
         if self._loss:
             self._write("loss", np.packbits(np.concatenate(self._loss), bitorder="little"))
+        if "fields" in self._files:
+            self._write("field_offsets", np.array(self._field_offsets, dtype=OFFSET))
         for file in self._files.values():
             file.close()
         checksums = {suffix: file_crc32(Path(file.name)) for suffix, file in self._files.items()}
         name = f"{self._label}/{self._split}-{len(self._records):05d}"
-        self._records.append(ShardRecord(name, len(self._offsets) - 1, self._offsets[-1], checksums))
+        sizes = len(self._offsets) - 1, self._offsets[-1]
+        self._records.append(ShardRecord(name, *sizes, checksums, self._field_offsets[-1]))
         self._begin_shard()
 
 
@@ -91,7 +104,9 @@ class TokenStream:
     def __init__(self, folder: Path, shards: list[ShardRecord]) -> None:
         self._folder, self._shards = folder, shards
         self._ends = np.cumsum([shard.tokens for shard in shards], dtype=np.int64)
+        self._first_documents = np.cumsum([0, *(shard.documents for shard in shards)])
         self._open = OrderedDict[tuple[int, str], int]()  # descriptors, least recently used first
+        self._sound = set[tuple[int, str, int]]()  # blocks with the right checksum: shard, suffix, number
         self.has_loss = any("loss" in shard.crc32 for shard in shards)
 
     def __len__(self) -> int:
@@ -121,14 +136,30 @@ class TokenStream:
     def document_at(self, token: int) -> Place:
         """The document that holds a token of the stream."""
         shard = int(np.searchsorted(self._ends, token, side="right"))
-        record, offsets = self._shards[shard], self._offsets(shard)
-        local = int(np.searchsorted(offsets, token, side="right")) - 1
-        first, last = local * ROW.itemsize, (local + 1) * ROW.itemsize - 1
-        for number in {first // _BLOCK_BYTES, last // _BLOCK_BYTES}:
-            _check_block(self._folder, record, "rows", number)
-        [(file, offset)] = self._elements(shard, "rows", ROW, local, local + 1).tolist()
-        document = sum(record.documents for record in self._shards[:shard]) + local
-        return Place(document, int(offsets[local]), int(offsets[local + 1]), file, offset)
+        local = int(np.searchsorted(self._offsets(shard), token, side="right")) - 1
+        return self.place_of(int(self._first_documents[shard]) + local)
+
+    @property
+    def documents(self) -> int:
+        """The number of documents."""
+        return int(self._first_documents[-1])
+
+    def place_of(self, document: int) -> Place:
+        """Where a document is, by its number."""
+        shard, local = self._shard_of(document)
+        start, stop = self._sound_elements(shard, "offsets", OFFSET, local, local + 2).tolist()
+        [(file, offset)] = self._sound_elements(shard, "rows", ROW, local, local + 1).tolist()
+        first = int(self._ends[shard]) - self._shards[shard].tokens
+        return Place(document, first + start, first + stop, file, offset)
+
+    def read_document(self, document: int) -> tuple[np.ndarray, bytes]:
+        """The tokens of a prompt, its closing id included, and its fields as JSON. All that is read has the
+        checksums of the manifest."""
+        shard, local = self._shard_of(document)
+        start, stop = self._sound_elements(shard, "offsets", OFFSET, local, local + 2).tolist()
+        first, last = self._sound_elements(shard, "field_offsets", OFFSET, local, local + 2).tolist()
+        fields = self._sound_elements(shard, "fields", np.dtype(np.uint8), first, last)
+        return self._sound_elements(shard, "tokens", TOKEN, start, stop), fields.tobytes()
 
     def close(self) -> None:
         while self._open:
@@ -141,6 +172,22 @@ class TokenStream:
             path, _ = shard_file(self._folder, record, "offsets")
             raise DataError(f"{path} is damaged: its checksum is not that of its manifest; {REMEDY}")
         return offsets.astype(np.int64) + (int(self._ends[shard]) - record.tokens)
+
+    def _shard_of(self, document: int) -> tuple[int, int]:
+        """The shard of a document, and its number in it."""
+        assert 0 <= document < self.documents, (document, self.documents)
+        shard = int(np.searchsorted(self._first_documents, document, side="right")) - 1
+        return shard, document - int(self._first_documents[shard])
+
+    def _sound_elements(self, shard: int, suffix: str, dtype: np.dtype, start: int, stop: int) -> np.ndarray:
+        """Elements [start, stop) of a file of a shard, after a check of their blocks when first read."""
+        found = self._elements(shard, suffix, dtype, start, stop)
+        first, last = start * dtype.itemsize // _BLOCK_BYTES, (stop * dtype.itemsize - 1) // _BLOCK_BYTES
+        for number in range(first, last + 1):
+            if (shard, suffix, number) not in self._sound:
+                _check_block(self._folder, self._shards[shard], suffix, number)
+                self._sound.add((shard, suffix, number))
+        return found
 
     def _shard_spans(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
         """Shard, and first token and end within it, of the parts of [start, stop)."""
@@ -174,6 +221,7 @@ def shard_file(folder: Path, shard: ShardRecord, suffix: str) -> tuple[Path, int
     """Path of a file of a shard and the size it must have."""
     sizes = {"tokens": shard.tokens * TOKEN.itemsize, "offsets": (shard.documents + 1) * OFFSET.itemsize}
     sizes |= {"rows": shard.documents * ROW.itemsize, "loss": -(-shard.tokens // 8)}
+    sizes |= {"fields": shard.field_bytes, "field_offsets": (shard.documents + 1) * OFFSET.itemsize}
     return folder / "slices" / f"{shard.name}.{suffix}", sizes[suffix]
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.config import DataConfig
+from data_pipeline.config import CHAT_KINDS, DataConfig
 from data_pipeline.documents import Document, Reject, encoded, hash_document, read_documents
 from data_pipeline.manifest import SPLITS, sync, to_json
 from data_pipeline.readers import BLANK, Part, read_rows
@@ -55,7 +55,7 @@ def survey_slice(job: SliceJob) -> int:
     number, the number of rows left out by code of the reason, and the number of lines that begin in the slice
     by file. Raises DataError for an input that cannot be read and, with on_bad_row=error, for a bad row."""
     documents, skipped, lines, hashes = 0, Counter[str](), {}, bytearray()
-    is_limited = job.config.max_chat_tokens is not None and job.config.sources[job.source].kind == "sft"
+    is_limited = job.config.max_chat_tokens is not None and job.config.sources[job.source].kind in CHAT_KINDS
     tokenizer = load_tokenizer(job.config.dir) if is_limited else None
     with _complete_folder(job.survey) as folder, open(folder / "rejects.jsonl", "w") as rejects:
         for item in job.items(tokenizer):
@@ -93,7 +93,7 @@ def write_slice(job: SliceJob) -> int:
         writers = [ShardWriter(folder, job.name, split, job.config.shard_bytes) for split in SPLITS]
         for document, ids, loss in encoded(tokenizer, first_of_equals):
             split = int(document.is_held_out(job.seed, job.config.validation_fraction))
-            writers[split].add(ids, (document.row.part.file, document.row.offset), loss)
+            writers[split].add(ids, (document.row.part.file, document.row.offset), loss, document.fields)
             np.add.at(unigrams[split], ids, 1)
         shards = {split: of.close() for split, of in zip(SPLITS, writers, strict=True)}
         (folder / "slice.json").write_bytes(to_json(shards))

@@ -35,9 +35,10 @@ def held_out_losses(
 
     Every rank must call it; rows are distributed over ranks as in training.
     """
-    sums = torch.zeros(len(config.data.sources), 2, dtype=torch.float64, device=ranks.device)
+    sources = config.data.text_sources()
+    sums = torch.zeros(len(sources), 2, dtype=torch.float64, device=ranks.device)
     rows_at_once = ranks.world_size * config.micro_batch_size
-    for index, source in enumerate(config.data.sources):
+    for index, source in enumerate(sources):
         held_out = {"global_batch_size": rows_at_once, "split": "validation", "source": source}
         with open_loader(config, ranks, **held_out) as loader:
             for micro_batches in islice(loader, -(-config.evaluate.rows // rows_at_once)):
@@ -49,5 +50,5 @@ def held_out_losses(
                     sums[index, 1] += (batch.labels != -100).sum()
     if dist.is_initialized():
         dist.all_reduce(sums)
-    named = zip([*config.data.sources, "validation"], [*sums, sums.sum(dim=0)], strict=True)
+    named = zip([*sources, "validation"], [*sums, sums.sum(dim=0)], strict=True)
     return {f"loss/{source}": float(total / count) for source, (total, count) in named if count > 0}
