@@ -79,9 +79,9 @@ class _TokenLogProbs(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, log_probs_grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         scales = -log_probs_grad / ctx.temperature  # [T]: the logits are divided before the softmax
-        _, *gradients = _over_chunks(
-            *ctx.saved_tensors, ctx.chunk_bytes, ctx.needs_input_grad[:2], ctx.temperature, scales
-        )
+        hidden, weight, labels = ctx.saved_tensors
+        settings = ctx.chunk_bytes, ctx.needs_input_grad[:2], ctx.temperature
+        _, *gradients = _over_chunks(hidden, weight, labels, *settings, scales)
         return *gradients, None, None, None
 
 

@@ -64,7 +64,7 @@ def _loss_and_gradient(
                 here = start + column < vocabulary
                 tl.store(row + start + column, tl.zeros([BLOCK], dtype=tl.float32), mask=here)
     else:
-        # each lane keeps the largest of its logits, its sum of p = exp(logit - largest), and that of p * log(p)
+        # each lane keeps the largest of its logits, its sum of p = exp(logit - largest), and of p * log(p)
         largest = tl.full([BLOCK], -1e30, dtype=tl.float32)  # finite: -inf - -inf is no number
         sums = tl.zeros([BLOCK], dtype=tl.float32)
         products = tl.zeros([BLOCK], dtype=tl.float32)
