@@ -91,7 +91,7 @@ class Shares:
 
 def train(ratio: str, overrides: list[str]) -> Outcome:
     """Train a small model for some steps on the ranks of the process group."""
-    run, shares = SmallRun(LARGE, *overrides), Shares(ratio)
+    run, shares = SmallRun(*overrides), Shares(ratio)
     outcome: Outcome = {"losses": [], "balance_losses": [], "grad_norms": [], "mtp_losses": []}
     for step in range(STEPS):
         batches = policy_batches(run.plan, run.ranks.rank, step)
@@ -112,8 +112,8 @@ def train_all(runs: list[tuple[str, list[str]]]) -> list[Outcome]:
 
 
 def slow(ratio: str, *overrides: str) -> Outcome:
-    """The same in one process, in fp64, all rows at once, from all logits, with autograd and torch's AdamW."""
-    config = small_config(LARGE, f"micro_batch_size={ROWS}", "experts.backend=reference", *overrides)
+    """The same in one process and fp64: all rows at once, from all logits, with autograd, torch's AdamW."""
+    config = small_config(f"micro_batch_size={ROWS}", "experts.backend=reference", *overrides)
     model, shares = oracle_model(config), Shares(ratio)
     optimizer = oracle_optimizer(model, config)
     outcome: Outcome = {"losses": [], "balance_losses": [], "grad_norms": [], "mtp_losses": []}
@@ -142,10 +142,10 @@ def layout(stage: int, ep_size: int, rows: int, more: list[str]) -> list[str]:
 
 @pytest.mark.timeout(400)
 def test_every_layout_equals_the_slow_version():
-    runs = [(ratio, layout(*rest)) for ratio, *rest in LAYOUTS]
+    runs = [(ratio, [LARGE, *layout(*rest)]) for ratio, *rest in LAYOUTS]
     outcomes = run_ranks(train_all, 2, runs, timeout=300)[0]
     for (ratio, overrides), outcome in zip(runs, outcomes, strict=True):
-        expected = slow(ratio, *[one for one in overrides if one == UNTIED])
+        expected = slow(ratio, *[one for one in overrides if one in (LARGE, UNTIED)])
         worst = deviation(outcome, expected)
         assert max(worst.values()) < TOLERANCE, (overrides, worst)
         counts = [SUMS.index(name) for name in ("tokens", "clipped_low", "clipped_high")]
@@ -156,8 +156,8 @@ def test_every_layout_equals_the_slow_version():
 
 @pytest.mark.parametrize("stage", [0, 3])
 def test_bf16_follows_the_slow_version(stage):
-    """bf16 adds noise; a wrong factor or a lost gradient adds more."""
+    """Within the bounds of test_layouts.py: bf16 adds noise; a wrong factor or a lost gradient adds more."""
     overrides = layout(stage, 2, 4, ["dtype=bf16", RELEASED] if stage == 3 else ["dtype=bf16"])
     worst = deviation(run_ranks(train, 2, "token", overrides)[0], slow("token"))
-    assert worst["losses"] < 2e-2, worst
-    assert worst["grad_norms"] < 2e-2, worst
+    assert worst["losses"] < 1e-3, worst
+    assert worst["grad_norms"] < 5e-3, worst
