@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from moe.attention import Attention
 from moe.block import MoEBlock
 from moe.config import ConfigError, ModelConfig
-from moe.cross_entropy import IGNORED, chunked_cross_entropy
+from moe.cross_entropy import IGNORED, chunked_cross_entropy, token_log_probs
 from moe.formats import FULL, LINEAR
 from moe.gated_delta_net import GatedDeltaNet
 from moe.inputs import Cache, Documents, LayerInputs
@@ -29,6 +29,8 @@ class ModelOutput(NamedTuple):
     cross_entropy_sum: Tensor | None  # scalar fp32, sum over labels != -100, if labels were given
     router: RouterStatistics | None  # stacked over the L sparse layers; None for a dense model
     mtp_cross_entropy_sum: Tensor | None = None  # the same for the token after next, if it is trained
+    log_probs: Tensor | None = None  # [B, S] fp32 of the labels, if a temperature was given; 0 = no label
+    entropies: Tensor | None = None  # [B, S] fp32 of the distributions over the vocabulary, no gradient
 
 
 # for each kind of sequence mixer: the name of its module in a layer, and its class
@@ -132,13 +134,18 @@ def _next(values: Tensor, documents: Documents, reach: int, otherwise: Tensor | 
 class LanguageModelHead(nn.Linear):
     """hidden [B, S, H] -> logits [B, S, V], or with labels [B, S] -> the summed cross entropy.
 
+    With labels and a temperature -> their log-probabilities and the entropies, each [B, S].
     The loss is computed here because ZeRO-3 gathers only the parameters of the module that is called.
     """
 
-    def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor:
+    def forward(self, hidden: Tensor, labels: Tensor | None = None, temperature: float | None = None) -> Any:
         if labels is None:
             return F.linear(hidden, self.weight)
-        return chunked_cross_entropy(hidden.flatten(0, 1), self.weight, labels.flatten())
+        states, targets = hidden.flatten(0, 1), labels.flatten()
+        if temperature is None:
+            return chunked_cross_entropy(states, self.weight, targets)
+        found = token_log_probs(states, self.weight, targets, temperature)
+        return tuple(values.view_as(labels) for values in found)
 
 
 class CausalLM(nn.Module):
@@ -175,6 +182,7 @@ class CausalLM(nn.Module):
         routing_only: bool = False,
         routing: TrainingRouting | None = None,
         lengths: Sequence[int] | None = None,
+        temperature: float | None = None,
     ) -> ModelOutput:
         """Logits, or with labels the summed cross entropy; and the router statistics.
 
@@ -188,6 +196,8 @@ class CausalLM(nn.Module):
         routing_only: return only the router statistics; the head does not run.
         routing: settings of routing that apply in training only.
         lengths: the lengths of the documents, on the host; None reads cu_seqlens, which waits for its device.
+        temperature: with labels, return their log-probabilities in softmax(logits / temperature), and the
+        entropies, in place of the cross entropy; nothing looks ahead then.
         Ids must lie in the vocabulary: nothing checks them here.
         """
         documents, hidden = Documents(cu_seqlens, lengths), self.model.embed_tokens(input_ids)
@@ -195,7 +205,7 @@ class CausalLM(nn.Module):
         inputs = LayerInputs(rotary, documents, cache, RoutingInputs(token_mask, selection_bias, routing))
         hidden, statistics = self.model(hidden, inputs)
         ahead = None
-        if self.mtp is not None and self.training and cache is None:
+        if self.mtp is not None and self.training and cache is None and temperature is None:
             embedding = self.model.embed_tokens(_next(input_ids, documents, 1, input_ids))
             ahead, more = self.mtp(hidden, embedding, inputs)
             statistics = statistics + more
@@ -204,6 +214,9 @@ class CausalLM(nn.Module):
             return ModelOutput(None, None, router)
         if labels is None:
             return ModelOutput(self.lm_head(hidden), None, router)
+        if temperature is not None:
+            log_probs, entropies = self.lm_head(hidden, labels, temperature)
+            return ModelOutput(None, None, router, log_probs=log_probs, entropies=entropies)
         loss_ahead = None
         if ahead is not None:
             loss_ahead = self.lm_head(ahead, _next(labels, documents, 2, IGNORED))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from moe.attention import HeadNorm
-from moe.cross_entropy import chunked_cross_entropy
+from moe.cross_entropy import chunked_cross_entropy, token_log_probs
 from moe.experts import Experts
 from moe.inputs import Documents, LayerInputs
 from moe.kernels import support
@@ -60,11 +60,16 @@ def _results(device: torch.device, dtype: torch.dtype) -> list[Tensor]:
         weights, ids, statistics = router(x)
         y = experts(x, weights, ids, T * K)
         rotated = head_norm(heads, LayerInputs(tables, Documents(borders, (T,))))
-        cross_entropy = chunked_cross_entropy(x, head, torch.arange(T, device=device))
+        labels = torch.arange(T, device=device)
+        cross_entropy = chunked_cross_entropy(x, head, labels)
+        log_probs, entropies = token_log_probs(x, head, labels, temperature=0.7)
         loss = cross_entropy + y.float().square().sum() + rotated.float().square().sum()
-        loss = loss + statistics.z_sums + statistics.probability_sums.square().sum()
+        loss = (
+            loss + log_probs.square().sum() + statistics.z_sums + statistics.probability_sums.square().sum()
+        )
         gradients = torch.autograd.grad(loss, [x, heads, head, *modules.parameters()])
     total = torch.ones(T, H, device=device)
     for first in (True, False):
         accumulate(total, x.detach(), first)
-    return [x.detach() for x in (weights, *statistics, y, rotated, cross_entropy, total, *gradients)]
+    heads_results = cross_entropy, log_probs, entropies
+    return [x.detach() for x in (weights, *statistics, y, rotated, *heads_results, total, *gradients)]

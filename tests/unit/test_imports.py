@@ -25,7 +25,7 @@ _BELOW = "moe moe/kernels data_pipeline trainer/settings"
 ROOMS = {
     "conf": Room("", "", 10),
     "moe/kernels": Room("", "torch triton", 750),
-    "moe": Room("moe/kernels", "torch safetensors", 3250),
+    "moe": Room("moe/kernels", "torch safetensors", 3310),
     "data_pipeline": Room("", "numpy torch rich", 3800),
     "trainer/settings": Room("moe data_pipeline", "omegaconf hydra yaml", 1300),
     "trainer/ranks": Room(_BELOW, "torch numpy", 600),

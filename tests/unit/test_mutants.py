@@ -14,7 +14,7 @@ TABLES = {table.file: table for table in tables()}
 ROOMS = [
     *(f"moe/{name}.py" for name in ("balance", "router", "dispatch", "experts", "attention")),
     *(f"moe/{name}.py" for name in ("cross_entropy", "gated_delta_net", "grouping", "block")),
-    *(f"trainer/engine/{name}.py" for name in ("loss", "engine", "optimizer", "gradients")),
+    *(f"trainer/engine/{name}.py" for name in ("loss", "engine", "optimizer", "gradients", "policy")),
     *(f"trainer/{name}.py" for name in ("train", "evaluate", "stages/held_out", "stages/supervised")),
     *(f"trainer/checkpoints/{name}.py" for name in ("saving", "folder", "optimizer_state", "export")),
     *(

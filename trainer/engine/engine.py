@@ -25,6 +25,7 @@ from moe.router import TrainingRouting
 from trainer.engine.clock import StepClock
 from trainer.engine.deepspeed_settings import deepspeed_settings
 from trainer.engine.optimizer import states_of
+from trainer.engine.policy import PolicyBatch
 from trainer.ranks.runtime import Ranks
 from trainer.settings.config import RunConfig
 from trainer.settings.parallel import ParallelPlan
@@ -165,7 +166,10 @@ class Engine:
     def forward(
         self, batch: Batch, selection_bias: Tensor | None = None, routing_only: bool = False
     ) -> ModelOutput:
-        """One micro-batch: the sums of cross entropy (unless `routing_only`) and the router statistics."""
+        """One micro-batch: router statistics and, unless `routing_only`, the sum of cross entropy.
+
+        A PolicyBatch: the log-probabilities of its labels and the entropies in place of the cross entropy.
+        """
         experts = self.config.experts
         keys = [f"{self.config.seed}:{row}" for row in batch.rows]
         routing = TrainingRouting(experts.router_jitter_noise, experts.capacity_factor, keys)
@@ -180,6 +184,7 @@ class Engine:
                 routing_only=routing_only,
                 routing=routing if self.module.training else None,
                 lengths=batch.lengths,
+                temperature=batch.temperature if isinstance(batch, PolicyBatch) else None,
             )
 
     @torch.no_grad()

@@ -49,7 +49,7 @@ def agree_on_totals(micro_batches: list[Batch], stop: bool, written: bool = Fals
 class LossShares:
     """The terms of one micro-batch's loss in fp32, already shares of the global batch; [L] or scalars."""
 
-    cross_entropy: Tensor
+    cross_entropy: Tensor  # or another loss of the stage
     balance: Tensor  # [L], before its weight
     local_balance: Tensor  # [L], from the frequencies of this micro-batch alone, before its weight
     z: Tensor  # [L], before its weight

@@ -18,6 +18,7 @@ KERNELS = Path(__file__).parents[3] / "moe" / "kernels"
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 BF16, FP32, INT, LONG, BOOL = "*bf16", "*fp32", "i32", "*i64", "*i1"
 ROUTER = {"TOKENS": 8, "EXPERTS": 128, "K": 8, "COLUMNS": 8, "NORMALIZE": True, "MASKED": True}
+CROSS_ENTROPY = [BF16, LONG, *[FP32] * 3, INT, "fp32"]
 ROTARY = [*[BF16] * 5, *[INT] * 6, "fp32", "fp32"]
 ROTARY_BACKWARD = [*[BF16] * 6, FP32, *[INT] * 8, "fp32", "fp32"]
 # module.kernel: the types of its arguments, and its constants, as in Qwen3-30B-A3B
@@ -31,8 +32,12 @@ CASES = {
         {"ROWS": 2, "BLOCK": 1024},
     ),
     "cross_entropy._loss_and_gradient": (
-        [BF16, LONG, FP32, INT],
-        {"IGNORED": -100, "GRADIENT": True, "BLOCK": 4096},
+        CROSS_ENTROPY,
+        {"IGNORED": -100, "GRADIENT": True, "SCALED": True, "ENTROPIES": False, "BLOCK": 4096},
+    ),
+    "cross_entropy._loss_and_gradient with entropies": (
+        CROSS_ENTROPY,
+        {"IGNORED": -100, "GRADIENT": False, "SCALED": False, "ENTROPIES": True, "BLOCK": 4096},
     ),
     "experts._combine": ([LONG, LONG, BF16, BF16, INT, INT, INT], {"BLOCK": 2048}),
     "router._route": (

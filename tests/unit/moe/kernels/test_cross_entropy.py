@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from moe.cross_entropy import IGNORED, _loss_and_gradient, chunked_cross_entropy
+from moe.cross_entropy import IGNORED, _loss_and_gradient, chunked_cross_entropy, token_log_probs
 from moe.kernels import cross_entropy
 
 
@@ -21,6 +21,26 @@ def test_a_chunk(device, tokens, vocabulary, scale):
     torch.testing.assert_close(found.double(), losses, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(logits.double(), gradient, rtol=1e-4, atol=1e-6)
     assert (logits[labels == IGNORED] == 0).all()
+
+
+@pytest.mark.parametrize(("tokens", "vocabulary"), [(1, 1), (3, 7), (4, 64), (2, 9001), (0, 5)])
+@pytest.mark.parametrize("scale", [1.0, 100.0])
+@pytest.mark.parametrize("temperature", [0.6, 1.7])
+def test_a_chunk_with_temperature_entropies_and_scales(device, tokens, vocabulary, scale, temperature):
+    torch.manual_seed(vocabulary)
+    logits = scale * torch.randn(tokens, vocabulary, device=device)
+    labels = torch.randint(0, vocabulary, (tokens,), device=device)
+    labels[1:2] = IGNORED
+    scales, entropies = torch.randn(tokens, device=device), torch.full((tokens,), 7.0, device=device)
+    expected = torch.empty(tokens, dtype=torch.float64, device=device)
+    settings = labels, torch.float64, True, scales.double(), expected
+    losses, gradient = _loss_and_gradient(logits.double() / temperature, *settings)
+    quiet = cross_entropy.loss_and_gradient(logits, labels, IGNORED, False, temperature, entropies=entropies)
+    found = cross_entropy.loss_and_gradient(logits, labels, IGNORED, True, temperature, scales)
+    assert torch.equal(quiet, found)
+    torch.testing.assert_close(found.double(), losses, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(entropies.double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits.double(), gradient, rtol=1e-4, atol=1e-6)
 
 
 def test_infinite_and_missing_logits_give_no_finite_loss(device):
@@ -56,4 +76,24 @@ def test_the_head_with_its_products(device, chunk_bytes):
     exact = torch.nn.functional.cross_entropy(double[0] @ double[1].T, labels, reduction="sum")
     torch.testing.assert_close(loss.double(), exact, rtol=1e-6, atol=0)
     for one, other in zip(found, torch.autograd.grad(0.37 * exact, double), strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 2000, 10**9])
+def test_log_probabilities_with_their_products(device, chunk_bytes):
+    torch.manual_seed(1)
+    hidden = torch.randn(13, 8, device=device, requires_grad=True)
+    weight = torch.randn(50, 8, device=device, requires_grad=True)
+    labels, scales = torch.randint(0, 50, (13,), device=device), torch.randn(13, device=device)
+    labels[[0, 5]] = IGNORED
+    log_probs, entropies = token_log_probs(hidden, weight, labels, 0.6, chunk_bytes)
+    found = torch.autograd.grad((scales * log_probs).sum(), (hidden, weight))
+    double = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    log_softmax = (double[0] @ double[1].T / 0.6).log_softmax(-1)
+    has_loss = labels != IGNORED
+    exact = log_softmax.gather(1, labels.clamp(min=0)[:, None])[:, 0] * has_loss
+    torch.testing.assert_close(log_probs.double(), exact, rtol=1e-5, atol=1e-5)
+    expected = -(log_softmax.exp() * log_softmax).sum(-1) * has_loss
+    torch.testing.assert_close(entropies.double(), expected, rtol=1e-5, atol=1e-5)
+    for one, other in zip(found, torch.autograd.grad((scales * exact).sum(), double), strict=True):
         torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=1e-5)
