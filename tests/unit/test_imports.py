@@ -28,9 +28,10 @@ ROOMS = {
     "moe": Room("moe/kernels", "torch safetensors", 3250),
     "data_pipeline": Room("", "numpy torch rich", 3800),
     "trainer/settings": Room("moe data_pipeline", "omegaconf hydra yaml", 1120),
+    "trainer/verifiers": Room("trainer/settings", "", 750),
     "trainer/ranks": Room(_BELOW, "torch numpy", 600),
     "trainer/engine": Room(f"{_BELOW} trainer/ranks", "torch", 1100),
-    "trainer/stages": Room(f"{_BELOW} trainer/ranks trainer/engine", "torch", 400),
+    "trainer/stages": Room(f"{_BELOW} trainer/verifiers trainer/ranks trainer/engine", "torch", 400),
     "trainer/monitor": Room(f"{_BELOW} trainer/ranks trainer/engine", "torch numpy rich yaml", 1200),
     "trainer/checkpoints": Room(f"{_BELOW} trainer/ranks trainer/engine trainer/monitor", "torch", 1100),
     "trainer": Room(  # the loop and the doors
@@ -50,6 +51,7 @@ EXTRA = {
     "slurm/health.py": {"torch"},  # runs on the nodes
     "trainer/engine/engine.py": {"deepspeed"},
     "trainer/engine/gradients.py": {"deepspeed"},
+    "trainer/verifiers/math.py": {"math_verify"},
     "trainer/checkpoints/optimizer_state.py": {"safetensors"},
     "trainer/inspect.py": {"safetensors"},
     "trainer/monitor/tracker.py": {"wandb"},
@@ -64,6 +66,8 @@ TORCH_FREE = [
     "trainer.settings.config",
     "trainer.settings.parallel",
     "trainer.settings.command",
+    "trainer.settings.rl",
+    "trainer.verifiers.scorer",
     "trainer.ranks.launch",
     "trainer.__main__",
     "trainer.resume",
