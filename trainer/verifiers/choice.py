@@ -11,7 +11,7 @@ _CHOICE = re.compile(
       (?i:answer|choice|option)(?i:\ is)?[\s:=*]*\(?(?P<named>[A-J])(?![A-Za-z])
     | \\boxed\{[\s({]*(?:\\(?:text|textbf|mathrm|mathbf)\{[\s(]*)?(?P<boxed>[A-J])(?![A-Za-z])
     | \((?P<bracket>[A-J])\)
-    | ^[\s*]*(?P<alone>[A-J])[\s*.)]*$
+    | ^[\ \t*]*(?P<alone>[A-J])[\ \t*.)]*$
     """,
     re.VERBOSE | re.MULTILINE,
 )

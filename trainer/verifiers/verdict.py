@@ -1,7 +1,9 @@
 """What all verifiers share: their result, and how they read the row and the completion."""
 
+import re
 from typing import Any, NamedTuple
 
+_BRACE = re.compile(r"\\boxed\{|[{}]")
 _END_TOKENS = ("<|im_end|>", "<|endoftext|>")
 
 
@@ -34,13 +36,14 @@ def answer_of(completion: str) -> str:
 
 
 def boxed(text: str) -> str | None:
-    r"""What the last complete \boxed{...} holds, inner braces included; None if there is none."""
-    start = text.rfind(r"\boxed{")
-    while start >= 0:
-        depth, begin = 1, start + len(r"\boxed{")
-        for end in range(begin, len(text)):
-            depth += {"{": 1, "}": -1}.get(text[end], 0)
-            if depth == 0:
-                return text[begin:end].strip()
-        start = text.rfind(r"\boxed{", 0, start)
-    return None
+    r"""What the last \boxed{...} that is closed holds, inner braces included; None if there is none."""
+    opened: list[
+        int
+    ] = []  # where the braces that are still open begin to hold something, -1 for other braces
+    last, found = -1, None
+    for brace in _BRACE.finditer(text):
+        if brace[0] != "}":
+            opened.append(brace.end() if brace[0] != "{" else -1)
+        elif opened and (start := opened.pop()) > last:
+            last, found = start, text[start : brace.start()].strip()
+    return found
