@@ -114,7 +114,5 @@ def _option_problems(key: str, kind: str, options: dict[str, Any]) -> list[str]:
             except (re.error, OverflowError, RecursionError) as error:
                 found.append(f"{named}={value} is no regular expression ({error}); mend it")
     if kind == "regex" and bool(options.get("pattern")) == bool(options.get("pattern_key")):
-        found.append(
-            f"{key} of regex must hold pattern, or pattern_key for a field of the row; set one of them"
-        )
+        found.append(f"{key} must hold either pattern, or pattern_key: the field of the row that has it")
     return found

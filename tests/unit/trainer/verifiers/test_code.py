@@ -60,17 +60,18 @@ def test_a_program_with_asserts(completion: str, expected: float) -> None:
         "print('passed'); print(2); raise SystemExit",
         "import os\ndef double(x): os._exit(0)",
         "import sys\ndef double(x): sys.exit(0)",
-        "import os\nfor i in (1, 2, 4, 5): os.write(i, b'0 2 ') if os.path.exists(f'/proc/self/fd/{i}') else 0",
+        "import os\nfor i in (1, 3): os.write(i, b'0 2 ')\nos._exit(0)",
         "import builtins, os\nbuiltins.exec = os.write = lambda *a: None\ndef double(x): return 0",
         "import builtins\nbuiltins.AssertionError = Warning\ndef double(x): return 0",
         "def double(x): raise KeyboardInterrupt",
-        "import sys\nsys.setrecursionlimit(10**9)\ndef double(x): return double(x)",
+        "def double(x): return double(x)",
+        "import ctypes\nctypes.string_at(0)",
         "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)",
         "import os\nos.abort()",
     ],
 )
 def test_a_program_cannot_say_that_it_passed(program: str) -> None:
-    assert judge(block(program), ASSERTS, memory_mb=128)[0] == 0
+    assert judge(block(program), ASSERTS)[0] == 0
 
 
 @pytest.mark.parametrize(
@@ -85,7 +86,7 @@ def test_a_program_cannot_say_that_it_passed(program: str) -> None:
         ("print(7)", 0),
         (RIGHT_SUM + "\nraise ValueError", 0),
         (RIGHT_SUM + "\nprint(0)", 0),
-        ("while True: print('x' * 1_000_000)", 0),
+        (RIGHT_SUM + "\nprint('\\n' * 30_000_000)", 0),
         ("", 0),
     ],
 )
@@ -121,6 +122,7 @@ def test_tests_that_are_none_are_an_error(tests: Any, error: type[Exception]) ->
         judge(block("pass"), tests)
 
 
+# The lines would do no harm if they were not refused: signal 0 only asks whether a signal may be sent.
 def refused(*lines: str) -> str:
     """A program whose double() is right only if its lines raise an error of the system."""
     body = "".join(f"    {line}\n" for line in lines)
@@ -132,21 +134,20 @@ def refused(*lines: str) -> str:
 @pytest.mark.parametrize(
     "lines",
     [
-        ["for _ in range(100_000): os.fork()"],
+        ["os.fork()"],
         ["import subprocess", "subprocess.run(['true'])"],
         ["import multiprocessing", "multiprocessing.get_context('fork').Process(target=print).start()"],
         ["os.execv('/bin/true', ['true'])"],
         ["bytearray(2 << 30)"],
-        ["x = [0]", "while True: x = x + x"],
         ["with open('huge', 'wb') as file: file.write(bytes(64 << 20))"],
         ["with open('sparse', 'wb') as file: file.truncate(1 << 40)"],
         ["files = [open(f'{i}', 'w') for i in range(1000)]"],
         ["import socket", "socket.create_connection(('127.0.0.1', 9))"],
         ["import socket", "socket.socket(socket.AF_UNIX)"],
-        ["os.kill(os.getppid(), 9)"],
-        ["os.kill(0, 9)"],
-        ["os.killpg(os.getpgid(0), 9)"],
-        ["os.kill(-1, 9)"],
+        ["os.kill(os.getppid(), 0)"],
+        ["os.kill(0, 0)"],
+        ["os.killpg(os.getpgid(0), 0)"],
+        ["os.kill(-1, 0)"],
         ["os.setsid()"],
         ["os.setpgid(0, 0)"],
         ["open(f'/proc/{os.getppid()}/environ').read()"],
@@ -182,7 +183,7 @@ def test_a_program_sees_no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_threads_are_bounded_by_memory() -> None:
     start = "threading.Thread(target=time.sleep, args=[99], daemon=True).start()"
-    program = f"import threading, time\nthreading.stack_size(1 << 15)\nwhile True: {start}"
+    program = f"import threading, time\nthreading.stack_size(1 << 15)\nfor _ in range(5000): {start}"
     assert "Error" in judge(block(program), ASSERTS, memory_mb=128)[1]
 
 
