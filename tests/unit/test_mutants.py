@@ -21,6 +21,12 @@ ROOMS = [
         f"data_pipeline/{name}.py"
         for name in ("mixture", "packing", "loader", "chat", "shards", "permutation")
     ),
+    *(f"trainer/verifiers/{name}.py" for name in ("verdict", "exact", "number", "math", "choice", "regex")),
+    *(
+        f"trainer/verifiers/{name}.py"
+        for name in ("format", "code", "sandbox", "worker", "process", "scorer")
+    ),
+    "trainer/settings/rl.py",
     "trainer/monitor/metrics.py",
     "slurm/job.sh",
 ]

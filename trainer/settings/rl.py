@@ -1,9 +1,24 @@
 """Reinforcement learning with verifiable rewards: its keys and their laws. docs/rl.md says what they do."""
 
+import importlib
+import re
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from trainer.settings.typed import AtLeast0, AtLeast1, NotNegative
+from trainer.settings.typed import AtLeast0, AtLeast1, NotNegative, similar
+
+# The kinds of verifiers and their options: name -> default, whose type is the option's. "" = none.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "exact": {"answer_key": "answer", "ignore_case": False},
+    "number": {"answer_key": "answer", "tolerance": 0.0},
+    "math": {"answer_key": "answer"},
+    "choice": {"answer_key": "answer"},
+    "regex": {"pattern": "", "pattern_key": "", "match": "fullmatch"},
+    "format": {"think": "optional", "pattern": ""},
+    "code": {"tests_key": "tests", "partial": False, "memory_mb": 1024},
+}
+_CHOICES = {"match": ["fullmatch", "search"], "think": ["required", "forbidden", "optional"]}
+_LEAST = {"tolerance": 0, "memory_mb": 64}  # Python itself takes 40 MB
 
 
 @dataclass
@@ -86,4 +101,58 @@ class RLConfig:
                 self.kl_coef == 0 and self.reference is not None
             ),
         }
-        return [law for law, is_broken in laws.items() if is_broken]
+        found = [law for law, is_broken in laws.items() if is_broken]
+        return found + verifier_problems(self.verifiers)
+
+
+def verifier_problems(verifiers: dict[str, VerifierConfig]) -> list[str]:
+    """Every broken law of the verifiers, one line each; imports those of the user to see that they exist."""
+    if not verifiers:
+        return ["rl.verifiers is empty; name at least one, as rl.verifiers.right={kind: exact, weight: 1}"]
+    found = []
+    if not any(config.weight for config in verifiers.values()):
+        found.append("rl.verifiers: every weight is 0, so that there is no reward; raise one above 0")
+    for name, config in verifiers.items():
+        key = f"rl.verifiers.{name}"
+        if ":" in config.kind:
+            found += _function_problems(f"{key}.kind={config.kind}", *config.kind.split(":", 1))
+        elif config.kind in OPTIONS:
+            found += _option_problems(f"{key}.options", config.kind, config.options or {})
+        else:
+            hint = similar(config.kind, OPTIONS)
+            known = f"use {', '.join(OPTIONS)} or module:function"
+            found.append(f"{key}.kind={config.kind} is unknown{hint}; {known}")
+    return found
+
+
+def _function_problems(named: str, module: str, function: str) -> list[str]:
+    try:
+        found = getattr(importlib.import_module(module), function, None)
+    except (Exception, SystemExit) as error:  # whatever the user's file does
+        why = f"{type(error).__name__}: {error}".partition("\n")[0]
+        return [f"{named}: {module} cannot be imported ({why}); mend it, or put its folder on PYTHONPATH"]
+    return [] if callable(found) else [f"{named}: {module} has no function {function}; define it there"]
+
+
+def _option_problems(key: str, kind: str, options: dict[str, Any]) -> list[str]:
+    found, known = [], OPTIONS[kind]
+    for name, value in options.items():
+        named, default = f"{key}.{name}", known.get(name)
+        wanted: Any = (int, float) if isinstance(default, float) else type(default)
+        if default is None:
+            known_names = ", ".join(known)
+            found.append(f"{named} is unknown{similar(name, known)}; options of {kind}: {known_names}")
+        elif not isinstance(value, wanted) or (isinstance(value, bool) and not isinstance(default, bool)):
+            found.append(f"{named}={value} must be of type {type(default).__name__}")
+        elif name in _CHOICES and value not in _CHOICES[name]:
+            found.append(f"{named}={value} is unknown; use {', '.join(_CHOICES[name])}")
+        elif name in _LEAST and not value >= _LEAST[name]:
+            found.append(f"{named}={value} is below {_LEAST[name]}; use {_LEAST[name]} or more")
+        elif name == "pattern":
+            try:
+                re.compile(value)
+            except (re.error, OverflowError, RecursionError) as error:
+                found.append(f"{named}={value} is no regular expression ({error}); mend it")
+    if kind == "regex" and bool(options.get("pattern")) == bool(options.get("pattern_key")):
+        found.append(f"{key} must hold either pattern, or pattern_key: the field of the row that has it")
+    return found
