@@ -125,6 +125,16 @@ def samples(row: Mapping[str, Any], think_flag_share: float | None) -> list[list
     return found
 
 
+def prompt_pieces(messages: Any, tools: Any, enable_thinking: bool) -> list[Piece]:
+    """The pieces of a conversation, and of the beginning of the assistant's next message.
+
+    Raises ValueError, with the fault, for messages or tools that are malformed.
+    """
+    _check_messages(messages, tools)
+    options = {"add_generation_prompt": True, "enable_thinking": enable_thinking}
+    return render({"messages": messages, "tools": tools}, options)
+
+
 def encode(pieces: Sequence[Piece], tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
     """Ids of rendered pieces (uint32 [n]), and whether each id is learned (bool [n])."""
     ids, loss = list[int](), list[bool]()
@@ -186,7 +196,18 @@ def _queries(messages: Sequence[Mapping[str, Any]]) -> list[int]:
 
 def _checked(row: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Copies of the messages of a valid row. Raises ValueError, with the fault, for another row."""
-    messages, tools = row.get("messages"), row.get("tools")
+    messages: Any = row.get("messages")
+    _check_messages(messages, row.get("tools"))
+    first_answer = next((i for i, m in enumerate(messages) if m["role"] == "assistant"), None)
+    if first_answer is None:
+        raise ValueError("no_target: no message of the assistant")
+    if not any(query < first_answer for query in _queries(messages)):
+        raise ValueError(f"messages[{first_answer}]: the assistant speaks before the user")
+    return [dict(message) for message in messages]
+
+
+def _check_messages(messages: Any, tools: Any) -> None:
+    """Raises ValueError, with the fault, for messages or tools that are malformed."""
     if not messages or not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
         raise ValueError("messages: not a list of objects")
     if tools is not None and not isinstance(tools, list):
@@ -194,12 +215,6 @@ def _checked(row: Mapping[str, Any]) -> list[dict[str, Any]]:
     for i, message in enumerate(messages):
         if fault := _fault(message):
             raise ValueError(f"messages[{i}]: {fault}")
-    first_answer = next((i for i, m in enumerate(messages) if m["role"] == "assistant"), None)
-    if first_answer is None:
-        raise ValueError("no_target: no message of the assistant")
-    if not any(query < first_answer for query in _queries(messages)):
-        raise ValueError(f"messages[{first_answer}]: the assistant speaks before the user")
-    return [dict(message) for message in messages]
 
 
 def _fault(message: dict[str, Any]) -> str | None:
