@@ -1,6 +1,6 @@
 """Causal attention inside documents: grouped query heads, rotary positions, optional QK-norm and gate."""
 # B rows, S tokens per row, T = B*S tokens, D documents, H hidden
-# N query heads, G key/value heads, C head_dim, P cached tokens per row
+# N query heads, G key/value heads, C head_dim, P tokens of the longest cached sequence
 
 from collections.abc import Callable
 from functools import cache
@@ -49,7 +49,7 @@ class Attention(nn.Module):
         self.q_norm, self.k_norm = _head_norm(config), _head_norm(config)
 
     def forward(self, hidden: Tensor, inputs: LayerInputs) -> Tensor:
-        """hidden [B, S, H] -> [B, S, H]. With a cache, each row continues one sequence."""
+        """hidden [B, S, H] -> [B, S, H]."""
         rows, seq_len, _ = hidden.shape
         documents, cache = inputs.documents, inputs.cache
         heads = (rows * seq_len, -1, self.head_dim)
@@ -60,10 +60,9 @@ class Attention(nn.Module):
         key = self.k_norm(self.k_proj(hidden).view(heads), inputs)  # [T, G, C]
         value = self.v_proj(hidden).view(heads)  # [T, G, C]
         if cache is not None:
-            keys, values = cache.append(
-                self.layer, key.unflatten(0, (rows, -1)), value.unflatten(0, (rows, -1))
-            )
-            mixed = attend_cached(query.unflatten(0, (rows, -1)), keys, values)
+            keys, values = cache.add_tokens(self.layer, key, value)  # [B, P, G, C]
+        if cache is not None and cache.visible is not None:
+            mixed = attend_cached(query, keys, values, cache.visible)
         else:
             per_document = varlen_obstacle(query.device, query.dtype) or prefers_per_document(documents)
             attend = attend_per_document if per_document else attend_varlen
@@ -236,12 +235,12 @@ def attend_varlen(query: Tensor, key: Tensor, value: Tensor, documents: Document
     return cast(Tensor, varlen_attn(query, key, value, *lengths, window_size=causal, **_GROUPED))
 
 
-def attend_cached(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """Each of the last S of P+S tokens attends to itself and to all tokens before it.
+def attend_cached(query: Tensor, keys: Tensor, values: Tensor, visible: Tensor) -> Tensor:
+    """One token of each sequence attends to the tokens of its sequence that are `visible` [B, P] bool.
 
-    query [B, S, N, C], keys and values [B, P+S, G, C] -> [B, S, N, C].
+    query [B, N, C], keys and values [B, P, G, C] -> [B, N, C]. The query heads of one key head are given as
+    tokens that see the same, so that no key is repeated.
     """
-    new, seen = query.shape[1], keys.shape[1] - query.shape[1]
-    visible = torch.ones(new, seen + new, dtype=torch.bool, device=query.device).tril(seen)
-    q, k, v = (x.transpose(1, 2) for x in (query, keys, values))  # [B, heads, tokens, C]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=True).transpose(1, 2)
+    q = query.unflatten(1, (keys.shape[2], -1))  # [B, G, N/G, C]
+    k, v = keys.transpose(1, 2), values.transpose(1, 2)  # [B, G, P, C]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=visible[:, None, None]).flatten(1, 2)

@@ -42,9 +42,12 @@ class MoEBlock(nn.Module):
         seen = x
         if training is not None and training.jitter_noise:
             seen = jittered(hidden, training.jitter_noise, training.keys).flatten(0, 1)
+        inputs = (seen, mask, routing.selection_bias, routing.sampled)
         routing_weights, expert_indices, statistics = call(
-            self.gate, seen, mask, routing.selection_bias, recompute=self.recompute == "local"
+            self.gate, *inputs, recompute=self.recompute == "local"
         )
+        if routing.keep_experts:
+            statistics = statistics._replace(expert_indices=expert_indices)
         factor = None if training is None else training.capacity_factor
         if factor is not None:
             num_experts = len(statistics.tokens_per_expert)

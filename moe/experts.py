@@ -139,6 +139,8 @@ class _Products(NamedTuple):
 
 
 def _loop_project(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+    if len(rows) < _unit(0) * len(weights) and rows.dtype == torch.float32:
+        return _grouped_project(rows, weights, ends)  # decoding: rounding would multiply the work
     out = rows.new_empty(len(rows), weights.shape[2])
     start = 0
     for weight, end in zip(weights.unbind(), ends.tolist(), strict=True):

@@ -52,31 +52,36 @@ class GatedDeltaNet(nn.Module):
         self.out_proj = nn.Linear(self.value_heads * value_dim, hidden, bias=False)
 
     def forward(self, hidden: Tensor, inputs: LayerInputs) -> Tensor:
-        """hidden [B, S, H] -> [B, S, H], no rotary tables. With a cache, each row continues one sequence."""
+        """hidden [B, S, H] -> [B, S, H], no rotary tables."""
         documents, cache = inputs.documents, inputs.cache
         x = hidden.flatten(0, 1)
         query, key, value, gate = _of_heads(self.in_proj_qkvz(x), self.key_heads, self.qkvz_sizes)
         beta, decay = _of_heads(self.in_proj_ba(x), self.key_heads, self.ba_sizes)  # [T, N]
         log_decay = -precise(self.A_log).exp() * F.softplus(precise(decay) + self.dt_bias)
         features = torch.cat((query, key, value), dim=-1)
-        state, seen = log_decay.new_zeros(len(documents.lengths), *self.state_shape), None
+        seen, state = None, log_decay.new_zeros(len(documents.lengths), *self.state_shape)
         if cache is not None:
-            nothing = features.new_zeros(len(hidden), self.lead, features.shape[1])
-            seen, state = cache.layers.get(self.layer, (nothing, state))
-
-        convolved = self.conv1d(features, documents, seen)
+            nothing = (
+                features.new_zeros(1, self.lead, features.shape[1]),
+                state.new_zeros(1, *self.state_shape),
+            )
+            seen, state = cache.states(self.layer, nothing)
+        decodes = cache is not None and cache.visible is not None
+        convolved = self.conv1d(features, documents, seen if decodes else None)
         query, key, value = convolved.split((query.shape[1], key.shape[1], value.shape[1]), dim=-1)
         per_key = self.value_heads // self.key_heads
         query, key = (_unit(x.unflatten(-1, (self.key_heads, -1))) for x in (query, key))
         query, key = (x.repeat_interleave(per_key, dim=1) for x in (query, key))  # [T, N, K]
         value = value.unflatten(-1, (self.value_heads, -1))  # [T, N, V]
-        rule = recurrent_delta_rule if documents.max_length == 1 else chunked_delta_rule
-        if kernel_obstacle(hidden.device, hidden.dtype, *self.state_shape[1:]) is None:
-            rule = fused_delta_rule
-        mixed, state = rule(DeltaInputs(query, key, value, log_decay, beta.sigmoid()), documents, state)
-        if cache is not None and seen is not None:
-            both = torch.cat((seen, features.unflatten(0, (len(hidden), -1))), dim=1)
-            cache.layers[self.layer] = both[:, hidden.shape[1] :], state
+        delta = DeltaInputs(query, key, value, log_decay, beta.sigmoid())
+        if decodes:
+            mixed, last = delta_step(delta, state)
+        else:
+            fused = kernel_obstacle(hidden.device, hidden.dtype, *self.state_shape[1:]) is None
+            mixed, last = (fused_delta_rule if fused else chunked_delta_rule)(delta, documents, state)
+        if seen is not None:
+            seen.copy_(last_inputs(features, documents, seen))
+            state.copy_(last)
         mixed = self.norm(mixed.to(hidden.dtype), gate.unflatten(-1, (self.value_heads, -1)))
         return self.out_proj(mixed.flatten(1)).view_as(hidden)
 
@@ -89,15 +94,23 @@ class CausalConvolution(nn.Module):
         self.weight = nn.Parameter(torch.empty(features, 1, width))
 
     def forward(self, x: Tensor, documents: Documents, seen: Tensor | None) -> Tensor:
-        """[T, F] -> [T, F], inside documents. `seen` [B, W-1, F]: cached inputs that precede each row."""
+        """[T, F] -> [T, F], inside documents. `seen` [T, W-1, F]: the cached inputs before each token."""
         taps = self.weight[:, 0].t()  # [W, F], the last one on the token itself
         if seen is None:
             position, lags = documents.position.unsqueeze(1), range(len(taps) - 1, -1, -1)
-            earlier = (torch.where(position >= lag, x.roll(lag, dims=0), 0) for lag in lags)  # [T, F]
+            earlier = [torch.where(position >= lag, x.roll(lag, dims=0), 0) for lag in lags]  # [T, F]
         else:
-            rows = torch.cat((seen, x.unflatten(0, (len(seen), -1))), dim=1)
-            earlier = (part.flatten(0, 1) for part in rows.unfold(1, len(taps), 1).unbind(-1))
+            earlier = [*seen.unbind(1), x]
         return F.silu(sum(part * tap for part, tap in zip(earlier, taps, strict=True)))
+
+
+def last_inputs(x: Tensor, documents: Documents, seen: Tensor) -> Tensor:
+    """The last W-1 inputs of each document [D, W-1, F]: of x [T, F], and before its start of `seen`."""
+    starts, ends = documents.borders[:-1, None], documents.borders[1:, None]
+    place = ends + torch.arange(-seen.shape[1], 0, device=x.device)  # [D, W-1]
+    before = (place - starts + seen.shape[1]).clamp(max=seen.shape[1] - 1)
+    before = seen.take_along_dim(before.unsqueeze(-1), dim=1)
+    return torch.where((place >= starts).unsqueeze(-1), x[place.clamp(min=0)], before)
 
 
 class GatedRMSNorm(nn.RMSNorm):
@@ -135,6 +148,17 @@ def recurrent_delta_rule(x: DeltaInputs, documents: Documents, state: Tensor) ->
             outputs.append((s * query[t, :, :, None]).sum(1))
         lasts.append(s)
     return torch.stack(outputs), torch.stack(lasts)
+
+
+def delta_step(x: DeltaInputs, state: Tensor) -> tuple[Tensor, Tensor]:
+    """The same as `recurrent_delta_rule` for one token in each of T documents; overwrites the state."""
+    query, key, value, log_decay, beta = (
+        part.unsqueeze(-2) for part in x.precise()
+    )  # [T, N, 1, K], [T, 1, N]
+    state *= log_decay.mT.exp().unsqueeze(-1)
+    correction = beta.mT.unsqueeze(-1) * (value - key @ state)  # [T, N, 1, V]
+    state += key.mT * correction
+    return (query @ state).squeeze(-2), state
 
 
 def chunked_delta_rule(x: DeltaInputs, documents: Documents, state: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,18 +14,18 @@ from moe.config import ConfigError, ModelConfig
 from moe.cross_entropy import IGNORED, chunked_cross_entropy, token_log_probs
 from moe.formats import FULL, LINEAR
 from moe.gated_delta_net import GatedDeltaNet
-from moe.inputs import Cache, Documents, LayerInputs
+from moe.inputs import CacheStep, Documents, LayerInputs
 from moe.mlp import MLP
 from moe.norm import rms_norm
 from moe.recompute import RECOMPUTE, call
 from moe.rope import rotary_tables
-from moe.router import RouterStatistics, RoutingInputs, TrainingRouting, stack_statistics
+from moe.router import RouterStatistics, RoutingInputs, SampledExperts, TrainingRouting, stack_statistics
 
 
 class ModelOutput(NamedTuple):
     """The results of one forward; the modules keep no state."""
 
-    logits: Tensor | None  # [B, S, V], if no labels were given
+    logits: Tensor | None  # [B, S, V], with a cache [D, V], if no labels were given
     cross_entropy_sum: Tensor | None  # scalar fp32, sum over labels != -100, if labels were given
     router: RouterStatistics | None  # stacked over the L sparse layers; None for a dense model
     mtp_cross_entropy_sum: Tensor | None = None  # the same for the token after next, if it is trained
@@ -91,8 +91,6 @@ class Decoder(nn.Module):
             hidden, statistics = call(layer, hidden, inputs, recompute=self.recompute_layers)
             if statistics is not None:
                 per_layer.append(statistics)
-        if inputs.cache is not None:
-            inputs.cache.length += hidden.shape[1]
         return self.norm(hidden), per_layer
 
 
@@ -177,12 +175,14 @@ class CausalLM(nn.Module):
         cu_seqlens: Tensor,
         token_mask: Tensor | None = None,
         labels: Tensor | None = None,
-        cache: Cache | None = None,
+        cache: CacheStep | None = None,
         selection_bias: Tensor | None = None,
         routing_only: bool = False,
         routing: TrainingRouting | None = None,
         lengths: Sequence[int] | None = None,
         temperature: float | None = None,
+        sampled: SampledExperts | None = None,
+        keep_experts: bool = False,
     ) -> ModelOutput:
         """Logits, or with labels the summed cross entropy; and the router statistics.
 
@@ -191,18 +191,20 @@ class CausalLM(nn.Module):
         input_ids, position_ids [B, S] int64; cu_seqlens [D+1] int32, borders of the documents over T tokens.
         token_mask [B, S] bool: False keeps a token (padding) out of the router statistics.
         labels [B, S] int64, already shifted, -100 = no loss.
-        cache: state of earlier tokens. Each row continues one sequence; position_ids must continue too.
+        cache: of `Cache.prefill` or `Cache.decode`: the logits are those after each document's last token.
         selection_bias [L, E] fp32: added to the routers' scores for the choice of experts only.
         routing_only: return only the router statistics; the head does not run.
         routing: settings of routing that apply in training only.
         lengths: the lengths of the documents, on the host; None reads cu_seqlens, which waits for its device.
         temperature: with labels, return their log-probabilities in softmax(logits / temperature), and the
         entropies, in place of the cross entropy; nothing looks ahead then.
+        sampled: the experts that sampling chose, for training. keep_experts: the statistics hold those of now.
         Ids must lie in the vocabulary: nothing checks them here.
         """
         documents, hidden = Documents(cu_seqlens, lengths), self.model.embed_tokens(input_ids)
         rotary = rotary_tables(position_ids.flatten(), self.config, hidden.dtype)
-        inputs = LayerInputs(rotary, documents, cache, RoutingInputs(token_mask, selection_bias, routing))
+        routings = RoutingInputs(token_mask, selection_bias, routing, sampled, keep_experts)
+        inputs = LayerInputs(rotary, documents, cache, routings)
         hidden, statistics = self.model(hidden, inputs)
         ahead = None
         if self.mtp is not None and self.training and cache is None and temperature is None:
@@ -212,6 +214,8 @@ class CausalLM(nn.Module):
         router = stack_statistics(statistics) if statistics else None
         if routing_only:
             return ModelOutput(None, None, router)
+        if cache is not None:
+            hidden = hidden.flatten(0, 1)[documents.borders[1:] - 1]  # [D, H]
         if labels is None:
             return ModelOutput(self.lm_head(hidden), None, router)
         if temperature is not None:

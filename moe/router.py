@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +27,8 @@ class RouterStatistics(NamedTuple):
     z_sums: Tensor  # [] or [L] fp32, logsumexp(logits)^2 (ST-MoE, arXiv 2202.08906); gradient flows
     entropy_sums: Tensor  # [] or [L] fp32, entropy of the softmax in nats; no gradient
     logit_range: Tensor  # [] or [L] fp32, the largest max - min of the logits of any token; no gradient
+    mismatches: Tensor | None = None  # [] or [L] fp32, tokens that differ from their `SampledExperts`
+    expert_indices: Tensor | None = None  # [T,K] or [L,T,K], not a sum: the experts used, if `keep_experts`
 
 
 class TrainingRouting(NamedTuple):
@@ -38,19 +40,41 @@ class TrainingRouting(NamedTuple):
 
 
 @dataclass(frozen=True)
+class SampledExperts:
+    """The experts that a token went to when a model sampled it. A dataclass, as `moe.inputs.LayerInputs` is.
+
+    With `replay` the token goes to them again (R3, arXiv 2510.11370), with the weights that the router gives
+    them now; without, they are only compared with the router's choice.
+    """
+
+    experts: Tensor  # [T,L,K] or, for one layer, [T,K] signed integers; all -1 where no choice is known
+    replay: bool
+
+    def of_layer(self, sparse_layer: int) -> "SampledExperts":
+        """Those of one layer. The layer of multi-token prediction, which samples nothing, has none."""
+        if sparse_layer == self.experts.shape[1]:
+            return replace(self, experts=torch.full_like(self.experts[:, 0], -1))
+        return replace(self, experts=self.experts[:, sparse_layer])
+
+
+@dataclass(frozen=True)
 class RoutingInputs:
     """Inputs of routing besides the hidden states: for a whole forward or, from `of_layer`, for one layer."""
 
     token_mask: Tensor | None = None  # [B,S] bool; False (padding) keeps a token out of the statistics
     selection_bias: Tensor | None = None  # [L,E] or [E] fp32: added to the scores that choose experts
     training: TrainingRouting | None = None
+    sampled: SampledExperts | None = None
+    keep_experts: bool = False  # the statistics hold the experts of each token
 
     def of_layer(self, layer: int, sparse_layer: int) -> "RoutingInputs":
         """The inputs for decoder layer `layer`, which has index `sparse_layer` among the L sparse layers."""
         bias, training = self.selection_bias, self.training
         if training is not None:
             training = training._replace(keys=[f"{key}:{layer}" for key in training.keys])
-        return RoutingInputs(self.token_mask, None if bias is None else bias[sparse_layer], training)
+        sampled = None if self.sampled is None else self.sampled.of_layer(sparse_layer)
+        bias = None if bias is None else bias[sparse_layer]
+        return replace(self, selection_bias=bias, training=training, sampled=sampled)
 
 
 PLAIN = RoutingInputs()  # no padding, no selection bias, no training settings
@@ -58,7 +82,9 @@ PLAIN = RoutingInputs()  # no padding, no selection bias, no training settings
 
 def stack_statistics(layers: list[RouterStatistics]) -> RouterStatistics:
     """Statistics of L layers with a leading dimension L."""
-    return RouterStatistics(*(torch.stack(values) for values in zip(*layers, strict=True)))
+    fields: Any = zip(*layers, strict=True)  # all layers have an optional field, or none
+    stacked: Any = [None if values[0] is None else torch.stack(values) for values in fields]
+    return RouterStatistics(*stacked)
 
 
 class Router(nn.Module):
@@ -76,20 +102,26 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
 
     def forward(
-        self, hidden: Tensor, token_mask: Tensor | None = None, selection_bias: Tensor | None = None
+        self,
+        hidden: Tensor,
+        token_mask: Tensor | None = None,
+        selection_bias: Tensor | None = None,
+        sampled: SampledExperts | None = None,
     ) -> tuple[Tensor, Tensor, RouterStatistics]:
         """hidden [T,H], token_mask [T] bool (None: all count) -> routing_weights [T,K], expert_indices [T,K].
 
         `selection_bias` [E] fp32 changes the choice of experts, but not their weights. The weights have the
-        dtype of `hidden`.
+        dtype of `hidden`. `sampled` [T,K] counts mismatches, and may take the place of the choice.
         """
         logits = _Float32Linear.apply(hidden, self.weight)  # [T,E] fp32
-        if run_on(logits):
-            from moe.kernels.router import route
-        else:
-            route = _route
         settings = (self.num_experts_per_tok, self.norm_topk_prob, hidden.dtype)
-        routing_weights, expert_indices, *sums = route(logits, selection_bias, token_mask, *settings)
+        given = (logits, selection_bias, token_mask, *settings)
+        if sampled is None and run_on(logits):
+            from moe.kernels.router import route
+
+            routing_weights, expert_indices, *sums = route(*given)
+        else:
+            routing_weights, expert_indices, *sums = _route(*given, sampled)
         return routing_weights, expert_indices, RouterStatistics(*sums)
 
 
@@ -100,18 +132,38 @@ def _route(
     top_k: int,
     normalize: bool,
     dtype: torch.dtype,
+    sampled: SampledExperts | None = None,
 ) -> tuple[Tensor, ...]:
-    """logits [T,E] fp32 -> weights [T,K] in `dtype`, indices [T,K], and the fields of RouterStatistics."""
+    """logits [T,E] fp32 -> weights [T,K] in `dtype`, indices [T,K], and sums of RouterStatistics."""
     probabilities = logits.softmax(-1)
-    if selection_bias is None:
+    counted = []
+    if selection_bias is None and sampled is None:
         routing_weights, expert_indices = probabilities.topk(top_k, dim=-1)
     else:
-        expert_indices = (probabilities + selection_bias).topk(top_k, dim=-1).indices
+        scores = probabilities if selection_bias is None else probabilities + selection_bias
+        expert_indices = scores.topk(top_k, dim=-1).indices
+        if sampled is not None:
+            expert_indices, mismatches = _compare(expert_indices, sampled, token_mask)
+            counted = [mismatches]
         routing_weights = probabilities.gather(-1, expert_indices)
     if normalize:
         routing_weights = routing_weights / routing_weights.sum(-1, keepdim=True)
-    statistics = _statistics(logits, probabilities, expert_indices, token_mask)
-    return routing_weights.to(dtype), expert_indices, *statistics
+    sums = _statistics(logits, probabilities, expert_indices, token_mask)
+    return routing_weights.to(dtype), expert_indices, *sums, *counted
+
+
+def _compare(
+    expert_indices: Tensor, sampled: SampledExperts, token_mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The experts [T,K] to use, and how many tokens of the mask had other ones, in any order."""
+    experts = sampled.experts.to(expert_indices.dtype)
+    known = experts[:, 0] >= 0  # [T]
+    differs = known & (expert_indices.sort(-1).values != experts.sort(-1).values).any(-1)
+    if token_mask is not None:
+        differs = differs & token_mask
+    if sampled.replay:
+        expert_indices = torch.where(known.unsqueeze(1), experts, expert_indices)
+    return expert_indices, differs.sum(dtype=torch.float32)
 
 
 def seeded(key: str, device: torch.device) -> torch.Generator:
@@ -160,7 +212,8 @@ def within_capacity(
 
 def _statistics(
     logits: Tensor, probabilities: Tensor, expert_indices: Tensor, token_mask: Tensor | None
-) -> RouterStatistics:
+) -> tuple[Tensor, ...]:
+    """The sums of RouterStatistics that every forward has, in their order."""
     counts = torch.ones_like(logits[:, 0]) if token_mask is None else token_mask.to(logits.dtype)  # [T]
     tokens_per_expert = logits.new_zeros(logits.shape[1])
     counts_of_slots = counts.unsqueeze(1).expand_as(expert_indices).flatten()
@@ -170,7 +223,7 @@ def _statistics(
         entropy = log_partition - (probabilities * logits).sum(-1)
         low, high = logits.aminmax(dim=-1)  # [T]
         logit_range = F.pad((high - low) * counts, (0, 1)).max()  # 0 without tokens
-    return RouterStatistics(
+    return (
         tokens_per_expert,
         (probabilities * counts.unsqueeze(1)).sum(0),
         (log_partition.square() * counts).sum(),

@@ -1,91 +1,226 @@
-"""`python -m trainer.generate RUN_DIR "prompt"`: continue a prompt, greedily or with --temperature."""
+"""`python -m trainer.generate RUN_DIR "prompt"`: continue a prompt, or with --prompts FILE many at once.
+
+--chat makes the prompt the message of a user; without a prompt, it talks with the person at the terminal.
+"""
 
 import argparse
+import json
+import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from data_pipeline.tokenizer import load_tokenizer
+from data_pipeline import chat
+from data_pipeline.config import DataError
+from data_pipeline.permutation import derive_key
+from data_pipeline.tokenizer import Tokenizer, load_tokenizer
 from moe.config import ConfigError
-from moe.inputs import Cache
 from moe.model import CausalLM
+from moe.next_token import SamplingSettings
+from moe.sampling import Request, Sample, sample
 from trainer.checkpoints.weights import device_for, load_model, selection_bias
 from trainer.engine.cpu_products import fast_products
+from trainer.ranks.runtime import DTYPES
 from trainer.settings.command import tells_mistakes
 from trainer.settings.run_folder import hf_folder
 from trainer.settings.typed import is_text
 
 
-@torch.inference_mode()
-def generate(
-    model: CausalLM,
-    prompt: list[int],
-    max_new_tokens: int,
-    temperature: float,
-    stop_id: int | None,
-    bias: Tensor | None,
-) -> Iterator[int]:
-    """Yield the token ids that continue `prompt`, until `stop_id`; temperature 0 is greedy.
+class Writer(NamedTuple):
+    """A model with what it needs to continue texts."""
 
-    `bias` comes from `selection_bias`. Earlier tokens are in the cache: a step computes only the new ones.
+    model: CausalLM
+    bias: Tensor | None
+    tokenizer: Tokenizer
+    settings: SamplingSettings
+    seed: int
+    rows: int  # samples at once
+    chat: bool
+    thinks: bool
+
+    def encode(self, row: dict[str, Any], where: str) -> list[int]:
+        """The token ids of a row's `prompt`, or of its `messages` (and `tools`) by Qwen3's template.
+
+        Raises ConfigError or DataError, which name `where`, for a row that is no prompt or is too long.
+        """
+        if "messages" not in row and not isinstance(row.get("prompt"), str):
+            raise DataError(f"{where} is no object with a text `prompt` or a list `messages`; correct it")
+        if "messages" in row or self.chat:
+            asked = row["messages"] if "messages" in row else row["prompt"]
+            try:
+                pieces = chat.prompt(asked, {"enable_thinking": self.thinks, **row})
+                ids = chat.encode(pieces, self.tokenizer)[0].tolist()
+            except (ValueError, KeyError) as error:
+                raise DataError(f"{where}: {error}; correct it") from error
+        else:
+            ids = self.tokenizer.encode(row["prompt"])
+        if not ids:
+            raise ConfigError(f"{where} is empty; give at least one character")
+        room = self.model.config.max_position_embeddings - len(ids)
+        if self.settings.max_new_tokens > room:
+            what = f"--tokens {self.settings.max_new_tokens} does not fit"
+            raise ConfigError(f"{what}; the model has room for {room} after {where}")
+        return ids
+
+    def samples(
+        self, prompts: dict[int, list[int]], done: Callable[[int, Sample], object], **more: Any
+    ) -> None:
+        """Continue prompts by number, whose randomness is that of the seed and the number."""
+        numbers = list(prompts)
+        requests = [Request(derive_key(self.seed, number), prompts[number]) for number in numbers]
+        parameter = self.model.lm_head.weight
+        given = {"rows_at_once": self.rows, "device": parameter.device, "bias": self.bias, **more}
+        with fast_products(parameter.device, parameter.dtype):
+            for place, found in sample(self.model, requests, self.settings, **given):
+                done(numbers[place], found)
+
+    def text(self, tokens: list[int]) -> str:
+        """The text of new tokens, without the stop id."""
+        return self.tokenizer.decode([token for token in tokens if token not in self.settings.stop_ids])
+
+    def print_sample(self, row: dict[str, Any], number: int, where: str, before: str) -> str:
+        """Print `before`, then the new text of a row while it is sampled; returns it."""
+        new: list[int] = []
+        shown = before
+        print(before, end="", flush=True)
+
+        def show(_: int, token: int) -> None:
+            nonlocal shown
+            new.append(token)
+            text = before + self.text(new)
+            if not text.endswith("�"):  # wait for the rest of a character that spans tokens
+                print(text[len(shown) :], end="", flush=True)
+                shown = text
+
+        self.samples({number: self.encode(row, where)}, lambda *_: None, on_token=show)
+        print()
+        return self.text(new)
+
+
+def write_all(writer: Writer, prompts: Path, out: Path) -> None:
+    """Continue every row of a file of JSON lines; append each to `out` when its sample ends.
+
+    Rows that `out` has already are not done again. Raises DataError for a file that cannot be used.
     """
-    device = next(model.parameters()).device
-    cache = Cache()
-    tokens = torch.tensor([prompt], device=device)  # [1, S]
-    for _ in range(max_new_tokens):
-        seen, new = cache.length, tokens.shape[1]
-        positions = torch.arange(seen, seen + new, device=device).unsqueeze(0)
-        borders = torch.tensor([0, new], dtype=torch.int32, device=device)
-        output = model(tokens, positions, borders, cache=cache, selection_bias=bias, lengths=[new])
-        logits = output.logits[0, -1]  # [V]
-        chosen = logits.argmax(-1, keepdim=True)
-        if temperature > 0:
-            chosen = torch.multinomial((logits / temperature).softmax(-1), 1)
-        if chosen.item() == stop_id:
+    rows = dict(enumerate(_read(prompts)))
+    ids = {number: writer.encode(row, f"{prompts}:{number + 1}") for number, row in rows.items()}
+    if out.exists():
+        _cut_torn_line(out)
+        for line in _read(out):
+            number = line.get("number")
+            if any(line.get(key) != value for key, value in rows.get(number, {"number": -1}).items()):
+                raise DataError(
+                    f"{out} holds a row {number} that {prompts} has not; name another file for --out"
+                )
+            ids.pop(number, None)
+    with out.open("a", encoding="utf-8") as file:
+
+        def append(number: int, found: Sample) -> None:
+            new = {"completion": writer.text(found.tokens), "truncated": found.truncated, "number": number}
+            file.write(json.dumps({**rows[number], **new}, ensure_ascii=False) + "\n")
+            file.flush()
+
+        writer.samples(ids, append)
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file of JSON lines. Raises DataError, with the line, for anything else."""
+    found = []
+    try:
+        for number, line in enumerate(path.read_bytes().splitlines(), 1):
+            found.append(json.loads(line))
+            if not isinstance(found[-1], dict):
+                raise DataError(f"{path}:{number} is not a JSON object; correct it")
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}); name a file of JSON lines") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}:{len(found) + 1} is not JSON ({error}); correct it") from error
+    return found
+
+
+def _cut_torn_line(path: Path) -> None:
+    """Remove a last line that was not written to its end."""
+    text = path.read_bytes()
+    os.truncate(path, text.rfind(b"\n") + 1)
+
+
+def talk(writer: Writer) -> None:
+    """Answer the person at the terminal, message after message, until the input ends."""
+    messages: list[dict[str, str]] = []
+    while True:
+        try:
+            said = input("> ")
+        except EOFError:
+            print()
             return
-        yield int(chosen)
-        tokens = chosen.unsqueeze(0)
+        messages.append({"role": "user", "content": said})
+        answer = writer.print_sample({"messages": messages}, len(messages), "this conversation", "")
+        messages.append({"role": "assistant", "content": answer.rpartition("</think>")[2].lstrip("\n")})
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m trainer.generate", description=__doc__)
+    parser.add_argument("source", type=Path, help="run folder, checkpoint, or Hugging Face folder")
+    parser.add_argument("prompt", nargs="?")
+    parser.add_argument("--prompts", type=Path, help="JSON lines, each with `prompt` or `messages`")
+    parser.add_argument(
+        "--out", type=Path, help="JSON lines to append to; rows that it has are not done again"
+    )
+    parser.add_argument("--chat", action="store_true", help="the prompt is the message of a user")
+    parser.add_argument("--no-thinking", action="store_true", help="with --chat: answer without reasoning")
+    parser.add_argument("--tokens", type=int, default=120, help="maximum number of new tokens")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 = greedy")
+    parser.add_argument("--top-p", type=float, default=1.0, help="the fewest tokens with this probability")
+    parser.add_argument("--top-k", type=int, default=0, help="the most probable tokens; 0 = all")
+    parser.add_argument("--rows", type=int, default=64, help="samples at once")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dtype", choices=DTYPES, help="of the weights; the checkpoint's if not given")
+    return parser
+
+
+def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """End the command with a message if the options contradict their laws or each other."""
+    if options.tokens < 1 or not 0 <= options.temperature < float("inf"):
+        parser.error("--tokens must be above 0 and --temperature a finite number, 0 or more")
+    if not 0 < options.top_p <= 1 or options.top_k < 0 or options.rows < 1:
+        parser.error("--top-p must be above 0 and at most 1, --top-k 0 or more, --rows above 0")
+    if (options.prompts is None) != (options.out is None):
+        parser.error("--prompts and --out belong together: give both")
+    talks = options.chat and sys.stdin.isatty()
+    if (options.prompt is None) == (options.prompts is None) and (options.prompt or not talks):
+        parser.error("give a prompt, or --prompts, or at a terminal --chat")
 
 
 @tells_mistakes
 def main(arguments: list[str]) -> int:
     """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m trainer.generate", description=__doc__)
-    parser.add_argument("source", type=Path, help="run folder, checkpoint, or Hugging Face folder")
-    parser.add_argument("prompt")
-    parser.add_argument("--tokens", type=int, default=120, help="maximum number of new tokens")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 = greedy")
-    parser.add_argument("--seed", type=int, default=0)
+    parser = _parser()
     options = parser.parse_args(arguments)
-    if options.tokens < 1 or not 0 <= options.temperature < float("inf"):
-        parser.error("--tokens must be above 0 and --temperature a finite number, 0 or more")
-    torch.manual_seed(options.seed)
-    folder = hf_folder(options.source)
-    device = device_for(options.source)
-    model, bias = load_model(folder, device), selection_bias(folder, device)
-    tokenizer = load_tokenizer(folder)
-    if not is_text(options.prompt):
+    _check(parser, options)
+    folder, device = hf_folder(options.source), device_for(options.source)
+    if not is_text(options.prompt or ""):
         raise ConfigError("the prompt is not text in UTF-8; correct its bytes")
-    if not (prompt := tokenizer.encode(options.prompt)):
-        raise ConfigError("the prompt is empty; give at least one character")
-    if options.tokens > (room := model.config.max_position_embeddings - len(prompt)):
-        what = f"--tokens {options.tokens} does not fit"
-        raise ConfigError(f"{what}; the model has room for {room} after this prompt")
-    shown = options.prompt
-    print(shown, end="", flush=True)
-    new: list[int] = []
-    how = (options.tokens, options.temperature, tokenizer.end_of_text, bias)
-    with fast_products(device, model.lm_head.weight.dtype):
-        for token in generate(model, prompt, *how):
-            new.append(token)
-            text = options.prompt + tokenizer.decode(new)
-            if not text.endswith("�"):  # wait for the rest of a character that spans tokens
-                print(text[len(shown) :], end="", flush=True)
-                shown = text
-    print()
+    tokenizer = load_tokenizer(folder)
+    stops = (
+        (tokenizer.end_of_text, tokenizer.control_id("<|im_end|>"))
+        if options.chat
+        else (tokenizer.end_of_text,)
+    )
+    settings = SamplingSettings(options.temperature, options.top_p, options.top_k, 0, options.tokens, stops)
+    model = load_model(folder, device, DTYPES.get(options.dtype))
+    of_model = (model, selection_bias(folder, device), tokenizer)
+    writer = Writer(*of_model, settings, options.seed, options.rows, options.chat, not options.no_thinking)
+    if options.prompts is not None:
+        write_all(writer, options.prompts, options.out)
+    elif options.prompt is None:
+        talk(writer)
+    else:
+        before = "" if options.chat else options.prompt
+        writer.print_sample({"prompt": options.prompt}, 0, "this prompt", before)
     return 0
 
 

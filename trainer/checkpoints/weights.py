@@ -26,12 +26,12 @@ def device_for(source: Path) -> torch.device:
     return device
 
 
-def load_model(folder: Path, device: torch.device) -> CausalLM:
-    """The model of a Hugging Face folder, in its dtype, whole on one device.
+def load_model(folder: Path, device: torch.device, dtype: torch.dtype | None = None) -> CausalLM:
+    """The model of a Hugging Face folder, in `dtype` or the folder's, whole on one device.
 
     Raises ConfigError if the folder has none.
     """
-    config, dtype = ModelConfig.of_folder(folder), stored_dtype(folder)
+    config, dtype = ModelConfig.of_folder(folder), dtype or stored_dtype(folder)
     backend = choose_backends(config, "auto", device, dtype).names.get("experts", "loop")
     with torch.device("meta"):
         model = CausalLM(config, backend=backend).to(dtype)

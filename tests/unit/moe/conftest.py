@@ -75,6 +75,20 @@ def config(request: pytest.FixtureRequest) -> ModelConfig:
     return request.getfixturevalue(f"{request.param}_config")
 
 
+@pytest.fixture(params=["dense", "moe", "next", "qwen2", "qwen2_moe"])
+def generating(request: pytest.FixtureRequest) -> ModelConfig:
+    """A model of each architecture; Qwen2 has biases on query, key and value, and no head norms."""
+    kind = request.param.replace("qwen2_", "").replace("qwen2", "dense")
+    config = request.getfixturevalue(f"{kind}_config")
+    if "qwen2" not in request.param:
+        return config
+    shared = {"shared_expert_intermediate_size": 20, "shared_expert_gate": True, "norm_topk_prob": False}
+    config = replace(config, attention_bias=False, qkv_bias=True, use_qk_norm=False)
+    config = replace(config, **(shared if config.num_experts else {}))
+    assert config.to_hf()["model_type"] == request.param
+    return config
+
+
 @pytest.fixture
 def build() -> Callable[..., CausalLM]:
     """A model with random values everywhere, norms and biases too; keywords go to CausalLM."""

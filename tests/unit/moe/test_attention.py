@@ -110,16 +110,23 @@ def test_varlen_equals_attention_per_document_on_a_gpu(lengths: list[int]) -> No
 
 
 def test_cached_attention_sees_all_that_came_before() -> None:
-    rows, seq_len, seen = 2, 7, 4
-    flat = _inputs(rows * seq_len)
-    query, key, value = (x.unflatten(0, (rows, seq_len)) for x in flat)
-    whole = attend_per_document(*flat, _documents([seq_len] * rows)).unflatten(0, (rows, seq_len))
-    cache = Cache()
-    for part in (slice(0, seen), slice(seen, 6), slice(6, 7)):
-        keys, values = cache.append(0, key[:, part], value[:, part])
-        torch.testing.assert_close(
-            attend_cached(query[:, part], keys, values), whole[:, part], rtol=0, atol=2e-6
-        )
+    """The last token of each sequence, among rows of other lengths with something else behind their end."""
+    lengths = [4, 2, 7]
+    query, key, value = _inputs(sum(lengths))
+    last = torch.tensor(lengths).cumsum(0) - 1
+    before = [token for token in range(sum(lengths)) if token not in last.tolist()]
+    whole = attend_per_document(query, key, value, _documents(lengths))[last]
+    cache = Cache(4)
+    cache.prefill([9, 9, 9]).add_tokens(0, *torch.full((2, 27, GROUPS, HEAD_DIM), 1e3))
+    cache.lengths = []
+    step = cache.prefill([length - 1 for length in lengths])
+    step.add_tokens(0, key[before], value[before])
+    step = cache.decode()
+    keys, values = step.add_tokens(0, key[last], value[last])
+    assert keys.shape[:2] == (3, 7)
+    assert step.visible is not None
+    mixed = attend_cached(query[last], keys, values, step.visible)
+    torch.testing.assert_close(mixed, whole, rtol=0, atol=2e-6)
 
 
 def test_which_attention_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,9 @@ from moe.gated_delta_net import (
     DeltaInputs,
     GatedRMSNorm,
     chunked_delta_rule,
+    delta_step,
     fused_delta_rule,
+    last_inputs,
     recurrent_delta_rule,
 )
 from moe.inputs import Documents
@@ -129,10 +131,28 @@ def test_a_convolution_goes_on() -> None:
     torch.nn.init.normal_(convolution.weight)
     x = torch.randn(2, 7, 3)
     whole = convolution(x.flatten(0, 1), _documents([7, 7]), None).unflatten(0, (2, -1))
-    last = convolution(x[:, 5:].flatten(0, 1), _documents([2, 2]), x[:, 2:5])
-    torch.testing.assert_close(last.unflatten(0, (2, -1)), whole[:, 5:])
-    first = convolution(x[:, :5].flatten(0, 1), _documents([5, 5]), torch.zeros(2, 3, 3))
-    torch.testing.assert_close(first.unflatten(0, (2, -1)), whole[:, :5])
+    last = convolution(x[:, 6], _documents([1, 1]), x[:, 3:6])
+    torch.testing.assert_close(last, whole[:, 6])
+
+
+def test_the_last_inputs_reach_back_before_a_short_document() -> None:
+    seen, lengths = torch.randn(4, 3, 2), [1, 5, 2, 3]
+    documents = torch.randn(11, 2).split(lengths)
+    found = last_inputs(torch.cat(documents), _documents(lengths), seen)
+    for before, document, last in zip(seen, documents, found, strict=True):
+        assert torch.equal(last, torch.cat((before, document))[-3:])
+
+
+@pytest.mark.parametrize("decay", [0.01, 5.0])
+def test_a_step_is_one_token_of_the_recurrence(decay: float) -> None:
+    x, state = _inputs([1] * 4, decay)
+    expected, after = recurrent_delta_rule(x, _documents([1] * 4), state)
+    held = state.detach().clone()
+    with torch.no_grad():
+        mixed, last = delta_step(x, held)
+    assert last is held
+    torch.testing.assert_close(mixed, expected)
+    torch.testing.assert_close(last, after)
 
 
 def _rounding(x: DeltaInputs, documents: Documents, state: Tensor) -> tuple[Tensor, Tensor]:
