@@ -198,7 +198,7 @@ class CausalLM(nn.Module):
         lengths: the lengths of the documents, on the host; None reads cu_seqlens, which waits for its device.
         temperature: with labels, return their log-probabilities in softmax(logits / temperature), and the
         entropies, in place of the cross entropy; nothing looks ahead then.
-        sampled: the experts that sampling chose, for training. keep_experts: the statistics hold those of now.
+        sampled: the experts that sampling chose, for training. keep_experts: the statistics hold the experts.
         Ids must lie in the vocabulary: nothing checks them here.
         """
         documents, hidden = Documents(cu_seqlens, lengths), self.model.embed_tokens(input_ids)

@@ -41,7 +41,10 @@ NEEDED = {
     **{f"experiment=demo_{name}": NO_START for name in ("stem_code", "long_context", "sft")},
     "rl=grpo": [
         *("stage.seq_len=512", "rl.max_prompt_tokens=256", "rl.sampling.max_new_tokens=256"),
-        *("data.sources={p: {kind: prompts, paths: [x.jsonl]}}", "rl.verifiers={a: {kind: math, weight: 1.0}}"),
+        *(
+            "data.sources={p: {kind: prompts, paths: [x.jsonl]}}",
+            "rl.verifiers={a: {kind: math, weight: 1.0}}",
+        ),
     ],
     "experiment=demo_upcycle": [*NO_START, "init.upcycle=none"],
     **{f"experiment=qwen3_30b_a3b_{name}": NO_START for name in ("stem_code_4k", "long_context_32k", "sft")},

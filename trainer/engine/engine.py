@@ -184,7 +184,7 @@ class Engine:
                 routing_only=routing_only,
                 routing=routing if self.module.training else None,
                 lengths=batch.lengths,
-                temperature=batch.temperature if isinstance(batch, PolicyBatch) else None,
+                **(batch.options() if isinstance(batch, PolicyBatch) else {}),
             )
 
     @torch.no_grad()

@@ -7,13 +7,14 @@ importance ratio is one of a token or of a completion.
 # P prompts, G completions of each, N completions of the global batch, B rows, S tokens per row, T = B*S
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from data_pipeline.loader import Batch
 from moe.inputs import Documents
+from moe.router import SampledExperts
 from trainer.settings.rl import RLConfig
 
 EPSILON = 1e-4  # added to the deviation of a group's rewards, as in TRL
@@ -28,6 +29,14 @@ class PolicyBatch(Batch):
     advantages: Tensor  # [B,S] fp32
     weights: Tensor  # [B,S] fp32: share of a token in the loss of the global batch, `token_weights`; else 0
     temperature: float  # of all these probabilities
+    sampled_experts: Tensor | None = None  # [T,L,K] int16: those that sampling chose, if they were kept
+    replay: bool = False  # whether the loss uses them
+
+    def options(self) -> dict[str, Any]:
+        """What the model's forward takes beside a Batch."""
+        experts = self.sampled_experts
+        sampled = None if experts is None else SampledExperts(experts, self.replay)
+        return {"temperature": self.temperature, "sampled": sampled}
 
 
 class PolicyTerms(NamedTuple):

@@ -44,6 +44,7 @@ class StepCompletions:
 
     def __init__(self, completions: list[Completion], rl: RLConfig) -> None:
         self.completions, self._temperature = completions, rl.sampling.temperature
+        self._replay = rl.sampling.router_replay == "replay"
         longest, lengths = rl.sampling.max_new_tokens, [one.length for one in completions]
         rewards = torch.tensor([one.reward for one in completions], dtype=torch.float64)
         self.penalties = torch.zeros_like(rewards)  # [P*G] added to the rewards
@@ -100,5 +101,6 @@ class StepCompletions:
             advantages=of_tokens([float(self.advantages[i])] * self.completions[i].length for i in chosen),
             weights=of_tokens([float(self.weights[i])] * self.completions[i].length for i in chosen),
             temperature=self._temperature,
-            sampled_experts=torch.cat(experts) if experts else None,
+            sampled_experts=torch.cat(experts).to(torch.int16) if experts else None,
+            replay=self._replay,
         )

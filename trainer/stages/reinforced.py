@@ -12,14 +12,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from data_pipeline.prompts import Prompt, Prompts
-from moe.sampling import Request, SamplingSettings, sample
 from torch import Tensor
 
 from data_pipeline.permutation import derive_key
+from data_pipeline.prompts import Prompt, Prompts
 from data_pipeline.tokenizer import tokenizer_of
 from moe.balance import Balance
 from moe.model import CausalLM, ModelOutput
+from moe.sampling import Request, SamplingSettings, sample
 from trainer.engine.engine import Engine
 from trainer.engine.loss import LossShares, Totals
 from trainer.engine.policy import SUMS, PolicyBatch, policy_loss
