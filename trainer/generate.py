@@ -110,7 +110,7 @@ def write_all(writer: Writer, prompts: Path, out: Path) -> None:
     if out.exists():
         _cut_torn_line(out)
         for line in _read(out):
-            number = line.get("number")
+            number = line.get("number", -1)
             if any(line.get(key) != value for key, value in rows.get(number, {"number": -1}).items()):
                 raise DataError(
                     f"{out} holds a row {number} that {prompts} has not; name another file for --out"

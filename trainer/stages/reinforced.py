@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from data_pipeline.loader import Batch
 from data_pipeline.permutation import derive_key
 from data_pipeline.prompts import Prompt, Prompts
 from data_pipeline.tokenizer import tokenizer_of
@@ -62,7 +63,7 @@ class Reinforced:
         self._speed = state.get("speed", 0.0)  # tokens sampled per second
         self._reference = self._open_reference(build_model)
         self._of_step: StepCompletions | None = None
-        self._sums = self._mismatches = torch.zeros(0)  # of the loss over this rank's micro-batches
+        self._sums = torch.zeros(0)  # SUMS of the loss, and tokens whose experts differ, on this rank
 
     def _open_reference(self, build_model: BuildModel) -> CausalLM | None:
         """The frozen model of rl.reference; None without a KL term."""
@@ -78,7 +79,7 @@ class Reinforced:
         what = f"{self._groups} prompts x {self._rl.group_size} completions per step, rewards: {rewards}"
         return [*self._prompts.describe(), what]
 
-    def micro_batches(self) -> list[PolicyBatch]:
+    def micro_batches(self) -> list[Batch]:
         """The completions of the next step; at the start of a phase, they are sampled first."""
         update = self._step % self._rl.updates
         if update == 0:
@@ -88,12 +89,12 @@ class Reinforced:
         size = self._groups * self._rl.group_size
         some = self._phase[update * size : (update + 1) * size]
         self._of_step = of_step = StepCompletions(some, self._rl)
-        self._sums = torch.zeros(len(SUMS), dtype=torch.float64, device=self._ranks.device)
+        self._sums = torch.zeros(len(SUMS) + 1, dtype=torch.float64, device=self._ranks.device)
         self._step += 1
         layout = (self._ranks.rank, self._ranks.world_size, self._config.micro_batch_size)
         batches = of_step.micro_batches(*layout)
         if self._reference is None:
-            return batches
+            return [*batches]
         with self._engine.clock.wait("reference"):
             return [self._with_reference(self._reference, batch) for batch in batches]
 
@@ -188,13 +189,16 @@ class Reinforced:
                     logging.warning(what, name, one.number, one.row, one.source, reason)
 
     def loss_shares(
-        self, batch: PolicyBatch, output: ModelOutput, frequencies: Tensor | None, totals: Totals
+        self, batch: Batch, output: ModelOutput, frequencies: Tensor | None, totals: Totals
     ) -> LossShares:
         """The policy loss of a micro-batch, and the terms of its routers."""
+        assert isinstance(batch, PolicyBatch)
         assert output.log_probs is not None
         assert output.entropies is not None
         terms = policy_loss(output.log_probs, output.entropies, batch, self._rl)
-        self._sums += terms.sums
+        self._sums[:-1] += terms.sums
+        if output.router is not None and output.router.mismatches is not None:
+            self._sums[-1] += output.router.mismatches.mean()
         return LossShares.of(terms.loss, output, frequencies, totals)
 
     def evaluate(self) -> dict[str, float]:
@@ -226,17 +230,20 @@ class Reinforced:
             "truncated": fmean(one.truncated for one in some),
             "length_penalty": -float(of_step.penalties.mean()),
             "sampled_tokens_per_second": self._speed,
-            **self._loss_metrics(),
+            **self._loss_metrics(sum(len(one.ids) - 1 for one in some)),
             "sources": self._prompts.seen(self._step * self._groups),
             "samples": [self._shown(one) for one in some[:: max(1, len(some) // SHOWN)][:SHOWN]],
         }
 
-    def _loss_metrics(self) -> dict[str, float]:
+    def _loss_metrics(self, tokens_seen: int) -> dict[str, float]:
         """Means over the tokens of the global batch that have a weight in the loss."""
         sums = self._sums.clone()
         dist.all_reduce(sums)
-        tokens, *of_tokens = sums.tolist()
-        return {name: of / max(tokens, 1) for name, of in zip(SUMS[1:], of_tokens, strict=True)}
+        tokens, *of_tokens, mismatches = sums.tolist()
+        found = {name: of / max(tokens, 1) for name, of in zip(SUMS[1:], of_tokens, strict=True)}
+        if self._rl.sampling.router_replay != "off":
+            found["router_mismatch"] = mismatches / tokens_seen
+        return found
 
     def _shown(self, one: Completion) -> dict[str, Any]:
         prompt, rest = one.ids[: one.prompt_tokens], one.ids[one.prompt_tokens :]
