@@ -71,6 +71,7 @@ def main(folder: str = "data/embedded", steps: str = "40") -> None:
                 looking.append(0.0)
                 meter.begin(step)
                 totals = agree_on_totals(micro_batches, False)
+                meter.add(totals)
                 sums, _, grad_norm = train_step(
                     engine, balance, Supervised.loss_shares, micro_batches, totals, 1e-4
                 )

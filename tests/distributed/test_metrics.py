@@ -183,6 +183,7 @@ def measure_with_pause(waited_for: str) -> tuple[dict, float]:
     meter.begin(1)
     batches = micro_batches(run.plan, run.ranks.rank, 0)
     totals = agree_on_totals(batches, False)
+    meter.add(totals)
     sums, _, norm = train_step(run.engine, run.balance, Supervised.loss_shares, batches, totals, RATE)
     with run.engine.clock.wait(waited_for):
         time.sleep(PAUSE)
