@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 from trainer.ranks.launch import STOP_SIGNALS, launch
@@ -49,7 +50,7 @@ def profile_rank(run_dir: Path, steps: int) -> None:
     engine = Engine(model, build_optimizer(model, config.optimizer), config, plan, ranks)
     balance = build_balance(config, plan, ranks.device)
     done = Checkpoints(run_dir, 0, config, plan, ranks, print).load_latest(engine, balance)
-    stage = open_stage(config, ranks, engine, balance, done)
+    stage = open_stage(config, ranks, engine, balance, *done, partial(build_model, plan=plan, ranks=ranks))
 
     def step() -> None:
         micro_batches = [batch.to(ranks.device) for batch in stage.micro_batches()]

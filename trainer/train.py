@@ -3,6 +3,7 @@
 import math
 import socket
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TextIO
 
@@ -68,8 +69,10 @@ def train(
     balance = build_balance(config, plan, ranks.device)
     checkpoints = Checkpoints(run_dir, attempt, config, plan, ranks, screen.say)
     cleanup.callback(checkpoints.close)
-    step = checkpoints.load_latest(engine, balance)
-    stage = open_stage(config, ranks, engine, balance, step)
+    step, state = checkpoints.load_latest(engine, balance)
+    stage = open_stage(
+        config, ranks, engine, balance, step, state, partial(build_model, plan=plan, ranks=ranks)
+    )
     cleanup.callback(stage.close)
     tracker = cleanup.enter_context(Tracker(config, run_dir, attempt, screen.say, ranks.is_main))
     alarms = Alarms(config.tracker.alarms, hosts, config.schedule.warmup_steps)
@@ -91,6 +94,7 @@ def train(
         if totals.stop:
             outcome = "stopped"
             break
+        meter.add(totals)
 
         micro_batches = [batch.to(ranks.device) for batch in micro_batches]
         rate = learning_rate(config.schedule, config.optimizer.lr, step, total_steps)
@@ -119,10 +123,10 @@ def train(
             metrics |= held_out
         if step % config.checkpoint.every_steps == 0:
             with clock.wait("save"):
-                checkpoints.save(engine, balance, step)
+                checkpoints.save(engine, balance, step, stage.state())
             saved_step = step
 
-    checkpoints.save(engine, balance, step)
+    checkpoints.save(engine, balance, step, stage.state())
     checkpoints.finish()
     if stall := checkpoints.take_stall():  # from saves after the last logged step
         tracker.log({"step": step, "tokens": step * step_tokens, "save_stall_seconds": stall})

@@ -61,12 +61,12 @@ def run_on_ranks(overrides: list[str], folder: str) -> dict[str, Any]:
     run = SmallRun(*overrides)
     train(run, range(SAVED))
     saver = checkpoints(run)
-    saver.save(run.engine, run.balance, SAVED)
+    saver.save(run.engine, run.balance, SAVED, {})
     saver.finish()
     run.train(range(SAVED, SAVED + 1))
     run.engine.close()
     resumed = SmallRun(*overrides, "model.initializer_range=0.5")
-    assert checkpoints(resumed).load_latest(resumed.engine, resumed.balance) == SAVED
+    assert checkpoints(resumed).load_latest(resumed.engine, resumed.balance) == (SAVED, {})
     train(resumed, range(SAVED, STEPS))
     resumed.engine.close()
     return found

@@ -73,7 +73,7 @@ def interrupt_and_compare(case: tuple, folder: str, data: str) -> None:
     saver, release = checkpoints_of(straight, Path(folder)), threading.Event()
     if count == 1:  # in the background: the writer is held back and writes step 2 after step 4 is done
         saver._writer.submit(release.wait)
-    saver.save(straight.engine, straight.balance, 2)
+    saver.save(straight.engine, straight.balance, 2, {})
     noise = torch.rand(3)
     expected = straight.train(range(2, 4)), state_of(straight.engine)
     release.set()
@@ -81,7 +81,7 @@ def interrupt_and_compare(case: tuple, folder: str, data: str) -> None:
     straight.engine.close()
 
     resumed = SmallRun(*overrides, "model.initializer_range=0.5")
-    assert checkpoints_of(resumed, Path(folder)).load_latest(resumed.engine, resumed.balance) == 2
+    assert checkpoints_of(resumed, Path(folder)).load_latest(resumed.engine, resumed.balance) == (2, {})
     assert torch.equal(torch.rand(3), noise)
     actual = resumed.train(range(2, 4)), state_of(resumed.engine)
     resumed.engine.close()
@@ -135,14 +135,14 @@ def run_out_of_space(run_dir: Path, data: str, background: str) -> str:
     run = small_run(data, f"checkpoint.background={background}")
     run.train(range(1))
     checkpoints = checkpoints_of(run, run_dir)
-    checkpoints.save(run.engine, run.balance, 1)
+    checkpoints.save(run.engine, run.balance, 1, {})
     checkpoints.finish()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     if run.ranks.rank == 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (3_000, limits[1]))
 
     def save() -> None:
-        checkpoints.save(run.engine, run.balance, 2)
+        checkpoints.save(run.engine, run.balance, 2, {})
         checkpoints.finish()
 
     with pytest.raises(TrainingError) as caught:
@@ -160,9 +160,9 @@ def come_back_late(run_dir: Path, data: str) -> None:
     """Attempt 1 is cut off but not dead, and attempt 2 continues the run in the meantime."""
     run = small_run(data, "checkpoint.keep=1")
     old, new = checkpoints_of(run, run_dir, 1), checkpoints_of(run, run_dir, 2)
-    old.save(run.engine, run.balance, 1)
+    old.save(run.engine, run.balance, 1, {})
     old.finish()
-    old.save(run.engine, run.balance, 2)  # being written when the second attempt starts
+    old.save(run.engine, run.balance, 2, {})  # being written when the second attempt starts
     dist.barrier()
     if run.ranks.is_main:
         (run_dir / "state").write_text(json.dumps({"state": "running", "attempt": 2}))
@@ -170,8 +170,8 @@ def come_back_late(run_dir: Path, data: str) -> None:
     with pytest.raises(TrainingError, match="attempt 2 has taken over"):
         old.finish()
     with pytest.raises(TrainingError, match="attempt 2 has taken over"):
-        old.save(run.engine, run.balance, 4)
-    new.save(run.engine, run.balance, 3)
+        old.save(run.engine, run.balance, 4, {})
+    new.save(run.engine, run.balance, 3, {})
     new.finish()
     dist.barrier()
     assert (run_dir / "latest").read_text() == "step-00000003\n"
@@ -187,7 +187,7 @@ def save_many(run_dir: Path, data: str) -> list[list[str]]:
     seen = []
     for steps in (range(1, 4), range(4, 10), [7]):
         for step in steps:
-            checkpoints.save(run.engine, run.balance, step)
+            checkpoints.save(run.engine, run.balance, step, {})
         checkpoints.finish()
         dist.barrier()
         there = set((run_dir / "checkpoints").glob("step-*"))
@@ -203,7 +203,7 @@ def save_once(run_dir: Path, data: str, experts: int) -> list[str]:
     """The files of a checkpoint of 4 layers."""
     run = small_run(data, f"model.num_experts={experts}", "model.num_hidden_layers=4")
     checkpoints = checkpoints_of(run, run_dir)
-    checkpoints.save(run.engine, run.balance, 1)
+    checkpoints.save(run.engine, run.balance, 1, {})
     checkpoints.finish()
     dist.barrier()
     folder = run_dir / "checkpoints/step-00000001"
@@ -267,9 +267,9 @@ def die_at_each_operation(root: str, data: str) -> int:
     run = small_run(data, "parallel.ep_size=1", "checkpoint.keep=1")
     template = Path(root, "template")
     saver = checkpoints_of(run, template)
-    saver.save(run.engine, run.balance, 1)
+    saver.save(run.engine, run.balance, 1, {})
     saver.finish()
-    saver.save(run.engine, run.balance, 2)
+    saver.save(run.engine, run.balance, 2, {})
     writing = saver._writing
     part = writing.part.result()
     for operation in range(1000):

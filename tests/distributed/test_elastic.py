@@ -47,7 +47,7 @@ def save_each(layouts: list[tuple[int, int, int]], root: str, data: str) -> None
     for layout in layouts:
         run = SmallRun(*overrides(layout, data))
         run.train(range(SAVED))
-        checkpoints_of(run, folder(root, layout)).save(run.engine, run.balance, SAVED)
+        checkpoints_of(run, folder(root, layout)).save(run.engine, run.balance, SAVED, {})
         run.engine.close()
 
 
@@ -57,7 +57,10 @@ def go_on(moves: list[tuple], root: str, data: str) -> list[Outcome]:
     for target, sources in moves:
         run = SmallRun(*overrides(target, data))
         for source in sources:
-            assert checkpoints_of(run, folder(root, source)).load_latest(run.engine, run.balance) == SAVED
+            assert checkpoints_of(run, folder(root, source)).load_latest(run.engine, run.balance) == (
+                SAVED,
+                {},
+            )
             outcomes.append(run.train(range(SAVED, STEPS)))
         run.engine.close()
     return outcomes

@@ -34,6 +34,7 @@ def log_every_second_step() -> list[dict[str, Any]]:
         assert meter.due == (step % 2 == 1)
         batches = micro_batches(run.plan, run.ranks.rank, step)
         totals = agree_on_totals(batches, False)
+        meter.add(totals)
         sums, _, norm = train_step(run.engine, run.balance, Supervised.loss_shares, batches, totals, RATE)
         if not meter.due:
             with run.engine.clock.wait("save"):

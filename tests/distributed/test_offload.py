@@ -33,12 +33,12 @@ def save_and_go_on(folder: str, data: str) -> list[Outcome]:
 
     first = SmallRun(*keys, "deepspeed=zero2", OFFLOAD)
     first.train(range(SAVED))
-    checkpoints(first).save(first.engine, first.balance, SAVED)
+    checkpoints(first).save(first.engine, first.balance, SAVED, {})
     outcomes = [first.train(range(SAVED, STEPS))]
     first.engine.close()
     for layout in (["deepspeed=zero2", OFFLOAD], ["deepspeed=zero3", OFFLOAD], ["deepspeed=zero1"]):
         run = SmallRun(*keys, *layout, "model.initializer_range=0.5")
-        assert checkpoints(run).load_latest(run.engine, run.balance) == SAVED
+        assert checkpoints(run).load_latest(run.engine, run.balance) == (SAVED, {})
         outcomes.append(run.train(range(SAVED, STEPS)))
         run.engine.close()
     return outcomes

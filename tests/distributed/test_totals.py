@@ -29,7 +29,7 @@ def agree(flags: list[tuple[bool, bool]]) -> list[Totals]:
 
 @pytest.mark.parametrize("flags", [[(True, False), (False, True)], [(False, True), (True, False)]])
 def test_totals_are_over_ranks_and_micro_batches(flags: list[tuple[bool, bool]]) -> None:
-    one_stops = Totals(10, 23, stop=True, written=False)
-    all_have_written = Totals(10, 23, stop=False, written=True)
-    nobody = Totals(10, 23, stop=False, written=False)
+    one_stops = Totals(10, 23, 32, stop=True, written=False)
+    all_have_written = Totals(10, 23, 32, stop=False, written=True)
+    nobody = Totals(10, 23, 32, stop=False, written=False)
     assert run_ranks(agree, 2, flags) == [[one_stops, all_have_written, nobody]] * 2

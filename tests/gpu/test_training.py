@@ -105,12 +105,12 @@ def test_resume_goes_on_bit_for_bit(stage, small_corpus, tmp_path):
     straight.train(range(2))
     folder = [tmp_path, 1, straight.config, straight.plan, straight.ranks, print]
     saver = Checkpoints(*folder)
-    saver.save(straight.engine, straight.balance, 2)
+    saver.save(straight.engine, straight.balance, 2, {})
     expected = straight.train(range(2, 4))
     saver.finish()
     straight.engine.close()
     resumed = SmallRun(*keys, "model.initializer_range=0.5", device=PLACE)
-    assert Checkpoints(*folder).load_latest(resumed.engine, resumed.balance) == 2
+    assert Checkpoints(*folder).load_latest(resumed.engine, resumed.balance) == (2, {})
     found = deviation(resumed.train(range(2, 4)), expected)
     resumed.engine.close()
     assert max(found.values()) == 0, found

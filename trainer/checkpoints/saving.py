@@ -87,8 +87,10 @@ class Checkpoints:
         stall, self._stall = self._stall, 0.0
         return stall
 
-    def save(self, engine: Engine, balance: Balance, step: int) -> None:
+    def save(self, engine: Engine, balance: Balance, step: int, of_stage: dict[str, Any]) -> None:
         """Write a checkpoint of the state after `step`; with checkpoint.background, copy it and write later.
+
+        `of_stage` is the stage's own state.
 
         Does nothing if this step has just been saved or restored.
         Raises TrainingError on all ranks if one cannot write (a full disk); earlier checkpoints stay.
@@ -102,7 +104,8 @@ class Checkpoints:
         self._agree(f"write the checkpoint of step {step}", self._make, folder)
         generators = self._agree("read the random generators", random_state)
         state = {name: tensor.clone() for name, tensor in balance.state().items()}
-        extras = {"balance.pt": state, "random.pt": generators} if self._ranks.is_main else {}
+        of_run = {"balance.pt": state, "random.pt": generators} | ({"stage.pt": of_stage} if of_stage else {})
+        extras = of_run if self._ranks.is_main else {}
         weights = engine.owned_parameters()
         fragments = (fragment for fragment in engine.fragments() if fragment.owned)
         if self._config.checkpoint.background and self._fits(engine.fields):
@@ -145,8 +148,10 @@ class Checkpoints:
         """Wait until this rank has finished writing and removing files; commits nothing."""
         self._writer.shutdown()
 
-    def load_latest(self, engine: Engine, balance: Balance) -> int:
-        """Restore the newest whole checkpoint, saved on any layout of ranks; returns its step, 0 without one.
+    def load_latest(self, engine: Engine, balance: Balance) -> tuple[int, dict[str, Any]]:
+        """Restore the newest whole checkpoint, saved on any layout of ranks.
+
+        Returns its step, 0 without one, and the state of its stage.
 
         Raises ConfigError if all checkpoints are damaged: a run must not silently restart from step 0.
         """
@@ -165,7 +170,7 @@ class Checkpoints:
         if problems:
             remedy = "repair one of them, or move them away to start from step 0"
             raise ConfigError([f"{self._folder} holds no whole checkpoint; {remedy}:", *problems])
-        return 0
+        return 0, {}
 
     def _agree(self, what: str, work: Callable[..., T], *args: Any) -> list[T]:
         """Return what `work(*args)` returns on each rank; if it fails on one, all raise TrainingError."""
@@ -288,19 +293,26 @@ class Checkpoints:
             if attempt.isdigit() and int(attempt) < self._attempt + (kind == ".retired"):
                 shutil.rmtree(leftover, ignore_errors=True)
 
-    def _restore(self, checkpoint: Path, engine: Engine, balance: Balance) -> int:
-        """Restore a checkpoint that is whole; returns its step."""
+    def _restore(self, checkpoint: Path, engine: Engine, balance: Balance) -> tuple[int, dict[str, Any]]:
+        """Restore a checkpoint that is whole; returns its step and the state of its stage."""
         files = sorted((checkpoint / "optimizer").iterdir())
         first = self._ranks.rank % len(files)  # on the same layout, this rank's own file holds all it needs
         files = files[first:] + files[:first]
         self._agree(f"restore {checkpoint}", fill_fragments, engine.fragments(), files)
         self._saved = step = read_manifest(checkpoint)["step"]
         engine.end_restore(step)
-        balance.load_state(read_tensors(checkpoint / "balance.pt"))
-        generators = read_tensors(checkpoint / "random.pt")
+        found: dict[str, Any] = {"stage.pt": {}}  # a stage without a state writes no file
+
+        def read() -> None:
+            names = ["balance.pt", "random.pt", *(path.name for path in checkpoint.glob("stage.pt"))]
+            found.update({name: read_tensors(checkpoint / name) for name in names})
+
+        self._agree(f"restore {checkpoint}", read)
+        balance.load_state(found["balance.pt"])
+        generators = found["random.pt"]
         if self._ranks.rank < len(generators):  # a new rank keeps the state from its seed
             set_random_state(generators[self._ranks.rank])
-        return step
+        return step, found["stage.pt"]
 
 
 def _on_host(tensor: Tensor) -> Tensor:

@@ -12,7 +12,8 @@ import torch
 class StepClock:
     """Measures where the time between two laps goes.
 
-    `wait` counts what the host waits for between steps, summed over all steps since the last lap. `part`
+    `wait` counts what the host waits for between steps, summed over all steps since the last lap, without the
+    waits inside it. `part`
     counts the work inside a step while `measuring` is set; a part excludes the parts inside it. On a GPU a
     part is timed by events on the compute stream, read only at the lap; work on other streams is not counted.
     """
@@ -28,10 +29,11 @@ class StepClock:
 
     @contextmanager
     def wait(self, name: str) -> Iterator[None]:
-        """Count the time inside as waiting for `name`."""
-        start = time.perf_counter()
+        """Count the time inside as waiting for `name`, except in a `wait` inside."""
+        start, before = time.perf_counter(), sum(self._waits.values())
         yield
-        self._waits[name] += time.perf_counter() - start
+        inside = sum(self._waits.values()) - before
+        self._waits[name] += time.perf_counter() - start - inside
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:

@@ -25,21 +25,24 @@ class Totals:
 
     label_tokens: int  # tokens with a label
     tokens: int  # tokens that are not padding
+    positions: int  # tokens and padding
     stop: bool  # any rank was asked to stop
     written: bool  # all ranks have written their part of a checkpoint
 
 
 def agree_on_totals(micro_batches: list[Batch], stop: bool, written: bool = False) -> Totals:
-    """One all-reduce of four integers; every rank must call it once a step.
+    """One all-reduce of five integers; every rank must call it once a step.
 
     The integers are in host memory, so that no rank waits for a device that still computes the last step.
     """
     counts = [sum(batch.label_tokens for batch in micro_batches)]
-    counts += [sum(batch.tokens for batch in micro_batches), int(stop), int(written)]
+    counts.append(sum(batch.tokens for batch in micro_batches))
+    counts.append(sum(sum(batch.lengths) for batch in micro_batches))
+    counts += [int(stop), int(written)]
     packed = torch.tensor(counts, dtype=torch.int64)
     dist.all_reduce(packed)
-    label_tokens, tokens, stops, writers = packed.tolist()
-    return Totals(label_tokens, tokens, stops > 0, writers == dist.get_world_size())
+    label_tokens, tokens, positions, stops, writers = packed.tolist()
+    return Totals(label_tokens, tokens, positions, stops > 0, writers == dist.get_world_size())
 
 
 @dataclass(frozen=True)

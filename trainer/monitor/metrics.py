@@ -20,6 +20,7 @@ from trainer.settings.parallel import ParallelPlan
 
 # L MoE layers, E experts, R ranks, N kinds of parameters
 
+_OF_THE_LOOP = ("data", "evaluation", "save")  # waits with metrics of their own; the others are the stage's
 SLICE = 2**24  # elements processed at once, which takes a few times 64 MiB
 HISTOGRAM_LOG2 = (-40, 8)  # |gradient| from 2^-40 to 2^8, a bin per power of two
 
@@ -169,6 +170,7 @@ class Meter:
         self._peak = peak_flops(ranks.device, DTYPES[config.dtype])
         self._flops_per_token = config.model.flops_per_token(config.stage.seq_len)
         self._first_step = self._logged_step = step
+        self._positions = 0  # since the last logged step
         self._traffic = dispatched(engine.module)
         self._started = self._begun = time.perf_counter()
         self.due = False
@@ -181,6 +183,10 @@ class Meter:
         self._begun = time.perf_counter()
         if self.due:
             self._norms.arm(self._ranks.device, self._crossed(step, self._config.tracker.watch))
+
+    def add(self, totals: Totals) -> None:
+        """Call once a step with its totals."""
+        self._positions += totals.positions
 
     def measure(
         self, step: int, sums: StepSums, totals: Totals, grad_norm: float, rate: float, save_stall: float
@@ -200,7 +206,8 @@ class Meter:
 
         step_seconds = (elapsed - waits.get("evaluation", 0.0) - waits.get("save", 0.0)) / steps
         step_tokens, total_steps = self._config.stage.step_tokens, self._config.stage.total_steps
-        per_rank_flops = step_tokens / step_seconds * self._flops_per_token / self._plan.world_size
+        speed = self._positions / steps / step_seconds
+        per_rank_flops = speed * self._flops_per_token / self._plan.world_size
         per_step = (now - self._started) / (step - self._first_step)
         metrics = {
             "step": step,
@@ -209,18 +216,19 @@ class Meter:
             "grad_norm": grad_norm,
             **self._norms.describe(grad_norm),
             "learning_rate": rate,
-            "tokens_per_second": step_tokens / step_seconds,
+            "tokens_per_second": speed,
             "tokens_per_second_mean": step_tokens / per_step,
             "eta_seconds": per_step * (total_steps - step),
             "step_seconds": step_seconds,
             "data_wait_seconds": max(data_wait),
             "save_stall_seconds": save_stall,
             **{f"{part}_seconds": seconds for part, seconds in parts.items()},
+            **{f"{name}_seconds": of / steps for name, of in waits.items() if name not in _OF_THE_LOOP},
             "other_seconds": max(0.0, now - self._begun - sum(parts.values())),
             "stall_fraction": max(data_wait) / step_seconds,
             "slowest_rank": max(range(len(busy_by_rank)), key=busy_by_rank.__getitem__),
             "straggling": max(busy_by_rank) / max(torch.tensor(busy_by_rank).median().item(), 1e-9) - 1,
-            "padding": 1 - totals.tokens / step_tokens,
+            "padding": 1 - totals.tokens / totals.positions,
             "tflops": per_rank_flops / 1e12,
             "mfu": per_rank_flops / self._peak,
             **{key: max(values) for key, values in zip(memory, memories, strict=True)},
@@ -229,7 +237,7 @@ class Meter:
         due = self._crossed(step, self._config.tracker.expert_load_every_steps)
         if due and sums.tokens_per_expert.numel():
             metrics["tokens_per_expert"] = sums.tokens_per_expert.long().tolist()
-        self._logged_step, self._traffic = step, traffic
+        self._logged_step, self._traffic, self._positions = step, traffic, 0
         return metrics
 
     def _describe_dispatch(self, sent: list, routed: list, received: list) -> dict[str, Any]:

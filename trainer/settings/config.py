@@ -1,7 +1,7 @@
 """What a run is: typed, and checked as a whole before anything starts. Torch-free, for login nodes."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -11,6 +11,7 @@ from moe.config import ConfigError, ModelConfig
 from moe.upcycle import upcycle_problems
 from trainer.settings.deepspeed_section import deepspeed_problems
 from trainer.settings.parallel import ParallelConfig, ParallelPlan
+from trainer.settings.rl import RLConfig
 from trainer.settings.run_folder import hf_folder, is_inside, read_run
 from trainer.settings.typed import AtLeast0, AtLeast1, NotNegative, typed, value_problems
 
@@ -154,6 +155,7 @@ class RunConfig:
     checkpoint: CheckpointConfig
     evaluate: EvaluateConfig
     tracker: TrackerConfig
+    rl: RLConfig | None = field(default=None, kw_only=True)  # None: supervised training
 
     @classmethod
     def load(cls, cfg: Any) -> "RunConfig":
@@ -194,7 +196,9 @@ class RunConfig:
             *self.plan(world_size).problems(self.model.num_experts),
             *value_problems(self),
             *self._own_problems(),
+            *self._stage_problems(),
             *(self._init_problems() if not of_model else []),
+            *(self._reference_problems() if not of_model else []),
             *deepspeed_problems(self.deepspeed, self.dtype),
         ]
         if problems:
@@ -264,29 +268,67 @@ class RunConfig:
                 found.append(f"{key}={value!r} {what}; use one line of visible characters")
         return found
 
+    def _stage_problems(self) -> list[str]:
+        """What reinforcement learning needs, and what supervised training cannot read."""
+        rl, sources = self.rl, self.data.sources
+        trained = [name for name in sorted(self.data.trained_sources()) if name in sources]
+        prompts = [name for name in trained if sources[name].kind == "prompts"]
+        if rl is None:
+            what = "kind=prompts has no answers to learn; choose rl=grpo, or set its weight to 0"
+            return [f"data.sources.{name}: {what}" for name in prompts]
+        needs = "needs answers that a program can check: kind=prompts, or weight 0"
+        laws = {f"rl: data.sources.{name} {needs}": name not in prompts for name in trained}
+        same = "sampling and training must route alike"
+        laws |= {
+            f"rl: experts.capacity_factor={self.experts.capacity_factor}: {same}; use null": (
+                self.experts.capacity_factor is not None
+            ),
+            f"rl: experts.router_jitter_noise={self.experts.router_jitter_noise}: {same}; use 0": (
+                self.experts.router_jitter_noise != 0
+            ),
+            "rl: model.num_nextn_predict_layers=1 is not trained by rewards; use 0": (
+                self.model.num_nextn_predict_layers != 0
+            ),
+            "rl: data.mode=streaming cannot be sampled from; prepare the data": self.data.mode != "prepared",
+        }
+        of_rl = rl.problems(self.stage.seq_len, self.stage.global_batch_size)
+        return of_rl + [law for law, is_broken in laws.items() if is_broken]
+
+    def _reference_problems(self) -> list[str]:
+        """Why the weights in rl.reference are not of this model."""
+        if self.rl is None or self.rl.reference is None:
+            return []
+        return self._other_problems("rl.reference", self.rl.reference, _FREE_AT_HAND_OVER)[1]
+
     def _init_problems(self) -> list[str]:
         """Why the weights of stage.init_from are not of this model and cannot be upcycled into it."""
         how, upcycles = self.init.upcycle, self.init.upcycle in ("copy", "split")
         if self.stage.init_from is None:
             return [f"init.upcycle={how} needs stage.init_from, a dense folder"] if how != "none" else []
-        origin = Path(self.stage.init_from)
-        named = f"stage.init_from={origin}"
+        free = _FREE_AT_HAND_OVER | (_FREE_TO_UPCYCLE if upcycles else set())
+        theirs, found = self._other_problems("stage.init_from", self.stage.init_from, free)
+        return (upcycle_problems(theirs, self.model, how) if theirs and upcycles else []) + found
+
+    def _other_problems(self, name: str, folder: str, free: set[str]) -> tuple[ModelConfig | None, list[str]]:
+        """The model in `folder`, and why it is not that of the run; keys in `free` may differ."""
+        origin = Path(folder)
+        named = f"{name}={origin}"
         if not os.path.isdir(origin):  # also for a name that is too long
-            return [f"{named} is not a folder; name a run folder, a checkpoint or a Hugging Face folder"]
+            what = "is not a folder; name a run folder, a checkpoint or a Hugging Face folder"
+            return None, [f"{named} {what}"]
         try:
             theirs = ModelConfig.of_folder(hf_folder(origin))
         except ConfigError as error:
-            return [f"{named}: {problem}" for problem in error.problems]
-        free = _FREE_AT_HAND_OVER | (_FREE_TO_UPCYCLE if upcycles else set())
+            return None, [f"{named}: {problem}" for problem in error.problems]
         if len(self.model.moe_layers) == self.model.num_hidden_layers:
-            free |= {"intermediate_size"}  # no layer has it
-        found = upcycle_problems(theirs, self.model, how) if upcycles else []
+            free = free | {"intermediate_size"}  # no layer has it
+        found = []
         for key, value in vars(theirs).items():
             if key not in free and getattr(self.model, key) != value:
                 hint = " (a dense model becomes a mixture by init.upcycle)" if key == "num_experts" else ""
                 ours = f"model.{key}={getattr(self.model, key)}"
                 found.append(f"{named} has {key}={value}, but {ours}; set the same{hint}")
-        return found
+        return theirs, found
 
 
 # Keys of the model that a stage may change when it starts from existing weights.

@@ -48,3 +48,42 @@ class RLConfig:
     overlong: Literal["learn", "mask", "penalise"]  # truncated completions
     overlong_buffer: AtLeast0  # penalise: tokens before max_new_tokens in which the penalty grows to 1
     kl_coef: NotNegative  # of the divergence from the reference, stage.init_from; 0 = no reference in memory
+    reference: str | None  # its folder: usually stage.init_from
+
+    def problems(self, seq_len: int, global_batch_size: int) -> list[str]:
+        """Every broken law that the type of a single value cannot express, one line each."""
+        sampling, room = self.sampling, self.max_prompt_tokens + self.sampling.max_new_tokens
+        laws = {
+            f"rl.group_size={self.group_size} compares a completion with nothing; use 2 or more": (
+                self.group_size < 2
+            ),
+            f"stage.global_batch_size={global_batch_size} is the completions of a step and must be a "
+            f"multiple of rl.group_size={self.group_size}": self.group_size > 1
+            and global_batch_size % self.group_size > 0,
+            f"rl.max_prompt_tokens={self.max_prompt_tokens} and rl.sampling.max_new_tokens="
+            f"{sampling.max_new_tokens} exceed stage.seq_len={seq_len}; raise it to {room}": room > seq_len,
+            f"rl.sampling.temperature={sampling.temperature} makes all of a group equal; use 1.0": (
+                sampling.temperature == 0
+            ),
+            f"rl.sampling.top_p={sampling.top_p} is outside (0, 1]; 1 = all tokens": not 0
+            < sampling.top_p
+            <= 1,
+            f"rl.sampling.min_new_tokens={sampling.min_new_tokens} exceeds max_new_tokens="
+            f"{sampling.max_new_tokens}; lower it": sampling.min_new_tokens > sampling.max_new_tokens,
+            f"rl.clip_low={self.clip_low} must be below 1: the ratio is clipped at 1 - clip_low": (
+                self.clip_low >= 1
+            ),
+            f"rl.clip_low={self.clip_low} exceeds rl.clip_high={self.clip_high}; they seem to be exchanged": (
+                self.clip_low > self.clip_high
+            ),
+            f"rl.overlong_buffer={self.overlong_buffer} must be between 1 and rl.sampling.max_new_tokens="
+            f"{sampling.max_new_tokens} with rl.overlong=penalise": self.overlong == "penalise"
+            and not 0 < self.overlong_buffer <= sampling.max_new_tokens,
+            f"rl.kl_coef={self.kl_coef} needs rl.reference, the folder of the reference model": (
+                self.kl_coef > 0 and self.reference is None
+            ),
+            f"rl.reference={self.reference} has no use with rl.kl_coef=0; set it to null": (
+                self.kl_coef == 0 and self.reference is not None
+            ),
+        }
+        return [law for law, is_broken in laws.items() if is_broken]

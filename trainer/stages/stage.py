@@ -1,12 +1,16 @@
 """The interface of a training stage to the loop. A new kind of stage is a new file beside supervised.py."""
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from data_pipeline.loader import Batch
-from moe.model import ModelOutput
+from moe.model import CausalLM, ModelOutput
 from trainer.engine.loss import LossShares, Totals
+from trainer.settings.config import RunConfig
+
+BuildModel = Callable[[RunConfig], CausalLM]  # with this rank's experts; every rank must call it
 
 
 class Stage(Protocol):
@@ -37,6 +41,12 @@ class Stage(Protocol):
 
     def results(self, metrics: dict[str, Any]) -> dict[str, str]:
         """Lines for the summary of a finished run, by title, from its last metrics."""
+
+    def state(self) -> dict[str, Any]:
+        """What the next step needs beside the configuration and its number: tensors and plain values.
+
+        Equal on all ranks, for any layout of ranks to go on with; {} if there is nothing.
+        """
 
     def close(self) -> None:
         """End the threads of the stage and close its files."""

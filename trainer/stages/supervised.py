@@ -64,6 +64,10 @@ class Supervised:
                 lines.append(f"{name} {metrics[f'loss/{name}']:.3f}{beside}")
         return {"held out": ", ".join(lines)}
 
+    def state(self) -> dict[str, Any]:
+        """Nothing: the rows of a step follow from its number."""
+        return {}
+
     def close(self) -> None:
         """End the loader's threads."""
         self._loader.close()

@@ -182,7 +182,7 @@ def test_flags_of_the_modes() -> None:
     assert [one(row, 0.3) for row in rows[:9]] == [one(row, 0.3) for row in rows[:9]]
     asked = {"messages": [turn("user", "q /think"), turn("assistant", "a", "r")]}
     assert "user\nq /think<|im_end|>" in text_of(one(asked, 1.0)), "an existing flag must not be repeated"
-    changed = [turn("user", "/think, no: /no_think")]
+    changed = [turn("user", "/think or rather /no_think")]  # the last flag counts
     one({"messages": [*changed, turn("assistant", "a")]}, 1.0)
     with pytest.raises(ValueError, match="the last flag is /no_think, but the answer has reasoning"):
         one({"messages": [*changed, turn("assistant", "a", "r")]}, 1.0)

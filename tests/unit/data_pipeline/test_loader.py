@@ -90,6 +90,7 @@ def by_row(batches: list[Batch]) -> dict[int, tuple]:
     for batch in batches:
         borders = batch.cu_seqlens.tolist()
         seq_len = batch.input_ids.shape[1]
+        assert (batch.tokens, batch.label_tokens) == (batch.token_mask.sum(), (batch.labels != -100).sum())
         for slot, row in enumerate(batch.rows):
             start, stop = slot * seq_len, (slot + 1) * seq_len
             assert start in borders
@@ -177,6 +178,31 @@ def test_weights_change_with_the_tokens(mixed: DataConfig) -> None:
     without = take(make(replace(mixed, skip=[], weight_changes={})), 8)
     same = by_row([batch for step in without for batch in step])
     assert all(same[row] == rows[row] for row in range(40))
+
+
+def test_weights_change_at_the_first_row_that_begins_after_the_tokens(mixed: DataConfig) -> None:
+    at_row = replace(mixed, skip=[], weight_changes={40 * SEQ_LEN: {"chat": 4.0}})
+    inside = replace(at_row, weight_changes={40 * SEQ_LEN - 5: {"chat": 4.0}})
+    one, two = (by_row([b for step in take(make(config), 4) for b in step]) for config in (at_row, inside))
+    assert one == two
+
+
+def test_tokens_seen_are_those_of_the_order_up_to_the_last_row(mixed: DataConfig) -> None:
+    skipping = make(mixed)
+    last = max(take(skipping, 5)[-1][0].rows)
+    assert last > 5 * GLOBAL_BATCH
+    with make(replace(mixed, skip=[]), next_row=last + 1) as whole:
+        assert skipping.seen() == whole.seen()
+
+
+def test_length_shares_do_not_apply_to_validation(mixed: DataConfig) -> None:
+    plain = replace(mixed, weight_changes={}, fim_rates={})
+    shared = replace(plain, length_shares={1: 0.5, 20: 0.5})
+    rows = [
+        by_row([batch for step in make(config, split="validation", source="letters") for batch in step])
+        for config in (plain, shared)
+    ]
+    assert rows[0] == rows[1]
 
 
 def test_conversations_are_whole_and_only_answers_have_labels(mixed: DataConfig, conversations: Path) -> None:

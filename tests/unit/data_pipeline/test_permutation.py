@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_pipeline.permutation import Permutation, derive_key
+from data_pipeline.permutation import MASK, Permutation, derive_key, mix
 
 
 def assert_bijective(n: int, key: int) -> None:
@@ -39,3 +39,11 @@ def test_it_shuffles_and_keys_differ() -> None:
     identity = np.arange(n)
     for a, b in ((first, identity), (second, identity), (first, second), (first[1:], first[:-1])):
         assert abs(np.corrcoef(a, b)[0, 1]) < 0.04  # four standard deviations of random orders
+
+
+def test_mix_is_that_of_splitmix64() -> None:
+    """The first numbers for the seed 1234567, as the authors' C code gives them."""
+    states = [(1234567 + turn * 0x9E3779B97F4A7C15) & MASK for turn in range(1, 4)]
+    expected = [6457827717110365317, 3203168211198807973, 9817491932198370423]
+    assert [mix(state) for state in states] == expected
+    assert mix(np.array(states, dtype=np.uint64)).tolist() == expected

@@ -58,6 +58,8 @@ def test_more_shards_than_open_files(prepared: DataConfig, monkeypatch: pytest.M
     for start in np.random.default_rng(0).integers(0, len(tokens) - 100, 50).tolist():
         assert np.array_equal(few.read(start, start + 100), tokens[start : start + 100])
     assert len(few._open) == 2
+    few.read(0, len(few))
+    assert [shard for shard, _ in few._open] == [len(record) - 2, len(record) - 1], "the last used stay open"
     few.close()
     whole.close()
 
@@ -136,6 +138,46 @@ def test_blocks_are_checked_one_by_one(tmp_path: Path, monkeypatch: pytest.Monke
     path.write_bytes(content[:300] + bytes(4))
     with pytest.raises(DataError, match="between bytes 256 and 304"):
         shards._check_block(tmp_path, record, "tokens", 4)
+
+
+def test_verify_reads_every_block(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The manifest holds checksums of blocks of 64 bytes; the damage is in the last block of a file."""
+    monkeypatch.setattr(shards, "_BLOCK_BYTES", 64)
+    shutil.rmtree(folder / "packing", ignore_errors=True)  # plans with checksums of other blocks
+    manifest = Manifest.load(folder)
+    for record in manifest.shards():
+        record.crc32 = {
+            suffix: shards.file_crc32(shards.shard_file(folder, record, suffix)[0]) for suffix in record.crc32
+        }
+    manifest.save(folder)
+    verify(folder)
+    path = largest_shard(folder)
+    content = bytearray(path.read_bytes())
+    content[-6] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=rf"{path} is damaged between bytes \d+ and {len(content)}"):
+        verify(folder)
+
+
+def test_verify_finds_ids_beyond_the_vocabulary(folder: Path) -> None:
+    """The largest id is one too many; the files agree with their checksums."""
+    manifest = Manifest.load(folder)
+    record = manifest.shards()[0]
+    path, _ = shards.shard_file(folder, record, "tokens")
+    for token, is_wrong in (
+        (manifest.tokenizer.vocab_size - 1, False),
+        (manifest.tokenizer.vocab_size, True),
+    ):
+        tokens = np.fromfile(path, dtype="<u4")
+        tokens[0] = token
+        path.write_bytes(tokens.tobytes())
+        record.crc32["tokens"] = shards.file_crc32(path)
+        manifest.save(folder)
+        if is_wrong:
+            with pytest.raises(DataError, match="do not fit together"):
+                verify(folder)
+        else:
+            verify(folder)
 
 
 def test_verify_lists_everything(folder: Path) -> None:

@@ -8,7 +8,7 @@ from moe.router import RouterStatistics
 from trainer.engine.loss import LossShares, Totals, build_balance
 from trainer.stages.supervised import Supervised
 
-TOTALS = Totals(label_tokens=8, tokens=10, stop=False, written=False)  # of the global batch
+TOTALS = Totals(label_tokens=8, tokens=10, positions=12, stop=False, written=False)  # of the global batch
 # two layers of two experts; of three of the ten tokens
 ROUTER = RouterStatistics(
     tokens_per_expert=torch.tensor([[3.0, 0.0], [1.0, 2.0]]),
@@ -44,7 +44,7 @@ def test_each_term_is_divided_by_its_total() -> None:
 def test_a_batch_without_tokens_costs_nothing() -> None:
     nothing = ROUTER._replace(**{key: 0 * value for key, value in ROUTER._asdict().items()})
     empty = ModelOutput(None, torch.tensor(0.0), nothing, torch.tensor(0.0))
-    found = Supervised.loss_shares(None, empty, FREQUENCIES, Totals(0, 0, False, False))
+    found = Supervised.loss_shares(None, empty, FREQUENCIES, Totals(0, 0, 8, False, False))
     for value in vars(found).values():
         assert not value.any()
 

@@ -93,7 +93,7 @@ def test_what_a_step_says_of_its_experts() -> None:
     sums.balance.copy_(torch.tensor([1.0, 3.0]))
     sums.entropy.copy_(torch.tensor([8.0, 4.0]))
     sums.logit_range.copy_(torch.tensor([1.0, 5.0]))
-    said = sums.describe(Totals(label_tokens=4, tokens=4, stop=False, written=False))
+    said = sums.describe(Totals(label_tokens=4, tokens=4, positions=4, stop=False, written=False))
     assert said["layers"]["max_violation"] == [0.0, 2.0], "6 slots where the mean is 2"
     assert (said["max_violation"], said["dead_experts"], said["balance_loss"]) == (2.0, 2.0, 2.0)
     assert (said["router_entropy"], said["logit_range"]) == (1.5, 5.0)
