@@ -46,6 +46,8 @@ def test_broken_laws(data_config: DataConfig, changes: dict, key: str) -> None:
         ({"paths": []}, "data.sources.a.paths"),
         ({"kind": "jsonl", "text_key": ""}, "data.sources.a.text_key is empty"),
         ({"text_key": "text"}, "data.sources.a.text_key=text"),
+        ({"kind": "prompts", "text_key": ""}, "data.sources.a.text_key is empty"),
+        ({"required_fields": ["answer"]}, "data.sources.a.required_fields has no use with kind=text"),
         ({"weight": -0.5}, "data.sources.a.weight=-0.5"),
         ({"weight": float("inf")}, "data.sources.a.weight=inf"),
         ({"weight": 0.5 / BLOCK_ROWS}, "data.sources.a.weight="),
@@ -72,6 +74,18 @@ def test_a_source_needs_only_its_kind_and_paths(data_config: DataConfig) -> None
     )
 
 
+def test_what_prompts_need_is_part_of_what_is_prepared(data_config: DataConfig) -> None:
+    def required(**changes: object) -> object:
+        settings = with_source(data_config, kind="prompts", **changes).content_settings()
+        assert "data.sources.other.required_fields" not in settings, "folders of earlier versions stay valid"
+        return settings["data.sources.a.required_fields"]
+
+    assert required() == required(required_fields=["answer"]) == ["answer"]
+    assert required(required_fields=[]) == []
+    assert with_source(data_config, kind="prompts", text_key="question").problems() == []
+    assert with_source(data_config, kind="prompts").text_sources() == ["other"]
+
+
 def test_all_broken_laws_are_reported_at_once(data_config: DataConfig) -> None:
     broken = replace(with_source(data_config, kind="csv", paths=[]), num_workers=0)
     assert len(broken.problems()) == 3
@@ -86,6 +100,7 @@ def test_all_broken_laws_are_reported_at_once(data_config: DataConfig) -> None:
         ({"length_shares": {0: 1.0}, "packing": "best_fit"}, "data.length_shares={0: 1.0}: lengths"),
         ({"fim_rates": {"nobody": 0.5}}, "data.fim_rates.nobody is not a source"),
         ({"fim_rates": {"letters": 1.5}}, "data.fim_rates.letters=1.5"),
+        ({"fim_rates": {"asked": 0.5}}, "data.fim_rates.asked is not a source of text"),
         ({"fim_spm_share": -0.1}, "data.fim_spm_share=-0.1"),
         ({"think_flag_share": 2.0}, "data.think_flag_share=2.0"),
         ({"weight_changes": {0: {"letters": 1.0}}}, "data.weight_changes.0:"),
@@ -96,7 +111,8 @@ def test_all_broken_laws_are_reported_at_once(data_config: DataConfig) -> None:
     ],
 )
 def test_broken_laws_of_the_order(data_config: DataConfig, changes: dict, key: str) -> None:
-    [problem] = replace(data_config, **changes).problems()
+    sources = {**data_config.sources, "asked": SourceConfig("prompts", ["a.jsonl"], weight=0.0)}
+    [problem] = replace(data_config, sources=sources, **changes).problems()
     assert problem.startswith(key)
 
 

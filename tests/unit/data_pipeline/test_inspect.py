@@ -72,6 +72,30 @@ def test_the_targets_of_a_conversation(data_config: DataConfig, tmp_path: Path) 
     assert text.endswith("to 128: padding")
 
 
+def test_a_prompt_with_its_fields(data_config: DataConfig, tmp_path: Path) -> None:
+    path = tmp_path / "asked.jsonl"
+    rows = [{"prompt": f"{n}+{n}?", "answer": {"ü": 2 * n}} for n in range(9)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    numbers = replace(data_config.sources["numbers"], weight=0.0)
+    sources = {"numbers": numbers, "asked": SourceConfig("prompts", [str(path)])}
+    config = replace(data_config, sources=sources, validation_fraction=0.0, skip=[[0, 2]])
+    prepare(config, 512, SEED)
+    third = show(config, "asked:3", seq_len=64, seed=SEED).split("\n")
+    assert third[0].endswith(" tokens, none of them learned")
+    assert third[0].startswith("prompt 3: ")
+    assert third[1:] == [
+        f"--- asked, document 3, {path} at {sum(len(json.dumps(row)) + 1 for row in rows[:3])}",
+        *("<|im_start|>user", "3+3?<|im_end|>", "<|im_start|>assistant", ""),
+        *("--- fields", 'prompt: "3+3?"', 'answer: {"ü": 6}'),
+    ]
+    shown = [show(config, str(row), seq_len=64, seed=SEED).split("\n") for row in range(9)]
+    assert [lines[0].partition(":")[0] for lines in shown] == [f"prompt {row}" for row in range(2, 11)]
+    assert third[1:] in [lines[1:] for lines in shown]
+    assert show(config, "numbers:0", seq_len=64, seed=SEED).startswith("row 0: 64 tokens")
+    with pytest.raises(DataError, match="asked: there is no such row as 9"):
+        show(config, "asked:9", seq_len=64, seed=SEED)
+
+
 @pytest.mark.parametrize("which", ["nobody", "letters:x", "letters:99999", "9" * 30])
 def test_what_is_no_row(prepared: DataConfig, which: str) -> None:
     with pytest.raises(

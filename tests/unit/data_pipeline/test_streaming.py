@@ -117,8 +117,10 @@ def test_hub_datasets_are_read_as_they_come(streaming: DataConfig, tmp_path: Pat
 
 def test_what_streaming_cannot_do_is_said_at_once(streaming: DataConfig) -> None:
     sources = {**streaming.sources, "letters": replace(streaming.sources["letters"], max_epochs=1.5)}
+    sources["asked"] = SourceConfig("prompts", ["a.jsonl"], weight=0.0)
     broken = replace(streaming, packing="best_fit", on_bad_row="quarantine", sources=sources)
     keys = ["data.packing=best_fit", "data.on_bad_row=quarantine", "data.sources.letters.max_epochs=1.5"]
+    keys += ["data.sources.asked.kind=prompts"]
     problems = broken.problems()
     assert [problem.split(": ")[1].split(" ")[0] for problem in problems] == keys
     assert all(problem.endswith("or prepare the data and use data.mode=prepared") for problem in problems)
