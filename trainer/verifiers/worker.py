@@ -7,7 +7,6 @@ verifier is imported, so that only the check itself is timed, and then a line wi
 import ctypes
 import importlib
 import json
-import math
 import os
 import resource
 import signal
@@ -45,7 +44,7 @@ def _judged(result: Any) -> dict[str, Any]:
     """A verifier's result for the answer. Raises ValueError for a reward outside 0 to 1."""
     reward, reason = result if isinstance(result, tuple) else (result, "")
     reward = float(reward)
-    if math.isnan(reward) or not 0 <= reward <= 1:
+    if not 0 <= reward <= 1:  # or NaN
         raise ValueError(f"the reward {reward} is outside 0 to 1")
     return {"reward": reward, "reason": str(reason)[:_REASON_CHARACTERS]}
 

@@ -64,6 +64,19 @@ def workers_of(pid: int) -> list[int]:
     return [each for each, _, _, session in stats if session in leaders]
 
 
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def started_by(scorer: Scorer) -> int:
+    """A process that a verifier leaves behind."""
+    row = {"give": "1.0, subprocess.Popen(['sleep', '99']).pid"}
+    return int(scorer.score([(row, "")])[0].parts["own"].reason)
+
+
 def test_rewards_are_weighted_and_in_order(scorer: Make) -> None:
     verifiers = {
         "right": VerifierConfig("exact", 3.0),
@@ -186,9 +199,12 @@ def test_workers_stay_and_dead_ones_are_replaced(scorer: Make) -> None:
     [first] = workers_of(os.getpid())
     pair.score([({}, "")])
     assert workers_of(os.getpid()) == [first]
+    started = started_by(pair)
     os.kill(first, signal.SIGKILL)
     time.sleep(0.2)
     assert pair.score([({}, "")])[0].reward == 1
+    assert first not in workers_of(os.getpid())
+    assert not is_running(started)
     pair.close()
     assert workers_of(os.getpid()) == []
     assert pair.score([({}, "")])[0].reward == 1
@@ -198,11 +214,12 @@ def test_nothing_is_left_after_close(scorer: Make) -> None:
     one = scorer(1)
     [score] = one.score([({"do": "import tempfile", "give": "1.0, tempfile.mkdtemp()"}, "")])
     folder = Path(score.parts["own"].reason)
-    one.score([({"do": "subprocess.Popen(['sleep', '99'])"}, "")])
+    started = started_by(one)
     assert folder.is_dir()
-    assert len(workers_of(os.getpid())) == 2
+    assert is_running(started)
     one.close()
     assert not folder.parent.exists()
+    assert not is_running(started)
     assert workers_of(os.getpid()) == []
 
 
@@ -248,10 +265,3 @@ scorer.score([({{"do": "import re; re.match('(a+)+b', 'a' * 50)"}}, ""), ({{"do"
         while (left := [pid for pid in workers if is_running(pid)]) and time.monotonic() < deadline:
             time.sleep(0.05)
         assert left == []
-
-
-def is_running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
