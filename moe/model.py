@@ -188,7 +188,7 @@ class CausalLM(nn.Module):
         routing_only: return only the router statistics; the head does not run.
         routing: settings of routing that apply in training only.
         lengths: the lengths of the documents, on the host; None reads cu_seqlens, which waits for its device.
-        sampled: the experts that sampling chose, for training. keep_experts: the statistics hold those of now.
+        sampled: the experts that sampling chose, for training. keep_experts: put experts in the statistics.
         Ids must lie in the vocabulary: nothing checks them here.
         """
         documents, hidden = Documents(cu_seqlens, lengths), self.model.embed_tokens(input_ids)

@@ -25,8 +25,8 @@ _BELOW = "moe moe/kernels data_pipeline trainer/settings"
 ROOMS = {
     "conf": Room("", "", 10),
     "moe/kernels": Room("", "torch triton", 750),
-    "moe": Room("moe/kernels", "torch safetensors", 3250),
-    "data_pipeline": Room("", "numpy torch rich", 3800),
+    "moe": Room("moe/kernels", "torch safetensors", 3650),
+    "data_pipeline": Room("", "numpy torch rich", 3820),
     "trainer/settings": Room("moe data_pipeline", "omegaconf hydra yaml", 1120),
     "trainer/ranks": Room(_BELOW, "torch numpy", 600),
     "trainer/engine": Room(f"{_BELOW} trainer/ranks", "torch", 1100),
