@@ -16,7 +16,7 @@ from torch import Tensor
 from data_pipeline import chat
 from data_pipeline.config import DataError
 from data_pipeline.permutation import derive_key
-from data_pipeline.tokenizer import Tokenizer, load_tokenizer
+from data_pipeline.tokenizer import END_OF_TEXT, Tokenizer, load_tokenizer
 from moe.config import ConfigError
 from moe.model import CausalLM
 from moe.next_token import SamplingSettings
@@ -48,6 +48,8 @@ class Writer(NamedTuple):
         """
         if "messages" not in row and not isinstance(row.get("prompt"), str):
             raise DataError(f"{where} is no object with a text `prompt` or a list `messages`; correct it")
+        if not is_text(json.dumps(row, ensure_ascii=False)):
+            raise ConfigError(f"{where} is not text in UTF-8; correct its bytes")
         if "messages" in row or self.chat:
             asked = row["messages"] if "messages" in row else row["prompt"]
             try:
@@ -111,7 +113,7 @@ def write_all(writer: Writer, prompts: Path, out: Path) -> None:
         _cut_torn_line(out)
         for line in _read(out):
             number = line.get("number", -1)
-            if any(line.get(key) != value for key, value in rows.get(number, {"number": -1}).items()):
+            if number not in rows or any(line.get(key) != value for key, value in rows[number].items()):
                 raise DataError(
                     f"{out} holds a row {number} that {prompts} has not; name another file for --out"
                 )
@@ -201,14 +203,9 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     _check(parser, options)
     folder, device = hf_folder(options.source), device_for(options.source)
-    if not is_text(options.prompt or ""):
-        raise ConfigError("the prompt is not text in UTF-8; correct its bytes")
     tokenizer = load_tokenizer(folder)
-    stops = (
-        (tokenizer.end_of_text, tokenizer.control_id("<|im_end|>"))
-        if options.chat
-        else (tokenizer.end_of_text,)
-    )
+    known = tokenizer.vocabulary()
+    stops = tuple(known[name] for name in (END_OF_TEXT, "<|im_end|>") if name in known)
     settings = SamplingSettings(options.temperature, options.top_p, options.top_k, 0, options.tokens, stops)
     model = load_model(folder, device, DTYPES.get(options.dtype))
     of_model = (model, selection_bias(folder, device), tokenizer)
@@ -219,7 +216,7 @@ def main(arguments: list[str]) -> int:
         talk(writer)
     else:
         before = "" if options.chat else options.prompt
-        writer.print_sample({"prompt": options.prompt}, 0, "this prompt", before)
+        writer.print_sample({"prompt": options.prompt}, 0, "the prompt", before)
     return 0
 
 
