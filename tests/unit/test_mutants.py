@@ -21,6 +21,7 @@ ROOMS = [
         f"data_pipeline/{name}.py"
         for name in ("mixture", "packing", "loader", "chat", "shards", "permutation")
     ),
+    *(f"data_pipeline/{name}.py" for name in ("config", "documents", "prompts", "readers", "tasks")),
     "trainer/monitor/metrics.py",
     "slurm/job.sh",
 ]
