@@ -27,6 +27,7 @@ ROOMS = [
         for name in ("format", "code", "sandbox", "worker", "process", "scorer")
     ),
     "trainer/settings/rl.py",
+    *(f"data_pipeline/{name}.py" for name in ("config", "documents", "prompts", "readers", "tasks")),
     "trainer/monitor/metrics.py",
     "slurm/job.sh",
 ]

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from data_pipeline import samples
 from data_pipeline.chat import encode, prompt
 from data_pipeline.config import DataConfig, DataError, SourceConfig
 from data_pipeline.loader import Loader
@@ -435,6 +436,15 @@ def test_a_source_needs_a_prompt_of_the_right_type(data_config: DataConfig, tmp_
     )
     with pytest.raises(DataError, match=r"no text or list column 'prompt' or 'messages'; its columns are"):
         prepare(config, VOCAB_SIZE, SEED)
+
+
+def test_the_embedded_prompts(data_config: DataConfig) -> None:
+    sources = {"p": SourceConfig("prompts", ["task_prompts"])}
+    config = replace(data_config, sources=sources, slice_bytes=10**6, shard_bytes=10**6)
+    prepare(config, VOCAB_SIZE, SEED)
+    found = [of.fields for split in ("train", "validation") for of in of_source(config, "p", split)]
+    rows = [json.loads(text) for text in samples.documents("task_prompts")]
+    assert sorted(found, key=str) == sorted(rows, key=str)
 
 
 def test_tables_of_conversations(data_config: DataConfig, tmp_path: Path) -> None:

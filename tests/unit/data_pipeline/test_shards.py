@@ -180,6 +180,41 @@ def test_verify_finds_ids_beyond_the_vocabulary(folder: Path) -> None:
             verify(folder)
 
 
+def test_documents_are_read_with_the_checksums_of_their_blocks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards, "_BLOCK_BYTES", 64)
+    folder = tmp_path / "slices" / "s"
+    folder.mkdir(parents=True)
+    writer = ShardWriter(folder, "s", "train", 100 * 4)
+    documents = [(np.arange(length, dtype=np.uint32), b"x" * (50 - length)) for length in range(5, 40)]
+    for number, (ids, fields) in enumerate(documents):
+        writer.add(ids, (0, number), fields=fields)
+    records = writer.close()
+    assert max(record.documents for record in records) > 5
+    for suffix in ("tokens", "fields"):
+        path, _ = shards.shard_file(tmp_path, records[0], suffix)
+        content = bytearray(path.read_bytes())
+        content[140] ^= 1
+        path.write_bytes(content)
+        stream, damaged = TokenStream(tmp_path, records), []
+        assert stream.documents == len(documents)
+        for number, (ids, fields) in enumerate(documents):
+            try:
+                tokens, found = stream.read_document(number)
+            except DataError as error:
+                damaged.append((number, f"{path} is damaged between bytes 128 and 192" in str(error)))
+            else:
+                assert (tokens.tolist(), found) == (ids.tolist(), fields)
+        stream.close()
+        sizes = [4 * len(ids) if suffix == "tokens" else len(fields) for ids, fields in documents]
+        ends = np.cumsum(sizes[: records[0].documents])
+        starts = ends - sizes[: records[0].documents]
+        assert damaged == [(n, True) for n in np.flatnonzero((starts < 192) & (ends > 128)).tolist()]
+        content[140] ^= 1
+        path.write_bytes(content)
+
+
 def test_verify_lists_everything(folder: Path) -> None:
     tokens = largest_shard(folder)
     tokens.write_bytes(b"")
