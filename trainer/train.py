@@ -110,7 +110,8 @@ def train(
 
         if meter.due:
             metrics = meter.measure(step, sums, totals, grad_norm, rate, checkpoints.take_stall())
-            tracker.log(metrics | stage.metrics())
+            metrics |= stage.metrics()
+            tracker.log(metrics)
             screen.progress(metrics, saved_step)
             for alarm in alarms.check(metrics):
                 tracker.alert(step, alarm)

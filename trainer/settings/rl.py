@@ -42,7 +42,7 @@ class SamplingConfig:
     max_new_tokens: AtLeast1  # a completion that reaches it is truncated
     rows_at_once: AtLeast1  # sequences that a rank continues at once
     gather_weights: bool  # ZeRO-3: gather all weights once per phase, not layer by layer for every token
-    router_replay: Literal["off", "measure", "replay"]  # the loss uses the experts that sampling chose
+    router_replay: Literal["none", "measure", "replay"]  # the loss uses the experts that sampling chose
 
 
 @dataclass

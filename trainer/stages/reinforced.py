@@ -150,7 +150,7 @@ class Reinforced:
                 device=self._ranks.device,
                 anyone=self._anyone,
                 bias=balance.bias,
-                keep_experts=how.router_replay != "off" and self._config.model.num_experts > 0,
+                keep_experts=how.router_replay != "none" and self._config.model.num_experts > 0,
             )
             samples = [one for _, one in sorted(ended)]
         self._engine.module.train()
@@ -241,7 +241,7 @@ class Reinforced:
         dist.all_reduce(sums)
         tokens, *of_tokens, mismatches = sums.tolist()
         found = {name: of / max(tokens, 1) for name, of in zip(SUMS[1:], of_tokens, strict=True)}
-        if self._rl.sampling.router_replay != "off":
+        if self._rl.sampling.router_replay != "none":
             found["router_mismatch"] = mismatches / tokens_seen
         return found
 
