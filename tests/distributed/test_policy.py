@@ -24,7 +24,7 @@ from torch import Tensor
 
 from data_pipeline.loader import Batch
 from moe.balance import expert_frequencies
-from moe.model import ModelOutput
+from moe.model import CausalLM, ModelOutput
 from trainer.engine.loss import LossShares, Totals, agree_on_totals
 from trainer.engine.policy import SUMS, PolicyBatch, policy_loss
 from trainer.settings.parallel import ParallelPlan
@@ -36,8 +36,9 @@ SAMPLING = SamplingConfig(0.7, 1.0, 0, 0, 32, 8, False, "off")
 TOKEN = RLConfig(2, 1, 8, SAMPLING, {}, "mean", "token", "token", 0.2, 0.28, "keep", "learn", 0, 0.1)
 CONFIGS = {"token": TOKEN, "sequence": replace(TOKEN, ratio="sequence")}
 LARGE = "model.initializer_range=0.3"  # so that the temperature and the experts affect the loss
-# ZeRO-3 would never release the small weights of this model
-RELEASED = "++deepspeed.zero_optimization.stage3_param_persistence_threshold=0"
+# ZeRO-3 would never release the small weights of this model, nor one that it needs again soon
+_ZERO3 = "++deepspeed.zero_optimization.stage3"
+RELEASED = [f"{_ZERO3}_param_persistence_threshold=0", f"{_ZERO3}_max_reuse_distance=0"]
 UNTIED = "model.tie_word_embeddings=false"
 # ratio, ZeRO stage, ep_size, rows of a micro-batch, more overrides
 LAYOUTS = [
@@ -47,9 +48,9 @@ LAYOUTS = [
     ("token", 1, 1, 2, []),
     ("token", 2, 2, 2, []),
     ("sequence", 2, 1, 4, []),
-    ("token", 3, 1, 4, [RELEASED]),
-    ("sequence", 3, 2, 2, [RELEASED, "recompute=full"]),
-    ("token", 3, 2, 4, [RELEASED, UNTIED]),
+    ("token", 3, 1, 4, RELEASED),
+    ("sequence", 3, 2, 2, [*RELEASED, "recompute=full"]),
+    ("token", 3, 2, 4, [*RELEASED, UNTIED]),
     ("token", 2, 2, 4, [UNTIED]),
 ]
 
@@ -74,16 +75,21 @@ def _with_samples(batch: Batch, step: int) -> PolicyBatch:
 
 
 class Shares:
-    """The loss of a stage for a kind of ratio; it also adds up the sums for metrics."""
+    """The loss of a stage for a kind of ratio; it also adds up the sums for metrics.
 
-    def __init__(self, ratio: str) -> None:
+    held: the elements of the head's weight in memory between the forward and the backward, each time.
+    """
+
+    def __init__(self, ratio: str, model: CausalLM) -> None:
         self._config, self.sums = CONFIGS[ratio], torch.zeros(len(SUMS), dtype=torch.float64)
+        self._head, self.held = model.lm_head, set[int]()
 
     def __call__(
         self, batch: Batch, output: ModelOutput, frequencies: Tensor | None, totals: Totals
     ) -> LossShares:
         assert isinstance(batch, PolicyBatch)
         assert output.cross_entropy_sum is None
+        self.held.add(self._head.weight.numel())
         terms = policy_loss(output.log_probs, output.entropies, batch, self._config)
         self.sums += terms.sums
         return LossShares.of(terms.loss, output, frequencies, totals)
@@ -91,7 +97,8 @@ class Shares:
 
 def train(ratio: str, overrides: list[str]) -> Outcome:
     """Train a small model for some steps on the ranks of the process group."""
-    run, shares = SmallRun(*overrides), Shares(ratio)
+    run = SmallRun(*overrides)
+    shares = Shares(ratio, run.engine.module)
     outcome: Outcome = {"losses": [], "balance_losses": [], "grad_norms": [], "mtp_losses": []}
     for step in range(STEPS):
         batches = policy_batches(run.plan, run.ranks.rank, step)
@@ -103,6 +110,7 @@ def train(ratio: str, overrides: list[str]) -> Outcome:
         outcome["grad_norms"].append(norm)
     dist.all_reduce(shares.sums)
     outcome |= {"parameters": gather_parameters(run.engine, run.plan, run.ranks), "sums": shares.sums}
+    outcome["held"] = shares.held
     run.engine.close()
     return outcome
 
@@ -114,8 +122,8 @@ def train_all(runs: list[tuple[str, list[str]]]) -> list[Outcome]:
 def slow(ratio: str, *overrides: str) -> Outcome:
     """The same in one process and fp64: all rows at once, from all logits, with autograd, torch's AdamW."""
     config = small_config(f"micro_batch_size={ROWS}", "experts.backend=reference", *overrides)
-    model, shares = oracle_model(config), Shares(ratio)
-    optimizer = oracle_optimizer(model, config)
+    model = oracle_model(config)
+    shares, optimizer = Shares(ratio, model), oracle_optimizer(model, config)
     outcome: Outcome = {"losses": [], "balance_losses": [], "grad_norms": [], "mtp_losses": []}
     for step in range(STEPS):
         (batch,) = policy_batches(config.plan(1), 0, step)
@@ -148,6 +156,7 @@ def test_every_layout_equals_the_slow_version():
         expected = slow(ratio, *[one for one in overrides if one in (LARGE, UNTIED)])
         worst = deviation(outcome, expected)
         assert max(worst.values()) < TOLERANCE, (overrides, worst)
+        assert (0 in outcome["held"]) == (RELEASED[0] in overrides)  # the weight was gathered again
         counts = [SUMS.index(name) for name in ("tokens", "clipped_low", "clipped_high")]
         assert torch.equal(outcome["sums"][counts], expected["sums"][counts])
         assert expected["sums"].min() > 0
@@ -157,7 +166,7 @@ def test_every_layout_equals_the_slow_version():
 @pytest.mark.parametrize("stage", [0, 3])
 def test_bf16_follows_the_slow_version(stage):
     """Within the bounds of test_layouts.py: bf16 adds noise; a wrong factor or a lost gradient adds more."""
-    overrides = layout(stage, 2, 4, ["dtype=bf16", RELEASED] if stage == 3 else ["dtype=bf16"])
+    overrides = layout(stage, 2, 4, ["dtype=bf16", *(RELEASED if stage == 3 else [])])
     worst = deviation(run_ranks(train, 2, "token", overrides)[0], slow("token"))
     assert worst["losses"] < 1e-3, worst
     assert worst["grad_norms"] < 5e-3, worst

@@ -98,6 +98,21 @@ def test_two_backwards_are_the_same() -> None:
         assert torch.equal(one, other)
 
 
+def test_the_memory_of_the_weight_may_be_released_until_the_backward() -> None:
+    """As ZeRO-3 does: the parameter is emptied after the forward and filled, elsewhere, for the backward."""
+    hidden, weight, labels = _inputs()
+    log_probs, _ = token_log_probs(hidden, weight, labels, 0.6, CHUNK)
+    gathered, again = weight.data, weight.data.clone()
+    weight.data = torch.empty(0)
+    gathered.fill_(float("nan"))
+    weight.data = again
+    (_scales().float() * log_probs).sum().backward()
+    for actual, value in zip(
+        (hidden.grad, weight.grad), _oracle(hidden, weight, labels, 0.6)[2:], strict=True
+    ):
+        assert _error(actual, value) < 2e-6
+
+
 def test_frozen_weight() -> None:
     hidden, weight, labels = _inputs()
     log_probs, _ = token_log_probs(hidden, weight.requires_grad_(False), labels, 0.6, CHUNK)
