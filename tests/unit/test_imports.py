@@ -27,7 +27,7 @@ ROOMS = {
     "moe/kernels": Room("", "torch triton", 750),
     "moe": Room("moe/kernels", "torch safetensors", 3250),
     "data_pipeline": Room("", "numpy torch rich", 3800),
-    "trainer/settings": Room("moe data_pipeline", "omegaconf hydra yaml", 1120),
+    "trainer/settings": Room("moe data_pipeline", "omegaconf hydra yaml", 1250),
     "trainer/verifiers": Room("trainer/settings", "", 750),
     "trainer/ranks": Room(_BELOW, "torch numpy", 600),
     "trainer/engine": Room(f"{_BELOW} trainer/ranks", "torch", 1100),
