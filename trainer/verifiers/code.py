@@ -13,6 +13,7 @@ from typing import Any
 from trainer.verifiers.verdict import Verdict, field
 
 _SANDBOX = Path(__file__).with_name("sandbox.py")
+_NOT_CONFINED = 99  # exit code of the sandbox; a program that takes it gains nothing
 _BLOCK = re.compile(r"^```python[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
 # Numpy would start a thread for each core.
 _ENVIRONMENT = {"OMP_NUM_THREADS": "1", "LC_CTYPE": "C.UTF-8"}
@@ -92,5 +93,9 @@ def _run(program: str, options: dict[str, Any], given: str = "", **task: Any) ->
             env=_ENVIRONMENT,
             pass_fds=[job.fileno()],
         )
+        if done.returncode == _NOT_CONFINED:
+            raise OSError(
+                f"the limits of the sandbox cannot be set; is memory_mb={options['memory_mb']} right?"
+            )
         stdout.seek(0)
         return done.returncode, stdout.read().decode(errors="replace")

@@ -14,10 +14,10 @@ def verify(fields: dict[str, Any], completion: str, options: dict[str, Any]) -> 
     text, think = without_end(completion), options["think"]
     answer = text
     if "<think>" in text or "</think>" in text:
-        thoughts, closing, answer = text.removeprefix("<think>").partition("</think>")
+        thoughts, _, answer = text.removeprefix("<think>").partition("</think>")
         if think == "forbidden":
             return Verdict(0, "a tag of thoughts")
-        if not (text.startswith("<think>") and closing) or re.search("</?think>", thoughts + answer):
+        if not text.startswith("<think>") or re.search("</?think>", thoughts + answer):
             return Verdict(0, "not one <think>...</think> at the start")
     elif think == "required":
         return Verdict(0, "no thoughts")

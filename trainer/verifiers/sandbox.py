@@ -27,7 +27,8 @@ import types
 
 _FILE_BYTES = 16 << 20  # of the output and of each file that is written
 _OPEN_FILES = 64
-_LIBC = ctypes.CDLL(None, use_errno=True)
+_NOT_CONFINED = 99  # exit code, also in code.py
+_LIBC = ctypes.CDLL(None)
 _SET_DEATH_SIGNAL, _SET_SECCOMP, _SET_NO_NEW_PRIVILEGES = 1, 22, 38  # of prctl
 
 # Landlock: bits of access to files. The ones from 13 on came with later versions of its interface.
@@ -57,7 +58,10 @@ def main() -> None:
     """Read the task, give up everything else, and run it."""
     with open(int(sys.argv.pop())) as file:
         task = json.load(file)
-    _confine(task["memory_mb"])
+    try:
+        _confine(task["memory_mb"])
+    except (OSError, OverflowError, ValueError):
+        os._exit(_NOT_CONFINED)
     if "tests" in task:
         _run_with_tests(task)
     else:

@@ -69,6 +69,7 @@ def test_many_open_boxes_take_no_square_of_time() -> None:
         ("paris", "Paris", {}, 0),
         ("STRASSE", "straße", {"ignore_case": True}, 1),
         ("It is Paris", "Paris", {}, 0),
+        ("Paris or Rome", "Paris", {}, 0),
         ("<think>Paris", "Paris", {}, 0),
         ("", "Paris", {}, 0),
         ("x" * 1_000_000, "Paris", {}, 0),
@@ -178,7 +179,7 @@ def test_math(completion: str, answer: str, expected: float) -> None:
         ("<think>Answer: B", 0),
         ("<think>Answer: A</think>Answer: B<|im_end|>", 1),
         ("* " * 100_000, 0),
-        ("\n" * 100_000, 0),
+        ("x" + "\n" * 100_000 + "x", 0),
     ],
 )
 def test_choice(completion: str, expected: float) -> None:

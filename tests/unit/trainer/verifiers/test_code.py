@@ -181,6 +181,11 @@ def test_a_program_sees_no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     assert judge(block("import os"), tests)[0] == 1
 
 
+def test_a_sandbox_that_cannot_be_set_up_is_an_error() -> None:
+    with pytest.raises(OSError, match=f"is memory_mb={1 << 50} right"):
+        judge(block(RIGHT), ASSERTS, memory_mb=1 << 50)
+
+
 def test_threads_are_bounded_by_memory() -> None:
     start = "threading.Thread(target=time.sleep, args=[99], daemon=True).start()"
     program = f"import threading, time\nthreading.stack_size(1 << 15)\nfor _ in range(5000): {start}"
