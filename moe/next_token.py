@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_BLOCK = 512  # candidates that are summed at once before running sums are taken
 # splitmix64 (Steele, Lea, Flood 2014), its constants as signed numbers
 _STEP, _FACTORS = -0x61C8864680B583EB, ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15))
 
@@ -62,28 +61,29 @@ def _shifted(word: Tensor, bits: int) -> Tensor:
 def _draw(scores: Tensor, uniform: Tensor, settings: SamplingSettings) -> Tensor:
     """A token for each row of scores [B, V]: the inverse of its distribution function at `uniform` [B]."""
     if settings.top_k == 0 and settings.top_p == 1:
-        weights = scores.double().softmax(-1)
-        return _place(weights, uniform * weights.sum(-1))
+        weights = scores.softmax(-1)
+        return _place(weights, uniform * weights.sum(-1, dtype=torch.float64))
     scores, ids = scores.sort(dim=-1, descending=True, stable=True)  # of equal ones the smaller id first
-    weights = scores[:, : settings.top_k or None].double().softmax(-1)  # [B, M]
+    weights = scores[:, : settings.top_k or None].softmax(-1)  # [B, M]
     if settings.top_p < 1:
         # sums reach a number when they exceed the one before it
         last = _place(weights, torch.full_like(uniform, math.nextafter(settings.top_p, 0)))
         number = torch.arange(weights.shape[1], device=weights.device)
         weights = weights.masked_fill(number > last.unsqueeze(1), 0)
-    place = _place(weights, uniform * weights.sum(-1))
+    place = _place(weights, uniform * weights.sum(-1, dtype=torch.float64))
     return ids.gather(1, place.unsqueeze(1)).squeeze(1)
 
 
 def _place(weights: Tensor, target: Tensor) -> Tensor:
-    """Where the running sum of weights [B, M] first exceeds target [B], in fp64; never a weight of 0: [B].
+    """Where the running sum of weights [B, M] first exceeds target [B] fp64; never a weight of 0: [B].
 
-    The sums are products with triangular matrices, first of blocks: cumsum is not deterministic on CUDA.
+    The fp64 sums are products with triangular matrices, first of blocks: cumsum is not deterministic on CUDA.
     """
-    blocks = F.pad(weights, (0, -weights.shape[1] % _BLOCK)).unflatten(1, (-1, _BLOCK))
-    block, rest = _search(blocks.sum(-1), target)
-    place, _ = _search(blocks[torch.arange(len(block), device=block.device), block], rest)
-    return block * _BLOCK + place
+    size = 1 << weights.shape[1].bit_length() // 2  # about as many blocks as there are places in a block
+    blocks = F.pad(weights, (0, -weights.shape[1] % size)).unflatten(1, (-1, size))
+    block, rest = _search(blocks.sum(-1, dtype=torch.float64), target)
+    place, _ = _search(blocks[torch.arange(len(block), device=block.device), block].double(), rest)
+    return block * size + place
 
 
 def _search(weights: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,12 @@ ROOMS = [
     *(f"moe/{name}.py" for name in ("cross_entropy", "gated_delta_net", "grouping", "block")),
     *(f"trainer/engine/{name}.py" for name in ("loss", "engine", "optimizer", "gradients", "policy")),
     *(f"trainer/{name}.py" for name in ("train", "evaluate", "stages/held_out", "stages/supervised")),
+    *(f"moe/{name}.py" for name in ("inputs", "next_token", "sampling")),
+    *(f"trainer/engine/{name}.py" for name in ("loss", "engine", "optimizer", "gradients")),
+    *(
+        f"trainer/{name}.py"
+        for name in ("train", "evaluate", "generate", "stages/held_out", "stages/supervised")
+    ),
     *(f"trainer/checkpoints/{name}.py" for name in ("saving", "folder", "optimizer_state", "export")),
     *(
         f"data_pipeline/{name}.py"

@@ -150,6 +150,22 @@ def test_a_minimum_leaves_the_log_probabilities_alone() -> None:
     assert choose(logits, zero, zero + 1, how)[0].item() == 1
 
 
+def test_top_p_that_is_met_exactly_needs_no_more_tokens() -> None:
+    logits = torch.zeros(500, 4)
+    keys = torch.arange(500)
+    for top_p, possible in ((0.25, {0}), (0.5, {0, 1}), (0.51, {0, 1, 2})):  # of equal ones the first
+        tokens, _ = choose(logits, keys, 0 * keys, settings(top_p=top_p))
+        assert set(tokens.tolist()) == possible
+
+
+def test_sixteen_bits_are_computed_in_fp32() -> None:
+    logits = 3 * torch.randn(20, 300, generator=torch.Generator().manual_seed(0)).bfloat16()
+    keys = torch.arange(20)
+    expected = choose(logits.float(), keys, keys, settings(temperature=0.7))
+    for value, other in zip(choose(logits, keys, keys, settings(temperature=0.7)), expected, strict=True):
+        assert torch.equal(value, other)
+
+
 def test_logits_that_are_not_numbers_choose_something() -> None:
     """A diverged run is told by its log-probabilities: a choice out of range would end it on a GPU."""
     zero = torch.zeros(1, dtype=torch.int64)
