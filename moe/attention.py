@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe.config import ModelConfig
-from moe.inputs import Documents, LayerInputs
+from moe.documents import Documents
+from moe.inputs import LayerInputs
 from moe.kernels.support import run_on
 from moe.norm import ZeroCenteredRMSNorm
 from moe.rope import rotate

@@ -22,7 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe.config import ModelConfig
-from moe.inputs import Documents, LayerInputs
+from moe.documents import Documents
+from moe.inputs import LayerInputs
 from moe.norm import precise
 
 CHUNK = 64

@@ -10,11 +10,13 @@ from torch import Tensor, nn
 
 from moe.attention import Attention
 from moe.block import MoEBlock
+from moe.cache import CacheStep
 from moe.config import ConfigError, ModelConfig
 from moe.cross_entropy import IGNORED, chunked_cross_entropy, token_log_probs
+from moe.documents import Documents
 from moe.formats import FULL, LINEAR
 from moe.gated_delta_net import GatedDeltaNet
-from moe.inputs import CacheStep, Documents, LayerInputs
+from moe.inputs import LayerInputs
 from moe.mlp import MLP
 from moe.norm import rms_norm
 from moe.recompute import RECOMPUTE, call

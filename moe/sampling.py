@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from moe.inputs import Cache, CacheStep
+from moe.cache import Cache, CacheStep
 from moe.model import ModelOutput
 from moe.next_token import SamplingSettings, choose
 

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from moe.attention import HeadNorm
 from moe.cross_entropy import chunked_cross_entropy, token_log_probs
+from moe.documents import Documents
 from moe.experts import Experts
-from moe.inputs import Documents, LayerInputs
+from moe.inputs import LayerInputs
 from moe.kernels import support
 from moe.router import Router
 from moe.sums import accumulate

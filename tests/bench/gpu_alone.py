@@ -170,7 +170,7 @@ def _peer_experts(shape: dict[str, Any]) -> Any:
 def attention() -> None:
     """The core of attention by path, over documents of equal lengths and of different lengths."""
     from moe.attention import attend_per_document, attend_varlen, varlen_obstacle
-    from moe.inputs import Documents
+    from moe.documents import Documents
 
     shape, tokens = (TINY, 128) if is_tiny() else (WHOLE, 16384)
     paths: dict[str, Any] = {"per document": attend_per_document}

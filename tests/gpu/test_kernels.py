@@ -21,6 +21,7 @@ from moe.attention import (
 )
 from moe.cross_entropy import chunked_cross_entropy
 from moe.dispatch import AllToAllDispatcher, DeduplicatedAllToAllDispatcher, LocalDispatcher
+from moe.documents import Documents
 from moe.experts import Experts, supports
 from moe.gated_delta_net import (
     DeltaInputs,
@@ -29,7 +30,7 @@ from moe.gated_delta_net import (
     kernel_obstacle,
     recurrent_delta_rule,
 )
-from moe.inputs import Documents, LayerInputs
+from moe.inputs import LayerInputs
 from moe.router import Router
 
 TOKENS, HIDDEN, WIDTH, EXPERTS, TOP_K = 512, 256, 128, 16, 4

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.loader import Batch
-from moe.inputs import Documents
+from moe.documents import Documents
 from moe.router import SampledExperts
 from trainer.settings.rl import RLConfig
 

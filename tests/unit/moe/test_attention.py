@@ -18,8 +18,10 @@ from moe.attention import (
     choose_attention,
     prefers_per_document,
 )
+from moe.cache import Cache
 from moe.config import ModelConfig
-from moe.inputs import Cache, Documents, LayerInputs
+from moe.documents import Documents
+from moe.inputs import LayerInputs
 from moe.rope import rotary_tables
 
 HEADS, GROUPS, HEAD_DIM = 6, 2, 8

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe import gated_delta_net
+from moe.documents import Documents
 from moe.gated_delta_net import (
     CausalConvolution,
     DeltaInputs,
@@ -20,7 +21,6 @@ from moe.gated_delta_net import (
     last_inputs,
     recurrent_delta_rule,
 )
-from moe.inputs import Documents
 
 Rule = Callable[..., tuple[Tensor, Tensor]]
 HEADS, KEY, VALUE = 3, 8, 10

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moe.cache import Cache, CacheStep
 from moe.config import ConfigError, ModelConfig
-from moe.inputs import Cache, CacheStep
 from moe.model import CausalLM
 
 Build = Callable[..., CausalLM]

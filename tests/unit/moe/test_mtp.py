@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from moe.config import ConfigError, ModelConfig
+from moe.documents import Documents
 from moe.hf import hub_tensors, load_hf, save_hf
-from moe.inputs import Documents, LayerInputs
+from moe.inputs import LayerInputs
 from moe.model import CausalLM
 from moe.rope import rotary_tables
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from moe import sampling
+from moe.cache import Cache
 from moe.config import ModelConfig
-from moe.inputs import Cache
 from moe.model import CausalLM, ModelOutput
 from moe.next_token import SamplingSettings, choose
 from moe.sampling import Request, Sample, sample

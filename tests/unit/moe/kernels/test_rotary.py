@@ -5,7 +5,8 @@ import torch
 
 from moe import attention
 from moe.attention import Attention
-from moe.inputs import Documents, LayerInputs
+from moe.documents import Documents
+from moe.inputs import LayerInputs
 from moe.kernels import rotary
 from moe.rope import rotary_tables, rotate
 
