@@ -155,14 +155,14 @@ def _route(
 def _compare(
     expert_indices: Tensor, sampled: SampledExperts, token_mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The experts [T,K] to use, and how many tokens of the mask had other ones, in any order."""
+    """The experts [T,K] to use, and how many tokens of the mask have other ones than sampled, in any order."""
     experts = sampled.experts.to(expert_indices.dtype)
     known = experts[:, 0] >= 0  # [T]
+    if sampled.replay:
+        expert_indices = torch.where(known.unsqueeze(1), experts, expert_indices)
     differs = known & (expert_indices.sort(-1).values != experts.sort(-1).values).any(-1)
     if token_mask is not None:
         differs = differs & token_mask
-    if sampled.replay:
-        expert_indices = torch.where(known.unsqueeze(1), experts, expert_indices)
     return expert_indices, differs.sum(dtype=torch.float32)
 
 

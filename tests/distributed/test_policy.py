@@ -32,8 +32,8 @@ from trainer.settings.rl import RLConfig, SamplingConfig
 from trainer.train import train_step
 
 TOLERANCE, STEPS = 1e-5, 2
-SAMPLING = SamplingConfig(0.7, 1.0, 0, 0, 32, 8, False, "off")
-TOKEN = RLConfig(2, 1, 8, SAMPLING, {}, "mean", "token", "token", 0.2, 0.28, "keep", "learn", 0, 0.1)
+SAMPLING = SamplingConfig(0.7, 1.0, 0, 0, 32, 8, False, "none")
+TOKEN = RLConfig(2, 1, 8, SAMPLING, {}, "mean", "token", "token", 0.2, 0.28, "keep", "learn", 0, 0.1, None)
 CONFIGS = {"token": TOKEN, "sequence": replace(TOKEN, ratio="sequence")}
 LARGE = "model.initializer_range=0.3"  # so that the temperature and the experts affect the loss
 # ZeRO-3 would never release the small weights of this model, nor one that it needs again soon

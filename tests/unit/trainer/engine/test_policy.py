@@ -62,8 +62,10 @@ LENGTHS = [completion.length for completion in COMPLETIONS]
 
 
 def rl_config(**changed: Any) -> RLConfig:
-    sampling = SamplingConfig(0.6, 1.0, 0, 0, MAX_NEW_TOKENS, 8, False, "off")
-    plain = RLConfig(4, 1, 8, sampling, {}, "mean", "token", "token", 0.1, 0.15, "keep", "learn", 0, 0.0)
+    sampling = SamplingConfig(0.6, 1.0, 0, 0, MAX_NEW_TOKENS, 8, False, "none")
+    plain = RLConfig(
+        4, 1, 8, sampling, {}, "mean", "token", "token", 0.1, 0.15, "keep", "learn", 0, 0.0, None
+    )
     return replace(plain, **changed)
 
 
