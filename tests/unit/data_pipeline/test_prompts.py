@@ -161,6 +161,13 @@ def test_control_strings_in_a_prompt_stay_text(data_config: DataConfig, tmp_path
     assert header == "<|im_start|>user\nplain<|im_end|>\n<|im_start|>assistant\n"
 
 
+def test_of_a_prompt_and_messages_the_prompt_counts(data_config: DataConfig, tmp_path: Path) -> None:
+    row = {"messages": [said("user", "q"), said("assistant", "a")], "prompt": "q", "answer": "a"}
+    [found] = of_source(prepared_with(data_config, tmp_path / "p.jsonl", [row]), "p")
+    assert load_tokenizer(data_config.dir).decode(found.ids).startswith("<|im_start|>user\nq<|im_end|>")
+    assert found.fields == row
+
+
 def test_nothing_of_a_prompt_is_learned() -> None:
     row = {"messages": [said("user", "q"), said("assistant", "a", reasoning_content="r"), said("user", "s")]}
     assert not any(piece.loss for piece in prompt(row["messages"], row))
@@ -374,7 +381,7 @@ def test_budget(config: DataConfig) -> None:
         with Prompts(replace(limited, skip=skip), seed=SEED) as prompts:
             found = []
             with pytest.raises(DataError, match=r"data\.sources\.sums\.max_epochs=1\.0 allows"):
-                found.extend(prompts[number] for number in itertools.count())
+                found.extend(prompts[number] for number in range(2000))
             prompts.check_budget(len(found))
             with pytest.raises(DataError, match=rf"allows {sums} rows \({sums} in an epoch\)"):
                 prompts.check_budget(len(found) + 1)

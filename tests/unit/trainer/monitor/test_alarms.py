@@ -158,3 +158,50 @@ def test_where_a_gradient_stops_being_finite():
     with first_not_finite(model) as first:
         pass
     assert first == ["the weights of the attention (self_attn.weight)"]
+
+
+def rewarded(alarms: Alarms, step: int, reward: float = 0.5, tokens: float = 100.0, flat: float = 0.2) -> set:
+    of_rewards = {"reward": reward, "completion_tokens": tokens, "flat_groups": flat, "truncated": 0.0}
+    return {alarm.kind for alarm in alarms.check(metrics(step, loss=(-1) ** step * 0.01) | of_rewards)}
+
+
+def test_a_policy_loss_is_never_a_spike(alarms):
+    for step in range(30):
+        assert rewarded(alarms, step) == set()
+    assert rewarded(alarms, 30, reward=0.5) == set()
+    jump = {"reward": 0.5, "completion_tokens": 100.0, "flat_groups": 0.0, "truncated": 0.0}
+    assert [alarm.kind for alarm in alarms.check(metrics(31, loss=50.0) | jump)] == []
+
+
+def test_rewards_that_collapse(alarms):
+    for step in range(12):
+        assert rewarded(alarms, step, reward=0.1 + 0.05 * step) == set()
+    assert rewarded(alarms, 12, reward=0.0) == set(), "one bad step is none"
+    raised = [step for step in range(13, 40) if "reward collapse" in rewarded(alarms, step, reward=0.0)]
+    best = sum(0.1 + 0.05 * step for step in range(2, 12)) / 10
+    low = next(n for n in range(10) if sum(0.1 + 0.05 * s for s in range(2 + n, 12)) / 10 < best / 2)
+    assert raised == [11 + low], "once, when the mean of ten steps is below half of the best"
+
+
+def test_few_rewards_are_no_collapse(alarms):
+    """Before ten steps there is no mean to compare with."""
+    for step, reward in enumerate([1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]):
+        assert rewarded(alarms, step, reward=reward) == set()
+
+
+def test_lengths_that_run_away(alarms):
+    for step in range(30):
+        assert rewarded(alarms, step, tokens=100 + 3 * step) == set(), "slow growth"
+    for step in range(30, 39):
+        rewarded(alarms, step, tokens=500)
+    assert rewarded(alarms, 39, tokens=500) == set(), "raised already, and not again so soon"
+    assert "lengths" in alarms._raised
+
+
+def test_groups_without_signal(alarms):
+    for step in range(4):
+        assert rewarded(alarms, step, flat=1.0) == set()
+    assert rewarded(alarms, 4, flat=0.9) == set(), "counts anew"
+    for step in range(5, 9):
+        assert rewarded(alarms, step, flat=1.0) == set()
+    assert rewarded(alarms, 9, flat=1.0) == {"no signal"}

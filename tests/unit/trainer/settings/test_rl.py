@@ -1,88 +1,93 @@
-"""The laws of reinforcement learning's keys."""
+"""The laws of reinforcement learning: each broken one is told, with its key, value and remedy."""
+
+import json
+from pathlib import Path
 
 import pytest
+from hydra import compose, initialize_config_module
 
-from trainer.settings.rl import OPTIONS, VerifierConfig, verifier_problems
+from moe.config import ConfigError
+from trainer.settings.config import RunConfig
+
+BASE = [
+    *("name=t", "rl=grpo", "data=jsonl", "data.dir=d", "data.tokenizer_vocab_size=512", "stage.seq_len=64"),
+    "+data.sources.asks={kind: prompts, paths: [a.jsonl]}",
+    "+data.sources.text={kind: jsonl, paths: [a.jsonl], weight: 0.0}",
+    *("rl.max_prompt_tokens=40", "rl.sampling.max_new_tokens=24", "schedule.warmup_steps=1"),
+]
+VERIFIER = "rl.verifiers={answer: {kind: exact, weight: 1.0}}"
 
 
-def one(kind: str, **options: object) -> list[str]:
-    return verifier_problems({"v": VerifierConfig(kind, 1.0, options=options or None)})
+def load(*overrides: str) -> RunConfig:
+    with initialize_config_module("conf", version_base="1.3"):
+        return RunConfig.load(compose("train", overrides=[*BASE, VERIFIER, *overrides]))
 
 
-def test_verifiers_that_keep_the_laws(tmp_path, monkeypatch):
-    (tmp_path / "good_verifiers.py").write_text("def judge(fields, completion, options): return 1.0")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    assert [one(kind) for kind in OPTIONS if kind != "regex"] == [[]] * (len(OPTIONS) - 1)
-    assert one("regex", pattern="a+", match="search") == one("regex", pattern_key="shape") == []
-    assert one("number", tolerance=1) == one("code", partial=True, memory_mb=64) == []
-    assert one("good_verifiers:judge", anything=[1]) == []
+def test_a_sound_run_passes() -> None:
+    load().check()
 
 
 @pytest.mark.parametrize(
-    ("kind", "options", "line"),
+    ("override", "message"),
     [
+        ("rl.group_size=1", "rl.group_size=1 compares a completion with nothing; use 2 or more"),
+        ("rl.group_size=3", "must be a multiple of rl.group_size=3"),
+        ("rl.max_prompt_tokens=41", "exceed stage.seq_len=64; raise it to 65"),
+        ("rl.sampling.temperature=0", "makes all of a group equal; use 1.0"),
+        ("rl.sampling.temperature=-1", "rl.sampling.temperature=-1.0 is below 0"),
+        ("rl.sampling.top_p=0", r"top_p=0.0 is outside (0, 1]"),
+        ("rl.sampling.top_p=1.1", r"top_p=1.1 is outside (0, 1]"),
+        ("rl.sampling.min_new_tokens=25", "min_new_tokens=25 exceeds max_new_tokens=24; lower it"),
+        ("rl.clip_low=1.0", "rl.clip_low=1.0 must be below 1"),
+        ("rl.clip_low=0.29", "rl.clip_low=0.29 exceeds rl.clip_high=0.28; they seem to be exchanged"),
+        ("rl.overlong=penalise", "rl.overlong_buffer=0 must be between 1 and rl.sampling.max_new_tokens=24"),
+        ("rl.kl_coef=0.1", "rl.kl_coef=0.1 needs rl.reference"),
+        ("rl.reference=somewhere", "rl.reference=somewhere has no use with rl.kl_coef=0"),
+        ("rl.updates=0", "rl.updates=0 is below 1"),
+        ("rl.advantage=best", "rl.advantage=best is unknown; use deviation, mean"),
+        ("rl.sampling.router_replay=maybe", "router_replay=maybe is unknown; use none, measure, replay"),
         (
-            "exakt",
-            {},
-            "rl.verifiers.v.kind=exakt is unknown (did you mean exact?); use exact, number, math, ",
+            "rl.verifiers.answer.kind=exactly",
+            "kind=exactly is unknown (did you mean exact?)",
         ),
-        ("", {}, "rl.verifiers.v.kind= is unknown; use "),
+        ("rl.verifiers.answer.kind=no_such_module:check", "no_such_module cannot be imported"),
         (
-            "exact",
-            {"anwser_key": "a"},
-            ".options.anwser_key is unknown (did you mean answer_key?); options of",
+            "experts.capacity_factor=1.25",
+            "capacity_factor=1.25: sampling and training must",
         ),
-        ("math", {"ignore_case": True}, ".options.ignore_case is unknown; options of math: answer_key"),
-        ("exact", {"ignore_case": 1}, ".options.ignore_case=1 must be of type bool"),
-        ("exact", {"answer_key": None}, ".options.answer_key=None must be of type str"),
-        ("number", {"tolerance": True}, ".options.tolerance=True must be of type float"),
-        ("number", {"tolerance": -0.1}, ".options.tolerance=-0.1 is below 0; use 0 or more"),
-        ("code", {"memory_mb": 1.5}, ".options.memory_mb=1.5 must be of type int"),
-        ("code", {"memory_mb": 63}, ".options.memory_mb=63 is below 64; use 64 or more"),
-        ("regex", {}, ".options must hold either pattern, or pattern_key"),
-        ("regex", {"pattern": "a", "pattern_key": "b"}, ".options must hold either pattern, or pattern_key"),
-        ("regex", {"pattern": "(a"}, ".options.pattern=(a is no regular expression (missing ), unterminated"),
-        ("regex", {"pattern": "a", "match": "find"}, ".options.match=find is unknown; use fullmatch, search"),
         (
-            "format",
-            {"think": "always"},
-            ".options.think=always is unknown; use required, forbidden, optional",
+            "experts.router_jitter_noise=0.1",
+            "router_jitter_noise=0.1: sampling and training must",
         ),
-        ("format", {"pattern": "*"}, ".options.pattern=* is no regular expression (nothing to repeat"),
+        ("model.num_nextn_predict_layers=1", "num_nextn_predict_layers=1 is not trained by rewards; use 0"),
         (
-            "no_such_module:f",
-            {},
-            "kind=no_such_module:f: no_such_module cannot be imported (ModuleNotFoundError",
+            "data.sources.text.weight=1.0",
+            "text.kind=jsonl cannot be read by a stage that samples",
         ),
-        (":f", {}, "kind=:f:  cannot be imported (ValueError: Empty module name)"),
-        (
-            "bad_verifiers:f",
-            {},
-            "bad_verifiers cannot be imported (SystemExit: 3); mend it, or put its folder on",
-        ),
-        ("json:lods", {}, "kind=json:lods: json has no function lods; define it there"),
-        ("json:decoder", {}, "kind=json:decoder: json has no function decoder; define it there"),
-        ("json:", {}, "kind=json:: json has no function ; define it there"),
     ],
 )
-def test_a_broken_law_is_one_line(tmp_path, monkeypatch, kind, options, line):
-    (tmp_path / "bad_verifiers.py").write_text("raise SystemExit(3)")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    [problem] = one(kind, **options)
-    assert line in problem
-    assert problem.startswith("rl.verifiers.v.")
-    assert "\n" not in problem
+def test_each_law(override: str, message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load(override).check()
+    assert message in str(error.value)
 
 
-def test_all_broken_laws_are_told_at_once():
-    assert verifier_problems({}) == [
-        "rl.verifiers is empty; name at least one, as rl.verifiers.right={kind: exact, weight: 1}"
-    ]
-    several = {"a": VerifierConfig("exakt", 0.0), "b": VerifierConfig("format", 0.0, options={"think": 1})}
-    problems = verifier_problems(several)
-    assert len(problems) == 3
-    assert problems[0].startswith("rl.verifiers: every weight is 0")
-    assert problems[1].startswith("rl.verifiers.a.kind=")
-    assert problems[2] == "rl.verifiers.b.options.think=1 must be of type str"
-    several["a"].weight = 1.0
-    assert len(verifier_problems(several)) == 2
+def test_prompts_have_no_use_without_rewards() -> None:
+    with initialize_config_module("conf", version_base="1.3"):
+        chosen = [one for one in BASE if not one.startswith("rl")]
+        config = RunConfig.load(compose("train", overrides=chosen))
+    with pytest.raises(
+        ConfigError, match=r"asks\.kind=prompts cannot be read by a stage that trains on text"
+    ):
+        config.check()
+
+
+def test_a_reference_is_a_folder_with_the_model_of_the_run(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"rl\.reference=nowhere is not a folder"):
+        load("rl.kl_coef=0.1", "rl.reference=nowhere").check()
+    config = load("rl.kl_coef=0.1", f"rl.reference={tmp_path}")
+    (tmp_path / "config.json").write_text(json.dumps(config.model.to_hf()))
+    config.check()
+    other = load("model.num_experts=64", "rl.kl_coef=0.1", f"rl.reference={tmp_path}")
+    with pytest.raises(ConfigError, match=r"has num_experts=128, but model\.num_experts=64; set the same"):
+        other.check()
