@@ -75,6 +75,7 @@ def sample(
     has. A rank that has nothing runs a forward of one token for the others. All ranks must take all samples.
     on_token: called with (number of the request, token) for each new token.
     """
+    assert all(request.prompt for request in requests), "a prompt has no token"
     waiting = deque(_Row(number, request) for number, request in enumerate(requests))
     live: list[_Row] = []
     cache = Cache(min(rows_at_once, len(requests)), device)

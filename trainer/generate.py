@@ -85,8 +85,8 @@ class Writer(NamedTuple):
 
     def print_sample(self, row: dict[str, Any], number: int, where: str, before: str) -> str:
         """Print `before`, then the new text of a row while it is sampled; returns it."""
+        ids, shown = self.encode(row, where), before
         new: list[int] = []
-        shown = before
         print(before, end="", flush=True)
 
         def show(_: int, token: int) -> None:
@@ -97,7 +97,7 @@ class Writer(NamedTuple):
                 print(text[len(shown) :], end="", flush=True)
                 shown = text
 
-        self.samples({number: self.encode(row, where)}, lambda *_: None, on_token=show)
+        self.samples({number: ids}, lambda *_: None, on_token=show)
         print()
         return self.text(new)
 
