@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from trainer.settings.rl import VerifierConfig
-from trainer.verifiers.process import Part
+from trainer.verifiers.process import Part, Worker, exchange
 from trainer.verifiers.scorer import Score, Scorer
 
 MINE = """
@@ -123,7 +123,7 @@ BAD = [
     (
         r"while True: [os.write(f, b'x') for f in (3, 4, 5) if os.path.exists(f'/proc/self/fd/{f}')]",
         "1.0",
-        "",
+        "the worker",
     ),
 ]
 
@@ -223,12 +223,24 @@ def test_nothing_is_left_after_close(scorer: Make) -> None:
     assert workers_of(os.getpid()) == []
 
 
+def test_a_worker_that_dies_before_it_reads_its_job(scorer: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = scorer(1)
+    one.score([({}, "")])
+    os.kill(workers_of(os.getpid())[0], signal.SIGKILL)
+    with monkeypatch.context() as patch:
+        patch.setattr(Worker, "is_alive", lambda worker: True)
+        [score] = one.score([({}, "x" * 1_000_000)])
+    assert score.parts["own"] == Part(0.0, "the worker ended during the check", True)
+    assert one.score([({}, "")])[0].reward == 1
+
+
 def test_an_interrupted_call_leaves_no_answer_to_the_next(
     scorer: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one = scorer(1)
 
-    def interrupt(*_: Any) -> None:
+    def interrupt(busy: list[Worker]) -> None:
+        exchange(busy)  # the job is sent
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
