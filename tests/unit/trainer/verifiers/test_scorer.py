@@ -124,15 +124,11 @@ BAD = [
     ("import re; re.match('(a+)+b', 'a' * 50)", "1.0", "took longer than 1 seconds"),
     ("subprocess.Popen(['sleep', '99']).wait()", "1.0", "took longer than 1 seconds"),
     (
-        r"[os.write(f, b'{}\n') for f in range(3, 9) if os.path.exists(f'/proc/self/fd/{f}')]",
+        r"[os.write(f, b'{}\n') for f in (3, 4)]",
         "1.0",
-        "the worker",
+        "the worker's answer cannot be read",
     ),
-    (
-        r"while True: [os.write(f, b'x') for f in (3, 4, 5) if os.path.exists(f'/proc/self/fd/{f}')]",
-        "1.0",
-        "the worker",
-    ),
+    ("while True: [os.write(f, b'x') for f in (3, 4)]", "1.0", "the worker's answer cannot be read"),
 ]
 
 
