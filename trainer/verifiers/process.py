@@ -67,7 +67,8 @@ class Worker:
 
     def outcome(self) -> Part | None:
         """The result of the check, None while it may still come; ends a worker that will not answer."""
-        if self._incoming.endswith(b"\n") and self._incoming.strip():
+        answered = self._incoming.endswith(b"\n") and self._incoming.strip()
+        if answered or len(self._incoming) > _ANSWER_BYTES:
             try:
                 answer = json.loads(self._incoming)
                 if "error" in answer:
@@ -75,7 +76,7 @@ class Worker:
                 return Part(answer["reward"], answer["reason"], False)
             except (ValueError, TypeError, KeyError):
                 reason = "the worker's answer cannot be read"
-        elif self._closed or len(self._incoming) > _ANSWER_BYTES:
+        elif self._closed:
             reason = "the worker ended during the check"
         elif time.monotonic() >= self._deadline:
             late = f"took longer than {self._seconds:g} seconds"

@@ -102,6 +102,7 @@ def test_the_share_of_tests_that_pass() -> None:
     assert judge(half, setup, partial=True)[0] == pytest.approx(2 / 3)
     assert judge(block("def double(x): return x.y"), setup, partial=True)[0] == 0
     assert judge(block("x ="), ASSERTS, partial=True)[0] == 0
+    assert judge(block(RIGHT), "import no_such_module\n" + ASSERTS, partial=True)[0] == 0
 
 
 @pytest.mark.parametrize(
@@ -161,7 +162,8 @@ def test_what_the_sandbox_refuses(lines: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "what", ["open({!r}, 'w')", "os.truncate({!r}, 0)", "os.remove({!r})", "os.rename({!r}, 'x')"]
+    "what",
+    ["open({!r}, 'w')", "open({!r}, 'a')", "os.truncate({!r}, 0)", "os.remove({!r})", "os.rename({!r}, 'x')"],
 )
 def test_a_program_writes_only_to_its_folder(tmp_path: Path, what: str) -> None:
     mine = tmp_path / "mine"
@@ -187,8 +189,8 @@ def test_a_sandbox_that_cannot_be_set_up_is_an_error() -> None:
 
 
 def test_threads_are_bounded_by_memory() -> None:
-    start = "threading.Thread(target=time.sleep, args=[99], daemon=True).start()"
-    program = f"import threading, time\nthreading.stack_size(1 << 15)\nfor _ in range(5000): {start}"
+    start = "_thread.start_new_thread(time.sleep, (99,))"
+    program = f"import _thread, time\n_thread.stack_size(1 << 15)\nfor _ in range(5000): {start}"
     assert "Error" in judge(block(program), ASSERTS, memory_mb=128)[1]
 
 
