@@ -6,6 +6,8 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from data_pipeline.config import DataConfig, DataError
 from data_pipeline.mixture import Mixture, MixtureSource, skip_rows
 from data_pipeline.packing import open_streams
@@ -70,6 +72,11 @@ class Prompts(AbstractContextManager["Prompts"]):
     def describe(self) -> list[str]:
         """A line for each source that is read."""
         return [f"{name}: {stream.documents:,} prompts" for name, stream in self._streams.items()]
+
+    def longest(self) -> int:
+        """The number of tokens of the longest prompt; reads where all of them begin."""
+        borders = [of for stream in self._streams.values() for of in stream.document_offsets()]
+        return max((int(np.diff(of).max()) - 1 for of in borders), default=0)  # without the closing id
 
     def check_budget(self, total_prompts: int) -> None:
         """Raise a DataError that lists the sources whose max_epochs is too low for `total_prompts`."""

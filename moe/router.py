@@ -155,7 +155,7 @@ def _route(
 def _compare(
     expert_indices: Tensor, sampled: SampledExperts, token_mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The experts [T,K] to use, and how many tokens of the mask have other ones than sampled, in any order."""
+    """The experts [T,K] to use, and how many tokens of the mask have other ones than `sampled`."""
     experts = sampled.experts.to(expert_indices.dtype)
     known = experts[:, 0] >= 0  # [T]
     if sampled.replay:

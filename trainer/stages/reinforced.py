@@ -19,6 +19,7 @@ from data_pipeline.permutation import derive_key
 from data_pipeline.prompts import Prompt, Prompts
 from data_pipeline.tokenizer import tokenizer_of
 from moe.balance import Balance
+from moe.config import ConfigError
 from moe.model import CausalLM, ModelOutput
 from moe.sampling import Request, SamplingSettings, sample
 from trainer.engine.engine import Engine
@@ -56,6 +57,9 @@ class Reinforced:
         self._prompts = Prompts(config.data, seed=config.seed)
         self._groups = config.stage.global_batch_size // self._rl.group_size  # prompts of a step
         self._prompts.check_budget(config.stage.total_steps * self._groups)
+        if (longest := self._prompts.longest()) > self._rl.max_prompt_tokens:
+            what = f"rl.max_prompt_tokens={self._rl.max_prompt_tokens} is exceeded by a prompt of {longest}"
+            raise ConfigError(f"{what} tokens; raise it, or leave out long prompts with data.max_chat_tokens")
         self._tokenizer = tokenizer_of(config.data)
         self._stops = (self._tokenizer.control_id("<|im_end|>"), self._tokenizer.end_of_text)
         self._scorer = Scorer(self._rl.verifiers, workers=4)

@@ -1,0 +1,112 @@
+"""Runs with rewards, as a user starts them: killed in every part of a step, evaluated, reported, refused."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from commands import ENVIRONMENT, SMALL, assert_same_run, metrics, python
+from test_crash import survive
+
+VERIFIER = """
+import os, signal
+from pathlib import Path
+
+def check(fields, completion, options):
+    '''Half of the letters; the call after `after` others kills the rank that waits for it, once.'''
+    calls, killed = Path("calls"), Path("killed")
+    with calls.open("a") as file:
+        file.write(".")
+    if options["after"] and calls.stat().st_size > options["after"] and not killed.exists():
+        killed.write_text("")
+        os.kill(os.getppid(), signal.SIGKILL)
+    letters = [character for character in completion if character.isalpha()]
+    return sum(letter in "aeioubcdfg" for letter in letters) / max(len(letters), 1), "letters"
+"""
+
+
+@pytest.fixture(scope="module")
+def asks(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Overrides for prepared prompts, for rewards, and for few steps."""
+    folder = tmp_path_factory.mktemp("asks")
+    rows = [
+        {"prompt": " ".join(f"{n * k}" for k in range(n % 5)) + f" {n}", "answer": "e"} for n in range(80)
+    ]
+    (folder / "asks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    overrides = [
+        *("data=jsonl", f"data.dir={folder}/prepared", "data.tokenizer_vocab_size=512"),
+        *("data.validation_fraction=0.1", "rl=grpo", "rl.group_size=4", "rl.updates=2"),
+        *("rl.max_prompt_tokens=48", "rl.sampling.max_new_tokens=12", "rl.sampling.rows_at_once=8"),
+        f"+data.sources.asks={{kind: prompts, paths: [{folder}/asks.jsonl]}}",
+        "rl.verifiers={vowel: {kind: regex, weight: 1.0, options: {pattern: '[aeiou]', match: search}}}",
+    ]
+    prepared = python("data_pipeline", "name=t", "model.vocab_size=512", *overrides, cwd=folder)
+    assert prepared.returncode == 0, prepared.stderr
+    return overrides
+
+
+def test_kill_9_at_random_moments(asks: list[str], tmp_path: Path) -> None:
+    """Most of a step is sampling; every second checkpoint lies inside a phase."""
+    survive(["trainer", *SMALL, *asks], tmp_path, kills=2, steps=12)
+
+
+def test_kill_9_while_rewards_are_computed(asks: list[str], tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(VERIFIER)
+    environment = {**ENVIRONMENT, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ENVIRONMENT.get('PYTHONPATH', '')}"}
+    settings = [one for one in asks if not one.startswith("rl.verifiers")]
+
+    def run(*arguments: str) -> tuple[int, str]:
+        found = python(*arguments, cwd=tmp_path, env=environment)
+        return found.returncode, found.stdout + found.stderr
+
+    often = ["checkpoint.every_steps=1", "evaluate.every_steps=0"]
+    for name, after in (("straight", 0), ("killed", 60)):
+        mine = f"rl.verifiers={{mine: {{kind: 'mine:check', weight: 1.0, options: {{after: {after}}}}}}}"
+        code, said = run("trainer", *SMALL, *settings, *often, f"name={name}", mine)
+        assert (code == 0) == (name == "straight"), said
+        (tmp_path / "calls").unlink()
+    assert (tmp_path / "killed").exists()
+    assert 0 < len(metrics(tmp_path / "runs/killed")) < 8
+    code, said = run("trainer.resume", "runs/killed")
+    assert code == 0, said
+    assert_same_run(tmp_path / "runs/straight", tmp_path / "runs/killed")
+    runs = (tmp_path / "runs/straight", tmp_path / "runs/killed")
+    straight, killed = ({line["step"]: line["reward"] for line in metrics(run)} for run in runs)
+    assert straight == killed
+    assert len(set(straight.values())) > 1
+
+
+def test_a_run_tells_evaluates_and_reports_its_rewards(asks: list[str], tmp_path: Path) -> None:
+    done = python("trainer", *SMALL, *asks, "name=a", "tracker.wandb=offline", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 prompts x 4 completions per step, rewards: vowel (regex)" in done.stdout
+    assert done.stdout.count("reward 0.") + done.stdout.count("reward 1.") >= 8
+    assert "reward/asks" in done.stdout
+    lines = [json.loads(line) for line in (tmp_path / "runs/a/metrics.jsonl").read_text().splitlines()]
+    logged, held_out = metrics(tmp_path / "runs/a"), [line for line in lines if "reward/validation" in line]
+    assert [line["step"] for line in logged] == list(range(1, 9))
+    assert [line["step"] for line in held_out] == [4, 8]
+    for line in logged:
+        assert {"reward", "rewards", "flat_groups", "entropy", "ratio"} <= line.keys()
+        assert line["stall_fraction"] < 0.5, "sampling is not waiting for data"
+    assert [line["step"] for line in logged if "sampling_seconds" in line] == [1, 3, 5, 7], (
+        "phases of two steps"
+    )
+    samples = [json.loads(line) for line in (tmp_path / "runs/a/samples.jsonl").read_text().splitlines()]
+    assert {sample["step"] for sample in samples} == set(range(1, 9))
+    assert all(sample["prompt"].startswith("<|im_start|>user\n") for sample in samples)
+    reported = python("trainer.report", "runs/a", cwd=tmp_path)
+    assert reported.returncode == 0, reported.stderr
+    page = (tmp_path / "runs/a/report/report.html").read_text()
+    assert "Is it rewarded?" in page
+    assert "Completions of step 8" in page
+    assert "reward " in page
+
+
+def test_a_prompt_longer_than_allowed_is_told_before_anything_is_sampled(
+    asks: list[str], tmp_path: Path
+) -> None:
+    refused = python("trainer", *SMALL, *asks, "name=a", "rl.max_prompt_tokens=8", cwd=tmp_path)
+    assert refused.returncode == 2
+    assert "rl.max_prompt_tokens=8" in refused.stdout + refused.stderr
+    assert "Traceback" not in refused.stdout + refused.stderr
