@@ -14,10 +14,12 @@ from layouts import FAMILY, RATE, SmallRun, gather_parameters
 from torch import Tensor
 
 from data_pipeline.prepare import prepare
+from data_pipeline.prompts import Prompt
 from trainer.checkpoints.assemble import build_model
 from trainer.engine.loss import agree_on_totals
 from trainer.engine.policy import PolicyBatch
 from trainer.settings.config import RunConfig
+from trainer.stages.completions import Completion
 from trainer.stages.reinforced import Reinforced
 from trainer.train import train_step
 
@@ -133,6 +135,13 @@ def learn(overrides: list[str], steps: int) -> dict[str, Any]:
     """Train for some steps, with an evaluation in between."""
     run = SmallRun(*overrides)
     stage, found = open_stage(run), {"completions": [], "metrics": [], "held out": []}
+    asked, complete = [], stage._complete
+
+    def listening(prompts: list[Prompt], each: int, temperature: float) -> list[Completion]:
+        asked.append((temperature == 0, each, {prompt.fields["prompt"] for prompt in prompts}))
+        return complete(prompts, each, temperature)
+
+    stage._complete = listening  # type: ignore[method-assign]
     for _ in range(steps):
         _, metrics = train(run, stage)
         assert stage._of_step is not None
@@ -140,6 +149,13 @@ def learn(overrides: list[str], steps: int) -> dict[str, Any]:
         found["completions"].append([(one.row, one.number, one.ids, one.reward) for one in some])
         found["metrics"].append({key: value for key, value in metrics.items() if "second" not in key})
         found["held out"].append(stage.evaluate())
+    trained, held_out = (
+        set.union(*(of for is_greedy, _, of in asked if is_greedy == how)) for how in (False, True)
+    )
+    assert len(held_out) == run.config.evaluate.rows
+    assert not trained & held_out
+    assert len(trained) == 4 * steps, "each phase asks other prompts"
+    assert {each for is_greedy, each, _ in asked if is_greedy} == {1}
     found["parameters"] = gather_parameters(run.engine, run.plan, run.ranks)
     stage.close()
     run.engine.close()

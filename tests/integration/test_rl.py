@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -110,3 +111,19 @@ def test_a_prompt_longer_than_allowed_is_told_before_anything_is_sampled(
     assert refused.returncode == 2
     assert "rl.max_prompt_tokens=8" in refused.stdout + refused.stderr
     assert "Traceback" not in refused.stdout + refused.stderr
+
+
+def test_a_reference_stays_what_it_was(asks: list[str], tmp_path: Path) -> None:
+    """At the start it is the model itself; a run that goes on still has it, without its own origin."""
+    assert python("trainer", *SMALL, *asks, "name=a", cwd=tmp_path).returncode == 0
+    begins = ["stage.init_from=runs/a", "rl.kl_coef=0.1", "rl.reference=runs/a", "rl.updates=1"]
+    second = python("trainer", *SMALL, *asks, *begins, "name=b", cwd=tmp_path)
+    assert second.returncode == 0, second.stdout + second.stderr
+    first = {line["step"]: line["reference_kl"] for line in metrics(tmp_path / "runs/b")}
+    assert abs(first[1]) < 1e-6
+    assert first[8] > 1e-4
+    shutil.rmtree(tmp_path / "runs/b/checkpoints/step-00000008")
+    again = python("trainer.resume", "runs/b", cwd=tmp_path)
+    assert again.returncode == 0, again.stdout + again.stderr
+    lines = [(line["step"], line["reference_kl"]) for line in metrics(tmp_path / "runs/b")]
+    assert lines == [*first.items(), *(item for item in first.items() if item[0] > 4)]
