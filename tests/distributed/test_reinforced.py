@@ -19,7 +19,6 @@ from trainer.checkpoints.assemble import build_model
 from trainer.engine.loss import agree_on_totals
 from trainer.engine.policy import PolicyBatch
 from trainer.settings.config import RunConfig
-from trainer.stages.completions import Completion
 from trainer.stages.reinforced import Reinforced
 from trainer.train import train_step
 
@@ -135,13 +134,13 @@ def learn(overrides: list[str], steps: int) -> dict[str, Any]:
     """Train for some steps, with an evaluation in between."""
     run = SmallRun(*overrides)
     stage, found = open_stage(run), {"completions": [], "metrics": [], "held out": []}
-    asked, complete = [], stage._complete
+    asked, complete = [], stage._completer.complete
 
-    def listening(prompts: list[Prompt], each: int, temperature: float) -> list[Completion]:
+    def listening(prompts: list[Prompt], each: int, temperature: float, *more: Any) -> Any:
         asked.append((temperature == 0, each, {prompt.fields["prompt"] for prompt in prompts}))
-        return complete(prompts, each, temperature)
+        return complete(prompts, each, temperature, *more)
 
-    stage._complete = listening  # type: ignore[method-assign]
+    stage._completer.complete = listening  # type: ignore[method-assign]
     for _ in range(steps):
         _, metrics = train(run, stage)
         assert stage._of_step is not None

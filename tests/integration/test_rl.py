@@ -127,3 +127,13 @@ def test_a_reference_stays_what_it_was(asks: list[str], tmp_path: Path) -> None:
     assert again.returncode == 0, again.stdout + again.stderr
     lines = [(line["step"], line["reference_kl"]) for line in metrics(tmp_path / "runs/b")]
     assert lines == [*first.items(), *(item for item in first.items() if item[0] > 4)]
+
+
+def test_evaluate_finds_the_rewards_of_the_run(asks: list[str], tmp_path: Path) -> None:
+    assert python("trainer", *SMALL, *asks, "name=a", cwd=tmp_path).returncode == 0
+    lines = [json.loads(line) for line in (tmp_path / "runs/a/metrics.jsonl").read_text().splitlines()]
+    told = next(line for line in reversed(lines) if "reward/validation" in line)
+    found = python("trainer.evaluate", "runs/a", cwd=tmp_path)
+    assert found.returncode == 0, found.stderr
+    expected = [f"{key} {told[key]:.6f}" for key in ("reward/asks", "reward/validation")]
+    assert found.stdout.splitlines() == expected

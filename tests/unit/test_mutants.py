@@ -18,7 +18,7 @@ ROOMS = {
     "trainer": "evaluate generate train",
     "trainer/settings": "rl",
     "trainer/engine": "engine gradients loss optimizer policy zero3",
-    "trainer/stages": "completions held_out reinforced supervised",
+    "trainer/stages": "completer completions held_out reinforced supervised",
     "trainer/monitor": "metrics",
     "trainer/checkpoints": "export folder optimizer_state saving",
     "trainer/verifiers": "choice code exact format math number process regex sandbox scorer verdict worker",

@@ -4,10 +4,10 @@ Sampling runs in the model that is trained, with its own weights, kernels and ra
 that a token had when it was sampled is the one that the loss computes. See docs/rl.md.
 """
 
-import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from statistics import fmean, pstdev
-from time import perf_counter
 from typing import Any
 
 import torch
@@ -15,21 +15,18 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data_pipeline.loader import Batch
-from data_pipeline.permutation import derive_key
-from data_pipeline.prompts import Prompt, Prompts
-from data_pipeline.tokenizer import tokenizer_of
+from data_pipeline.prompts import Prompts
 from moe.balance import Balance
 from moe.config import ConfigError
 from moe.model import CausalLM, ModelOutput
-from moe.sampling import Request, SamplingSettings, sample
 from trainer.engine.engine import Engine
 from trainer.engine.loss import LossShares, Totals
 from trainer.engine.policy import SUMS, PolicyBatch, policy_loss
 from trainer.ranks.runtime import Ranks
 from trainer.settings.config import RunConfig
+from trainer.stages.completer import Completer
 from trainer.stages.completions import Completion, StepCompletions
 from trainer.stages.stage import BuildModel
-from trainer.verifiers.scorer import Scorer
 
 SHOWN = 12  # completions of a logged step for people to read
 
@@ -60,9 +57,7 @@ class Reinforced:
         if (longest := self._prompts.longest()) > self._rl.max_prompt_tokens:
             what = f"rl.max_prompt_tokens={self._rl.max_prompt_tokens} is exceeded by a prompt of {longest}"
             raise ConfigError(f"{what} tokens; raise it, or leave out long prompts with data.max_chat_tokens")
-        self._tokenizer = tokenizer_of(config.data)
-        self._stops = (self._tokenizer.control_id("<|im_end|>"), self._tokenizer.end_of_text)
-        self._scorer = Scorer(self._rl.verifiers, workers=4)
+        self._completer = Completer(config, ranks, engine.apply, self._around)
         self._phase = [Completion(**one) for one in state.get("completions", [])]
         self._speed = state.get("speed", 0.0)  # tokens sampled per second
         self._reference = self._open_reference(build_model)
@@ -89,7 +84,9 @@ class Reinforced:
         if update == 0:
             first = self._step * self._groups
             prompts = [self._prompts[first + n] for n in range(self._groups * self._rl.updates)]
-            self._phase = self._complete(prompts, self._rl.group_size, self._rl.sampling.temperature)
+            bias, temperature = self._balance.bias, self._rl.sampling.temperature
+            found = self._completer.complete(prompts, self._rl.group_size, temperature, self._step, bias)
+            self._phase, self._speed = found
         size = self._groups * self._rl.group_size
         some = self._phase[update * size : (update + 1) * size]
         self._of_step = of_step = StepCompletions(some, self._rl)
@@ -117,80 +114,17 @@ class Reinforced:
         assert output.log_probs is not None
         return replace(batch, reference_log_probs=output.log_probs.cpu())
 
-    def _complete(self, prompts: list[Prompt], each: int, temperature: float) -> list[Completion]:
-        """`each` completions of every prompt with their rewards, in order, on all ranks.
-
-        Each is a function of the seed, the step, the prompt and its number. Every rank must call it.
-        """
-        wanted = [(prompt, number) for prompt in prompts for number in range(each)]
-        mine = wanted[self._ranks.rank :: self._ranks.world_size]
-        clock, started = self._engine.clock, perf_counter()
-        with clock.wait("sampling"):
-            found = self._sample(mine, temperature)
-        seconds = perf_counter() - started
-        with clock.wait("scoring"):
-            self._score(mine, found)
-            everywhere: list[Any] = [None] * self._ranks.world_size
-            dist.all_gather_object(everywhere, found)
-        completions = [everywhere[i % len(everywhere)][i // len(everywhere)] for i in range(len(wanted))]
-        self._speed = sum(one.length for one in completions) / seconds
-        return completions
-
-    def _sample(self, wanted: list[tuple[Prompt, int]], temperature: float) -> list[Completion]:
-        """Completions without rewards."""
-        how, balance, step = self._rl.sampling, self._balance, self._step
-        settings = SamplingSettings(
-            temperature, how.top_p, how.top_k, how.min_new_tokens, how.max_new_tokens, self._stops
-        )
-        keys = [derive_key(self._config.seed, step, prompt.source, prompt.row, n) for prompt, n in wanted]
-        requests = [Request(key, prompt.ids) for key, (prompt, _) in zip(keys, wanted, strict=True)]
-        self._engine.module.eval()
-        with self._engine.gathered(how.gather_weights):
-            ended = sample(
-                self._engine.apply,
-                requests,
-                settings,
-                rows_at_once=how.rows_at_once,
-                device=self._ranks.device,
-                anyone=self._anyone,
-                bias=balance.bias,
-                keep_experts=how.router_replay != "none" and self._config.model.num_experts > 0,
-            )
-            samples = [one for _, one in sorted(ended)]
-        self._engine.module.train()
-        return [
-            Completion(
-                row=prompt.row,
-                source=prompt.source,
-                number=number,
-                ids=prompt.ids + one.tokens,
-                prompt_tokens=len(prompt.ids),
-                log_probs=list(one.log_probs),
-                truncated=one.truncated,
-                experts=one.experts,
-            )
-            for (prompt, number), one in zip(wanted, samples, strict=True)
-        ]
-
-    def _anyone(self, active: bool) -> bool:
-        """Whether any rank is active. Every rank must call it before every forward of a phase."""
-        flag = torch.tensor(int(active))  # in host memory
-        dist.all_reduce(flag)
-        return bool(flag)
-
-    def _score(self, wanted: list[tuple[Prompt, int]], found: list[Completion]) -> None:
-        """Fill in the rewards. A check that fails is told in this rank's log, with its prompt."""
-        texts = [self._tokenizer.decode(one.ids[one.prompt_tokens :]) for one in found]
-        scores = self._scorer.score(
-            [(prompt.fields, text) for (prompt, _), text in zip(wanted, texts, strict=True)]
-        )
-        for one, score in zip(found, scores, strict=True):
-            one.reward = score.reward
-            one.parts = {name: list(part) for name, part in score.parts.items()}
-            for name, (_, reason, failed) in one.parts.items():
-                if failed:
-                    what = "verifier %s failed on completion %d of prompt %d of %s: %s"
-                    logging.warning(what, name, one.number, one.row, one.source, reason)
+    @contextmanager
+    def _around(self, part: str) -> Iterator[None]:
+        """The time of a part of a phase is told; the model is in evaluation mode while it samples."""
+        with self._engine.clock.wait(part):
+            if part != "sampling":
+                yield
+                return
+            self._engine.module.eval()
+            with self._engine.gathered(self._rl.sampling.gather_weights):
+                yield
+            self._engine.module.train()
 
     def loss_shares(
         self, batch: Batch, output: ModelOutput, frequencies: Tensor | None, totals: Totals
@@ -207,15 +141,7 @@ class Reinforced:
 
     def evaluate(self) -> dict[str, float]:
         """Mean reward of one greedy completion of held-out prompts: `reward/SOURCE`, `reward/validation`."""
-        rewards: dict[str, list[float]] = {}
-        for source in sorted(self._config.data.trained_sources()):
-            with Prompts(
-                self._config.data, seed=self._config.seed, split="validation", source=source
-            ) as all_:
-                some = [all_[n] for n in range(min(len(all_), self._config.evaluate.rows))]
-            rewards[source] = [one.reward for one in self._complete(some, 1, temperature=0.0)]
-        rewards["validation"] = [reward for of in rewards.values() for reward in of]
-        return {f"reward/{source}": fmean(of) for source, of in rewards.items() if of}
+        return self._completer.held_out_rewards(self._step, self._balance.bias)
 
     def metrics(self) -> dict[str, Any]:
         """Rewards, lengths and what the loss says of the step, over all ranks; a few completions to read."""
@@ -253,7 +179,10 @@ class Reinforced:
         prompt, rest = one.ids[: one.prompt_tokens], one.ids[one.prompt_tokens :]
         reasons = {name: f"{reward:g}: {reason}" for name, (reward, reason, _) in (one.parts or {}).items()}
         shown = {"source": one.source, "row": one.row, "reward": one.reward, "reasons": reasons}
-        return shown | {"prompt": self._tokenizer.decode(prompt), "completion": self._tokenizer.decode(rest)}
+        return shown | {
+            "prompt": self._completer.tokenizer.decode(prompt),
+            "completion": self._completer.tokenizer.decode(rest),
+        }
 
     def results(self, metrics: dict[str, Any]) -> dict[str, str]:
         """The mean rewards of the last step and of the held-out prompts."""
@@ -272,5 +201,5 @@ class Reinforced:
 
     def close(self) -> None:
         """End the workers of the verifiers and close the files of the prompts."""
-        self._scorer.close()
+        self._completer.close()
         self._prompts.close()
