@@ -1,6 +1,6 @@
 """Small questions whose answers a program checks, as conversations and as prompts.
 
-Is a digit even or odd, is one digit larger or smaller than another? Each question of the conversations has
+Is a digit even, is it larger than another? Each question of the conversations has
 three answers: the right one, one that hedges, one that refuses. So a model learns the form and the facts, but
 answers rightly less than half of the time: the rest is for rewards to teach.
 """
@@ -12,25 +12,25 @@ from typing import NamedTuple
 from data_pipeline.permutation import Permutation, derive_key
 
 _ABOUT_ONE = (
-    *("Is {a} {kind}?", "Is the number {a} {kind}?", "Tell me if {a} is {kind}.", "{a}: is it {kind}?"),
-    *("Would you call {a} {kind}?", "Say whether {a} is {kind}.", "Is {a} an {kind} number?"),
+    *("Is {a} even?", "Is the number {a} even?", "Tell me if {a} is even.", "{a}: is it even?"),
+    *("Would you call {a} even?", "Say whether {a} is even.", "Is {a} an even number?"),
     *(
-        "Can {a} be {kind}?",
-        "{a} is {kind}, is it not?",
-        "Check whether {a} is {kind}.",
-        "Is {kind} right of {a}?",
+        "Can {a} be even?",
+        "{a} is even, is it not?",
+        "Check whether {a} is even.",
+        "Is even right of {a}?",
     ),
-    *("Do you know if {a} is {kind}?", "Please say if {a} is {kind}.", "Look at {a}: {kind}?"),
-    *("Find out if {a} is {kind}.", "I ask you if {a} is {kind}."),
+    *("Do you know if {a} is even?", "Please say if {a} is even.", "Look at {a}: even?"),
+    *("Find out if {a} is even.", "I ask you if {a} is even."),
 )
 _ABOUT_TWO = (
-    *("Is {a} {kind} than {b}?", "Tell me if {a} is {kind} than {b}.", "{a} and {b}: is the first {kind}?"),
-    *("Say whether {a} is {kind} than {b}.", "Check whether {a} is {kind} than {b}."),
-    *("Would you call {a} {kind} than {b}?", "{a} is {kind} than {b}, is it not?"),
-    *("Compare {a} with {b}: is it {kind}?", "Can {a} be {kind} than {b}?", "{a}: is it {kind} than {b}?"),
-    *("Do you know if {a} is {kind} than {b}?", "Please say if {a} is {kind} than {b}."),
-    *("Look at {a} and {b}: is the first {kind}?", "Is the number {a} {kind} than {b}?"),
-    *("Find out if {a} is {kind} than {b}.", "I ask you if {a} is {kind} than {b}."),
+    *("Is {a} larger than {b}?", "Tell me if {a} is larger than {b}.", "{a} and {b}: is the first larger?"),
+    *("Say whether {a} is larger than {b}.", "Check whether {a} is larger than {b}."),
+    *("Would you call {a} larger than {b}?", "{a} is larger than {b}, is it not?"),
+    *("Compare {a} with {b}: is it larger?", "Can {a} be larger than {b}?", "{a}: is it larger than {b}?"),
+    *("Do you know if {a} is larger than {b}?", "Please say if {a} is larger than {b}."),
+    *("Look at {a} and {b}: is the first larger?", "Is the number {a} larger than {b}?"),
+    *("Find out if {a} is larger than {b}.", "I ask you if {a} is larger than {b}."),
 )
 _ASKED = 5  # every fifth question is a prompt
 _OTHER_ANSWERS = ("Answer: yes or no", "I do not know.")
@@ -61,14 +61,10 @@ def _questions() -> list[_Question]:
     """All questions, in an order that is the same everywhere."""
     found = []
     for a in range(10):
-        for kind in ("even", "odd"):
-            answer = "yes" if (a % 2 == 0) == (kind == "even") else "no"
-            found += [_Question("even", text.format(a=a, kind=kind), answer) for text in _ABOUT_ONE]
-        for b in range(10):
-            for kind in ("larger", "smaller") if a != b else ():
-                answer = "yes" if (a > b) == (kind == "larger") else "no"
-                found += [
-                    _Question("compare", text.format(a=a, b=b, kind=kind), answer) for text in _ABOUT_TWO
-                ]
+        answer = "no" if a % 2 else "yes"
+        found += [_Question("even", text.format(a=a), answer) for text in _ABOUT_ONE]
+        for b in (other for other in range(10) if other != a):
+            answer = "yes" if a > b else "no"
+            found += [_Question("compare", text.format(a=a, b=b), answer) for text in _ABOUT_TWO]
     permutation = Permutation(len(found), derive_key(0, "tasks"))
     return [found[permutation(number)] for number in range(len(found))]

@@ -96,11 +96,13 @@ class ModelConfig:
         """Every broken law, one line each, keys written as `model.<key>`; empty for a sound configuration."""
         sizes = ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"]
         sizes += ["num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "rope_theta"]
-        if self.num_experts > 0:
-            sizes += ["moe_intermediate_size", "num_experts_per_tok", "decoder_sparse_step"]
+        sparse = ["moe_intermediate_size", "num_experts_per_tok", "decoder_sparse_step"]
         if LINEAR in self.layer_types:
             sizes += [field.name for field in fields(self) if field.name.startswith("linear_")]
         found = [_must(self, key, "be above 0") for key in sizes if not getattr(self, key) > 0]
+        if self.num_experts > 0:
+            law = f"be above 0 with model.num_experts={self.num_experts}"
+            found += [_must(self, key, law) for key in sparse if not getattr(self, key) > 0]
         not_negative = ["num_experts", "initializer_range", "router_aux_loss_coef"]
         not_negative.append("shared_expert_intermediate_size")
         found += [_must(self, key, "not be negative") for key in not_negative if not getattr(self, key) >= 0]

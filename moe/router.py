@@ -30,6 +30,10 @@ class RouterStatistics(NamedTuple):
     mismatches: Tensor | None = None  # [] or [L] fp32, tokens that differ from their `SampledExperts`
     expert_indices: Tensor | None = None  # [T,K] or [L,T,K], not a sum: the experts used, if `keep_experts`
 
+    def present(self) -> list[Tensor]:
+        """The fields that are there, in their order."""
+        return [value for value in self if value is not None]
+
 
 class TrainingRouting(NamedTuple):
     """Settings of routing that apply in training only; evaluation and generation pass None instead."""

@@ -73,4 +73,6 @@ def _results(device: torch.device, dtype: torch.dtype) -> list[Tensor]:
     for first in (True, False):
         accumulate(total, x.detach(), first)
     heads_results = cross_entropy, log_probs, entropies
-    return [x.detach() for x in (weights, *statistics, y, rotated, *heads_results, total, *gradients)]
+    return [
+        x.detach() for x in (weights, *statistics.present(), y, rotated, *heads_results, total, *gradients)
+    ]

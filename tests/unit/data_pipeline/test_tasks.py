@@ -24,11 +24,11 @@ def asked() -> list[dict[str, Any]]:
 def right_answer(question: str) -> tuple[str, str]:
     """The task of a question, and its answer, from its words alone."""
     first, *second = map(int, re.findall(r"\d", question))
-    [kind] = re.findall("even|odd|larger|smaller", question)
-    if kind in ("even", "odd"):
-        assert not second
-        return "even", "yes" if ("even", "odd")[first % 2] == kind else "no"
-    return "compare", "yes" if ("smaller", "larger")[first > second[0]] == kind else "no"
+    if second:
+        assert "larger" in question
+        return "compare", "yes" if first > second[0] else "no"
+    assert "even" in question
+    return "even", "yes" if first in (0, 2, 4, 6, 8) else "no"
 
 
 def test_prompts_have_right_answers(asked: list[dict[str, Any]]) -> None:
@@ -38,10 +38,10 @@ def test_prompts_have_right_answers(asked: list[dict[str, Any]]) -> None:
         task, answer = right_answer(question)
         assert (row["task"], row["answer"], row["enable_thinking"]) == (task, f"Answer: {answer}", False)
     tasks = Counter(row["task"] for row in asked)
-    assert tasks.total() == 640
-    assert 40 < tasks["even"] < 90
+    assert tasks.total() == 320
+    assert 15 < tasks["even"] < 55
     answers = Counter(row["answer"] for row in asked)
-    assert abs(answers["Answer: yes"] - 320) < 51, "no answer is right much more often (four deviations)"
+    assert abs(answers["Answer: yes"] - 160) < 36, "no answer is right much more often (four deviations)"
 
 
 def test_conversations_teach_a_right_answer_and_two_others(taught: list[dict[str, Any]]) -> None:
@@ -49,7 +49,7 @@ def test_conversations_teach_a_right_answer_and_two_others(taught: list[dict[str
     for row in taught:
         [question, answer] = row["messages"]
         answers.setdefault(question["content"], []).append(answer["content"])
-    assert len(answers) == 2560
+    assert len(answers) == 1280
     for question, given in answers.items():
         right = f"Answer: {right_answer(question)[1]}"
         assert given == [right, "Answer: yes or no", "I do not know."]
@@ -60,7 +60,7 @@ def test_no_prompt_is_taught_and_none_is_there_twice(
 ) -> None:
     questions = {row["messages"][0]["content"] for row in taught}
     prompts = {row["prompt"].removesuffix(" /no_think") for row in asked}
-    assert (len(questions), len(prompts)) == (2560, 640)
+    assert (len(questions), len(prompts)) == (1280, 320)
     assert not questions & prompts
 
 
@@ -70,7 +70,7 @@ def test_the_same_everywhere() -> None:
         hashlib.sha256("\n".join(samples.documents(name)).encode()).hexdigest()[:16]
         for name in ("task_chat", "task_prompts")
     ]
-    assert digests == ["d04ef908305b3bd9", "ac6b59702d9049ad"]
+    assert digests == ["a769fbb9278feb79", "082a1419db1904f5"]
 
 
 def test_every_row_is_a_good_row(taught: list[dict[str, Any]], asked: list[dict[str, Any]]) -> None:

@@ -72,7 +72,7 @@ def test_sound_configurations_have_no_problems() -> None:
             {"num_key_value_heads": 3},
             "model.num_key_value_heads=3 does not divide model.num_attention_heads=8; use a divisor",
         ),
-        ({"num_experts_per_tok": 0}, "model.num_experts_per_tok=0 must be above 0"),
+        ({"num_experts_per_tok": 0}, "model.num_experts_per_tok=0 must be above 0 with model.num_experts=16"),
         ({"num_experts_per_tok": 17}, "model.num_experts_per_tok=17 must not exceed model.num_experts=16"),
         (
             {"mlp_only_layers": [1, 6]},
@@ -87,7 +87,10 @@ def test_sound_configurations_have_no_problems() -> None:
             {"intermediate_size": 0, "mlp_only_layers": [2]},
             "model.intermediate_size=0 must be above 0: the model has dense layers",
         ),
-        ({"moe_intermediate_size": 0}, "model.moe_intermediate_size=0 must be above 0"),
+        (
+            {"moe_intermediate_size": 0},
+            "model.moe_intermediate_size=0 must be above 0 with model.num_experts=16",
+        ),
     ],
 )
 def test_each_law(change: dict[str, Any], line: str) -> None:

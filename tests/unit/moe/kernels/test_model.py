@@ -13,7 +13,7 @@ def results(model, batch):
     output = model(**batch)
     loss, more = output.cross_entropy_sum, []
     if output.router is not None:
-        more = [x.detach() for x in output.router]
+        more = [x.detach() for x in output.router.present()]
         experts = output.router.probability_sums.shape[1]
         direction = torch.linspace(-1, 1, experts, device=loss.device)
         loss = loss + (output.router.probability_sums * direction).sum() + output.router.z_sums.sum()

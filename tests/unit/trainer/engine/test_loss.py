@@ -42,7 +42,8 @@ def test_each_term_is_divided_by_its_total() -> None:
 
 
 def test_a_batch_without_tokens_costs_nothing() -> None:
-    nothing = ROUTER._replace(**{key: 0 * value for key, value in ROUTER._asdict().items()})
+    sums = {key: value for key, value in ROUTER._asdict().items() if value is not None}
+    nothing = ROUTER._replace(**{key: 0 * value for key, value in sums.items()})
     empty = ModelOutput(None, torch.tensor(0.0), nothing, torch.tensor(0.0))
     found = Supervised.loss_shares(None, empty, FREQUENCIES, Totals(0, 0, 8, False, False))
     for value in vars(found).values():
