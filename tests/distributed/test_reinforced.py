@@ -257,3 +257,26 @@ def test_a_verifier_that_raises_costs_its_completions_only(
         assert 0 < metrics["failed_checks"] < 1
         assert metrics["reward"] == pytest.approx(1 - metrics["failed_checks"])
         assert {of["reasons"]["mine"][0] for of in metrics["samples"]} <= {"0", "1"}
+
+
+def rewards_over(overrides: list[str], seeds: list[int], steps: int) -> list[list[float]]:
+    """For each seed the mean reward of every step, from random weights."""
+    found = []
+    for seed in seeds:
+        run = SmallRun(*overrides, f"seed={seed}")
+        stage = open_stage(run)
+        found.append([train(run, stage)[1]["reward"] for _ in range(steps)])
+        stage.close()
+        run.engine.close()
+    return found
+
+
+def test_rewards_rise(prompts: list[str]) -> None:
+    """A small form of experiment=demo_rl: the model learns to write what is rewarded, for every seed."""
+    chosen = ["stage.global_batch_size=32", "micro_batch_size=16", "rl.loss_sum=token", "deepspeed=zero1"]
+    few = "rl.verifiers={short: {kind: regex, weight: 1.0, options: {pattern: '[^aeiou]*'}}}"
+    settings = [one for one in SMALL_GROUPS if one != PATTERN]
+    overrides = [*settings, *prompts, *chosen, few]
+    for rewards in run_ranks(rewards_over, 2, overrides, [1, 2, 3], 24, timeout=300)[0]:
+        first, last = sum(rewards[:4]) / 4, sum(rewards[-4:]) / 4
+        assert last > first + 0.25, rewards
