@@ -123,10 +123,10 @@ def train(
             metrics |= held_out
         if step % config.checkpoint.every_steps == 0:
             with clock.wait("save"):
-                checkpoints.save(engine, balance, step, stage.state())
+                checkpoints.save(engine, balance, step, stage.state(step))
             saved_step = step
 
-    checkpoints.save(engine, balance, step, stage.state())
+    checkpoints.save(engine, balance, step, stage.state(step))
     checkpoints.finish()
     if stall := checkpoints.take_stall():  # from saves after the last logged step
         tracker.log({"step": step, "tokens": step * step_tokens, "save_stall_seconds": stall})

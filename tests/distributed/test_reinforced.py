@@ -9,16 +9,15 @@ from typing import Any
 import pytest
 import torch
 from harness import run_ranks
-from hydra import compose, initialize_config_module
-from layouts import FAMILY, RATE, SmallRun, gather_parameters
+from layouts import FAMILY, RATE, SmallRun, gather_parameters, small_config
 from torch import Tensor
 
 from data_pipeline.prepare import prepare
-from data_pipeline.prompts import Prompt
+from data_pipeline.prompts import Prompt, Prompts
+from moe.config import ConfigError
 from trainer.checkpoints.assemble import build_model
 from trainer.engine.loss import agree_on_totals
 from trainer.engine.policy import PolicyBatch
-from trainer.settings.config import RunConfig
 from trainer.stages.reinforced import Reinforced
 from trainer.train import train_step
 
@@ -35,23 +34,25 @@ SMALL_GROUPS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def prompts(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Overrides for a prepared source of prompts of different lengths."""
-    folder = tmp_path_factory.mktemp("prompts")
-    rows = [
-        {"prompt": " ".join(f"{n * k}" for k in range(n % 5)) + f" {n}", "answer": "e"} for n in range(80)
-    ]
+def prepare_prompts(folder: Path, held_out: float, texts: list[str]) -> list[str]:
+    """Overrides for a prepared source of prompts."""
+    rows = [{"prompt": text, "answer": "e"} for text in texts]
     (folder / "asks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     overrides = [
         *("data=jsonl", f"data.dir={folder}/prepared", "data.tokenizer_vocab_size=512"),
-        *("data.validation_fraction=0.1", "data.slice_bytes=1000"),
+        *(f"data.validation_fraction={held_out}", "data.slice_bytes=1000"),
         f"+data.sources.asks={{kind: prompts, paths: [{folder}/asks.jsonl]}}",
     ]
-    with initialize_config_module("conf", version_base="1.3"):
-        config = RunConfig.load(compose("train", overrides=["name=t", *SMALL_GROUPS, *overrides]))
+    config = small_config(*SMALL_GROUPS, *overrides)
     prepare(config.data, 512, config.seed)
     return overrides
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Prompts of different lengths."""
+    texts = [" ".join(f"{n * k}" for k in range(n % 5)) + f" {n}" for n in range(80)]
+    return prepare_prompts(tmp_path_factory.mktemp("prompts"), 0.1, texts)
 
 
 def open_stage(run: SmallRun, step: int = 0, state: dict[str, Any] | None = None) -> Reinforced:
@@ -194,13 +195,12 @@ def stop_inside_a_phase(overrides: list[str]) -> dict[str, Any]:
     run = SmallRun(*overrides)
     stage = open_stage(run)
     train(run, stage)
-    file = io.BytesIO()
-    torch.save(stage.state(), file)
+    straight, file = stage.micro_batches(), io.BytesIO()  # the loop has them when it hears of a stop
+    torch.save(stage.state(1), file)
     file.seek(0)
-    kept = torch.load(file, weights_only=True)
-    other = open_stage(run, step=1, state=kept)
-    straight, resumed = stage.micro_batches(), other.micro_batches()
-    assert stage.state() == other.state() == {}, "the phase is over"
+    other = open_stage(run, step=1, state=torch.load(file, weights_only=True))
+    resumed = other.micro_batches()
+    assert stage.state(2) == other.state(2) == {}, "the phase is over"
     for one, two in zip(straight, resumed, strict=True):
         for key, value in vars(one).items():
             theirs = vars(two)[key]
@@ -280,3 +280,34 @@ def test_rewards_rise(prompts: list[str]) -> None:
     for rewards in run_ranks(rewards_over, 2, overrides, [1, 2, 3], 24, timeout=300)[0]:
         first, last = sum(rewards[:4]) / 4, sum(rewards[-4:]) / 4
         assert last > first + 0.25, rewards
+
+
+def refused(overrides: list[str], limits: list[int]) -> list[str]:
+    """What a stage says that is opened with each of these limits; "" if nothing."""
+    said = []
+    for limit in limits:
+        run = SmallRun(*overrides, f"rl.max_prompt_tokens={limit}")
+        try:
+            open_stage(run).close()
+            said.append("")
+        except ConfigError as error:
+            said.append(str(error))
+        run.engine.close()
+    return said
+
+
+def test_no_prompt_is_longer_than_allowed(tmp_path: Path) -> None:
+    """Neither to learn from nor to be evaluated. Most prompts are held out here, among them the longest."""
+    overrides = [*SMALL_GROUPS, *prepare_prompts(tmp_path, 0.9, ["7" * n for n in range(1, 25)])]
+    config, lengths = small_config(*overrides), {}
+    for split in ("train", "validation"):
+        with Prompts(config.data, seed=config.seed, split=split, source="asks") as some:
+            lengths[split] = max(len(some[n].ids) for n in range(len(some)))
+            assert some.longest() == lengths[split]
+    train, held_out = lengths["train"], lengths["validation"]
+    assert train < held_out
+    limits = [train - 1, train, held_out - 1, held_out]
+    for said in run_ranks(refused, 2, overrides, limits):
+        for limit, longest, message in zip(limits, (train, held_out, held_out), said, strict=False):
+            assert f"has {longest} tokens, but rl.max_prompt_tokens={limit}; raise it" in message
+        assert said[-1] == ""

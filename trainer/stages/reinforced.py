@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data_pipeline.loader import Batch
+from data_pipeline.manifest import SPLITS
 from data_pipeline.prompts import Prompts
 from moe.balance import Balance
 from moe.config import ConfigError
@@ -29,6 +30,18 @@ from trainer.stages.completions import Completion, StepCompletions
 from trainer.stages.stage import BuildModel
 
 SHOWN = 12  # completions of a logged step for people to read
+
+
+def check_lengths(config: RunConfig) -> None:
+    """Raises ConfigError if a prompt, held out or not, has more than rl.max_prompt_tokens."""
+    assert config.rl is not None
+    for name in sorted(config.data.trained_sources()):
+        for split in SPLITS:
+            with Prompts(config.data, seed=config.seed, split=split, source=name) as prompts:
+                longest = prompts.longest()
+            if longest > (limit := config.rl.max_prompt_tokens):
+                law = f"data.sources.{name}: a prompt has {longest} tokens, but rl.max_prompt_tokens={limit}"
+                raise ConfigError(f"{law}; raise it, or leave out long prompts with data.max_chat_tokens")
 
 
 class Reinforced:
@@ -54,9 +67,7 @@ class Reinforced:
         self._prompts = Prompts(config.data, seed=config.seed)
         self._groups = config.stage.global_batch_size // self._rl.group_size  # prompts of a step
         self._prompts.check_budget(config.stage.total_steps * self._groups)
-        if (longest := self._prompts.longest()) > self._rl.max_prompt_tokens:
-            what = f"rl.max_prompt_tokens={self._rl.max_prompt_tokens} is exceeded by a prompt of {longest}"
-            raise ConfigError(f"{what} tokens; raise it, or leave out long prompts with data.max_chat_tokens")
+        check_lengths(config)
         self._completer = Completer(config, ranks, engine.apply, self._around)
         self._phase = [Completion(**one) for one in state.get("completions", [])]
         self._speed = state.get("speed", 0.0)  # tokens sampled per second
@@ -193,9 +204,9 @@ class Reinforced:
         ]
         return {"reward": f"{metrics['reward']:.3f}", "held out": ", ".join(held_out)}
 
-    def state(self) -> dict[str, Any]:
-        """The completions of a phase that is not over."""
-        if self._step % self._rl.updates == 0:
+    def state(self, step: int) -> dict[str, Any]:
+        """The completions of the phase that is not over after `step`."""
+        if step % self._rl.updates == 0:
             return {}
         return {"completions": [asdict(one) for one in self._phase], "speed": self._speed}
 

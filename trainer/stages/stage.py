@@ -42,10 +42,11 @@ class Stage(Protocol):
     def results(self, metrics: dict[str, Any]) -> dict[str, str]:
         """Lines for the summary of a finished run, by title, from its last metrics."""
 
-    def state(self) -> dict[str, Any]:
-        """What the next step needs beside the configuration and its number: tensors and plain values.
+    def state(self, step: int) -> dict[str, Any]:
+        """What the step after `step` needs beside the configuration and its number: tensors and plain values.
 
-        Equal on all ranks, for any layout of ranks to go on with; {} if there is nothing.
+        Its micro-batches may have been taken already, if the run stops. Equal on all ranks, for any layout of
+        ranks to go on with; {} if there is nothing.
         """
 
     def close(self) -> None:

@@ -64,7 +64,7 @@ class Supervised:
                 lines.append(f"{name} {metrics[f'loss/{name}']:.3f}{beside}")
         return {"held out": ", ".join(lines)}
 
-    def state(self) -> dict[str, Any]:
+    def state(self, step: int) -> dict[str, Any]:
         """Nothing: the rows of a step follow from its number."""
         return {}
 
