@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from commands import ENVIRONMENT, SMALL, assert_same_run, metrics, python
 from test_crash import survive
+from wandb_files import history
 
 VERIFIER = """
 import os, signal
@@ -78,8 +79,12 @@ def test_kill_9_while_rewards_are_computed(asks: list[str], tmp_path: Path) -> N
 
 
 def test_a_run_tells_evaluates_and_reports_its_rewards(asks: list[str], tmp_path: Path) -> None:
-    done = python("trainer", *SMALL, *asks, "name=a", "tracker.wandb=offline", cwd=tmp_path)
+    environment = {**ENVIRONMENT, "WANDB_MODE": "offline"}
+    done = python("trainer", *SMALL, *asks, "name=a", "tracker.wandb=offline", cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
+    tables = [point for point in history(tmp_path / "runs/a/wandb") if "samples/_type" in point]
+    shown = [(point["_step"], point["samples/_type"], point["samples/nrows"]) for point in tables]
+    assert shown == [(step, "table-file", 8) for step in range(1, 9)]
     assert "2 prompts x 4 completions per step, rewards: vowel (regex)" in done.stdout
     assert done.stdout.count("reward 0.") + done.stdout.count("reward 1.") >= 8
     assert "reward/asks" in done.stdout
