@@ -79,8 +79,7 @@ def test_kill_9_while_rewards_are_computed(asks: list[str], tmp_path: Path) -> N
 
 
 def test_a_run_tells_evaluates_and_reports_its_rewards(asks: list[str], tmp_path: Path) -> None:
-    environment = {**ENVIRONMENT, "WANDB_MODE": "offline"}
-    done = python("trainer", *SMALL, *asks, "name=a", "tracker.wandb=offline", cwd=tmp_path, env=environment)
+    done = python("trainer", *SMALL, *asks, "name=a", "tracker.wandb=offline", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     tables = [point for point in history(tmp_path / "runs/a/wandb") if "samples/_type" in point]
     shown = [(point["_step"], point["samples/_type"], point["samples/nrows"]) for point in tables]
