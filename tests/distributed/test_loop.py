@@ -49,10 +49,10 @@ def train_with_notes(overrides: list[str], run_dir: str) -> list[dict[str, Any]]
         time.sleep(SLOW)
         return evaluate(stage)
 
-    def slow_save(checkpoints: Any, engine: Any, balance: Any, step: int) -> None:
+    def slow_save(checkpoints: Any, engine: Any, balance: Any, step: int, of_stage: dict) -> None:
         noted["saved"].append(step)
         time.sleep(SLOW)
-        save(checkpoints, engine, balance, step)
+        save(checkpoints, engine, balance, step, of_stage)
 
     Supervised.micro_batches, Supervised.evaluate, Checkpoints.save = (
         micro_batches,

@@ -132,7 +132,7 @@ def slow(ratio: str, *overrides: str) -> Outcome:
         log_probs = log_softmax.gather(-1, batch.labels.clamp(min=0)[..., None])[..., 0]
         entropies = -(log_softmax.exp() * log_softmax).sum(-1)
         output = output._replace(log_probs=log_probs, entropies=entropies)
-        totals = Totals(batch.label_tokens, batch.tokens, False, False)
+        totals = Totals(batch.label_tokens, batch.tokens, sum(batch.lengths), False, False)
         terms = shares(batch, output, expert_frequencies(output.router.tokens_per_expert), totals)
         optimizer.zero_grad()
         terms.total(config).backward()
