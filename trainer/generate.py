@@ -7,6 +7,7 @@ import argparse
 import json
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +28,8 @@ from trainer.ranks.runtime import DTYPES
 from trainer.settings.command import tells_mistakes
 from trainer.settings.run_folder import hf_folder
 from trainer.settings.typed import is_text
+
+_SECONDS_BETWEEN_LINES = 5.0  # of progress
 
 
 class Writer(NamedTuple):
@@ -118,14 +121,23 @@ def write_all(writer: Writer, prompts: Path, out: Path) -> None:
                     f"{out} holds a row {number} that {prompts} has not; name another file for --out"
                 )
             ids.pop(number, None)
+    done, started = 0, time.monotonic()
+    said = started
     with out.open("a", encoding="utf-8") as file:
 
         def append(number: int, found: Sample) -> None:
+            nonlocal done, said
             new = {"completion": writer.text(found.tokens), "truncated": found.truncated, "number": number}
             file.write(json.dumps({**rows[number], **new}, ensure_ascii=False) + "\n")
             file.flush()
+            done += 1
+            if (now := time.monotonic()) - said > _SECONDS_BETWEEN_LINES:
+                left = (now - started) / done * (len(ids) - done)
+                print(f"{done:,} of {len(ids):,} prompts, {left:.0f} s left", file=sys.stderr)
+                said = now
 
         writer.samples(ids, append)
+    print(f"{out} holds the completions of {len(rows):,} prompts, {done:,} of them new")
 
 
 def _read(path: Path) -> list[dict[str, Any]]:

@@ -100,11 +100,16 @@ ROWS = [
 ]
 
 
-def test_a_file_of_prompts_goes_on_where_it_was_ended(folder, say, tmp_path):
+def test_a_file_of_prompts_goes_on_where_it_was_ended(folder, say, tmp_path, monkeypatch):
+    monkeypatch.setattr(generate, "_SECONDS_BETWEEN_LINES", 0.0)
     prompts, out, other = tmp_path / "in.jsonl", tmp_path / "out.jsonl", tmp_path / "other.jsonl"
     prompts.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     how = ("--prompts", prompts, "--tokens", 6, "--temperature", 1.5, "--top-k", 50, "--top-p", 0.95)
-    assert say(*how, "--out", out, "--rows", 2)[0] == 0
+    code, said, progress = say(*how, "--out", out, "--rows", 2)
+    assert code == 0
+    assert said == f"{out} holds the completions of {len(ROWS)} prompts, {len(ROWS)} of them new\n"
+    told = [f"{done} of {len(ROWS)} prompts" for done in range(1, len(ROWS) + 1)]
+    assert [line.partition(",")[0] for line in progress.splitlines() if " prompts, " in line] == told
     whole = out.read_text().splitlines(keepends=True)
     found = {line["number"]: line for line in map(json.loads, whole)}
     assert len(whole) == len(found) == len(ROWS)
@@ -114,7 +119,7 @@ def test_a_file_of_prompts_goes_on_where_it_was_ended(folder, say, tmp_path):
         assert "<|" not in found[number]["completion"].removesuffix("<|")
     assert found[0]["completion"] != found[4]["completion"]
     other.write_text(whole[0] + whole[1] + whole[2][:9])  # killed while it wrote
-    assert say(*how, "--out", other)[0] == 0
+    assert f"{len(ROWS)} prompts, {len(ROWS) - 2} of them new" in say(*how, "--out", other)[1]
     assert sorted(other.read_text().splitlines(keepends=True)) == sorted(whole)
     assert other.read_text().startswith(whole[0] + whole[1])
     assert say(*how, "--out", other)[0] == 0
