@@ -41,7 +41,7 @@ def test_metrics_say_what_the_documents_define(runs, repository):
     lines = [json.loads(line) for line in (runs / "runs/s/0/metrics.jsonl").read_text().splitlines()]
     step = next(line for line in lines if line["step"] == 4 and "loss" in line)
     table = (repository / "docs/monitoring.md").read_text()
-    documented = set(re.findall(r"`([a-z_]+(?:/[a-z<>_]+)?)`", table.split("## Alarms")[0]))
+    documented = set(re.findall(r"`([a-z_]+(?:/[a-z<>_]+)?)`", table.split("With [rewards]")[0]))
     plain = {re.sub(r"/.*", "/<kind>", key) for key in step}
     evaluated = {key for line in lines if "loss/validation" in line for key in line if "/" in key}
     held_out = {re.sub(r"/.*", "/<source>", key) for key in evaluated}

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -91,6 +92,13 @@ def test_a_run_tells_evaluates_and_reports_its_rewards(asks: list[str], tmp_path
     logged, held_out = metrics(tmp_path / "runs/a"), [line for line in lines if "reward/validation" in line]
     assert [line["step"] for line in logged] == list(range(1, 9))
     assert [line["step"] for line in held_out] == [4, 8]
+    text = Path(__file__).parents[2].joinpath("docs/monitoring.md").read_text().split("## Alarms")[0]
+    documented, of_rewards = (
+        set(re.findall(r"`([a-z_]+)`", part)) for part in (text, text.split("[rewards]")[1])
+    )
+    assert {key for key in logged[0] if "/" not in key} - {"rewards"} <= documented
+    optional = {"router_mismatch", "reference_seconds"}
+    assert {key for key in of_rewards if "_" in key} - logged[0].keys() == optional
     for line in logged:
         assert {"reward", "rewards", "flat_groups", "entropy", "ratio"} <= line.keys()
         assert line["stall_fraction"] < 0.5, "sampling is not waiting for data"

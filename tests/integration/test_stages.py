@@ -1,4 +1,4 @@
-"""The four stages of the demo experiments in a chain, on a smaller model."""
+"""The five stages of the demo experiments in a chain, on a smaller model."""
 
 import json
 import math
@@ -21,11 +21,19 @@ SMALL = [
     "tracker.log_every_steps=1",
 ]
 UNKNOWN = math.log(1024)  # the loss of an untrained model, to within a few hundredths
-STAGES = {  # steps of 2048, 2048, 4096 and 4096 tokens
+STAGES = {  # steps of 2048, 2048, 4096 and 4096 tokens, and of 32 completions
     "general": ["stage.seq_len=128", "stage.train_tokens=163840", "optimizer.lr=5e-3"],
     "stem_code": ["stage.seq_len=128", "stage.train_tokens=20480"],
     "long_context": ["stage.train_tokens=40960"],
-    "sft": ["stage.train_tokens=40960"],
+    # the short answers of the small tasks look like nothing that was seen before
+    "sft": [
+        "stage.train_tokens=40960",
+        "data.sources={stdlib_chat: {weight: 1.0}, task_chat: {weight: 0.0}}",
+    ],
+    "rl": [
+        *("stage.global_batch_size=32", "micro_batch_size=8", "stage.train_tokens=9216"),
+        "rl.flat_groups=keep",  # nobody answers rightly yet
+    ],
 }
 
 
@@ -61,6 +69,10 @@ def test_each_stage_goes_on_from_the_weights_of_the_last(tmp_path: Path) -> None
     padding = [line["padding"] for line in steps(tmp_path, "demo_long_context")]
     assert 0 < sum(padding) / len(padding) < 0.1
     assert all(0 <= line["stall_fraction"] < 0.5 for line in steps(tmp_path, "demo_sft"))
+    rewarded = steps(tmp_path, "demo_rl")
+    assert [line["step"] for line in rewarded] == [1, 2, 3]
+    assert all(line["ratio"] == pytest.approx(1, abs=1e-5) for line in rewarded)
+    assert all(line["sources"]["task_prompts"]["prompts"] == 4 * line["step"] for line in rewarded)
     written = json.loads((tmp_path / "runs/demo_sft/checkpoints/step-00000010/hf/config.json").read_text())
     assert written["rope_theta"] == 1_000_000
 
