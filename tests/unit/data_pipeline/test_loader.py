@@ -195,11 +195,12 @@ def test_tokens_seen_are_those_of_the_order_up_to_the_last_row(mixed: DataConfig
         assert skipping.seen() == whole.seen()
 
 
-def test_length_shares_do_not_apply_to_validation(mixed: DataConfig) -> None:
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_length_shares_do_not_apply_to_one_source(mixed: DataConfig, split: str) -> None:
     plain = replace(mixed, weight_changes={}, fim_rates={})
     shared = replace(plain, length_shares={1: 0.5, 20: 0.5})
     rows = [
-        by_row([batch for step in make(config, split="validation", source="letters") for batch in step])
+        by_row([batch for step in make(config, split=split, source="letters") for batch in step])
         for config in (plain, shared)
     ]
     assert rows[0] == rows[1]
