@@ -111,9 +111,15 @@ def test_a_run_tells_evaluates_and_reports_its_rewards(asks: list[str], tmp_path
     reported = python("trainer.report", "runs/a", cwd=tmp_path)
     assert reported.returncode == 0, reported.stderr
     page = (tmp_path / "runs/a/report/report.html").read_text()
+    shown = page.count("vowel: ")
+    assert shown == 8
     assert "Is it rewarded?" in page
     assert "Completions of step 8" in page
     assert "reward " in page
+    with (tmp_path / "runs/a/samples.jsonl").open("a") as file:  # a second attempt has repeated the step
+        file.writelines(json.dumps({**sample, "attempt": 2}) + "\n" for sample in samples[-8:])
+    assert python("trainer.report", "runs/a", cwd=tmp_path).returncode == 0
+    assert (tmp_path / "runs/a/report/report.html").read_text().count("vowel: ") == shown
 
 
 def test_a_prompt_longer_than_allowed_is_told_before_anything_is_sampled(

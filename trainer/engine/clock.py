@@ -13,9 +13,9 @@ class StepClock:
     """Measures where the time between two laps goes.
 
     `wait` counts what the host waits for between steps, summed over all steps since the last lap, without the
-    waits inside it. `part`
-    counts the work inside a step while `measuring` is set; a part excludes the parts inside it. On a GPU a
-    part is timed by events on the compute stream, read only at the lap; work on other streams is not counted.
+    waits inside it. `part` counts the work inside a step while `measuring` is set; a part excludes the parts
+    inside it. On a GPU a part is timed by events on the compute stream, read only at the lap; work on other
+    streams is not counted.
     """
 
     def __init__(self, device: torch.device) -> None:

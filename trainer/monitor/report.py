@@ -42,7 +42,7 @@ class Run:
         points = [dict(flat_metrics(line)) for line in _lines(folder / "metrics.jsonl")]
         loads, alarms = _lines(folder / "expert_load.jsonl"), _lines(folder / "alarms.jsonl")
         state, samples = read_state(folder)["state"], _lines(folder / "samples.jsonl")
-        newest = [line for line in samples if line["step"] == samples[-1]["step"]]
+        newest = [line for line in samples if _written(line) == _written(samples[-1])]
         lines = (_last_said(points), _last_said(loads), alarms, newest)
         return cls(folder, RunConfig.of_run(folder), state, *lines)
 
@@ -67,6 +67,11 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         why = repr(error)
     raise ConfigError(f"{path} cannot be read ({why}); remove the damaged lines, or report other runs")
+
+
+def _written(line: dict[str, Any]) -> tuple[int, int]:
+    """The step and the attempt of a line: a step that is repeated is written again."""
+    return line["step"], line.get("attempt", 0)
 
 
 def _last_said(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -3,8 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from recorder import Recorder
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe.cross_entropy import chunked_cross_entropy
 
@@ -101,30 +101,13 @@ def test_second_backward_is_an_error() -> None:
         loss.backward()
 
 
-class _Recorder(TorchDispatchMode):
-    """Records the largest tensor that any operation makes, and the number of matrix products."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.largest = 0
-        self.products = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        result = func(*args, **(kwargs or {}))
-        self.products += func.overloadpacket is torch.ops.aten.mm
-        for value in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(value, Tensor):
-                self.largest = max(self.largest, value.numel())
-        return result
-
-
 @pytest.mark.parametrize(("learns", "products"), [("all", 3), ("hidden", 2), ("weight", 2), ("no_grad", 1)])
 def test_never_holds_all_logits_and_computes_no_more_than_asked(learns: str, products: int) -> None:
     tokens, vocabulary, chunk = 512, 1000, 16
     hidden = torch.randn(tokens, 4, requires_grad=learns != "weight")
     weight = torch.randn(vocabulary, 4, requires_grad=learns != "hidden")
     labels = torch.zeros(tokens, dtype=torch.int64)
-    with _Recorder() as recorder, torch.set_grad_enabled(learns != "no_grad"):
+    with Recorder() as recorder, torch.set_grad_enabled(learns != "no_grad"):
         loss = chunked_cross_entropy(hidden, weight, labels, PER_LOGIT * chunk * vocabulary)
         if learns != "no_grad":
             loss.backward()

@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from recorder import Recorder
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe.config import ModelConfig
 from moe.cross_entropy import chunked_cross_entropy, token_log_probs
@@ -159,35 +159,18 @@ def test_a_certain_token_has_no_entropy() -> None:
     assert log_probs.item() == entropies.item() == hidden.grad.item() == 0
 
 
-class _Recorder(TorchDispatchMode):
-    """Records the most elements of any tensor that an operation makes, and the number of matrix products."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.largest = 0
-        self.products = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        result = func(*args, **(kwargs or {}))
-        self.products += func.overloadpacket is torch.ops.aten.mm
-        for value in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(value, Tensor):
-                self.largest = max(self.largest, value.numel())
-        return result
-
-
 @pytest.mark.parametrize("learns", ["all", "hidden", "weight", "no_grad"])
 def test_never_holds_all_logits_and_computes_no_more_than_asked(learns: str) -> None:
     tokens, vocabulary, chunk = 480, 1000, 16
     hidden = torch.randn(tokens, 4, requires_grad=learns != "weight")
     weight = torch.randn(vocabulary, 4, requires_grad=learns != "hidden")
     labels = torch.zeros(tokens, dtype=torch.int64)
-    with _Recorder() as forward, torch.set_grad_enabled(learns != "no_grad"):
+    with Recorder() as forward, torch.set_grad_enabled(learns != "no_grad"):
         log_probs, _ = token_log_probs(hidden, weight, labels, 0.6, PER_LOGIT * chunk * vocabulary)
     assert forward.largest == chunk * vocabulary  # not tokens * vocabulary
     assert forward.products == tokens // chunk
     if learns != "no_grad":
-        with _Recorder() as backward:
+        with Recorder() as backward:
             log_probs.sum().backward()
         assert backward.largest == chunk * 3 // 2 * vocabulary  # no terms of entropies
         assert backward.products == {"all": 3, "hidden": 2, "weight": 2}[learns] * tokens // (chunk * 3 // 2)
