@@ -37,7 +37,6 @@ class Outcome(NamedTuple):
 
     mutant: Mutant
     result: str  # caught, survived, or broken (the tests could not even be collected)
-    seconds: float
 
 
 class Copy:
@@ -75,7 +74,7 @@ class Copy:
 
     def judge(self, mutant: Mutant, seconds: float) -> Outcome:
         """Test one mutant."""
-        path, started = self.folder / mutant.file, time.monotonic()
+        path = self.folder / mutant.file
         whole = path.read_text()
         path.write_text(mutant.source)
         try:
@@ -83,7 +82,7 @@ class Copy:
         finally:
             path.write_text(whole)
         result = "survived" if code == 0 else "broken" if code in CANNOT_BE_COLLECTED else "caught"
-        return Outcome(mutant, result, time.monotonic() - started)
+        return Outcome(mutant, result)
 
 
 def generated(table: Table, count: int, seed: int) -> list[Mutant]:
@@ -137,22 +136,22 @@ def main(arguments: list[str]) -> int:
         chosen = [any(part in name for part in given.names) for name in names]
         mutants = [mutant for mutant, is_chosen in zip(mutants, chosen, strict=True) if is_chosen]
     print(f"{len(mutants)} mutants", flush=True)
-    outcomes = judge_all(mutants, [Copy() for _ in range(given.workers)])
     results = known()
-    for file in {o.mutant.file for o in outcomes if o.mutant.generated}:
+    for file in {mutant.file for mutant in mutants if mutant.generated}:
         results[file]["generated"] = {}  # of an earlier draw
-    for mutant, result, _ in outcomes:
+    missed = []
+    for mutant, result in judge_all(mutants, [Copy() for _ in range(given.workers)]):
         results[mutant.file]["generated" if mutant.generated else "by hand"][mutant.what] = result
-    write_page(results)
-    missed = [o for o in outcomes if o.result != "caught"]
-    for mutant, result, _ in missed:
+        write_page(results)  # what is known is kept if the command is stopped
+        missed += [(mutant, result)] if result != "caught" else []
+    for mutant, result in missed:
         print(f"{result}: {mutant.file}: {mutant.what}")
-    print(f"{len(outcomes) - len(missed)} of {len(outcomes)} are caught; see {PAGE.relative_to(ROOT)}")
-    return int(any(not outcome.mutant.generated for outcome in missed))
+    print(f"{len(mutants) - len(missed)} of {len(mutants)} are caught; see {PAGE.relative_to(ROOT)}")
+    return int(any(not mutant.generated for mutant, _ in missed))
 
 
-def judge_all(mutants: list[Mutant], copies: list[Copy]) -> list[Outcome]:
-    """Judge all mutants, in their order. Raises ValueError if tests fail without any fault."""
+def judge_all(mutants: list[Mutant], copies: list[Copy]) -> Iterator[Outcome]:
+    """What became of each mutant, as soon as it is known. Raises ValueError if tests fail without a fault."""
     free, local, started = list(copies), threading.local(), time.monotonic()
 
     def mine() -> Copy:
@@ -169,19 +168,15 @@ def judge_all(mutants: list[Mutant], copies: list[Copy]) -> list[Outcome]:
     with ThreadPoolExecutor(len(copies)) as pool:
         usual = dict(pool.map(baseline, dict.fromkeys(mutant.tests for mutant in mutants)))
         print(f"their tests pass without a fault, in {sum(usual.values()):.0f} s", flush=True)
-        jobs = {
-            pool.submit(lambda m=m: mine().judge(m, 3 * usual[m.tests] + PATIENCE)): number
-            for number, m in enumerate(mutants)
-        }
-        done: dict[int, Outcome] = {}
-        for job in as_completed(jobs):
-            outcome = done[jobs[job]] = job.result()
-            left = (time.monotonic() - started) / len(done) * (len(mutants) - len(done))
-            head = f"{len(done)}/{len(mutants)}, {left / 60:.0f} min left: {outcome.result:<8}"
-            print(f"{head} {outcome.mutant.file}: {outcome.mutant.what}", flush=True)
+        jobs = [pool.submit(lambda m=m: mine().judge(m, 3 * usual[m.tests] + PATIENCE)) for m in mutants]
+        for done, job in enumerate(as_completed(jobs), 1):
+            mutant, result = job.result()
+            left = (time.monotonic() - started) / done * (len(mutants) - done)
+            head = f"{done}/{len(mutants)}, {left / 60:.0f} min left: {result:<8}"
+            print(f"{head} {mutant.file}: {mutant.what}", flush=True)
+            yield Outcome(mutant, result)
     for copy in copies:
         shutil.rmtree(copy.folder)
-    return [done[number] for number in range(len(mutants))]
 
 
 if __name__ == "__main__":
