@@ -24,6 +24,7 @@ from moe.hf import load_hf, save_hf
 from moe.model import CausalLM
 from trainer import evaluate, export
 from trainer.checkpoints.weights import load_model
+from trainer.ranks.runtime import Ranks
 
 ROOT = Path(__file__).parents[2]
 MB = 10**6
@@ -135,7 +136,9 @@ def test_a_run_goes_to_the_hub(train, tmp_path, layout):
     assert not any(report.values()), report
     ids = torch.arange(40).unsqueeze(0)
     with torch.no_grad():
-        ours = load_model(hf, torch.device("cpu"))(ids, ids, torch.tensor([0, 40], dtype=torch.int32))
+        ours = load_model(hf, Ranks(0, 0, 1, torch.device("cpu")))(
+            ids, ids, torch.tensor([0, 40], dtype=torch.int32)
+        )
         torch.testing.assert_close(ours.logits, theirs(ids).logits, rtol=1e-5, atol=1e-5)
     tokenizer = AutoTokenizer.from_pretrained(out)
     assert tokenizer.decode(tokenizer("The text number")["input_ids"]) == "The text number"

@@ -20,7 +20,7 @@ ROOMS = {
     "trainer/engine": "engine gradients loss optimizer policy zero3",
     "trainer/stages": "completer completions held_out reinforced supervised",
     "trainer/monitor": "metrics",
-    "trainer/checkpoints": "export folder optimizer_state saving",
+    "trainer/checkpoints": "export folder optimizer_state saving weights",
     "trainer/verifiers": "choice code exact format math number process regex sandbox scorer verdict worker",
 }
 FILES = [f"{room}/{name}.py" for room, names in ROOMS.items() for name in names.split()] + ["slurm/job.sh"]

@@ -1,5 +1,6 @@
 """What the commands share: composing a configuration, checking a run, reporting mistakes. Torch-free."""
 
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -32,7 +33,8 @@ def tells_mistakes(command: Callable[P, int | None], headline: str = "") -> Call
         try:
             return command(*args, **kwargs)
         except (ConfigError, DataError) as error:
-            print(redacted(f"{headline}{error}"), file=sys.stderr)
+            if os.environ.get("LOCAL_RANK", "0") == "0":  # all ranks of a machine have the same error
+                print(redacted(f"{headline}{error}"), file=sys.stderr)
             return 2
 
     return telling
