@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from trainer.engine.loss import Totals
+from moe.router import RouterStatistics
+from trainer.engine.loss import LossShares, Totals
 from trainer.engine.optimizer import KINDS, build_optimizer
 from trainer.monitor import metrics
 from trainer.monitor.metrics import OptimizerNorms, StepSums
@@ -99,3 +100,24 @@ def test_what_a_step_says_of_its_experts() -> None:
     assert (said["router_entropy"], said["logit_range"]) == (1.5, 5.0)
     assert said["layers"]["effective_experts"] == pytest.approx([1.0, 4 / 3**0.75 / 4])
     assert said["layers"]["dead_experts"] == [0, 2]
+
+
+def test_a_step_sums_its_micro_batches() -> None:
+    torch.manual_seed(0)
+    batches = [
+        (
+            LossShares(torch.rand(()), torch.rand(2), torch.rand(2), torch.rand(2), torch.rand(())),
+            RouterStatistics(torch.rand(2, 4), torch.rand(2, 4), torch.rand(2), torch.rand(2), torch.rand(2)),
+        )
+        for _ in range(3)
+    ]
+    sums = StepSums.zeros(2, 4, torch.device("cpu"))
+    for shares, router in batches:
+        sums.add(shares, router)
+    for name in ("cross_entropy", "mtp", "balance", "z"):
+        expected = torch.stack([getattr(shares, name) for shares, _ in batches]).sum(0)
+        torch.testing.assert_close(getattr(sums, name), expected, msg=name)
+    for name, of in (("entropy", "entropy_sums"), ("tokens_per_expert", "tokens_per_expert")):
+        expected = torch.stack([getattr(router, of) for _, router in batches]).sum(0)
+        torch.testing.assert_close(getattr(sums, name), expected, msg=name)
+    assert torch.equal(sums.logit_range, torch.stack([router.logit_range for _, router in batches]).amax(0))
