@@ -44,6 +44,7 @@ ROOMS = {
 # The few files that may do what their room may not.
 EXTRA = {
     "data_pipeline/__main__.py": {"moe", "trainer/settings", "omegaconf"},  # a door: it composes a run
+    "data_pipeline/files.py": {"fsspec"},
     "data_pipeline/readers.py": {"datasets", "pyarrow"},
     "data_pipeline/prepare.py": {"datasets", "pyarrow", "tokenizers"},
     "data_pipeline/tokenizer.py": {"tokenizers"},

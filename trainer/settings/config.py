@@ -300,7 +300,7 @@ class RunConfig:
         how, upcycles = self.init.upcycle, self.init.upcycle in ("copy", "split")
         if self.stage.init_from is None:
             return [f"init.upcycle={how} needs stage.init_from, a dense folder"] if how != "none" else []
-        free = _FREE_AT_HAND_OVER | (_FREE_TO_UPCYCLE if upcycles else set())
+        free = _FREE_AT_HAND_OVER | (_FREE_TO_UPCYCLE if how != "none" else set())  # also for an unknown way
         theirs, found = self._other_problems("stage.init_from", self.stage.init_from, free)
         return (upcycle_problems(theirs, self.model, how) if theirs and upcycles else []) + found
 
