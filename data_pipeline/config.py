@@ -142,7 +142,7 @@ class DataConfig:
             )
         given, ids, held_out = self.tokenizer, self.tokenizer_vocab_size, self.validation_fraction
         weight = sum(source.weight for source in self.sources.values())
-        add = "name at least one source: '+data.sources.NAME={kind: jsonl, paths: [FILES]}'"
+        add = "name at least one source: 'data.sources={NAME: {kind: jsonl, paths: [FILES]}}'"
         no_tokenizer = "is null; name one, or train one with data.tokenizer_vocab_size=4096"
         too_few = "a tokenizer that is trained (data.tokenizer=null) needs at least 512 ids"
         no_use = f"has no use with data.tokenizer={given}; set one of the two to null"

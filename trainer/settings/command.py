@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from functools import wraps
 from importlib.resources import files
+from itertools import chain
 from pathlib import Path
 from textwrap import fill
 from typing import NoReturn, ParamSpec
@@ -56,6 +57,9 @@ def compose_and(
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # for `--help | head`
         print(_help(about or "", config_name))
         sys.exit(0)
+    # data.sources={...} replaces the sources; Hydra would merge the two, and refuse names that are new
+    told = ([f"~{arg[:12]}", f"+{arg}"] if arg.startswith("data.sources={") else [arg] for arg in sys.argv)
+    sys.argv[:] = chain.from_iterable(told)
     composed, headline = False, "The configuration is wrong:\n"
 
     @hydra.main(version_base="1.3", config_path="pkg://conf", config_name=config_name)
