@@ -25,7 +25,7 @@ _BELOW = "moe moe/kernels data_pipeline trainer/settings"
 ROOMS = {
     "conf": Room("", "", 10),
     "moe/kernels": Room("", "torch triton", 750),
-    "moe": Room("moe/kernels", "torch safetensors", 3750),
+    "moe": Room("moe/kernels", "torch safetensors", 3850),
     "data_pipeline": Room("", "numpy torch rich", 4100),
     "trainer/settings": Room("moe data_pipeline", "omegaconf hydra yaml", 1420),
     "trainer/verifiers": Room("trainer/settings", "", 750),
