@@ -1,6 +1,7 @@
 """What a logged step measures in the optimizer step: correct, and without copies of whole tensors."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -61,6 +62,19 @@ def test_the_update_is_what_has_changed(config: RunConfig) -> None:
         assert found["param_norm/other"] == pytest.approx(before, rel=1e-5)
         assert found["grad_norm/other"] == pytest.approx(gradient, rel=1e-5)
         assert sum(found["gradient_histogram"]["other"]) == 2 * ELEMENTS
+
+
+def test_the_norm_of_a_clipped_gradient_is_that_before(config: RunConfig) -> None:
+    """The optimizer sees gradients of norm 0.5; before they were clipped, their norm was 4 times that."""
+    clipping = replace(config, optimizer=replace(config.optimizer, max_grad_norm=0.5))
+    weights = Weights()
+    optimizer = build_optimizer(weights, clipping.optimizer)
+    norms = OptimizerNorms(optimizer, clipping, clipping.plan(1))
+    norms.arm(torch.device("cpu"), histograms=False)
+    for parameter in weights.parameters():
+        parameter.grad = torch.ones_like(parameter) * 0.5 / (2 * ELEMENTS) ** 0.5
+    optimizer.step()
+    assert norms.describe(2.0)["grad_norm/other"] == pytest.approx(2.0, rel=1e-4)
 
 
 def peak_bytes(run: Callable[[], None]) -> int:
