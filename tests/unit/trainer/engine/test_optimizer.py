@@ -94,7 +94,7 @@ def test_groups_hold_one_kind_and_experts_of_a_group_are_apart(run_config):
 
 
 def test_a_cosine_is_halfway_where_wsd_is_but_not_at_a_quarter():
-    """After a quarter of the decay half a cosine leaves (1 + cos(pi / 4)) / 2 of the rate, wsd three quarters."""
+    """After a quarter of the decay a cosine leaves (1 + cos(pi / 4)) / 2 of the rate, wsd three quarters."""
     cosine, linear = rates("cosine", 0, 1.0, 0.0), rates("wsd", 0, 1.0, 0.0)
     assert cosine[24] == pytest.approx(2.0 * 0.8535533905932737)
     assert linear[24] == pytest.approx(2.0 * 0.75)
