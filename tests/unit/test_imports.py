@@ -55,6 +55,7 @@ EXTRA = {
     "trainer/engine/zero3.py": {"deepspeed"},
     "trainer/verifiers/math.py": {"math_verify"},
     "trainer/checkpoints/optimizer_state.py": {"safetensors"},
+    "trainer/settings/hub.py": {"huggingface_hub"},
     "trainer/inspect.py": {"safetensors"},
     "trainer/monitor/tracker.py": {"wandb"},
     "trainer/monitor/report.py": {"matplotlib"},

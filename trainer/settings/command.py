@@ -20,6 +20,7 @@ from data_pipeline.config import DataError
 from data_pipeline.streaming import absolute_paths
 from moe.config import ConfigError
 from trainer.settings.config import RunConfig
+from trainer.settings.hub import is_hub_name, pinned
 from trainer.settings.run_folder import flat, forget_origin
 from trainer.settings.secrets import redacted, unsafe_settings
 
@@ -89,9 +90,10 @@ def check(config: RunConfig, cfg: DictConfig) -> None:
     config.check()
     refuse_unsafe(cfg)
     check_data(config.data, config.model.vocab_size, config.seed)
-    for group, key in (("data", "dir"), ("stage", "init_from")):
-        if cfg[group][key] is not None:
-            cfg[group][key] = str(Path(cfg[group][key]).resolve())
+    for group, key in (("data", "dir"), ("stage", "init_from"), ("rl", "reference")):
+        if cfg.get(group) is not None and (path := cfg[group][key]) is not None:
+            is_name = key != "dir" and is_hub_name(path)
+            cfg[group][key] = pinned(path) if is_name else str(Path(path).resolve())
     if config.data.mode == "streaming":
         cfg.data.merge_with(absolute_paths(config.data))
 
