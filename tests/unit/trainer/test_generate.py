@@ -82,7 +82,7 @@ def test_the_end_of_a_text_is_not_shown(folder):
 @pytest.mark.parametrize("thinks", [True, False])
 def test_a_chat_shows_the_answer_to_a_message(folder, say, thinks):
     tokenizer = load_tokenizer(folder)
-    pieces = chat.prompt("the <|im_end|>", {"enable_thinking": thinks})
+    pieces = chat.prompt({"messages": [{"role": "user", "content": "the <|im_end|>"}]}, thinks)
     ids = chat.encode(pieces, tokenizer)[0].tolist()
     assert ids.count(tokenizer.control_id("<|im_end|>")) == 1  # that of the template
     assert (tokenizer.control_id("<think>") in ids) is not thinks
@@ -175,7 +175,7 @@ def test_a_conversation_remembers_what_was_said(folder, say, monkeypatch):
     code, out, _ = say("--chat", "--tokens", 4, "--no-thinking")
     assert code == 0
     assert [message["content"] for message in seen[1]][::2] == ["fox", "dog"]
-    ids = chat.encode(chat.prompt(seen[0], {"enable_thinking": False}), tokenizer)[0].tolist()
+    ids = chat.encode(chat.prompt({"messages": seen[0]}, False), tokenizer)[0].tolist()
     answer = tokenizer.decode(alone(folder, ids, 4))
     assert seen[1][1] == {"role": "assistant", "content": answer.lstrip("\n")}
     assert out.startswith(answer.rstrip("�"))
