@@ -1,10 +1,10 @@
-"""Writes qwen3_renderings.jsonl beside this file: conversations with what Qwen3's own chat template makes of them.
+"""Writes qwen3_renderings.jsonl beside this file: conversations as Qwen3's own chat template renders them.
 
     python tests/unit/data_pipeline/qwen3_renderings.py TOKENIZER_CONFIG
 
-TOKENIZER_CONFIG is the tokenizer_config.json of a Qwen3 model, such as Qwen/Qwen3-0.6B; its `chat_template` is
-rendered by transformers. The rows of this file and the template together reach every branch of the template.
-Contents in parts are given to the template as one text, because Qwen3's own template knows no parts.
+TOKENIZER_CONFIG is the tokenizer_config.json of a Qwen3 model, such as Qwen/Qwen3-0.6B, whose `chat_template`
+transformers renders. The conversations reach every branch of the template. Contents in parts are given to it
+as one text, because Qwen3's own template knows no parts.
 """
 
 import itertools
@@ -16,7 +16,10 @@ from typing import Any
 from transformers.utils.chat_template_utils import render_jinja_template
 
 TOOLS = [
-    {"type": "function", "function": {"name": "wetter", "parameters": {"ort": {"type": "string"}, "<b>": "&"}}},
+    {
+        "type": "function",
+        "function": {"name": "wetter", "parameters": {"ort": {"type": "string"}, "<b>": "&"}},
+    },
     {"name": "größe", "description": "how large?\n"},
 ]
 OPTIONS = [{}, {"add_generation_prompt": True}, {"add_generation_prompt": True, "enable_thinking": False}]
@@ -39,7 +42,9 @@ PLAIN = said("assistant", "Good day.")
 THOUGHT = said("assistant", "\n\nFine.", reasoning_content="\n\nThey ask again.\n")
 WRITTEN = said("assistant", "<think>\nThey greet.\n\nSo do I.\n</think>\n\nGood day.")
 CLOSED = said("assistant", "They greet.\n</think>\n\nGood day.")
-TWO_CALLS = said("assistant", "", tool_calls=[call("größe", {"x": "é", "n": [1, None]}), call("f", '{"y": 2}')])
+TWO_CALLS = said(
+    "assistant", "", tool_calls=[call("größe", {"x": "é", "n": [1, None]}), call("f", '{"y": 2}')]
+)
 WITH_WORDS = said("assistant", "I look.", tool_calls=[{"name": "wetter", "arguments": {}}])
 WITH_THOUGHTS = said("assistant", None, tool_calls=[call("wetter", {})], reasoning_content="I must look.")
 RESULTS = [said("tool", '{"grad": 21}'), said("tool", "two\nlines")]
