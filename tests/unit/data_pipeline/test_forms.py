@@ -327,17 +327,11 @@ def test_forms(prepared_of: Prepare, name: str) -> None:
     assert (found.shown, found.reasons, found.record.ignored) == ([expected], [], {})
 
 
+IN_TABLES = ["parts of all roles", "tools as JSON text", "sharegpt with tools", "alpaca with history"]
+
+
+@pytest.mark.parametrize("name", [*IN_TABLES, "chosen messages with the prompt", "thinking", "train"])
 @pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
-@pytest.mark.parametrize(
-    "name",
-    [
-        "parts of all roles",
-        "messages and tools as JSON",
-        "sharegpt with tools",
-        "alpaca with history",
-        "train",
-    ],
-)
 def test_forms_in_tables(prepared_of: Prepare, name: str, suffix: str) -> None:
     row, keys, expected = FORMS[name]
     found = prepared_of([row], suffix, **keys)
