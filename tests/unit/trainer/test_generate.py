@@ -100,19 +100,19 @@ ROWS = [
 ]
 
 
-def test_messages_of_a_file_may_have_other_forms(say, tmp_path):
-    prompts, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+def test_messages_may_have_other_forms(folder, say, tmp_path):
+    settings = SamplingSettings(0.0, 1.0, 0, 0, 9, ())
+    model, tokenizer = load_model(folder, torch.device("cpu")), load_tokenizer(folder)
+    writer = generate.Writer(model, None, tokenizer, settings, 0, 1, False, True)
     system, user = {"role": "system", "content": "fox"}, {"role": "user", "content": "the dog"}
     parts = [{"type": "text", "text": "the "}, {"type": "text", "text": "dog"}]
     other = [{"from": "developer", "value": "fox"}, {"from": "human", "value": parts}]
-    rows = [{"messages": messages} for messages in ([system, user], other, json.dumps(other), [user])]
-    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert say("--prompts", prompts, "--out", out, "--tokens", 8)[0] == 0
-    lines = sorted(map(json.loads, out.read_text().splitlines()), key=lambda line: line["number"])
-    same, *others, without_system = (line["completion"] for line in lines)
-    assert others == [same, same] != [without_system] * 2
-    prompts.write_text(json.dumps({"messages": [{"role": "user", "content": [{"type": "image"}]}]}))
-    code, _, error = say("--prompts", prompts, "--out", tmp_path / "none.jsonl")
+    expected = chat.encode(chat.prompt({"messages": [system, user]}, True), tokenizer)[0].tolist()
+    for messages in ([system, user], other, json.dumps(other)):
+        assert writer.encode({"messages": messages, "prompt": "x"}, "it") == expected
+    path = tmp_path / "in.jsonl"
+    path.write_text(json.dumps({"messages": [{"role": "user", "content": [{"type": "image"}]}]}))
+    code, _, error = say("--prompts", path, "--out", tmp_path / "none.jsonl")
     assert (code, "in.jsonl:1: messages[0]: its content has a part of type image" in error) == (2, True)
 
 
