@@ -79,6 +79,7 @@ def prepare(config: DataConfig, vocab_size: int, seed: int) -> Manifest:
         else:
             _clean(folder)
             jobs = {name: _jobs(name, config, plan.inputs[name], seed) for name in sorted(plan.inputs)}
+            plan.save(folder, "plan.json")  # not before: a source that cannot be read must not fix the rest
             if not (folder / "tokenizer.json").exists():  # an earlier attempt may have written it
                 text = given.serialized if given else train_tokenizer(_training_texts(jobs), size)
                 write_atomically(folder / "tokenizer.json", text.encode())
@@ -128,8 +129,7 @@ def _clean(folder: Path) -> None:
 
 
 def _agree_on_plan(config: DataConfig, seed: int, given: Tokenizer | None, folder: Path) -> Manifest:
-    """The plan of this preparation, saved before anything else is written. Raises DataError, without any
-    change to the folder, if it holds other files or a different plan."""
+    """The plan of this preparation. Raises DataError if the folder holds other files or a different plan."""
     names = [name for name in ("manifest.json", "plan.json") if (folder / name).exists()]
     recorded = Manifest.load(folder, names[0]) if names else None
     known = {file.path: file for files in recorded.inputs.values() for file in files} if recorded else {}
@@ -151,9 +151,7 @@ def _agree_on_plan(config: DataConfig, seed: int, given: Tokenizer | None, folde
         **described,
     }
     plan = Manifest(FORMAT, settings, inputs, TokenizerRecord("", 0, 0), {}, "")
-    if recorded is None:
-        plan.save(folder, "plan.json")
-    else:
+    if recorded is not None:
         recorded.check_settings(settings, folder)
     return plan
 

@@ -515,6 +515,19 @@ def test_a_source_that_fits_no_form_is_refused_at_once(prepared_of: Prepare, suf
         prepared_of([{"messages": [Q, A]}], suffix, format="sharegpt", columns={"messages": "talk"})
 
 
+def test_a_refused_source_can_be_named_better_in_the_same_folder(
+    data_config: DataConfig, tmp_path: Path
+) -> None:
+    write(tmp_path / "chat.jsonl", [{"question": "q", "reply": "a"}])
+    source = SourceConfig("sft", [str(tmp_path / "chat.jsonl")])
+    config = replace(data_config, sources={"chat": source}, validation_fraction=0.0)
+    with pytest.raises(DataError, match="no form of conversations fits"):
+        prepare(config, VOCAB_SIZE, SEED)
+    columns = {"prompt": "question", "completion": "reply"}
+    named = replace(config, sources={"chat": replace(source, columns=columns)})
+    assert shown(named, prepare(named, VOCAB_SIZE, SEED).sources["chat"]) == [PLAIN]
+
+
 PROMPTS: dict[str, tuple[Row, Row]] = {
     "parts": ({"messages": [said("user", PARTS)]}, {}),
     "JSON": ({"messages": json.dumps([Q])}, {}),
@@ -536,6 +549,12 @@ def test_forms_of_prompts(prepared_of: Prepare, name: str) -> None:
         text = load_tokenizer(found.config.dir).decode(prompts[0].ids)
         assert text == SYSTEM[1:] + asked("q")
         assert prompts[0].fields == row, "the row is kept as it is"
+
+
+def test_a_named_prompt_admits_no_other_form(prepared_of: Prepare) -> None:
+    rows = [{"problem": "q", "answer": "1"}, {"messages": [Q], "answer": "1"}]
+    found = prepared_of(rows, kind="prompts", text_key="problem")
+    assert found.reasons == ["missing: the row has no 'problem', only 'messages', 'answer'"]
 
 
 def test_settings_name_what_decides_the_tokens(prepared_of: Prepare) -> None:
