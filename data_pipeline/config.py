@@ -27,11 +27,7 @@ FORM_COLUMNS = {  # what each form of conversations calls its columns; all may h
 }
 MESSAGE_KEYS = ("role", "content", "reasoning_content", "tool_calls", "weight", "masked")
 MESSAGE_ROLES = ("system", "user", "assistant", "tool", "function_call")
-NAMING_KEYS = (
-    "columns",
-    "message_keys",
-    "roles",
-)  # keys of a source that say how its conversations are named
+NAMING_KEYS = ("columns", "message_keys", "roles")  # of a source: what its conversations call things
 CONTENT_KEYS = (
     *("tokenizer_vocab_size", "validation_fraction", "deduplicate", "min_characters"),
     *("max_chat_tokens", "think_flag_share"),
