@@ -381,6 +381,11 @@ BAD: dict[str, tuple[Row, Row, str]] = {
         "messages[0]: its content has a part of type text;",
     ),
     "no JSON": ({"messages": "hello"}, {}, "messages: a text that is not JSON (Expecting value"),
+    "JSON that never ends": (
+        {"messages": "[" * 100_000},
+        {},
+        "messages: a text that is not JSON (maximum recursion depth",
+    ),
     "JSON of another kind": ({"messages": '{"role": "user"}'}, {}, "messages: not a list"),
     "tools that are no JSON": ({"messages": [Q, A], "tools": "none"}, {}, "tools: a text that is not JSON"),
     "tools of another kind": (
