@@ -69,6 +69,13 @@ class SourceConfig:
 
 
 @dataclass
+class WeightsConfig:
+    """How the shares of the sources follow from their weights and sizes."""
+
+    alpha: float  # share of a source ~ weight * (its tokens)^alpha; 0: the weights alone; 1: also its size
+
+
+@dataclass
 class DataConfig:
     """What a run reads, and how it is prepared; docs/data.md has more on each key."""
 
@@ -92,6 +99,7 @@ class DataConfig:
     predict_first_token: bool  # whether the end of a document predicts the first token of the next one
     fim_rates: dict[str, float]  # source -> share of its documents rearranged for fill-in-the-middle
     fim_spm_share: float  # share of these that have the suffix first (SPM; else PSM)
+    weights: WeightsConfig
     weight_changes: dict[int, dict[str, float]]  # training tokens (prompts) -> weights from then on
     skip: list[list[int]]  # ranges [first, end) of global numbers of rows (prompts) that are left out
 
@@ -153,7 +161,7 @@ class DataConfig:
             )
         given, ids, held_out = self.tokenizer, self.tokenizer_vocab_size, self.validation_fraction
         weight = sum(source.weight for source in self.sources.values())
-        add = "name at least one source: '+data.sources.NAME={kind: jsonl, paths: [FILES]}'"
+        add = "name at least one source: 'data.sources={NAME: {kind: jsonl, paths: [FILES]}}'"
         no_tokenizer = "is null; name one, or train one with data.tokenizer_vocab_size=4096"
         too_few = "a tokenizer that is trained (data.tokenizer=null) needs at least 512 ids"
         no_use = f"has no use with data.tokenizer={given}; set one of the two to null"
@@ -206,6 +214,7 @@ class DataConfig:
             "data.tokenizer=null would need a tokenizer to be trained": self.tokenizer is None,
             f"data.packing={self.packing} needs all lengths": self.packing != "concat",
             "data.on_bad_row=quarantine has no folder to keep rows in": self.on_bad_row == "quarantine",
+            f"data.weights.alpha={self.weights.alpha} needs the size of each source": self.weights.alpha != 0,
         }
         for name, source in self.sources.items():
             law = f"data.sources.{name}.max_epochs={source.max_epochs} is not a whole number"
@@ -216,9 +225,13 @@ class DataConfig:
 
     def _order_laws(self) -> dict[str, bool]:
         shares, key = self.length_shares, f"data.length_shares={self.length_shares}"
-        laws, total = dict[str, bool](), sum(shares.values())
+        alpha, total = self.weights.alpha, sum(shares.values())
+        laws = {
+            f"data.weights.alpha={alpha} must be in [0, 1]; 0 uses the weights alone": not 0 <= alpha <= 1
+        }
         if shares:
-            laws = {
+            laws |= {
+                "data.weights.alpha has no use with data.length_shares; set it to 0": alpha != 0,
                 f"{key} needs data.packing=best_fit; set it to {{}}": self.packing != "best_fit",
                 f"{key}: lengths must be above 0 and shares in (0, 1]": (
                     min(shares) < 1 or not all(0 < share <= 1 for share in shares.values())

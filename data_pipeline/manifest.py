@@ -39,7 +39,10 @@ REMEDY = "move the folder away and run python -m data_pipeline again"
 
 @dataclass
 class InputFile:
-    """An input file. It is not hashed again while `bytes` and `mtime_ns` are unchanged."""
+    """An input file. It is not hashed again while `bytes` and `mtime_ns` are unchanged.
+
+    mtime_ns, sha256: of a file at an address, the number of its version (`files.version`), and nothing.
+    """
 
     path: str
     bytes: int

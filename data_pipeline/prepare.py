@@ -138,7 +138,7 @@ def _agree_on_plan(config: DataConfig, seed: int, given: Tokenizer | None, folde
     inputs = {name: list_inputs(name, source, known) for name, source in config.sources.items()}
     described = {}  # the inputs of each source, without their paths
     for name, files in inputs.items():
-        digest = _sha256("".join(file.sha256 for file in files))[:12]
+        digest = _sha256("".join(file.sha256 or str(file.mtime_ns) for file in files))[:12]
         size = sum(file.bytes for file in files)
         described[f"data.sources.{name}.paths"] = f"{len(files)} files of {size} bytes (sha256 {digest})"
     settings = {

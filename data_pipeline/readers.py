@@ -3,7 +3,6 @@ cannot be read has a `fault`, and reading continues after it."""
 
 import contextlib
 import functools
-import glob
 import gzip
 import hashlib
 import io
@@ -13,10 +12,11 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from data_pipeline import forms, samples
 from data_pipeline.config import CHAT_KINDS, DataError, SourceConfig
+from data_pipeline.files import find, is_address, open_file, version
 from data_pipeline.manifest import InputFile, sha256_of
 
 if TYPE_CHECKING:
@@ -68,11 +68,8 @@ def list_inputs(name: str, source: SourceConfig, known: Known, *, hashed: bool =
             files = [file["filename"] for file in _load_dataset(key, path, streaming=False).cache_files]
         elif source.kind == "tree":
             files = _tree_files(key, path)
-        else:
-            named = [path] if os.path.isfile(path) else sorted(glob.glob(path, recursive=True))  # a[1].txt
-            files = [file for file in named if os.path.isfile(file)]
-            if not files:
-                raise DataError(f"{key} matches no file; for a folder use folder/**/*.EXT")
+        elif not (files := find(path)):
+            raise DataError(f"{key} matches no file; for a folder use folder/**/*.EXT")
         new = [file for file in files if file not in found]
         with ThreadPoolExecutor() as pool:  # hashing releases the GIL
             found |= zip(new, pool.map(lambda file: _input(file, known.get(file), hashed), new), strict=True)
@@ -103,7 +100,9 @@ def read_rows(source: SourceConfig, part: Part) -> Iterator[Row]:
             rows = map(json.loads, texts) if source.kind in CHAT_KINDS else texts
             yield from _numbered(part, rows, part.start)
         elif format == "text":
-            raw, value, fault = Path(part.path).read_bytes(), None, None
+            value, fault = None, None
+            with open_file(part.path) as file:
+                raw = file.read()
             try:
                 value = raw.removeprefix(_BOM).decode()
             except UnicodeDecodeError as error:
@@ -133,7 +132,7 @@ def format_of(kind: str, path: str) -> str:
 
 def is_hub(source: SourceConfig, path: str) -> bool:
     """Whether a path of a source names a dataset of the hub."""
-    return source.kind == "hub" or (source.kind in CHAT_KINDS and ":" in path)
+    return source.kind == "hub" or (source.kind in CHAT_KINDS and ":" in path and not is_address(path))
 
 
 def _numbered(part: Part, values: Iterable[Any], first: int) -> Iterator[Row]:
@@ -174,6 +173,8 @@ def _load_dataset(key: str, dataset: str, streaming: bool) -> Any:
 
 def _tree_files(key: str, folder: str) -> list[str]:
     """The text files below a folder, without links, binary files, and hidden files and folders."""
+    if is_address(folder):
+        raise DataError(f"{key} is an address; kind=tree reads folders of this machine: copy it here")
     found = []
     for parent, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
@@ -188,10 +189,11 @@ def _tree_files(key: str, folder: str) -> list[str]:
 
 
 def _input(path: str, known: InputFile | None, hashed: bool) -> InputFile:
-    status = os.stat(path)
-    if known is not None and (known.bytes, known.mtime_ns) == (status.st_size, status.st_mtime_ns):
+    size, written = version(path)
+    if known is not None and (known.bytes, known.mtime_ns) == (size, written):
         return known
-    return InputFile(path, status.st_size, status.st_mtime_ns, sha256_of(Path(path)) if hashed else "")
+    hashed = hashed and not is_address(path)  # it would be fetched for this
+    return InputFile(path, size, written, sha256_of(Path(path)) if hashed else "")
 
 
 def _embedded_input(collection: str) -> InputFile:
@@ -244,14 +246,19 @@ def _read_jsonl(part: Part) -> Iterator[Row]:
         yield Row(part, line + 1, offset, b"", None, f"compression: the rest of the file is lost ({error})")
 
 
-def _open_lines(path: str) -> io.BufferedIOBase:
-    if path.endswith(".gz"):
-        return gzip.open(path, "rb")
-    if path.endswith(".zst"):
-        import pyarrow
+@contextlib.contextmanager
+def _open_lines(path: str) -> Iterator[IO[bytes]]:
+    """A file without its compression."""
+    with contextlib.ExitStack() as opened:
+        file: Any = opened.enter_context(open_file(path))
+        if path.endswith(".gz"):
+            file = opened.enter_context(gzip.open(file, "rb"))
+        elif path.endswith(".zst"):
+            import pyarrow
 
-        return io.BufferedReader(pyarrow.input_stream(path, compression="zstd"))
-    return open(path, "rb")
+            stream = opened.enter_context(pyarrow.input_stream(file, compression="zstd"))
+            file = opened.enter_context(io.BufferedReader(stream))
+        yield file
 
 
 def _json_row(part: Part, line: int, offset: int, raw: bytes) -> Row:
@@ -278,12 +285,12 @@ def _open_table(format: str, path: str) -> tuple["pyarrow.Schema", list[tuple[in
     import pyarrow.parquet
 
     if format == "parquet":
-        parquet = pyarrow.parquet.ParquetFile(path)
+        parquet = pyarrow.parquet.ParquetFile(open_file(path) if is_address(path) else path)
         groups = [parquet.metadata.row_group(i) for i in range(parquet.num_row_groups)]
         sizes = [(group.num_rows, group.total_byte_size) for group in groups]
         read_groups = functools.partial(parquet.iter_batches, _TABLE_ROWS, use_threads=False)
         return parquet.schema_arrow, sizes, lambda start, stop, of: read_groups([*range(start, stop)], of)
-    file = pyarrow.memory_map(path)
+    file = pyarrow.PythonFile(open_file(path), "r") if is_address(path) else pyarrow.memory_map(path)
     is_file_format = file.read(6) == b"ARROW1"
     file.seek(0)
     table = pyarrow.ipc.open_file(file) if is_file_format else pyarrow.ipc.open_stream(file)

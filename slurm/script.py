@@ -9,6 +9,7 @@ from pathlib import Path
 from data_pipeline.streaming import absolute_paths
 from moe.config import ConfigError
 from slurm.config import SubmitConfig
+from trainer.settings.hub import is_hub_name
 from trainer.settings.run_folder import ROOT, git
 
 _PACKAGES = ("trainer", "moe", "data_pipeline", "slurm", "conf")
@@ -96,7 +97,7 @@ def _places(config: SubmitConfig) -> set[Path]:
         paths = [Path(path) for path in named if path and os.path.isabs(path)]  # others are names on the hub
     else:
         paths = [Path(config.data.dir).resolve()]
-    if config.stage.init_from is not None:
+    if config.stage.init_from is not None and not is_hub_name(config.stage.init_from):
         paths.append(Path(config.stage.init_from).resolve())
     return {next(place for place in (path, *path.parents) if os.path.exists(place)) for path in paths}
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from data_pipeline import samples
 from data_pipeline.chat import encode, prompt
-from data_pipeline.config import DataConfig, DataError, SourceConfig
+from data_pipeline.config import BLOCK_ROWS, DataConfig, DataError, SourceConfig, WeightsConfig
 from data_pipeline.loader import Loader
 from data_pipeline.manifest import Manifest
 from data_pipeline.mixture import Mixture, MixtureSource
@@ -469,3 +469,12 @@ def test_tables_of_conversations(data_config: DataConfig, tmp_path: Path) -> Non
     found, tokenizer = of_source(config, "p"), load_tokenizer(config.dir)
     assert [of.fields for of in found] == rows
     assert [of.ids for of in found] == [encode(prompt(row, None), tokenizer)[0].tolist() for row in rows]
+
+
+def test_numbers_of_prompts_count_with_alpha(config: DataConfig) -> None:
+    even = {name: replace(of, weight=float(of.kind == "prompts")) for name, of in config.sources.items()}
+    equally_often = replace(config, skip=[], sources=even, weights=WeightsConfig(alpha=1.0))
+    with Prompts(equally_often, seed=SEED) as prompts:
+        epochs = [of["epochs"] for of in prompts.seen(BLOCK_ROWS).values()]
+    assert len(epochs) == 2
+    assert epochs[0] == pytest.approx(epochs[1], rel=0.01)

@@ -14,7 +14,9 @@ from moe.model import CausalLM
 from moe.next_token import SamplingSettings
 from trainer import generate
 from trainer.checkpoints.weights import load_model, selection_bias
+from trainer.ranks.runtime import Ranks
 
+ALONE = Ranks(0, 0, 1, torch.device("cpu"))
 TEXT = "the quick brown fox jumps over the lazy dog\n" * 20
 
 
@@ -43,7 +45,7 @@ def say(folder, capsys):
 
 def alone(folder, ids, tokens):
     """Greedy continuation without a cache."""
-    model, tokenizer = load_model(folder, torch.device("cpu")), load_tokenizer(folder)
+    model, tokenizer = load_model(folder, ALONE), load_tokenizer(folder)
     new = []
     with torch.no_grad():
         while len(new) < tokens:
@@ -73,9 +75,8 @@ def test_one_prompt_is_printed_with_its_text(folder, say):
 def test_the_end_of_a_text_is_not_shown(folder):
     tokenizer = load_tokenizer(folder)
     settings = SamplingSettings(0.0, 1.0, 0, 0, 9, (tokenizer.end_of_text,))
-    writer = generate.Writer(
-        load_model(folder, torch.device("cpu")), None, tokenizer, settings, 0, 1, False, True
-    )
+    model = load_model(folder, ALONE)
+    writer = generate.Writer(model, None, tokenizer, settings, 0, 1, False, True, ALONE)
     assert writer.text([*tokenizer.encode("fox"), tokenizer.end_of_text]) == "fox"
 
 
@@ -207,6 +208,7 @@ def test_a_conversation_remembers_what_was_said(folder, say, monkeypatch):
         ["a", "--top-p", "0"],
         ["a", "--top-k", "-1"],
         ["a", "--rows", "0"],
+        ["a", "--nproc", "0"],
         ["a", "--temperature", "nan"],
         ["--chat"],  # no terminal
     ],
@@ -265,6 +267,6 @@ def test_a_model_is_loaded_in_the_dtype_of_its_folder(run_config, tmp_path, monk
         return to_empty(self, **keywords)
 
     monkeypatch.setattr(CausalLM, "to_empty", recording)
-    back = load_model(tmp_path, torch.device("cpu"))
+    back = load_model(tmp_path, ALONE)
     assert taken == {dtype}
     assert all(torch.equal(*pair) for pair in zip(back.parameters(), model.parameters(), strict=True))
