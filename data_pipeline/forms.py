@@ -224,21 +224,23 @@ def _turns(value: Any, names: _Names) -> list[_Turn]:
 
 def _turn(raw: Mapping[str, Any], names: _Names) -> _Turn:
     """A message of any form. Raises ValueError for one that says a thing twice, or asks the impossible."""
-    said, spoken, ignored = dict[str, Any](), dict[str, str](), set[str]()
+    said, spoken = dict[str, Any](), dict[str, str]()  # of each of MESSAGE_KEYS: its value, and its key here
+    ignored = set[str]()
     for key, value in raw.items():
         if value is None or (isinstance(value, str | list | dict) and not value):
             continue
         meaning = names.keys.get(key)
-        if meaning is None and key in _REFUSED:
-            raise ValueError(f"{key} {_REFUSED[key]}")
         if meaning is None:
+            if key in _REFUSED:
+                raise ValueError(f"{key} {_REFUSED[key]}")
             ignored |= {key} - _HARMLESS
-        elif said.setdefault(meaning, value) != value:
+            continue
+        if said.setdefault(meaning, value) != value:
             raise ValueError(f"{spoken[meaning]} and {key} differ, and both are its {meaning}")
-        elif meaning in ("weight", "masked") and not _is_flag(value):
+        if meaning in ("weight", "masked") and not _is_flag(value):
             shown = value if isinstance(value, int | float) else f"of type {type(value).__name__}"
             raise ValueError(f"{key} is {shown}; only 0 and 1, or false and true, are possible")
-        spoken |= {} if meaning is None else {meaning: key}
+        spoken[meaning] = key
     role = said.get("role")
     role = names.roles.get(role, role) if isinstance(role, str) else role
     content = said.get("content", next((raw[key] for key in raw if names.keys.get(key) == "content"), None))
