@@ -19,6 +19,15 @@ LEAST = {
 SOURCE_KINDS = ("embedded", "jsonl", "parquet", "arrow", "hub", "text", "tree", "sft", "prompts")
 KINDS_WITH_TEXT_COLUMN = ("jsonl", "parquet", "arrow", "hub")
 CHAT_KINDS = ("sft", "prompts")  # a row is a conversation with its fields, not a text
+FORM_COLUMNS = {  # what each form of conversations calls its columns; all may have system and tools
+    "messages": ("messages", "system", "tools"),
+    "sharegpt": ("messages", "system", "tools"),
+    "alpaca": ("instruction", "input", "output", "history", "system", "tools"),
+    "prompt_completion": ("prompt", "completion", "chosen", "label", "system", "tools"),
+}
+MESSAGE_KEYS = ("role", "content", "reasoning_content", "tool_calls", "weight", "masked")
+MESSAGE_ROLES = ("system", "user", "assistant", "tool", "function_call")
+NAMING_KEYS = ("columns", "message_keys", "roles")  # of a source: what its conversations call things
 CONTENT_KEYS = (
     *("tokenizer_vocab_size", "validation_fraction", "deduplicate", "min_characters"),
     *("max_chat_tokens", "think_flag_share"),
@@ -41,6 +50,11 @@ class SourceConfig:
     weight: float = 1.0  # share of the training tokens (of the prompts), relative to the others; 0: unused
     max_epochs: float | None = None  # how often a training row may be seen; null = no limit
     required_fields: list[str] | None = None  # of prompts: what verifiers need in a row; null = [answer]
+    # Of sft and prompts; null = the usual names, which docs/data.md lists.
+    format: str = "auto"  # the form of its conversations, of FORM_COLUMNS; auto = the first that a row fits
+    columns: dict[str, str] | None = None  # what the form calls a column -> the column here
+    message_keys: dict[str, str] | None = None  # what a message says, of MESSAGE_KEYS -> the key here
+    roles: dict[str, str] | None = None  # a role here -> what it is, of MESSAGE_ROLES
 
     @property
     def text_column(self) -> str | None:
@@ -97,6 +111,11 @@ class DataConfig:
             settings[f"data.sources.{name}.text_key"] = source.text_column
             if source.kind == "prompts":
                 settings[f"data.sources.{name}.required_fields"] = source.verified_fields
+            if source.kind in CHAT_KINDS:  # null where a row means what it means without the key
+                settings[f"data.sources.{name}.format"] = None if source.format == "auto" else source.format
+                settings |= {
+                    f"data.sources.{name}.{key}": getattr(source, key) or None for key in NAMING_KEYS
+                }
         return settings
 
     def text_sources(self) -> list[str]:
@@ -186,6 +205,7 @@ class DataConfig:
                 f"{key}.max_epochs={epochs} is not positive; null = no limit": epochs is not None
                 and not 0 < epochs < math.inf,
             }
+            laws |= _form_laws(key, source)
         return laws
 
     def _streaming_laws(self) -> dict[str, bool]:
@@ -243,3 +263,28 @@ class DataConfig:
                 break
             end = span[1]
         return laws
+
+
+def _form_laws(key: str, source: SourceConfig) -> dict[str, bool]:
+    """The laws of how the conversations of a source are named. key: that of the source."""
+    kind, form, is_chat = source.kind, source.format, source.kind in CHAT_KINDS
+    forms = [form] if form in FORM_COLUMNS else list(FORM_COLUMNS)
+    columns = sorted({column for of in forms for column in FORM_COLUMNS[of]})
+    law = f"is unknown; use auto, {', '.join(FORM_COLUMNS)}"
+    named = {"columns": columns, "message_keys": MESSAGE_KEYS}
+    laws = {f"{key}.format={form} {law}": form != "auto" and form not in FORM_COLUMNS}
+    for of, known in named.items():
+        for name in getattr(source, of) or {}:
+            laws[f"{key}.{of}.{name} is unknown; use {', '.join(known)}"] = name not in known
+    for role, meaning in (source.roles or {}).items():
+        law = f"is not a role; use {', '.join(MESSAGE_ROLES)}"
+        laws[f"{key}.roles.{role}={meaning} {law}"] = meaning not in MESSAGE_ROLES
+    if form != "auto" and source.text_key is not None:
+        law = f"names a prompt, but format={form} says what a row has; set one of them to its default"
+        laws[f"{key}.text_key={source.text_key} {law}"] = is_chat
+    for of in ("format", *NAMING_KEYS):
+        is_set = getattr(source, of) not in (None, {}, "auto")
+        laws[f"{key}.{of} has no use with kind={kind}; remove it"] = (
+            kind in SOURCE_KINDS and not is_chat and is_set
+        )
+    return laws

@@ -51,6 +51,7 @@ from data_pipeline.tokenizer import (
 _TRAINING_CHARACTERS = 4_000_000  # of text to train a tokenizer on, divided evenly among the sources
 _TRAINING_PLACES = 16  # at most this many evenly spaced slices of a source provide this text
 _SECONDS_BETWEEN_LINES = 10.0
+_MOST_KEYS = 100  # of messages, that the manifest names as not used
 
 Jobs = dict[str, list[SliceJob]]  # by source
 Act = Callable[[SliceJob], int]  # returns how many units it made
@@ -78,16 +79,17 @@ def prepare(config: DataConfig, vocab_size: int, seed: int) -> Manifest:
         else:
             _clean(folder)
             jobs = {name: _jobs(name, config, plan.inputs[name], seed) for name in sorted(plan.inputs)}
+            plan.save(folder, "plan.json")  # not before: a source that cannot be read must not fix the rest
             if not (folder / "tokenizer.json").exists():  # an earlier attempt may have written it
                 text = given.serialized if given else train_tokenizer(_training_texts(jobs), size)
                 write_atomically(folder / "tokenizer.json", text.encode())
             to_do = [job for of in jobs.values() for job in of if not job.survey.is_dir()]
             _run(workers, survey_slice, "survey", "documents", jobs, to_do)
-            skipped = _conclude_survey(jobs, config, folder)
+            sources = _conclude_survey(jobs, config, folder)
             to_do = [job for of in jobs.values() for job in of if not job.target.is_dir()]
             _run(workers, write_slice, "prepare", "tokens", jobs, to_do)
             _clean(folder)
-            manifest, outcome = _commit(plan, jobs, skipped, folder), "prepared"
+            manifest, outcome = _commit(plan, jobs, sources, folder), "prepared"
         shutil.rmtree(folder / "survey", ignore_errors=True)
         (folder / "plan.json").unlink(missing_ok=True)
     print(f"{outcome}: {folder}\n{_summary(manifest)}", flush=True)
@@ -127,8 +129,7 @@ def _clean(folder: Path) -> None:
 
 
 def _agree_on_plan(config: DataConfig, seed: int, given: Tokenizer | None, folder: Path) -> Manifest:
-    """The plan of this preparation, saved before anything else is written. Raises DataError, without any
-    change to the folder, if it holds other files or a different plan."""
+    """The plan of this preparation. Raises DataError if the folder holds other files or a different plan."""
     names = [name for name in ("manifest.json", "plan.json") if (folder / name).exists()]
     recorded = Manifest.load(folder, names[0]) if names else None
     known = {file.path: file for files in recorded.inputs.values() for file in files} if recorded else {}
@@ -150,9 +151,7 @@ def _agree_on_plan(config: DataConfig, seed: int, given: Tokenizer | None, folde
         **described,
     }
     plan = Manifest(FORMAT, settings, inputs, TokenizerRecord("", 0, 0), {}, "")
-    if recorded is None:
-        plan.save(folder, "plan.json")
-    else:
+    if recorded is not None:
         recorded.check_settings(settings, folder)
     return plan
 
@@ -205,21 +204,23 @@ def _run(pool: Executor | None, act: Act, title: str, unit: str, jobs: Jobs, to_
                 print(f"{title}: {task.percentage:.0f}%, {rate}, {left:,.0f} s left", flush=True)
 
 
-def _conclude_survey(jobs: Jobs, config: DataConfig, folder: Path) -> dict[str, Counter[str]]:
+def _conclude_survey(jobs: Jobs, config: DataConfig, folder: Path) -> dict[str, SourceRecord]:
     """Write rejects.jsonl, the bad rows of all sources in order, with line numbers from the start of each
     file; find the duplicates, and write the numbers of those in each slice to its repeats.npy. Returns the
-    number of rows that each source leaves out, by the code of the reason. Raises DataError for sources with
-    too many bad rows or without a document."""
+    record of each source, without shards: the rows and the keys of messages that it leaves out. Raises
+    DataError for sources with too many bad rows or without a document."""
     found, broken = {}, []
     partial = folder / ".rejects.jsonl.partial"
     with open(partial, "w") as rejects:
         for name, of_source in jobs.items():
-            skipped, firsts, documents, lines_before = Counter[str](), [], 0, Counter[str]()
+            skipped, ignored, lines_before = Counter[str](), Counter[str](), Counter[str]()
+            firsts, documents = [], 0
             for job in of_source:
                 record = json.loads((job.survey / "record.json").read_bytes())
                 firsts.append(documents)
                 documents += record["documents"]
                 skipped.update(record["skipped"])
+                ignored.update(record.get("ignored", {}))  # missing in a survey of an earlier version
                 with open(job.survey / "rejects.jsonl") as of_slice:
                     for fields in map(json.loads, of_slice):
                         fields["line"] += lines_before[fields["file"]]
@@ -244,18 +245,19 @@ def _conclude_survey(jobs: Jobs, config: DataConfig, folder: Path) -> dict[str, 
             of_slices = np.split(repeats, np.searchsorted(repeats, firsts[1:]))
             for job, first, of_job in zip(of_source, firsts, of_slices, strict=True):
                 np.save(job.survey / "repeats.npy", of_job - first)
-            found[name] = skipped + Counter(duplicate=len(repeats))
+            left_out, keys = skipped + Counter(duplicate=len(repeats)), ignored.most_common(_MOST_KEYS)
+            found[name] = SourceRecord({split: [] for split in SPLITS}, dict(left_out), None, dict(keys))
     replace_synced(partial, folder / "rejects.jsonl")
     if broken:
         raise DataError("\n".join(broken))
     return found
 
 
-def _commit(plan: Manifest, jobs: Jobs, skipped: dict[str, Counter[str]], folder: Path) -> Manifest:
-    """Collect the records of the slices and write the manifest."""
-    tokenizer, sources = load_tokenizer(folder), {}
+def _commit(plan: Manifest, jobs: Jobs, sources: dict[str, SourceRecord], folder: Path) -> Manifest:
+    """Complete the records of the sources by those of their slices, and write the manifest."""
+    tokenizer = load_tokenizer(folder)
     for name, of_source in jobs.items():
-        source = SourceRecord({split: [] for split in SPLITS}, dict(skipped[name]), None)
+        source = sources[name]
         none = np.zeros((len(SPLITS), tokenizer.vocab_size), dtype=np.int64)
         train, validation = sum((np.load(job.target / "unigrams.npy") for job in of_source), start=none)
         for job in of_source:
@@ -270,7 +272,6 @@ def _commit(plan: Manifest, jobs: Jobs, skipped: dict[str, Counter[str]], folder
             shares = (train[seen] + 1) / (train + 1).sum()
             nats = -(validation[seen] * np.log(shares)).sum() / validation.sum()
             source.validation_unigram_cross_entropy = float(nats)
-        sources[name] = source
     identity = sha256_of(folder / "tokenizer.json"), tokenizer.vocab_size, tokenizer.end_of_text
     digest = sha256_of(folder / "rejects.jsonl")
     manifest = replace(plan, tokenizer=TokenizerRecord(*identity), sources=sources, rejects_sha256=digest)
@@ -287,4 +288,7 @@ def _summary(manifest: Manifest) -> str:
         ]
         skipped = ", ".join(f"{count:,} {code}" for code, count in sorted(source.skipped.items()))
         lines.append(f"  {name}: {', '.join(parts)}{skipped and f'; left out: {skipped}'}")
+        if source.ignored:
+            keys = ", ".join(f"{key!r} in {count:,}" for key, count in source.ignored.items())
+            lines.append(f"  {name}: keys of messages that are not used, and in how many documents: {keys}")
     return "\n".join(lines)

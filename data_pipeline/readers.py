@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
-from data_pipeline import samples
+from data_pipeline import forms, samples
 from data_pipeline.config import CHAT_KINDS, DataError, SourceConfig
 from data_pipeline.files import find, is_address, open_file, version
 from data_pipeline.manifest import InputFile, sha256_of
@@ -128,14 +128,6 @@ def format_of(kind: str, path: str) -> str:
         of_suffix = {".parquet": "parquet", ".arrow": "arrow"}.get(Path(path).suffix, "jsonl")
         return "embedded" if path in samples.COLLECTIONS else of_suffix
     return {"hub": "arrow", "tree": "text"}.get(kind, kind)
-
-
-def columns_of(source: SourceConfig) -> tuple[str, ...]:
-    """The keys or columns that may hold a document: of a row, the first that has a value. Empty if the
-    whole row is the document."""
-    if source.text_column is not None:
-        return (source.text_column,)
-    return {"sft": ("messages",), "prompts": ("prompt", "messages")}.get(source.kind, ())
 
 
 def is_hub(source: SourceConfig, path: str) -> bool:
@@ -312,24 +304,24 @@ def _open_table(format: str, path: str) -> tuple["pyarrow.Schema", list[tuple[in
 
 
 def _columns(source: SourceConfig, path: str, schema: "pyarrow.Schema") -> list[str]:
-    """The columns to read: the text column, or for conversations all columns. Raises DataError if no column
-    of documents is there and of the right type."""
+    """The columns to read: the text column, or for conversations all columns. Raises DataError if there is no
+    such column of text, or no form of conversations that the columns fit."""
     from pyarrow import types
 
-    texts, lists = [types.is_string, types.is_large_string], [types.is_list, types.is_large_list]
-    good = {"sft": lists, "prompts": texts + lists}.get(source.kind, texts)
-    columns, found = columns_of(source), []
-    for column in (name for name in columns if schema.names.count(name) == 1):
-        kind = schema.field(column).type
-        kind = kind.value_type if types.is_dictionary(kind) else kind
-        found += [column] if any(is_good(kind) for is_good in good) else []
-    if not found:
-        listed = ", ".join(f"{field.name}: {field.type}" for field in schema)
-        wanted = {"sft": "list", "prompts": "text or list"}.get(source.kind, "text")
-        remedy = "" if source.kind == "sft" else "; set text_key of the source to one of them"
-        named = " or ".join(map(repr, columns))
-        raise DataError(f"{path} has no {wanted} column {named}; its columns are {listed}{remedy}")
-    return schema.names if source.kind in CHAT_KINDS else found
+    columns = {field.name: str(field.type) for field in schema}
+    if source.kind in CHAT_KINDS:
+        if forms.form_of(source, [name for name in columns if schema.names.count(name) == 1]) is None:
+            raise DataError(f"{path}: {forms.misfit(source, columns)}")
+        return schema.names
+    column = source.text_column
+    kind = schema.field(column).type if schema.names.count(column) == 1 else None
+    kind = kind.value_type if kind is not None and types.is_dictionary(kind) else kind
+    if kind is None or not (types.is_string(kind) or types.is_large_string(kind)):
+        listed = ", ".join(f"{name}: {of}" for name, of in columns.items())
+        remedy = "set text_key of the source to one of them"
+        raise DataError(f"{path} has no text column {column!r}; its columns are {listed}; {remedy}")
+    assert column is not None
+    return [column]
 
 
 @contextlib.contextmanager

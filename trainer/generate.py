@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from data_pipeline import chat
-from data_pipeline.config import DataError
+from data_pipeline import chat, forms
+from data_pipeline.config import DataError, SourceConfig
 from data_pipeline.permutation import derive_key
 from data_pipeline.tokenizer import END_OF_TEXT, Tokenizer, load_tokenizer
 from moe.config import ConfigError
@@ -57,9 +57,10 @@ class Writer(NamedTuple):
         if not is_text(json.dumps(row, ensure_ascii=False)):
             raise ConfigError(f"{where} is not text in UTF-8; correct its bytes")
         if "messages" in row or self.chat:
-            asked = row["messages"] if "messages" in row else row["prompt"]
+            form = "messages" if "messages" in row else "prompt_completion"
             try:
-                pieces = chat.prompt(asked, {"enable_thinking": self.thinks, **row})
+                asked = forms.read(row, SourceConfig("prompts", [], format=form)).row
+                pieces = chat.prompt(asked, row.get("enable_thinking", self.thinks))
                 ids = chat.encode(pieces, self.tokenizer)[0].tolist()
             except (ValueError, KeyError) as error:
                 raise DataError(f"{where}: {error}; correct it") from error
