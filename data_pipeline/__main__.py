@@ -3,6 +3,7 @@
   python -m data_pipeline experiment=demo                  text -> token shards; what is done already is kept
   python -m data_pipeline verify data/embedded             read every byte of a prepared folder
   python -m data_pipeline inspect 0 experiment=demo        show a row: ROW, SOURCE or SOURCE:ROW
+  python -m data_pipeline look FILES [data.tokenizer=NAME] what files hold, and how a run reads them
 
 Give the same experiment and keys as to python -m trainer. --cfg job prints the composed configuration.
 docs/data.md explains the keys of data.
@@ -17,13 +18,16 @@ from typing import Any
 
 import numpy as np
 from omegaconf import DictConfig
+from rich.console import Console
 
 from data_pipeline.config import DataConfig, DataError
+from data_pipeline.files import find
+from data_pipeline.look import look
 from data_pipeline.packing import NO_LOSS, make_plans
 from data_pipeline.prepare import prepare
 from data_pipeline.prompts import Prompts
 from data_pipeline.shards import verify
-from data_pipeline.tokenizer import load_tokenizer
+from data_pipeline.tokenizer import fetch_tokenizer, load_tokenizer
 from moe.config import ConfigError
 from trainer.settings.command import compose_and
 from trainer.settings.config import RunConfig
@@ -50,6 +54,27 @@ def verify_here(folder: str) -> int:
         return 2
     print(f"{folder} is undamaged: {sum(shard.tokens for shard in shards):,} tokens in {len(shards)} shards")
     return 0
+
+
+def look_here(patterns: list[str], config: DataConfig) -> int:
+    """Print what the files hold; a file that cannot be read does not hide the others."""
+    tokenizer = None if config.tokenizer is None else fetch_tokenizer(config.tokenizer)
+    console, code = Console(highlight=False, soft_wrap=True), 0
+    for pattern in patterns:
+        try:
+            if not (paths := find(pattern)):
+                raise DataError(f"{pattern} matches no file; for a folder use folder/**/*.EXT")
+        except DataError as error:
+            paths, code = [], 2
+            print(error, file=sys.stderr)
+        for path in paths:
+            try:
+                for text in look(path, config, tokenizer, console.is_terminal):
+                    console.print(text, end="")
+            except DataError as error:
+                code = 2
+                print(f"{error}\n", file=sys.stderr)
+    return code
 
 
 def show(config: DataConfig, which: str, *, seq_len: int, seed: int) -> str:
@@ -121,6 +146,11 @@ def main(arguments: list[str]) -> None:
 
         sys.argv[1:] = arguments[2:]  # Hydra reads the other arguments
         compose_and("prepare", __doc__, inspect_here)
+    if arguments[:1] == ["look"] and len(arguments) >= 2:
+        patterns = [path for path in arguments[1:] if "=" not in path or find(path)]
+        others = [path for path in arguments[1:] if path not in patterns]
+        sys.argv[1:] = ["name=look", "data=jsonl", "data.dir=none", *others]
+        compose_and("prepare", __doc__, lambda cfg: look_here(patterns, RunConfig.load(cfg).data))
     compose_and("prepare", __doc__, prepare_here)
 
 

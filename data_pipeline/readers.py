@@ -117,6 +117,30 @@ def read_rows(source: SourceConfig, part: Part) -> Iterator[Row]:
             yield from _table_rows(part, batches, first)
 
 
+def file_rows(path: str) -> Iterator[Row]:
+    """The rows of a file with all their columns. Raises DataError for a file that cannot be read."""
+    kind, part = kind_of(path), Part(0, path, 0, version(path)[0], 0)
+    if kind in ("parquet", "arrow"):
+        with _whole(path, kind):
+            schema, sizes, read = _open_table(kind, path)
+            yield from _table_rows(part, read(0, len(sizes), schema.names), 0)
+    else:
+        yield from read_rows(SourceConfig(kind, [path]), part)
+
+
+def kind_of(path: str) -> str:
+    """The kind of source that reads a file with this name: jsonl, parquet, arrow or text."""
+    suffixes = [suffix for suffix in Path(path).suffixes if suffix not in _COMPRESSED]
+    kinds = {
+        ".jsonl": "jsonl",
+        ".ndjson": "jsonl",
+        ".json": "jsonl",
+        ".parquet": "parquet",
+        ".arrow": "arrow",
+    }
+    return kinds.get(suffixes[-1], "text") if suffixes else "text"
+
+
 def hub_rows(key: str, dataset: str) -> Iterator[Row]:
     """The rows of a hub dataset, downloaded while they are read."""
     return _numbered(Part(0, dataset, 0, 0, 0), _load_dataset(key, dataset, streaming=True), 0)
