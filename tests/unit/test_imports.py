@@ -39,7 +39,7 @@ ROOMS = {
         "torch omegaconf hydra yaml",
         1200,
     ),
-    "slurm": Room(_BELOW, "omegaconf hydra rich", 1100),
+    "slurm": Room(_BELOW, "omegaconf hydra rich", 1200),
 }
 # The few files that may do what their room may not.
 EXTRA = {
