@@ -137,12 +137,16 @@ def _clean(folder: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    removed = path.parent / f".{uuid.uuid4().hex}.partial"
+    """Remove a file or folder, which other processes may be removing too."""
     with contextlib.suppress(OSError):  # a slow process may still write there, or has just finished it
-        path.rename(removed)  # first, so that no process can complete a half-removed folder
-        if removed.is_dir():
-            shutil.rmtree(removed)
-        removed.unlink(missing_ok=True)
+        if (
+            path.suffix != ".partial"
+        ):  # first a name under which no process can complete a half-removed folder
+            path = path.rename(path.parent / f".{uuid.uuid4().hex}.partial")
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink()
 
 
 def _agree_on_plan(config: DataConfig, seed: int, given: Tokenizer | None) -> Manifest:

@@ -18,8 +18,8 @@ mapfile -t HOSTS < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 say() { printf '%(%F %T)T job %s: %s\n' -1 "$JOB" "$*"; }
 field() { sed -n "s/.*\"$1\": *\"\{0,1\}\([a-z0-9]*\).*/\1/p" "$RUN_DIR/state" 2>/dev/null; }
 latest() {
-    if [[ -z $DATA_DIR ]]; then cat "$RUN_DIR/latest" 2>/dev/null; return; fi
-    echo "$(find "$DATA_DIR/survey" "$DATA_DIR/slices" -maxdepth 1 -name '[!.]*-*' 2>/dev/null | wc -l) slices"
+    [[ -n $DATA_DIR ]] || { cat "$RUN_DIR/latest" 2>/dev/null; return; }
+    find "$DATA_DIR"/{survey,slices} -maxdepth 1 -name '[!.]*-*' 2>/dev/null | wc -l
 }
 patiently() { for _ in {1..60}; do "$@" && return; sleep 5; done; false; } # slurmctld may be down for a while
 successors() { sed "0,/^$JOB\$/d" "$RUN_DIR/jobs"; } # the later jobs of a chain
@@ -97,8 +97,8 @@ run() { # COMMAND...: `wait` returns at every signal, so repeat it until the com
 }
 
 # Ignore USR2 and TERM until the rank has its handlers: srun forwards them from the first millisecond.
-# A rank that sees a single GPU has it as number 0. The other workers of a preparation do the work of one that was
-# killed; only a mistake of the user (2) ends them all.
+# A rank that sees a single GPU has it as number 0. The workers of a preparation go on without one that was killed;
+# only a mistake of the user (2) ends them all.
 RANK='trap "" USR2 TERM
 export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS LOCAL_WORLD_SIZE=$RANKS_PER_NODE
 [[ ${CUDA_VISIBLE_DEVICES:-,} = *,* ]] || LOCAL_RANK=0 LOCAL_WORLD_SIZE=1

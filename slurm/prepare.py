@@ -9,7 +9,7 @@ import signal
 import socket
 import sys
 import traceback
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -47,8 +47,8 @@ def main(run_dir: Path, rank: int, world_size: int, attempt: int) -> int:
             state, code = "failed", 2
             message = redacted(f"worker {rank} on {socket.gethostname()}: {error}")
             print(message, file=log)
-            if not (logs / "error").exists():  # most errors occur in all workers
-                (logs / "error").touch()
+            with suppress(FileExistsError):  # most errors occur in all workers
+                (logs / "error").touch(exist_ok=False)
                 print(message, file=sys.stderr, flush=True)
         except BaseException:
             print(redacted(traceback.format_exc()), file=log)

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from commands import contents
 
 from data_pipeline.config import DataConfig, DataError, SourceConfig
 from data_pipeline.manifest import Manifest
@@ -31,13 +32,6 @@ from data_pipeline.prepare import prepare
 if __name__ == "__main__":
     prepare(pickle.loads(bytes.fromhex(sys.argv[1])), 512, 7)
 """
-
-
-def contents(folder: str | Path) -> dict[str, bytes]:
-    root = Path(folder)
-    return {
-        str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()
-    }
 
 
 def documents_of(config: DataConfig, source: str, split: str) -> list[str]:
