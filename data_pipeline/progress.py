@@ -38,7 +38,7 @@ def look(folder: Path) -> PreparationProgress:
 def _look(folder: Path) -> PreparationProgress:
     if is_complete(folder):
         manifest = Manifest.load(folder)
-        names = {shard.name.partition("/")[0] for shard in manifest.shards()}
+        names = [name for name in os.listdir(folder / "slices") if name[0] != "."]
         rate, _ = _rates(folder / "slices", dict.fromkeys(names, 0))
         rejects = sum(_bad(source.skipped) for source in manifest.sources.values())
         return PreparationProgress("done", len(names), len(names), rate, 0.0, rejects)

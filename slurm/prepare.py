@@ -32,39 +32,50 @@ def main(run_dir: Path, rank: int, world_size: int, attempt: int) -> int:
     """Work until the data is prepared, or a stop is asked for. Returns 2 for an error of the user, else 0."""
     for number in _STOP_SIGNALS:
         signal.signal(number, _interrupt)
-    logs, code = run_dir / "logs" / f"attempt-{attempt}", 0
+    logs = run_dir / "logs" / f"attempt-{attempt}"
     logs.mkdir(parents=True, exist_ok=True)
     with open(logs / f"rank-{rank}.log", "a", buffering=1) as log:
         try:
             if read_state(run_dir)["attempt"] < attempt:
                 write_state(run_dir, "running", attempt)
             with redirect_stdout(_Both(log, sys.stdout) if rank == 0 else log):
-                _work(typed(Preparation, read_frozen(run_dir / "config.yaml")), rank, world_size)
-            state = "finished"
+                mistake = _work(run_dir, rank, world_size)
+            state = "finished" if mistake is None else "failed"
         except KeyboardInterrupt:
-            state = "stopped"
-        except (ConfigError, DataError) as error:
-            state, code = "failed", 2
-            message = redacted(f"worker {rank} on {socket.gethostname()}: {error}")
-            print(message, file=log)
-            with suppress(FileExistsError):  # most errors occur in all workers
-                (logs / "error").touch(exist_ok=False)
-                print(message, file=sys.stderr, flush=True)
-        except BaseException:
+            state, mistake = "stopped", None
+        except Exception:
             print(redacted(traceback.format_exc()), file=log)
             raise
-    write_state(run_dir, state, attempt)
-    return code
+        _ignore_stops()
+        if (
+            state == "failed" or read_state(run_dir)["state"] == "running"
+        ):  # workers that others end say nothing
+            write_state(run_dir, state, attempt)
+        if mistake is None:
+            return 0
+        message = redacted(f"worker {rank} on {socket.gethostname()}: {mistake}")
+        print(message, file=log)
+        with suppress(FileExistsError):  # most mistakes end all workers
+            (logs / "error").touch(exist_ok=False)
+            print(message, file=sys.stderr, flush=True)
+        return 2
 
 
-def _work(config: Preparation, rank: int, world_size: int) -> None:
-    folder = Path(config.data.dir)
-    if not (folder / "survey" / "claims").is_dir() and not is_complete(folder):
-        law = "use a folder on a file system that all nodes and the submitting machine share"
-        raise DataError(f"data.dir={folder}: {socket.gethostname()} does not see this preparation; {law}")
-    prepare(replace(config.data, num_workers=1), config.vocab_size, config.seed, begin=rank / world_size)
-    if rank == 0:  # training makes the plans that are missing
-        make_plans(config.data, config.seq_len)
+def _work(run_dir: Path, rank: int, world_size: int) -> ConfigError | DataError | None:
+    """Prepare the data; returns the mistake of the user that makes it impossible."""
+    try:
+        config = typed(Preparation, read_frozen(run_dir / "config.yaml"))
+        folder = Path(config.data.dir)
+        if not (folder / "survey" / "claims").is_dir() and not is_complete(folder):
+            law = "use a folder on a file system that all nodes and the submitting machine share"
+            raise DataError(f"data.dir={folder}: {socket.gethostname()} does not see this preparation; {law}")
+        data = replace(config.data, num_workers=1)
+        prepare(data, config.vocab_size, config.seed, begin=rank / world_size)
+        if rank == 0:  # training makes the plans that are missing
+            make_plans(config.data, config.seq_len)
+    except (ConfigError, DataError) as error:
+        return error
+    return None
 
 
 class _Both(io.TextIOBase):
@@ -81,9 +92,13 @@ class _Both(io.TextIOBase):
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    for each in _STOP_SIGNALS:  # job.sh repeats its signal
-        signal.signal(each, signal.SIG_IGN)
+    _ignore_stops()  # job.sh repeats its signal
     raise KeyboardInterrupt
+
+
+def _ignore_stops() -> None:
+    for number in _STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 if __name__ == "__main__":

@@ -97,12 +97,14 @@ def test_a_killed_worker_is_replaced_by_the_others(cluster: Cluster, text: list[
     assert "prepared: " in log, "each worker has a log"
 
 
+@pytest.mark.slow  # three minutes: SLURM notices after 30 s, and its claims end after 120 s
 def test_a_node_that_dies_whole(cluster: Cluster, text: list[str], folder: Path) -> None:
     """SLURM queues the job again, which goes on with what is done."""
     run = submit(cluster, text, folder, cluster.only(5, 6, 7))
-    with standing(run, folder):
+    with standing(run, folder) as workers:
         before = {name: os.stat(folder / "prepared/slices" / name).st_ino for name in written(folder)}
         cluster.kill_node(6)
+        run.wait(lambda run: not set(workers) & set(run.ranks()))  # SLURM has noticed
     finish(run, folder, text, attempts=2)
     now = {name: os.stat(folder / "prepared/slices" / name).st_ino for name in before}
     assert now == before
@@ -122,6 +124,15 @@ def test_it_is_stopped_and_goes_on(cluster: Cluster, text: list[str], folder: Pa
     assert run.state == {"state": "stopped", "attempt": 1}, run.log
     assert cluster.python("slurm.resume", "runs/t-prepare", cwd=folder).returncode == 0
     finish(run, folder, text, attempts=2)
+
+
+def test_an_error_of_one_worker_ends_all(cluster: Cluster, text: list[str], folder: Path) -> None:
+    """One worker meets a bad row while the others work; the job has failed, though they were only stopped."""
+    run = submit(cluster, text, folder, "data.on_bad_row=error")
+    run.wait(lambda run: cluster.state(run.jobs[0]) == "FAILED")
+    assert run.log.count("is bad (json") == 1
+    assert "Traceback" not in run.log
+    assert run.state == {"state": "failed", "attempt": 1}
 
 
 def test_a_bad_source_ends_all_workers_once(cluster: Cluster, text: list[str], folder: Path) -> None:
