@@ -131,7 +131,7 @@ def _told(folder: Path) -> Iterator[None]:
 
 
 def _clean(folder: Path) -> None:
-    """Remove the incomplete files and folders of killed processes, once all slices are complete."""
+    """Remove what killed processes left, from a folder that is complete."""
     for path in [*folder.glob(".*.partial"), *(folder / "slices").glob(".*")]:
         _remove(path)
 
@@ -139,9 +139,7 @@ def _clean(folder: Path) -> None:
 def _remove(path: Path) -> None:
     """Remove a file or folder, which other processes may be removing too."""
     with contextlib.suppress(OSError):  # a slow process may still write there, or has just finished it
-        if (
-            path.suffix != ".partial"
-        ):  # first a name under which no process can complete a half-removed folder
+        if path.suffix != ".partial":  # else another process could complete a half-removed folder
             path = path.rename(path.parent / f".{uuid.uuid4().hex}.partial")
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)

@@ -3,8 +3,9 @@
 # writes the lines above it, which set its variables. The result of an attempt is read from the run folder,
 # never from an exit code (a crash under --kill-on-bad-exit looks like a kill):
 #   state      the attempt and its state, running | stopped | finished | failed, written by rank 0
-#   latest     the name of the newest checkpoint: if it has changed, this attempt made progress. A preparation
-#              (MODULE=slurm.prepare) makes progress when more slices are in DATA_DIR
+#              (by all workers of a preparation, MODULE=slurm.prepare)
+#   latest     the name of the newest checkpoint (of a preparation: how many slices are in DATA_DIR): if it has
+#              changed, this attempt made progress
 #   restarts   how often the run was restarted after crashes and bad nodes
 #   stop       why no job continues this run; python -m slurm.resume removes the file
 set -u

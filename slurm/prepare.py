@@ -47,9 +47,8 @@ def main(run_dir: Path, rank: int, world_size: int, attempt: int) -> int:
             print(redacted(traceback.format_exc()), file=log)
             raise
         _ignore_stops()
-        if (
-            state == "failed" or read_state(run_dir)["state"] == "running"
-        ):  # workers that others end say nothing
+        # a worker that is ended because another one failed says nothing
+        if state == "failed" or read_state(run_dir)["state"] == "running":
             write_state(run_dir, state, attempt)
         if mistake is None:
             return 0

@@ -92,11 +92,11 @@ class Submission:
             except (ConfigError, DataError) as error:
                 where = f"point {point} ({' '.join(overrides)}):\n" if self._sweep else ""
                 problems.append(f"{where}{error}")
-            if cfg.job == "prepare" and self._sweep:
-                problems.append("job=prepare prepares one folder, without -m; submit once for each folder")
             if cfg.slurm != first.slurm or cfg.parallel.nproc_per_node != first.parallel.nproc_per_node:
                 keys = "slurm.* and parallel.nproc_per_node must be the same for all points"
                 problems.append(f"point {point}: {keys}: a job array has one request")
+        if self._sweep and first.job == "prepare":
+            problems.append("job=prepare prepares one folder, without -m; submit once for each folder")
         if problems:
             raise ConfigError(problems)
         return configs

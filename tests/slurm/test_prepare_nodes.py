@@ -166,6 +166,7 @@ def test_mistakes_queue_nothing(cluster: Cluster, text: list[str], folder: Path)
 
     assert "job=prepare uses no GPU" in refusal("slurm.gpus_per_node=1")
     assert "data.num_workers=0 is less than 1" in refusal("data.num_workers=0")
+    assert "job=prepare prepares one folder, without -m" in refusal("-m", "data.on_bad_row=skip,error")
     (folder / "prepared").mkdir()
     (folder / "prepared/thesis.tex").touch()
     assert "holds other files" in refusal()

@@ -78,6 +78,7 @@ TORCH_FREE = [
     "slurm.stop",
     "slurm.resume",
     "slurm.logs",
+    "slurm.prepare",
     "trainer.models",
 ]
 

@@ -33,7 +33,7 @@ def test_the_recipe_reads_a_folder_of_datatrove(
             file.write("".join(json.dumps(row, separators=(",", ":")) + "\n" for row in rows))
     (recipe,) = RECIPE.findall((repository / "docs/data.md").read_text())
     with initialize_config_module("conf", version_base="1.3"):
-        tokenizer = ["data.tokenizer_vocab_size=512", "model.vocab_size=512"]
+        tokenizer = ["data.tokenizer=null", "data.tokenizer_vocab_size=512"]
         cfg = compose("submit", [*shlex.split(recipe.replace("\\\n", " ")), *tokenizer])
     config = typed(SubmitConfig, cfg)
     config.check()
