@@ -56,8 +56,9 @@ class _Pieces(list[Piece]):
 def render(row: Mapping[str, Any], options: Mapping[str, Any], *, loss_from: int = 0) -> list[Piece]:
     """The pieces of a row's `messages` and `tools`; joined, they are what Qwen3's own template renders.
 
-    options: `add_generation_prompt` and `enable_thinking`, as the template defines them. The bodies of
-    assistant messages from message number `loss_from` on are learned, each with its closing `<|im_end|>`.
+    row: as forms.py makes it. options: `add_generation_prompt` and `enable_thinking`, as the template defines
+    them. The bodies of assistant messages from message number `loss_from` on are learned, each with its
+    closing `<|im_end|>`, except messages whose `learned` is false.
     """
     messages = row["messages"]
     last_query = max(_queries(messages), default=len(messages) - 1)
@@ -79,7 +80,7 @@ def render(row: Mapping[str, Any], options: Mapping[str, Any], *, loss_from: int
         elif role == "assistant":
             thinks = i > last_query and (i == len(messages) - 1 or bool(_split_reasoning(message)[0]))
             out.markup("<|im_start|>assistant\n")
-            _render_body(out, message, thinks, loss=i >= loss_from)
+            _render_body(out, message, thinks, loss=i >= loss_from and _is_learned(message))
             out.markup("\n")
         elif role == "tool":
             if i == 0 or messages[i - 1]["role"] != "tool":
@@ -100,10 +101,11 @@ def samples(row: Mapping[str, Any], think_flag_share: float | None) -> list[list
     """The training samples of a row: one per answer with reasoning, and one for later messages, if any.
 
     The template drops the reasoning of all answers but the last, so an answer with reasoning is learned as
-    the last one of a sample. Every assistant message is learned in exactly one sample. think_flag_share: None
-    leaves questions as they are; a number adds mode flags to them (arXiv 2505.09388, section 4.3;
-    docs/data.md). Raises ValueError, with the reason, for a row that is malformed, has no target, or has an
-    answer that contradicts its flag; for a lone surrogate this is a UnicodeEncodeError.
+    the last one of a sample. Every assistant message is learned in exactly one sample, or in none if its
+    `learned` is false. think_flag_share: None leaves questions as they are; a number adds mode flags to them
+    (arXiv 2505.09388, section 4.3; docs/data.md). Raises ValueError, with the reason, for a row that is
+    malformed, has no target, or has an answer that contradicts its flag; for a lone surrogate this is a
+    UnicodeEncodeError.
     """
     messages = _checked(row)
     queries = _queries(messages)
@@ -116,7 +118,8 @@ def samples(row: Mapping[str, Any], think_flag_share: float | None) -> list[list
     _apply_flags(messages, exchanges, think_flag_share)
     found, learned = [], 0
     for query, end, thinks in exchanges:
-        if thinks or query == exchanges[-1][0]:
+        ends = thinks or query == exchanges[-1][0]
+        if ends and any(_is_learned(message) for message in messages[learned:end]):
             cut = {"messages": messages[:end], "tools": row.get("tools")}
             pieces = render(cut, {}, loss_from=learned)
             "".join(piece.text or "" for piece in pieces).encode()  # raises for a lone surrogate
@@ -125,26 +128,21 @@ def samples(row: Mapping[str, Any], think_flag_share: float | None) -> list[list
     return found
 
 
-def prompt(content: Any, row: Mapping[str, Any]) -> list[Piece]:
-    """A text or messages that wait for an answer, with the header of the answer; nothing is learned.
+def prompt(row: Mapping[str, Any], thinks: object) -> list[Piece]:
+    """The messages of a row that wait for an answer, with the header of the answer; nothing is learned.
 
-    row: may have `tools`, and `enable_thinking`, where false means that the answer begins after an empty
-    think block. Raises ValueError, with the reason, for a prompt that is malformed or needs no answer.
+    thinks: false means that the answer begins after an empty think block; otherwise true or None. Raises
+    ValueError, with the reason, for a prompt that is malformed or needs no answer.
     """
-    if isinstance(content, str):
-        if not content.strip():
-            raise ValueError("empty")
-        content = [{"role": "user", "content": content}]
-    thinks, asked = row.get("enable_thinking"), {"messages": content, "tools": row.get("tools")}
     if not isinstance(thinks, bool | None):
         raise ValueError(f"type: enable_thinking is of type {type(thinks).__name__}")
-    messages = _well_formed(asked)
+    messages = _well_formed(row)
     if not _queries(messages):
         raise ValueError("messages: no question of a user")
     if (role := messages[-1]["role"]) not in ("user", "tool"):
         raise ValueError(f"messages: the last one has the role {role}; a prompt ends with user or tool")
     options = {"add_generation_prompt": True, "enable_thinking": thinks}
-    return render(asked, options, loss_from=len(messages))
+    return render(row, options, loss_from=len(messages))
 
 
 def encode(pieces: Sequence[Piece], tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
@@ -182,6 +180,10 @@ def to_json(value: object, **options: Any) -> str:
         return json.dumps(value, **options)
     except (TypeError, RecursionError) as error:
         raise ValueError(f"json: {error}") from error
+
+
+def _is_learned(message: Mapping[str, Any]) -> bool:
+    return message["role"] == "assistant" and message.get("learned") is not False
 
 
 def _content(message: Mapping[str, Any]) -> str:
@@ -225,6 +227,8 @@ def _checked(row: Mapping[str, Any]) -> list[dict[str, Any]]:
     first_answer = next((i for i, m in enumerate(messages) if m["role"] == "assistant"), None)
     if first_answer is None:
         raise ValueError("no_target: no message of the assistant")
+    if not any(_is_learned(message) for message in messages):
+        raise ValueError("no_target: no message of the assistant is to be learned")
     if not any(query < first_answer for query in _queries(messages)):
         raise ValueError(f"messages[{first_answer}]: the assistant speaks before the user")
     return [dict(message) for message in messages]
@@ -234,7 +238,8 @@ def _fault(message: dict[str, Any]) -> str | None:
     """The fault of a message; None for a valid one."""
     role, content, calls = message.get("role"), message.get("content"), message.get("tool_calls")
     if role not in ("system", "user", "assistant", "tool"):
-        return f"role {role!r} is not one of system, user, assistant, tool"
+        known = "system, user, assistant, tool"
+        return f"role {role!r} is not one of {known}; name what it is by `roles` of the source"
     if not isinstance(content, str) and not (role == "assistant" and content is None and calls):
         return f"content is of type {type(content).__name__}, not text"
     if role != "assistant":
@@ -245,8 +250,12 @@ def _fault(message: dict[str, Any]) -> str | None:
         return "tool_calls is not a list of objects with a name and arguments"
     reasoning, answer = _split_reasoning(message)
     tags = [tag for tag in _MARKUP.findall(_content(message)) if tag.endswith("think>")]
-    in_content = message.get("reasoning_content") is None and _content(message).lstrip().startswith("<think>")
-    if tags != (["<think>", "</think>"] if in_content else []) or _MARKUP.search(reasoning):
+    sound = list[str]()
+    if message.get("reasoning_content") is None and _content(message).lstrip().startswith("<think>"):
+        sound = ["<think>", "</think>"]
+    elif message.get("reasoning_content") is None and reasoning.strip():
+        sound = ["</think>"]  # the prompt has opened the block
+    if tags != sound or _MARKUP.search(reasoning):
         return "template: <think> and </think> do not enclose the reasoning at the start"
     if not answer.strip() and not calls:
         return "no_target: the answer is empty"

@@ -19,6 +19,15 @@ LEAST = {
 SOURCE_KINDS = ("embedded", "jsonl", "parquet", "arrow", "hub", "text", "tree", "sft", "prompts")
 KINDS_WITH_TEXT_COLUMN = ("jsonl", "parquet", "arrow", "hub")
 CHAT_KINDS = ("sft", "prompts")  # a row is a conversation with its fields, not a text
+FORM_COLUMNS = {  # what each form of conversations calls its columns; all may have system and tools
+    "messages": ("messages", "system", "tools"),
+    "sharegpt": ("messages", "system", "tools"),
+    "alpaca": ("instruction", "input", "output", "history", "system", "tools"),
+    "prompt_completion": ("prompt", "completion", "chosen", "label", "system", "tools"),
+}
+MESSAGE_KEYS = ("role", "content", "reasoning_content", "tool_calls", "weight", "masked")
+MESSAGE_ROLES = ("system", "user", "assistant", "tool", "function_call")
+NAMING_KEYS = ("columns", "message_keys", "roles")  # of a source: what its conversations call things
 CONTENT_KEYS = (
     *("tokenizer_vocab_size", "validation_fraction", "deduplicate", "min_characters"),
     *("max_chat_tokens", "think_flag_share"),
@@ -41,6 +50,11 @@ class SourceConfig:
     weight: float = 1.0  # share of the training tokens (of the prompts), relative to the others; 0: unused
     max_epochs: float | None = None  # how often a training row may be seen; null = no limit
     required_fields: list[str] | None = None  # of prompts: what verifiers need in a row; null = [answer]
+    # Of sft and prompts; null = the usual names, which docs/data.md lists.
+    format: str = "auto"  # the form of its conversations, of FORM_COLUMNS; auto = the first that a row fits
+    columns: dict[str, str] | None = None  # what the form calls a column -> the column here
+    message_keys: dict[str, str] | None = None  # what a message says, of MESSAGE_KEYS -> the key here
+    roles: dict[str, str] | None = None  # a role here -> what it is, of MESSAGE_ROLES
 
     @property
     def text_column(self) -> str | None:
@@ -52,6 +66,13 @@ class SourceConfig:
     def verified_fields(self) -> list[str]:
         """The fields without which a row of prompts is bad."""
         return ["answer"] if self.required_fields is None else self.required_fields
+
+
+@dataclass
+class WeightsConfig:
+    """How the shares of the sources follow from their weights and sizes."""
+
+    alpha: float  # share of a source ~ weight * (its tokens)^alpha; 0: the weights alone; 1: also its size
 
 
 @dataclass
@@ -78,6 +99,7 @@ class DataConfig:
     predict_first_token: bool  # whether the end of a document predicts the first token of the next one
     fim_rates: dict[str, float]  # source -> share of its documents rearranged for fill-in-the-middle
     fim_spm_share: float  # share of these that have the suffix first (SPM; else PSM)
+    weights: WeightsConfig
     weight_changes: dict[int, dict[str, float]]  # training tokens (prompts) -> weights from then on
     skip: list[list[int]]  # ranges [first, end) of global numbers of rows (prompts) that are left out
 
@@ -89,6 +111,11 @@ class DataConfig:
             settings[f"data.sources.{name}.text_key"] = source.text_column
             if source.kind == "prompts":
                 settings[f"data.sources.{name}.required_fields"] = source.verified_fields
+            if source.kind in CHAT_KINDS:  # null where a row means what it means without the key
+                settings[f"data.sources.{name}.format"] = None if source.format == "auto" else source.format
+                settings |= {
+                    f"data.sources.{name}.{key}": getattr(source, key) or None for key in NAMING_KEYS
+                }
         return settings
 
     def text_sources(self) -> list[str]:
@@ -134,7 +161,7 @@ class DataConfig:
             )
         given, ids, held_out = self.tokenizer, self.tokenizer_vocab_size, self.validation_fraction
         weight = sum(source.weight for source in self.sources.values())
-        add = "name at least one source: '+data.sources.NAME={kind: jsonl, paths: [FILES]}'"
+        add = "name at least one source: 'data.sources={NAME: {kind: jsonl, paths: [FILES]}}'"
         no_tokenizer = "is null; name one, or train one with data.tokenizer_vocab_size=4096"
         too_few = "a tokenizer that is trained (data.tokenizer=null) needs at least 512 ids"
         no_use = f"has no use with data.tokenizer={given}; set one of the two to null"
@@ -178,6 +205,7 @@ class DataConfig:
                 f"{key}.max_epochs={epochs} is not positive; null = no limit": epochs is not None
                 and not 0 < epochs < math.inf,
             }
+            laws |= _form_laws(key, source)
         return laws
 
     def _streaming_laws(self) -> dict[str, bool]:
@@ -186,6 +214,7 @@ class DataConfig:
             "data.tokenizer=null would need a tokenizer to be trained": self.tokenizer is None,
             f"data.packing={self.packing} needs all lengths": self.packing != "concat",
             "data.on_bad_row=quarantine has no folder to keep rows in": self.on_bad_row == "quarantine",
+            f"data.weights.alpha={self.weights.alpha} needs the size of each source": self.weights.alpha != 0,
         }
         for name, source in self.sources.items():
             law = f"data.sources.{name}.max_epochs={source.max_epochs} is not a whole number"
@@ -196,9 +225,13 @@ class DataConfig:
 
     def _order_laws(self) -> dict[str, bool]:
         shares, key = self.length_shares, f"data.length_shares={self.length_shares}"
-        laws, total = dict[str, bool](), sum(shares.values())
+        alpha, total = self.weights.alpha, sum(shares.values())
+        laws = {
+            f"data.weights.alpha={alpha} must be in [0, 1]; 0 uses the weights alone": not 0 <= alpha <= 1
+        }
         if shares:
-            laws = {
+            laws |= {
+                "data.weights.alpha has no use with data.length_shares; set it to 0": alpha != 0,
                 f"{key} needs data.packing=best_fit; set it to {{}}": self.packing != "best_fit",
                 f"{key}: lengths must be above 0 and shares in (0, 1]": (
                     min(shares) < 1 or not all(0 < share <= 1 for share in shares.values())
@@ -230,3 +263,28 @@ class DataConfig:
                 break
             end = span[1]
         return laws
+
+
+def _form_laws(key: str, source: SourceConfig) -> dict[str, bool]:
+    """The laws of how the conversations of a source are named. key: that of the source."""
+    kind, form, is_chat = source.kind, source.format, source.kind in CHAT_KINDS
+    forms = [form] if form in FORM_COLUMNS else list(FORM_COLUMNS)
+    columns = sorted({column for of in forms for column in FORM_COLUMNS[of]})
+    law = f"is unknown; use auto, {', '.join(FORM_COLUMNS)}"
+    named = {"columns": columns, "message_keys": MESSAGE_KEYS}
+    laws = {f"{key}.format={form} {law}": form != "auto" and form not in FORM_COLUMNS}
+    for of, known in named.items():
+        for name in getattr(source, of) or {}:
+            laws[f"{key}.{of}.{name} is unknown; use {', '.join(known)}"] = name not in known
+    for role, meaning in (source.roles or {}).items():
+        law = f"is not a role; use {', '.join(MESSAGE_ROLES)}"
+        laws[f"{key}.roles.{role}={meaning} {law}"] = meaning not in MESSAGE_ROLES
+    if form != "auto" and source.text_key is not None:
+        law = f"names a prompt, but format={form} says what a row has; set one of them to its default"
+        laws[f"{key}.text_key={source.text_key} {law}"] = is_chat
+    for of in ("format", *NAMING_KEYS):
+        is_set = getattr(source, of) not in (None, {}, "auto")
+        laws[f"{key}.{of} has no use with kind={kind}; remove it"] = (
+            kind in SOURCE_KINDS and not is_chat and is_set
+        )
+    return laws

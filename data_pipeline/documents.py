@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from data_pipeline import chat
-from data_pipeline.config import DataConfig, DataError, SourceConfig
-from data_pipeline.readers import Row, columns_of
+from data_pipeline import chat, forms
+from data_pipeline.config import CHAT_KINDS, DataConfig, DataError, SourceConfig
+from data_pipeline.readers import Row
 from data_pipeline.tokenizer import Tokenizer
 
 _HEAD_BYTES = 200
@@ -29,6 +29,7 @@ class Document(NamedTuple):
     pieces: list[chat.Piece] | None
     data: bytes  # equal for equal documents: the UTF-8 of a text, the JSON of `pieces`
     fields: bytes | None = None  # of a prompt: the JSON of its row, for verifiers
+    ignored: frozenset[str] = frozenset()  # of a conversation: keys of its messages that are not used
 
     def is_held_out(self, seed: int, validation_fraction: float) -> bool:
         """Whether its hash selects it for validation; equal documents are in the same split."""
@@ -68,36 +69,33 @@ def read_documents(
     for row in rows:
         items: list[Document | Reject]
         try:
-            content = _content(row, columns_of(source))
-            if source.kind == "sft":
-                samples = chat.samples(row.value, config.think_flag_share)
-                items = [_conversation(row, pieces, config, tokenizer) for pieces in samples]
-            elif source.kind == "prompts":
-                pieces, fields = _prompt(row, content, source.verified_fields)
-                items = [_conversation(row, pieces, config, tokenizer, fields)]
+            if row.fault is not None:
+                raise ValueError(row.fault)
+            if source.kind in CHAT_KINDS:
+                documents = _conversations(row, source, config.think_flag_share)
+                items = [_limited(document, config.max_chat_tokens, tokenizer) for document in documents]
             else:
-                items = [_text(row, content, config.min_characters)]
+                items = [_text(row, _content(row, source.text_column), config.min_characters)]
         except UnicodeEncodeError:
             items = [Reject(row, "utf8: a lone surrogate")]
+        except RecursionError:
+            items = [Reject(row, "json: nested too deeply")]
         except ValueError as error:
             items = [Reject(row, str(error))]
         yield from items
 
 
-def _content(row: Row, columns: tuple[str, ...]) -> Any:
-    """The content of a row: that of the first column that has one, or without columns the whole row. Raises
-    ValueError, with the reason, if there is none."""
-    if row.fault is not None:
-        raise ValueError(row.fault)
-    if not columns:
+def _content(row: Row, column: str | None) -> Any:
+    """The value of a column of a row; without a column, the whole row. Raises ValueError, with the reason, if
+    there is none."""
+    if column is None:
         return row.value
-    if not any(column in row.value for column in columns):
+    if column not in row.value:
         names = ", ".join(map(repr, row.value)) or "nothing"
-        raise ValueError(f"missing: the row has no {' or '.join(map(repr, columns))}, only {names}")
-    found = [row.value[column] for column in columns if row.value.get(column) is not None]
-    if not found:
+        raise ValueError(f"missing: the row has no {column!r}, only {names}")
+    if row.value[column] is None:
         raise ValueError("null")
-    return found[0]
+    return row.value[column]
 
 
 def _text(row: Row, content: object, min_characters: int) -> Document:
@@ -111,29 +109,33 @@ def _text(row: Row, content: object, min_characters: int) -> Document:
     return Document(row, content, None, content.encode())
 
 
-def _prompt(row: Row, content: Any, verified_fields: list[str]) -> tuple[list[chat.Piece], bytes]:
-    """The pieces of a prompt and its row as JSON. Raises ValueError, with the reason, for a bad row."""
+def _conversations(row: Row, source: SourceConfig, think_flag_share: float | None) -> list[Document]:
+    """The prompt, or the samples of the conversation, of a row. Raises ValueError, with the reason, for a bad
+    row."""
+    fields = _fields(row, source.verified_fields) if source.kind == "prompts" else None
+    conversation, ignored = forms.read(row.value, source)
+    if fields is None:
+        found = chat.samples(conversation, think_flag_share)
+    else:
+        found = [chat.prompt(conversation, row.value.get("enable_thinking"))]
+    return [Document(row, "", pieces, json.dumps(pieces).encode(), fields, ignored) for pieces in found]
+
+
+def _fields(row: Row, verified_fields: list[str]) -> bytes:
+    """The row of a prompt as JSON. Raises ValueError, with the reason, if it cannot be verified or kept."""
     if lost := [key for key in verified_fields if row.value.get(key) is None]:
         raise ValueError(f"missing: the row has no {', '.join(map(repr, lost))} for its verifiers")
-    return chat.prompt(content, row.value), chat.to_json(row.value, ensure_ascii=False).encode()
+    return chat.to_json(row.value, ensure_ascii=False).encode()
 
 
-def _conversation(
-    row: Row,
-    pieces: list[chat.Piece],
-    config: DataConfig,
-    tokenizer: Tokenizer | None,
-    fields: bytes | None = None,
-) -> Document | Reject:
-    """A conversation or, with its fields, a prompt as a document, if it is not too long."""
-    data, length, most = json.dumps(pieces).encode(), 0, config.max_chat_tokens
+def _limited(document: Document, most: int | None, tokenizer: Tokenizer | None) -> Document | Reject:
+    """A conversation or prompt, if it has at most `most` tokens."""
     # a token has at least one byte, so most conversations need not be tokenized for the count
-    if tokenizer and most is not None and len(data) > most:
-        is_closed = fields is None  # the closing id of a prompt is not given to the model
-        length = len(chat.encode(pieces, tokenizer)[0]) + is_closed
-    if most is not None and length > most:
-        return Reject(row, f"too_long: {length} tokens")
-    return Document(row, "", pieces, data, fields)
+    if most is None or tokenizer is None or document.pieces is None or len(document.data) <= most:
+        return document
+    is_closed = document.fields is None  # the closing id of a prompt is not given to the model
+    length = len(chat.encode(document.pieces, tokenizer)[0]) + is_closed
+    return Reject(document.row, f"too_long: {length} tokens") if length > most else document
 
 
 def encoded(
@@ -167,21 +169,25 @@ def _megabyte(documents: Iterator[Document]) -> Iterator[Document]:
 
 
 def check_columns(name: str, source: SourceConfig, rows: Iterable[Row]) -> None:
-    """Raise DataError, which lists the columns, if none of the first rows of a source has its text column."""
-    columns = columns_of(source)
-    wanted = {"sft": (list,), "prompts": (str, list)}.get(source.kind, (str,))
+    """Raise DataError, which lists the columns, if none of the first rows of a source has its text column or,
+    for conversations, the columns of one of its forms."""
+    key, column, is_chat = f"data.sources.{name}", source.text_column, source.kind in CHAT_KINDS
     found: dict[str, str] = {}
-    sound = (row for row in rows if row.fault is None)
-    for row in itertools.islice(sound, _PROBED_ROWS) if columns else ():
-        if any(isinstance(row.value.get(column), wanted) for column in columns):
+    sound = (row.value for row in rows if row.fault is None)
+    for row in itertools.islice(sound, _PROBED_ROWS) if column is not None or is_chat else ():
+        if is_chat and forms.form_of(
+            source, {of for of, value in row.items() if isinstance(value, str | list)}
+        ):
             return
-        found |= {key: type(value).__name__ for key, value in row.value.items()}
+        if not is_chat and isinstance(row.get(column), str):
+            return
+        found |= {of: type(value).__name__ for of, value in row.items()}
+    if found and is_chat:
+        raise DataError(f"{key}: {forms.misfit(source, found)}")
     if found:
-        listed = ", ".join(f"{key}: {kind}" for key, kind in found.items())
-        named, types = " or ".join(map(repr, columns)), " or ".join(of.__name__ for of in wanted)
-        law = f"its first rows have no {named} of type {types}; their columns are {listed}"
-        remedy = "" if source.kind == "sft" else f"; set data.sources.{name}.text_key to one of them"
-        raise DataError(f"data.sources.{name}: {law}{remedy}")
+        listed = ", ".join(f"{of}: {kind}" for of, kind in found.items())
+        law = f"its first rows have no {column!r} of type str; their columns are {listed}"
+        raise DataError(f"{key}: {law}; set {key}.text_key to one of them")
 
 
 def hash_document(data: bytes) -> bytes:

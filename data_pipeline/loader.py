@@ -217,7 +217,7 @@ class Loader(Iterator[list[Batch]], AbstractContextManager["Loader"]):
         changes: dict[int, dict[str, float]] = {}  # row -> weights
         for tokens, weights in sorted(config.weight_changes.items()):
             changes.setdefault(-(-tokens // self._seq_len), {}).update(weights)
-        return Mixture(sources, seed, changes, shuffle=is_prepared)
+        return Mixture(sources, seed, changes, config.weights.alpha, shuffle=is_prepared)
 
     def _step(self, first_row: int) -> list[Batch]:
         stride = self._world_size * self._micro_batch_size

@@ -23,7 +23,7 @@ import os
 import re
 import uuid
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,10 @@ REMEDY = "move the folder away and run python -m data_pipeline again"
 
 @dataclass
 class InputFile:
-    """An input file. It is not hashed again while `bytes` and `mtime_ns` are unchanged."""
+    """An input file. It is not hashed again while `bytes` and `mtime_ns` are unchanged.
+
+    mtime_ns, sha256: of a file at an address, the number of its version (`files.version`), and nothing.
+    """
 
     path: str
     bytes: int
@@ -71,6 +74,8 @@ class SourceRecord:
     shards: Shards
     skipped: dict[str, int]  # rows that were left out, by the code of the reason
     validation_unigram_cross_entropy: float | None  # None without validation tokens
+    # keys of messages that are not used -> documents from rows with them (duplicates count); the commonest
+    ignored: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -129,13 +134,14 @@ class Manifest:
         return [shard for of in self.sources.values() for split in SPLITS for shard in of.shards[split]]
 
     def check_settings(self, settings: dict[str, Any], folder: Path) -> None:
-        """Raise a DataError that lists the keys of `settings` that differ from those of the folder."""
+        """Raise a DataError that lists the keys of `settings` that differ from those of the folder. A missing
+        key is a null."""
         # a `kind` that is missing in `settings` belongs to a source that is no longer configured
         keys = [key for key in self.settings.keys() | settings if key in settings or key.endswith(".kind")]
         differing = [
             f"  {key}: prepared with {self.settings.get(key, 'nothing')}, now {settings.get(key, 'nothing')}"
             for key in sorted(keys)
-            if self.settings.get(key, KeyError) != settings.get(key, KeyError)
+            if self.settings.get(key) != settings.get(key)
         ]
         if differing:
             what = f"data.dir={folder} was prepared with another configuration"

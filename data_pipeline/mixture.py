@@ -56,12 +56,20 @@ def integer_quotas(weights: list[float], total: int) -> list[int]:
 class Mixture:
     """The infinite sequence of rows that the weights, the seed and the number of rows of every source define.
 
-    Sources are taken in the order of their names; sources whose weight is always 0 are left out. Without
-    `shuffle` the rows of a source keep their order. Raises DataError for a source with a weight but no row.
+    Sources are taken in the order of their names; sources whose weight is always 0 are left out. A source's
+    share of the tokens is proportional to weight * (tokens of an epoch)^alpha: with alpha=0 to its weight
+    alone, with alpha=1 and equal weights to its size (arXiv 1907.05019, section 3, with alpha = 1/T). Without
+    `shuffle` the rows of a source keep their order. Raises DataError for a source with a weight but no row,
+    or with too small a share for a row in each block.
     """
 
     def __init__(
-        self, sources: dict[str, MixtureSource], seed: int, changes: Changes = None, shuffle: bool = True
+        self,
+        sources: dict[str, MixtureSource],
+        seed: int,
+        changes: Changes = None,
+        alpha: float = 0.0,
+        shuffle: bool = True,
     ) -> None:
         self._seed, self._shuffle = seed, shuffle
         later = sorted((changes or {}).items())
@@ -84,8 +92,14 @@ class Mixture:
             if self._stretches:
                 dealt = self._dealt(first)
             weights |= stage
-            row_shares = [weights[name] / source.row_tokens for name, source in self.sources.items()]
+            row_shares = [
+                weights[name] * (source.rows * source.row_tokens) ** alpha / source.row_tokens
+                for name, source in self.sources.items()
+            ]
             quotas = np.array(integer_quotas(row_shares, BLOCK_ROWS))
+            if lost := [n for n, q in zip(self._names, quotas, strict=True) if weights[n] and not q]:
+                what = f"data.sources {', '.join(lost)}: less than one row in {BLOCK_ROWS} would be read"
+                raise DataError(f"{what}; raise the weight, lower data.weights.alpha, or set the weight to 0")
             self._stretches.append(_Stretch(first, quotas, dealt))
 
     def locate(self, row: int) -> Location:

@@ -54,6 +54,7 @@ from data_pipeline.tokenizer import (
 _TRAINING_CHARACTERS = 4_000_000  # of text to train a tokenizer on, divided evenly among the sources
 _TRAINING_PLACES = 16  # at most this many evenly spaced slices of a source provide this text
 _SECONDS_BETWEEN_LINES = 10.0
+_MOST_KEYS = 100  # of messages, that the manifest names as not used
 
 Jobs = dict[str, list[SliceJob]]  # by source
 
@@ -98,7 +99,7 @@ def _take_steps(
     folder, plan = Path(config.dir), _agree_on_plan(config, seed, given)
     if is_complete(folder):
         return
-    jobs = {name: _jobs(name, config, plan.inputs[name], seed) for name in sorted(plan.inputs)}
+    jobs = _jobs(config, plan, seed)
     write_atomically(folder / SLICES, to_json({job.name: job.bytes for of in jobs.values() for job in of}))
     _take(folder, "tokenizer", folder / "tokenizer.json", partial(_write_tokenizer, config, given, jobs))
     every = [job for of_source in jobs.values() for job in of_source]
@@ -106,10 +107,10 @@ def _take_steps(
     steps = [Step(f"survey-{job.name}", job.survey, partial(survey_slice, job), job.bytes) for job in every]
     _share(folder, workers, "survey", "documents", steps)
     _take(folder, "conclude", folder / CONCLUSION, partial(_conclude_survey, jobs, folder))
-    skipped = _check_survey(config)
+    sources = _check_survey(config)
     steps = [Step(f"write-{job.name}", job.target, partial(write_slice, job), job.bytes) for job in every]
     _share(folder, workers, "prepare", "tokens", steps)
-    _take(folder, "commit", folder / "manifest.json", partial(_commit, plan, jobs, skipped, folder))
+    _take(folder, "commit", folder / "manifest.json", partial(_commit, plan, jobs, sources, folder))
 
 
 def _take(folder: Path, name: str, result: Path, act: Callable[[], None]) -> None:
@@ -148,22 +149,28 @@ def _remove(path: Path) -> None:
 
 
 def _agree_on_plan(config: DataConfig, seed: int, given: Tokenizer | None) -> Manifest:
-    """The plan of this preparation, saved before anything else is written. Raises DataError, without any
-    change to the folder, if it holds a different plan."""
-    folder, plan = Path(config.dir), partial(_plan, config, seed, given)
+    """The plan of this preparation. Raises DataError if the folder holds a different plan."""
+    folder = Path(config.dir)
     if not is_complete(folder):
-        _take(folder, "plan", folder / "plan.json", lambda: plan({}).save(folder, "plan.json"))
+        _take(folder, "plan", folder / "plan.json", partial(_save_plan, config, seed, given))
     recorded = Manifest.load(folder, "manifest.json" if is_complete(folder) else "plan.json")
-    now = plan({file.path: file for files in recorded.inputs.values() for file in files})
+    known = {file.path: file for files in recorded.inputs.values() for file in files}
+    now = _plan(config, seed, given, known)
     recorded.check_settings(now.settings, folder)
     return now
+
+
+def _save_plan(config: DataConfig, seed: int, given: Tokenizer | None) -> None:
+    plan = _plan(config, seed, given, {})
+    _jobs(config, plan, seed)  # a source that cannot be read must not fix the rest
+    plan.save(Path(config.dir), "plan.json")
 
 
 def _plan(config: DataConfig, seed: int, given: Tokenizer | None, known: Known) -> Manifest:
     inputs = {name: list_inputs(name, source, known) for name, source in config.sources.items()}
     described = {}  # the inputs of each source, without their paths
     for name, files in inputs.items():
-        digest = _sha256("".join(file.sha256 for file in files))[:12]
+        digest = _sha256("".join(file.sha256 or str(file.mtime_ns) for file in files))[:12]
         size = sum(file.bytes for file in files)
         described[f"data.sources.{name}.paths"] = f"{len(files)} files of {size} bytes (sha256 {digest})"
     settings = {
@@ -182,7 +189,11 @@ def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _jobs(name: str, config: DataConfig, inputs: list[InputFile], seed: int) -> list[SliceJob]:
+def _jobs(config: DataConfig, plan: Manifest, seed: int) -> Jobs:
+    return {name: _jobs_of(name, config, plan.inputs[name], seed) for name in sorted(plan.inputs)}
+
+
+def _jobs_of(name: str, config: DataConfig, inputs: list[InputFile], seed: int) -> list[SliceJob]:
     source = config.sources[name]
     slices = plan_slices(source, inputs, config.slice_bytes)
     if not slices:
@@ -236,17 +247,20 @@ def _share(folder: Path, pool: Executor | None, title: str, unit: str, steps: li
 def _conclude_survey(jobs: Jobs, folder: Path) -> None:
     """Write rejects.jsonl, the bad rows of all sources in order, with line numbers from the start of each
     file; find the duplicates, and write the numbers of those in each slice to its repeats.npy. CONCLUSION
-    counts the documents of each source, and the rows that it leaves out by the code of the reason."""
+    counts the documents of each source, the rows that it leaves out by the code of the reason, and the
+    documents by key of messages that is not used."""
     found = {}
     unfinished = folder / f".rejects.jsonl.{uuid.uuid4().hex}.partial"
     with open(unfinished, "w") as rejects:
         for name, of_source in jobs.items():
-            skipped, firsts, documents, lines_before = Counter[str](), [], 0, Counter[str]()
+            skipped, ignored, lines_before = Counter[str](), Counter[str](), Counter[str]()
+            firsts, documents = [], 0
             for job in of_source:
                 record = json.loads((job.survey / "record.json").read_bytes())
                 firsts.append(documents)
                 documents += record["documents"]
                 skipped.update(record["skipped"])
+                ignored.update(record.get("ignored", {}))  # missing in a survey of an earlier version
                 with open(job.survey / "rejects.jsonl") as of_slice:
                     for fields in map(json.loads, of_slice):
                         fields["line"] += lines_before[fields["file"]]
@@ -259,14 +273,15 @@ def _conclude_survey(jobs: Jobs, folder: Path) -> None:
                 numbers = io.BytesIO()
                 np.save(numbers, of_job - first)
                 write_atomically(job.survey / "repeats.npy", numbers.getvalue())
-            found[name] = {"documents": documents, "skipped": skipped, "duplicates": len(repeats)}
+            left_out = {"skipped": skipped, "duplicates": len(repeats)}
+            found[name] = {"documents": documents, **left_out, "ignored": ignored}
     replace_synced(unfinished, folder / "rejects.jsonl")
     write_atomically(folder / CONCLUSION, to_json(found))
 
 
-def _check_survey(config: DataConfig) -> dict[str, Counter[str]]:
-    """The number of rows that each source leaves out, by the code of the reason. Raises DataError for sources
-    with too many bad rows or without a document."""
+def _check_survey(config: DataConfig) -> dict[str, SourceRecord]:
+    """The record of each source, without shards: the rows and the keys of messages that it leaves out. Raises
+    DataError for sources with too many bad rows or without a document."""
     found, broken = {}, []
     for name, counts in json.loads(Path(config.dir, CONCLUSION).read_bytes()).items():
         documents, skipped = counts["documents"], Counter[str](counts["skipped"])
@@ -284,17 +299,19 @@ def _check_survey(config: DataConfig) -> dict[str, Counter[str]]:
                 f"data.sources.{name}: {bad} of {bad + documents} rows are bad ({reasons}), {law};"
                 f" fix the files or the source: {config.dir}/rejects.jsonl lists the bad rows"
             )
-        found[name] = skipped + Counter(duplicate=counts["duplicates"])
+        left_out = skipped + Counter(duplicate=counts["duplicates"])
+        keys = Counter[str](counts["ignored"]).most_common(_MOST_KEYS)
+        found[name] = SourceRecord({split: [] for split in SPLITS}, dict(left_out), None, dict(keys))
     if broken:
         raise DataError("\n".join(broken))
     return found
 
 
-def _commit(plan: Manifest, jobs: Jobs, skipped: dict[str, Counter[str]], folder: Path) -> None:
-    """Collect the records of the slices and write the manifest."""
-    tokenizer, sources = load_tokenizer(folder), {}
+def _commit(plan: Manifest, jobs: Jobs, sources: dict[str, SourceRecord], folder: Path) -> None:
+    """Complete the records of the sources by those of their slices, and write the manifest."""
+    tokenizer = load_tokenizer(folder)
     for name, of_source in jobs.items():
-        source = SourceRecord({split: [] for split in SPLITS}, dict(skipped[name]), None)
+        source = sources[name]
         none = np.zeros((len(SPLITS), tokenizer.vocab_size), dtype=np.int64)
         train, validation = sum((np.load(job.target / "unigrams.npy") for job in of_source), start=none)
         for job in of_source:
@@ -309,7 +326,6 @@ def _commit(plan: Manifest, jobs: Jobs, skipped: dict[str, Counter[str]], folder
             shares = (train[seen] + 1) / (train + 1).sum()
             nats = -(validation[seen] * np.log(shares)).sum() / validation.sum()
             source.validation_unigram_cross_entropy = float(nats)
-        sources[name] = source
     identity = sha256_of(folder / "tokenizer.json"), tokenizer.vocab_size, tokenizer.end_of_text
     digest = sha256_of(folder / "rejects.jsonl")
     manifest = replace(plan, tokenizer=TokenizerRecord(*identity), sources=sources, rejects_sha256=digest)
@@ -325,4 +341,8 @@ def _summary(manifest: Manifest) -> str:
         ]
         skipped = ", ".join(f"{count:,} {code}" for code, count in sorted(source.skipped.items()))
         lines.append(f"  {name}: {', '.join(parts)}{skipped and f'; left out: {skipped}'}")
+        if source.ignored:
+            counts = Counter(source.ignored).most_common()
+            keys = ", ".join(f"{key!r} in {count:,}" for key, count in counts)
+            lines.append(f"  {name}: keys of messages that are not used, and in how many documents: {keys}")
     return "\n".join(lines)

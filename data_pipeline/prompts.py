@@ -50,7 +50,7 @@ class Prompts(AbstractContextManager["Prompts"]):
             for name, stream in self._streams.items():
                 of = config.sources[name]
                 mixed[name] = MixtureSource(of.weight, stream.documents, of.max_epochs, row_tokens=1.0)
-            self._mixture = Mixture(mixed, seed, config.weight_changes)
+            self._mixture = Mixture(mixed, seed, config.weight_changes, config.weights.alpha)
 
     def __len__(self) -> int:
         """The number of prompts of one source; the mixture is endless."""

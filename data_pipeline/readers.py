@@ -3,7 +3,6 @@ cannot be read has a `fault`, and reading continues after it."""
 
 import contextlib
 import functools
-import glob
 import gzip
 import hashlib
 import io
@@ -13,10 +12,11 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
-from data_pipeline import samples
+from data_pipeline import forms, samples
 from data_pipeline.config import CHAT_KINDS, DataError, SourceConfig
+from data_pipeline.files import find, is_address, open_file, version
 from data_pipeline.manifest import InputFile, sha256_of
 
 if TYPE_CHECKING:
@@ -68,11 +68,8 @@ def list_inputs(name: str, source: SourceConfig, known: Known, *, hashed: bool =
             files = [file["filename"] for file in _load_dataset(key, path, streaming=False).cache_files]
         elif source.kind == "tree":
             files = _tree_files(key, path)
-        else:
-            named = [path] if os.path.isfile(path) else sorted(glob.glob(path, recursive=True))  # a[1].txt
-            files = [file for file in named if os.path.isfile(file)]
-            if not files:
-                raise DataError(f"{key} matches no file; for a folder use folder/**/*.EXT")
+        elif not (files := find(path)):
+            raise DataError(f"{key} matches no file; for a folder use folder/**/*.EXT")
         new = [file for file in files if file not in found]
         with ThreadPoolExecutor() as pool:  # hashing releases the GIL
             found |= zip(new, pool.map(lambda file: _input(file, known.get(file), hashed), new), strict=True)
@@ -103,7 +100,9 @@ def read_rows(source: SourceConfig, part: Part) -> Iterator[Row]:
             rows = map(json.loads, texts) if source.kind in CHAT_KINDS else texts
             yield from _numbered(part, rows, part.start)
         elif format == "text":
-            raw, value, fault = Path(part.path).read_bytes(), None, None
+            value, fault = None, None
+            with open_file(part.path) as file:
+                raw = file.read()
             try:
                 value = raw.removeprefix(_BOM).decode()
             except UnicodeDecodeError as error:
@@ -131,17 +130,9 @@ def format_of(kind: str, path: str) -> str:
     return {"hub": "arrow", "tree": "text"}.get(kind, kind)
 
 
-def columns_of(source: SourceConfig) -> tuple[str, ...]:
-    """The keys or columns that may hold a document: of a row, the first that has a value. Empty if the
-    whole row is the document."""
-    if source.text_column is not None:
-        return (source.text_column,)
-    return {"sft": ("messages",), "prompts": ("prompt", "messages")}.get(source.kind, ())
-
-
 def is_hub(source: SourceConfig, path: str) -> bool:
     """Whether a path of a source names a dataset of the hub."""
-    return source.kind == "hub" or (source.kind in CHAT_KINDS and ":" in path)
+    return source.kind == "hub" or (source.kind in CHAT_KINDS and ":" in path and not is_address(path))
 
 
 def _numbered(part: Part, values: Iterable[Any], first: int) -> Iterator[Row]:
@@ -182,6 +173,8 @@ def _load_dataset(key: str, dataset: str, streaming: bool) -> Any:
 
 def _tree_files(key: str, folder: str) -> list[str]:
     """The text files below a folder, without links, binary files, and hidden files and folders."""
+    if is_address(folder):
+        raise DataError(f"{key} is an address; kind=tree reads folders of this machine: copy it here")
     found = []
     for parent, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
@@ -196,10 +189,11 @@ def _tree_files(key: str, folder: str) -> list[str]:
 
 
 def _input(path: str, known: InputFile | None, hashed: bool) -> InputFile:
-    status = os.stat(path)
-    if known is not None and (known.bytes, known.mtime_ns) == (status.st_size, status.st_mtime_ns):
+    size, written = version(path)
+    if known is not None and (known.bytes, known.mtime_ns) == (size, written):
         return known
-    return InputFile(path, status.st_size, status.st_mtime_ns, sha256_of(Path(path)) if hashed else "")
+    hashed = hashed and not is_address(path)  # it would be fetched for this
+    return InputFile(path, size, written, sha256_of(Path(path)) if hashed else "")
 
 
 def _embedded_input(collection: str) -> InputFile:
@@ -252,14 +246,19 @@ def _read_jsonl(part: Part) -> Iterator[Row]:
         yield Row(part, line + 1, offset, b"", None, f"compression: the rest of the file is lost ({error})")
 
 
-def _open_lines(path: str) -> io.BufferedIOBase:
-    if path.endswith(".gz"):
-        return gzip.open(path, "rb")
-    if path.endswith(".zst"):
-        import pyarrow
+@contextlib.contextmanager
+def _open_lines(path: str) -> Iterator[IO[bytes]]:
+    """A file without its compression."""
+    with contextlib.ExitStack() as opened:
+        file: Any = opened.enter_context(open_file(path))
+        if path.endswith(".gz"):
+            file = opened.enter_context(gzip.open(file, "rb"))
+        elif path.endswith(".zst"):
+            import pyarrow
 
-        return io.BufferedReader(pyarrow.input_stream(path, compression="zstd"))
-    return open(path, "rb")
+            stream = opened.enter_context(pyarrow.input_stream(file, compression="zstd"))
+            file = opened.enter_context(io.BufferedReader(stream))
+        yield file
 
 
 def _json_row(part: Part, line: int, offset: int, raw: bytes) -> Row:
@@ -286,12 +285,12 @@ def _open_table(format: str, path: str) -> tuple["pyarrow.Schema", list[tuple[in
     import pyarrow.parquet
 
     if format == "parquet":
-        parquet = pyarrow.parquet.ParquetFile(path)
+        parquet = pyarrow.parquet.ParquetFile(open_file(path) if is_address(path) else path)
         groups = [parquet.metadata.row_group(i) for i in range(parquet.num_row_groups)]
         sizes = [(group.num_rows, group.total_byte_size) for group in groups]
         read_groups = functools.partial(parquet.iter_batches, _TABLE_ROWS, use_threads=False)
         return parquet.schema_arrow, sizes, lambda start, stop, of: read_groups([*range(start, stop)], of)
-    file = pyarrow.memory_map(path)
+    file = pyarrow.PythonFile(open_file(path), "r") if is_address(path) else pyarrow.memory_map(path)
     is_file_format = file.read(6) == b"ARROW1"
     file.seek(0)
     table = pyarrow.ipc.open_file(file) if is_file_format else pyarrow.ipc.open_stream(file)
@@ -305,24 +304,24 @@ def _open_table(format: str, path: str) -> tuple["pyarrow.Schema", list[tuple[in
 
 
 def _columns(source: SourceConfig, path: str, schema: "pyarrow.Schema") -> list[str]:
-    """The columns to read: the text column, or for conversations all columns. Raises DataError if no column
-    of documents is there and of the right type."""
+    """The columns to read: the text column, or for conversations all columns. Raises DataError if there is no
+    such column of text, or no form of conversations that the columns fit."""
     from pyarrow import types
 
-    texts, lists = [types.is_string, types.is_large_string], [types.is_list, types.is_large_list]
-    good = {"sft": lists, "prompts": texts + lists}.get(source.kind, texts)
-    columns, found = columns_of(source), []
-    for column in (name for name in columns if schema.names.count(name) == 1):
-        kind = schema.field(column).type
-        kind = kind.value_type if types.is_dictionary(kind) else kind
-        found += [column] if any(is_good(kind) for is_good in good) else []
-    if not found:
-        listed = ", ".join(f"{field.name}: {field.type}" for field in schema)
-        wanted = {"sft": "list", "prompts": "text or list"}.get(source.kind, "text")
-        remedy = "" if source.kind == "sft" else "; set text_key of the source to one of them"
-        named = " or ".join(map(repr, columns))
-        raise DataError(f"{path} has no {wanted} column {named}; its columns are {listed}{remedy}")
-    return schema.names if source.kind in CHAT_KINDS else found
+    columns = {field.name: str(field.type) for field in schema}
+    if source.kind in CHAT_KINDS:
+        if forms.form_of(source, [name for name in columns if schema.names.count(name) == 1]) is None:
+            raise DataError(f"{path}: {forms.misfit(source, columns)}")
+        return schema.names
+    column = source.text_column
+    kind = schema.field(column).type if schema.names.count(column) == 1 else None
+    kind = kind.value_type if kind is not None and types.is_dictionary(kind) else kind
+    if kind is None or not (types.is_string(kind) or types.is_large_string(kind)):
+        listed = ", ".join(f"{name}: {of}" for name, of in columns.items())
+        remedy = "set text_key of the source to one of them"
+        raise DataError(f"{path} has no text column {column!r}; its columns are {listed}; {remedy}")
+    assert column is not None
+    return [column]
 
 
 @contextlib.contextmanager

@@ -55,9 +55,10 @@ class SliceJob:
 
 def survey_slice(job: SliceJob) -> int:
     """List the bad rows of a slice and hash its documents; returns their number. record.json holds this
-    number, the number of rows left out by code of the reason, and the number of lines that begin in the slice
-    by file. Raises DataError for an input that cannot be read and, with on_bad_row=error, for a bad row."""
-    documents, skipped, lines, hashes = 0, Counter[str](), {}, bytearray()
+    number, the number of rows left out by code of the reason, the number of documents by key of messages that
+    is not used, and the number of lines that begin in the slice by file. Raises DataError for an input that
+    cannot be read and, with on_bad_row=error, for a bad row."""
+    documents, skipped, ignored, lines, hashes = 0, Counter[str](), Counter[str](), {}, bytearray()
     is_limited = job.config.max_chat_tokens is not None and job.config.sources[job.source].kind in CHAT_KINDS
     tokenizer = load_tokenizer(job.config.dir) if is_limited else None
     with _complete_folder(job.survey) as folder, open(folder / "rejects.jsonl", "w") as rejects:
@@ -66,6 +67,7 @@ def survey_slice(job: SliceJob) -> int:
             lines[path] = item.row.line
             if isinstance(item, Document):
                 documents += 1
+                ignored.update(item.ignored)
                 if job.config.deduplicate:
                     hashes += hash_document(item.data)
                 continue
@@ -80,7 +82,7 @@ def survey_slice(job: SliceJob) -> int:
                 fields["row"] = item.head(None)
             rejects.write(json.dumps(fields) + "\n")
         (folder / "hashes").write_bytes(hashes)
-        record = {"documents": documents, "skipped": skipped, "lines": lines}
+        record = {"documents": documents, "skipped": skipped, "ignored": ignored, "lines": lines}
         (folder / "record.json").write_bytes(to_json(record))
     return documents
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from data_pipeline.config import DataConfig, DataError, SourceConfig
 from data_pipeline.documents import Document, Reject, check_columns, encoded, hash_document, read_documents
+from data_pipeline.files import is_address
 from data_pipeline.readers import BLANK, Row, format_of, hub_rows, is_hub, list_inputs, plan_slices, read_rows
 from data_pipeline.tokenizer import Tokenizer
 
@@ -106,7 +107,7 @@ def absolute_paths(config: DataConfig) -> dict[str, Any]:
     """The keys of a configuration that hold paths, made absolute, so that a run can go on from any folder."""
 
     def absolute(source: SourceConfig, path: str) -> str:
-        is_name = is_hub(source, path) or format_of(source.kind, path) == "embedded"
+        is_name = is_hub(source, path) or is_address(path) or format_of(source.kind, path) == "embedded"
         return path if is_name else os.path.abspath(path)
 
     sources = {name: {"paths": [absolute(of, p) for p in of.paths]} for name, of in config.sources.items()}

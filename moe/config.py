@@ -239,6 +239,9 @@ class ModelConfig:
     @classmethod
     def of_folder(cls, folder: Path) -> "ModelConfig":
         """Read config.json of a Hugging Face folder. Raises ConfigError as `from_hf`, or if unreadable."""
+        if (folder / "adapter_config.json").is_file() and not any(folder.glob("model*.safetensors")):
+            what = f"{folder} holds an adapter, which is no model"
+            raise ConfigError(f"{what}; merge it into its base model (merge_and_unload of peft)")
         try:
             return cls.from_hf(dict(json.loads((folder / "config.json").read_text())))
         except ConfigError:

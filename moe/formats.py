@@ -69,6 +69,9 @@ FORMATS = {
 
 MTP_FORMATS = ("qwen3_next", "qwen_variant")  # formats whose folders may hold the tensors mtp.*
 
+# `quantization_config` of the released folders in FP8 (see moe/fp8.py); its other keys change nothing here.
+FP8: _Keys = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+
 # Further keys of the released config.json files, with equal values in all of them.
 RELEASED: _Keys = {
     "attention_dropout": 0.0,
@@ -129,7 +132,7 @@ def read_values(hf: Mapping[str, Any]) -> tuple[_Keys, list[str]]:
         known = ", ".join(FORMATS)
         return {}, [f"config.json: model_type={model_type} is not supported; use one of {known}"]
     given = {key: value for key, value in hf.items() if value is not None}
-    values, found = {**form.defaults, **form.fixed, **given}, []
+    values, found = {**form.defaults, **form.fixed, **given}, _quantised(given)
     layers = values.get("num_hidden_layers", 0)
     if "layer_types" in given:
         if (entries := len(given["layer_types"])) != layers:
@@ -154,6 +157,16 @@ def read_values(hf: Mapping[str, Any]) -> tuple[_Keys, list[str]]:
         if values[key] != value:
             found.append(f"config.json: {key}={values[key]} contradicts model_type={model_type}; remove it")
     return {**values, **form.fixed}, found
+
+
+def _quantised(hf: Mapping[str, Any]) -> list[str]:
+    """What is wrong with the quantisation of a folder: only that of `FP8` can be undone here."""
+    given = hf.get("quantization_config", hf.get("compression_config"))
+    if given is None or (isinstance(given, dict) and FP8.items() <= given.items()):
+        return []
+    method = given.get("quant_method", "an unknown method") if isinstance(given, dict) else given
+    what = f"config.json: the weights are quantised ({method}), and only fp8 with blocks of 128 x 128 is read"
+    return [f"{what}; name the folder of the weights that were quantised"]
 
 
 def _pattern(layer_types: list[str]) -> list[str]:

@@ -5,14 +5,16 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from moe import fp8
 from moe.config import ConfigError, ModelConfig
 from moe.model import CausalLM
 
@@ -107,14 +109,21 @@ def write_index(written: Mapping[str, Written], folder: Path) -> None:
     _write_json(folder / INDEX, {"metadata": sizes, "weight_map": files})
 
 
-def write_config(config: ModelConfig, dtype: torch.dtype, folder: Path, stops: Sequence[int] = ()) -> None:
+def write_config(
+    config: ModelConfig,
+    dtype: torch.dtype,
+    folder: Path,
+    stops: Sequence[int] = (),
+    quantization: Mapping[str, Any] | None = None,
+) -> None:
     """Write config.json and generation_config.json, with the keys of the released models.
 
     `stops` are the ids at which generation stops. The last one ends a document and is also used as padding.
     """
     special = {key: stops[-1] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if stops}
     kind = {"torch_dtype": str(dtype).removeprefix("torch.")}
-    _write_json(folder / "config.json", {**config.to_hf(), **kind, **special})
+    more = {} if quantization is None else {"quantization_config": quantization}
+    _write_json(folder / "config.json", {**config.to_hf(), **kind, **special, **more})
     if stops:
         ends = stops[0] if len(stops) == 1 else list(stops)
         _write_json(folder / "generation_config.json", {**special, "eos_token_id": ends})
@@ -148,9 +157,33 @@ class Place(NamedTuple):
 
     file: Path
     stored: str
-    dtype: str  # as safetensors names it: F32, BF16, ...
+    dtype: str  # as safetensors names it: F32, BF16, ...; in `locate` BF16 for a weight with scales
     part: tuple[int | slice, ...]
     shape: tuple[int, ...]  # of the part
+    scales: "Place | None" = None  # of a weight in FP8
+
+
+class Reader(ExitStack):
+    """Reads tensors at their places; keeps the files open. Raises what safetensors does for damaged files."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._files: dict[Path, Any] = {}
+
+    def read(self, place: Place) -> Tensor:
+        """The tensor at a place, on the host; a weight in FP8 becomes fp32."""
+        view = self._view(place)
+        part = view[place.part]
+        if place.scales is None:
+            return part
+        shape = tuple(view.get_shape())
+        return fp8.dequantise(part, self._view(place.scales)[:], place.part, shape)
+
+    def _view(self, place: Place) -> Any:
+        if place.file not in self._files:
+            opened = safe_open(place.file, framework="pt", backend="pread")
+            self._files[place.file] = self.enter_context(opened)
+        return self._files[place.file].get_slice(place.stored)
 
 
 @torch.no_grad()
@@ -159,17 +192,17 @@ def load_hf(model: CausalLM, folder: Path, *, ep_rank: int = 0, dense_slices: in
 
     Reads one file or shards, with per-expert or fused expert tensors (the form of transformers 5 in memory).
     For an expert-parallel model only the experts of `ep_rank` are read. `dense_slices`: see `locate`.
-    Raises ConfigError as `locate` does; the model is unchanged then.
+    Raises ConfigError as `locate` does, when the model is unchanged, and for weights that are not finite.
     """
     places = locate(model.config, folder, dense_slices)
-    reads: dict[Path, list[tuple[Place, Tensor]]] = defaultdict(list)
-    for name, tensor in hub_tensors(model, ep_rank):
-        if name in places:
-            reads[places[name].file].append((places[name], tensor))
-    for file, tensors in reads.items():
-        with safe_open(file, framework="pt") as reader:
-            for place, tensor in tensors:
-                tensor.copy_(reader.get_slice(place.stored)[place.part])
+    wanted = {name: tensor for name, tensor in hub_tensors(model, ep_rank) if name in places}
+    broken = []
+    with Reader() as reader:
+        for name in sorted(wanted, key=lambda name: places[name].file):
+            wanted[name].copy_(found := reader.read(places[name]))
+            broken += [] if found.isfinite().all() else [name]
+    if broken:
+        raise ConfigError(f"{folder}: {_listed('not finite', broken)}; name a folder of sound weights")
 
 
 def locate(config: ModelConfig, folder: Path, dense_slices: int = 0) -> dict[str, Place]:
@@ -181,6 +214,9 @@ def locate(config: ModelConfig, folder: Path, dense_slices: int = 0) -> dict[str
     """
     found, places = _headers(folder), {}
     missing, misshapen, known = [], [], {"lm_head.weight"}  # some folders of tied models repeat the embedding
+    known |= {
+        name for name in found if name.endswith(".rotary_emb.inv_freq")
+    }  # of old exporters; not weights
     with torch.device("meta"):
         whole = CausalLM(config)
     for name, tensor in hub_tensors(whole):
@@ -198,6 +234,15 @@ def locate(config: ModelConfig, folder: Path, dense_slices: int = 0) -> dict[str
             missing.append(stored if dense_slices else name)
         elif found[stored].shape != stored_shape:
             misshapen.append(f"{stored} {list(found[stored].shape)} instead of {list(stored_shape)}")
+        elif found[stored].dtype == fp8.STORED and len(stored_shape) == 2:
+            scales, wanted = found.get(stored + fp8.SCALES), fp8.scale_shape(stored_shape)
+            known.add(stored + fp8.SCALES)
+            if scales is None:
+                missing.append(stored + fp8.SCALES)
+            elif scales.shape != wanted:
+                misshapen.append(f"{scales.stored} {list(scales.shape)} instead of {list(wanted)}")
+            else:
+                places[name] = found[stored]._replace(dtype="BF16", part=part, shape=shape, scales=scales)
         elif found[stored].dtype not in TORCH:
             misshapen.append(f"{stored} {found[stored].dtype} instead of {', '.join(TORCH)}")
         else:

@@ -9,6 +9,7 @@ from pathlib import Path
 from data_pipeline.streaming import absolute_paths
 from moe.config import ConfigError
 from slurm.config import SubmitConfig
+from trainer.settings.hub import is_hub_name
 from trainer.settings.run_folder import ROOT, git
 
 _PACKAGES = ("trainer", "moe", "data_pipeline", "slurm", "conf")
@@ -98,8 +99,9 @@ def _places(config: SubmitConfig) -> set[Path]:
         text = absolute_paths(config.data)
         named = [text["tokenizer"], *(path for of in text["sources"].values() for path in of["paths"])]
         paths += [Path(path) for path in named if path and os.path.isabs(path)]  # others are names on the hub
-    if config.stage.init_from is not None and not prepares:
-        paths.append(Path(config.stage.init_from).resolve())
+    given = None if prepares else config.stage.init_from
+    if given is not None and not is_hub_name(given):
+        paths.append(Path(given).resolve())
     return {next(place for place in (path, *path.parents) if os.path.exists(place)) for path in paths}
 
 

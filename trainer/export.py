@@ -26,7 +26,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("source", type=Path, help="run folder (newest checkpoint), checkpoint, or HF folder")
     parser.add_argument("out", type=Path, metavar="OUT", help="new folder, or one of an unfinished export")
     parser.add_argument("--max-shard-size", type=_size, default="5GB", metavar="SIZE", help="e.g. 300MB")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the weights; default: as in the checkpoint")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="of the weights; default: as in the checkpoint; fp8 in blocks"
+    )
     options = parser.parse_args(arguments)
     try:
         folder = hf_folder(options.source)

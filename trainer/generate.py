@@ -4,6 +4,7 @@
 """
 
 import argparse
+import glob
 import json
 import os
 import sys
@@ -14,17 +15,18 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from data_pipeline import chat
-from data_pipeline.config import DataError
+from data_pipeline import chat, forms
+from data_pipeline.config import DataError, SourceConfig
 from data_pipeline.permutation import derive_key
 from data_pipeline.tokenizer import END_OF_TEXT, Tokenizer, load_tokenizer
 from moe.config import ConfigError
 from moe.model import CausalLM
 from moe.next_token import SamplingSettings
 from moe.sampling import Request, Sample, sample
-from trainer.checkpoints.weights import device_for, load_model, selection_bias
+from trainer.checkpoints.weights import load_model, ranks_for, selection_bias
 from trainer.engine.cpu_products import fast_products
-from trainer.ranks.runtime import DTYPES
+from trainer.ranks.launch import launch
+from trainer.ranks.runtime import DTYPES, Ranks
 from trainer.settings.command import tells_mistakes
 from trainer.settings.run_folder import hf_folder
 from trainer.settings.typed import is_text
@@ -43,6 +45,7 @@ class Writer(NamedTuple):
     rows: int  # samples at once
     chat: bool
     thinks: bool
+    ranks: Ranks  # all of them make the same calls
 
     def encode(self, row: dict[str, Any], where: str) -> list[int]:
         """The token ids of a row's `prompt`, or of its `messages` (and `tools`) by Qwen3's template.
@@ -54,9 +57,10 @@ class Writer(NamedTuple):
         if not is_text(json.dumps(row, ensure_ascii=False)):
             raise ConfigError(f"{where} is not text in UTF-8; correct its bytes")
         if "messages" in row or self.chat:
-            asked = row["messages"] if "messages" in row else row["prompt"]
+            form = "messages" if "messages" in row else "prompt_completion"
             try:
-                pieces = chat.prompt(asked, {"enable_thinking": self.thinks, **row})
+                asked = forms.read(row, SourceConfig("prompts", [], format=form)).row
+                pieces = chat.prompt(asked, row.get("enable_thinking", self.thinks))
                 ids = chat.encode(pieces, self.tokenizer)[0].tolist()
             except (ValueError, KeyError) as error:
                 raise DataError(f"{where}: {error}; correct it") from error
@@ -73,11 +77,12 @@ class Writer(NamedTuple):
     def samples(
         self, prompts: dict[int, list[int]], done: Callable[[int, Sample], object], **more: Any
     ) -> None:
-        """Continue prompts by number, whose randomness is that of the seed and the number."""
-        numbers = list(prompts)
+        """Continue this rank's share of prompts by number; what is random is that of seed and number."""
+        numbers = list(prompts)[self.ranks.rank :: self.ranks.world_size]
         requests = [Request(derive_key(self.seed, number), prompts[number]) for number in numbers]
         parameter = self.model.lm_head.weight
         given = {"rows_at_once": self.rows, "device": parameter.device, "bias": self.bias, **more}
+        given["anyone"] = self.ranks.any
         with fast_products(parameter.device, parameter.dtype):
             for place, found in sample(self.model, requests, self.settings, **given):
                 done(numbers[place], found)
@@ -87,7 +92,7 @@ class Writer(NamedTuple):
         return self.tokenizer.decode([token for token in tokens if token not in self.settings.stop_ids])
 
     def print_sample(self, row: dict[str, Any], number: int, where: str, before: str) -> str:
-        """Print `before`, then the new text of a row while it is sampled; returns it."""
+        """Print `before`, then the new text of a row while rank 0 samples it; returns it."""
         ids, shown = self.encode(row, where), before
         new: list[int] = []
         print(before, end="", flush=True)
@@ -102,28 +107,22 @@ class Writer(NamedTuple):
 
         self.samples({number: ids}, lambda *_: None, on_token=show)
         print()
-        return self.text(new)
+        return self.ranks.from_main(lambda: self.text(new))
 
 
 def write_all(writer: Writer, prompts: Path, out: Path) -> None:
     """Continue every row of a file of JSON lines; append each to `out` when its sample ends.
 
-    Rows that `out` has already are not done again. Raises DataError for a file that cannot be used.
+    Other ranks than the first append to files beside `out`, which it takes over at the end. Rows that are
+    there already are not done again. Raises DataError for a file that cannot be used.
     """
-    rows = dict(enumerate(_read(prompts)))
+    ranks, rows = writer.ranks, dict(enumerate(_read(prompts)))
     ids = {number: writer.encode(row, f"{prompts}:{number + 1}") for number, row in rows.items()}
-    if out.exists():
-        _cut_torn_line(out)
-        for line in _read(out):
-            number = line.get("number", -1)
-            if number not in rows or any(line.get(key) != value for key, value in rows[number].items()):
-                raise DataError(
-                    f"{out} holds a row {number} that {prompts} has not; name another file for --out"
-                )
-            ids.pop(number, None)
+    for number in ranks.from_main(lambda: _done_before(rows, prompts, out)):
+        ids.pop(number, None)
     done, started = 0, time.monotonic()
-    said = started
-    with out.open("a", encoding="utf-8") as file:
+    said, mine = started, len(ids) // ranks.world_size
+    with _part(out, ranks.rank).open("a", encoding="utf-8") as file:
 
         def append(number: int, found: Sample) -> None:
             nonlocal done, said
@@ -131,13 +130,47 @@ def write_all(writer: Writer, prompts: Path, out: Path) -> None:
             file.write(json.dumps({**rows[number], **new}, ensure_ascii=False) + "\n")
             file.flush()
             done += 1
-            if (now := time.monotonic()) - said > _SECONDS_BETWEEN_LINES:
-                left = (now - started) / done * (len(ids) - done)
-                print(f"{done:,} of {len(ids):,} prompts, {left:.0f} s left", file=sys.stderr)
+            now = time.monotonic()
+            if ranks.is_main and now - said > _SECONDS_BETWEEN_LINES:
+                left = (now - started) / done * max(mine - done, 0)
+                shown = min(done * ranks.world_size, len(ids))
+                print(f"{shown:,} of {len(ids):,} prompts, {left:.0f} s left", file=sys.stderr)
                 said = now
 
         writer.samples(ids, append)
-    print(f"{out} holds the completions of {len(rows):,} prompts, {done:,} of them new")
+    ranks.any(False)  # all files are written
+    ranks.from_main(lambda: _gather(out, ranks.world_size))
+    print(f"{out} holds the completions of {len(rows):,} prompts, {len(ids):,} of them new")
+
+
+def _done_before(rows: dict[int, dict[str, Any]], prompts: Path, out: Path) -> list[int]:
+    """The numbers of the rows in `out`, with what the ranks of an earlier command left beside it."""
+    _gather(out)
+    found = _read(out) if out.exists() else []
+    for line in found:
+        number = line.get("number", -1)
+        if number not in rows or any(line.get(key) != value for key, value in rows[number].items()):
+            raise DataError(f"{out} holds a row {number} that {prompts} has not; name another file for --out")
+    return [line["number"] for line in found]
+
+
+def _part(out: Path, rank: int) -> Path:
+    """The file that a rank appends to."""
+    return out.with_name(f".{out.name}.rank-{rank}") if rank else out
+
+
+def _gather(out: Path, world_size: int = 1) -> None:
+    """Append what ranks wrote beside `out`: those that are named, and all that are found there."""
+    if out.exists():
+        _cut_torn_line(out)
+    found = {_part(out, rank) for rank in range(1, world_size)}
+    for path in sorted({*found, *out.parent.glob(f".{glob.escape(out.name)}.rank-*")}):
+        _cut_torn_line(path)
+        known = {line.get("number") for line in _read(out)} if out.exists() else set()  # before a kill
+        new = [line for line in _read(path) if line.get("number") not in known]
+        with out.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in new)
+        path.unlink()
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
@@ -163,16 +196,19 @@ def _cut_torn_line(path: Path) -> None:
 
 def talk(writer: Writer) -> None:
     """Answer the person at the terminal, message after message, until the input ends."""
-    messages: list[dict[str, str]] = []
-    while True:
+
+    def listen() -> str | None:
         try:
-            said = input("> ")
+            return input("> ")
         except EOFError:
-            print()
-            return
+            return None
+
+    messages: list[dict[str, str]] = []
+    while (said := writer.ranks.from_main(listen)) is not None:
         messages.append({"role": "user", "content": said})
         answer = writer.print_sample({"messages": messages}, len(messages), "this conversation", "")
         messages.append({"role": "assistant", "content": answer.rpartition("</think>")[2].lstrip("\n")})
+    print()
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -191,6 +227,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--top-k", type=int, default=0, help="the most probable tokens; 0 = all")
     parser.add_argument("--rows", type=int, default=64, help="samples at once")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--nproc", type=int, default=1, help="ranks here, which share experts and prompts")
     parser.add_argument("--dtype", choices=DTYPES, help="of the weights; the checkpoint's if not given")
     return parser
 
@@ -199,8 +236,8 @@ def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
     """End the command with a message if the options contradict their laws or each other."""
     if options.tokens < 1 or not 0 <= options.temperature < float("inf"):
         parser.error("--tokens must be above 0 and --temperature a finite number, 0 or more")
-    if not 0 < options.top_p <= 1 or options.top_k < 0 or options.rows < 1:
-        parser.error("--top-p must be above 0 and at most 1, --top-k 0 or more, --rows above 0")
+    if not 0 < options.top_p <= 1 or options.top_k < 0 or min(options.rows, options.nproc) < 1:
+        parser.error("--top-p must be above 0 and at most 1, --top-k 0 or more, --rows and --nproc above 0")
     if (options.prompts is None) != (options.out is None):
         parser.error("--prompts and --out belong together: give both")
     talks = options.chat and sys.stdin.isatty()
@@ -214,14 +251,18 @@ def main(arguments: list[str]) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
     _check(parser, options)
-    folder, device = hf_folder(options.source), device_for(options.source)
+    if options.nproc > 1 and "RANK" not in os.environ:
+        return launch(["trainer.generate", *arguments], options.nproc, "auto")
+    ranks = ranks_for(options.source)
+    folder = ranks.from_main(lambda: hf_folder(options.source))
     tokenizer = load_tokenizer(folder)
     known = tokenizer.vocabulary()
     stops = tuple(known[name] for name in (END_OF_TEXT, "<|im_end|>") if name in known)
     settings = SamplingSettings(options.temperature, options.top_p, options.top_k, 0, options.tokens, stops)
-    model = load_model(folder, device, DTYPES.get(options.dtype))
-    of_model = (model, selection_bias(folder, device), tokenizer)
-    writer = Writer(*of_model, settings, options.seed, options.rows, options.chat, not options.no_thinking)
+    model = load_model(folder, ranks, DTYPES.get(options.dtype))
+    thinks = not options.no_thinking
+    of_model = (model, selection_bias(folder, ranks.device), tokenizer)
+    writer = Writer(*of_model, settings, options.seed, options.rows, options.chat, thinks, ranks)
     if options.prompts is not None:
         write_all(writer, options.prompts, options.out)
     elif options.prompt is None:
@@ -229,6 +270,7 @@ def main(arguments: list[str]) -> int:
     else:
         before = "" if options.chat else options.prompt
         writer.print_sample({"prompt": options.prompt}, 0, "the prompt", before)
+    ranks.leave()
     return 0
 
 

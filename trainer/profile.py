@@ -90,8 +90,8 @@ def main(arguments: list[str]) -> int:
     config = RunConfig.of_run(run_dir)
     config.check()
     folder.mkdir(exist_ok=True)
-    command = ["trainer.profile", f"--steps={options.steps}", "--"]
-    code = launch(run_dir, config.parallel.nproc_per_node, config.device, lock(run_dir), command)
+    command = ["trainer.profile", f"--steps={options.steps}", "--", str(run_dir)]
+    code = launch(command, config.parallel.nproc_per_node, config.device, lock(run_dir))
     print(f"failed: see {folder}/rank-*.log" if code else (folder / "rank-0.txt").read_text())
     return code
 

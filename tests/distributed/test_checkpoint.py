@@ -210,12 +210,38 @@ def save_once(run_dir: Path, data: str, experts: int) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
+def go_on_from_a_whole_one(run_dir: Path, data: str) -> dict[str, Any]:
+    """Steps 1 and 2 are saved, and a byte of what rank 1 wrote of step 2 is changed: step 1 is restored, with
+    the random generators that each rank had."""
+    run, said = small_run(data), []
+    checkpoints = checkpoints_of(run, run_dir)
+    torch.manual_seed(run.ranks.rank)
+    for step in (1, 2):
+        checkpoints.save(run.engine, run.balance, step, {})
+        checkpoints.finish()
+        if step == 1:
+            drawn = torch.rand(3)
+    dist.barrier()
+    if run.ranks.is_main:
+        damaged = sorted(run_dir.glob("checkpoints/step-00000002/optimizer/rank-*"))[1]
+        with damaged.open("r+b") as file:
+            file.seek(-1, os.SEEK_END)
+            last = file.read(1)
+            file.seek(-1, os.SEEK_END)
+            file.write(bytes([last[0] ^ 1]))
+    dist.barrier()
+    again = Checkpoints(run_dir, 2, run.config, run.plan, run.ranks, said.append)
+    step, _ = again.load_latest(run.engine, run.balance)
+    return {"step": step, "said": said, "drawn": drawn, "drawn again": torch.rand(3)}
+
+
 def save_in_many_ways(root: str, data: str) -> dict[str, Any]:
     folder = Path(root)
     come_back_late(folder / "late", data)
     return {
         "full": [run_out_of_space(folder / f"full-{word}", data, word) for word in ("true", "false")],
         "kept": save_many(folder / "kept", data),
+        "damaged": go_on_from_a_whole_one(folder / "damaged", data),
         "files": [save_once(folder / f"files-{experts}", data, experts) for experts in (2, 64)],
     }
 
@@ -231,6 +257,19 @@ def test_a_rank_that_cannot_write_stops_all_and_harms_nothing(saved):
     for message in saved[0]["full"]:
         assert "cannot write the checkpoint of step 2 (rank 1: " in message
         assert "GiB free" in message
+
+
+def test_a_damaged_checkpoint_is_passed_over(saved):
+    drawn = [of["damaged"]["drawn"] for of in saved]
+    assert not torch.equal(*drawn)
+    for of, expected in zip(saved, drawn, strict=True):
+        found = of["damaged"]
+        assert found["step"] == 1
+        assert torch.equal(found["drawn again"], expected)
+        [line] = found["said"]
+        assert "going on from step-00000001, which is whole" in line
+        assert "step-00000002: optimizer/rank-" in line
+        assert "1.safetensors is not what was written" in line
 
 
 def test_what_is_kept(saved):

@@ -26,7 +26,7 @@ from trainer.checkpoints.assemble import build_model
 from trainer.engine.engine import Engine, init_deepspeed
 from trainer.engine.loss import agree_on_totals, build_balance
 from trainer.engine.optimizer import KINDS, build_optimizer, kind_of
-from trainer.monitor.metrics import Meter, OptimizerNorms
+from trainer.monitor.metrics import Meter, OptimizerNorms, StepSums
 from trainer.ranks.runtime import Ranks
 from trainer.stages.supervised import Supervised
 from trainer.train import train_step
@@ -203,3 +203,21 @@ def test_evaluations_and_saves_are_not_part_of_a_step_and_waiting_for_data_is(wa
     step_tokens = ROWS * SEQ_LEN
     assert metrics["tokens_per_second"] == pytest.approx(step_tokens / metrics["step_seconds"])
     assert metrics["tokens_per_second_mean"] < step_tokens / PAUSE, "the mean is over all the time"
+
+
+def summed_over_ranks() -> StepSums:
+    """Sums that differ on every rank and in every field, over all ranks."""
+    rank = dist.get_rank()
+    one = StepSums.zeros(2, 3, torch.device("cpu"))
+    for number, field in enumerate(one):
+        field.add_(10.0 ** (number % 3) * (rank + 1))
+    one.logit_range.copy_(torch.tensor([5.0, 1.0] if rank == 0 else [2.0, 7.0]))
+    return one.over_ranks()
+
+
+def test_sums_and_ranges_are_those_of_all_ranks():
+    for found in run_ranks(summed_over_ranks, 2):
+        for number, name in enumerate(StepSums._fields):
+            if name != "logit_range":
+                assert (getattr(found, name) == 3 * 10.0 ** (number % 3)).all(), name
+        assert found.logit_range.tolist() == [5.0, 7.0]

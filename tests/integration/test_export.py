@@ -24,6 +24,7 @@ from moe.hf import load_hf, save_hf
 from moe.model import CausalLM
 from trainer import evaluate, export
 from trainer.checkpoints.weights import load_model
+from trainer.ranks.runtime import Ranks
 
 ROOT = Path(__file__).parents[2]
 MB = 10**6
@@ -135,7 +136,9 @@ def test_a_run_goes_to_the_hub(train, tmp_path, layout):
     assert not any(report.values()), report
     ids = torch.arange(40).unsqueeze(0)
     with torch.no_grad():
-        ours = load_model(hf, torch.device("cpu"))(ids, ids, torch.tensor([0, 40], dtype=torch.int32))
+        ours = load_model(hf, Ranks(0, 0, 1, torch.device("cpu")))(
+            ids, ids, torch.tensor([0, 40], dtype=torch.int32)
+        )
         torch.testing.assert_close(ours.logits, theirs(ids).logits, rtol=1e-5, atol=1e-5)
     tokenizer = AutoTokenizer.from_pretrained(out)
     assert tokenizer.decode(tokenizer("The text number")["input_ids"]) == "The text number"
@@ -192,6 +195,37 @@ def test_what_a_hub_folder_holds(small_folder, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(out, dtype="auto")
     assert model.dtype == torch.bfloat16
     assert model.generation_config.eos_token_id == stops
+
+
+def test_an_export_in_fp8_is_read_by_transformers_and_here(small_folder, tmp_path):
+    """Linear weights in blocks of 128 x 128, in shards whose scales may be in another file, all else bf16."""
+    out = tmp_path / "out"
+    assert run_export(small_folder, out, "--dtype", "fp8", "--max-shard-size", "60KB") == 0
+    config = json.loads((out / "config.json").read_text())
+    assert config.keys() == RELEASED_KEYS | {"quantization_config"}
+    said = config["quantization_config"]
+    assert (said["quant_method"], said["weight_block_size"], said["fmt"]) == ("fp8", [128, 128], "e4m3")
+    assert said["activation_scheme"] == "dynamic"
+    stored, before = weights(out), weights(small_folder)
+    small = {name for name, tensor in stored.items() if tensor.dtype == torch.float8_e4m3fn}
+    assert small == {name for name in before if name.endswith("_proj.weight")}
+    assert stored.keys() == before.keys() | {f"{name}_scale_inv" for name in small}
+    assert set(said["modules_to_not_convert"]) == {
+        name.removesuffix(".weight") for name in before.keys() - small
+    }
+    assert len(list(out.glob("*.safetensors"))) > 2
+    model = load_model(out, Ranks(0, 0, 1, torch.device("cpu")), torch.float32)
+    ids = torch.arange(40).unsqueeze(0)
+    theirs = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, attn_implementation="eager")
+    with torch.no_grad():
+        ours = model(ids, ids, torch.tensor([0, 40], dtype=torch.int32)).logits
+        torch.testing.assert_close(ours, theirs.float()(ids).logits, rtol=1e-4, atol=1e-4)
+    assert run_export(out, tmp_path / "back") == 0  # dequantised
+    assert json.loads((tmp_path / "back/config.json").read_text()).keys() == RELEASED_KEYS
+    again = weights(tmp_path / "back")
+    for name, tensor in model.state_dict().items():
+        if name in again:
+            torch.testing.assert_close(again[name].float(), tensor.bfloat16().float(), rtol=0, atol=0)
 
 
 def test_multi_token_prediction_stays_behind_where_it_has_no_place(tmp_path, capsys):

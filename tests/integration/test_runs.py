@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from trainer.checkpoints.weights import load_model
+from trainer.ranks.runtime import Ranks
 
 
 def test_a_run_learns_and_leaves_a_folder_that_transformers_loads(train, tmp_path):
@@ -34,7 +35,7 @@ def test_a_run_learns_and_leaves_a_folder_that_transformers_loads(train, tmp_pat
 
     folder = run_dir / "checkpoints/step-00000030/hf"
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
-    ours = load_model(folder, torch.device("cpu"))
+    ours = load_model(folder, Ranks(0, 0, 1, torch.device("cpu")))
     ids = torch.arange(40).unsqueeze(0)
     with torch.no_grad():
         logits = ours(ids, ids, torch.tensor([0, 40], dtype=torch.int32)).logits

@@ -18,6 +18,7 @@ from trainer.engine.backends import backends_of
 from trainer.engine.engine import all_to_all, expert_parallel_group, mark_experts
 from trainer.ranks.runtime import DTYPES, Ranks
 from trainer.settings.config import RunConfig
+from trainer.settings.hub import fetch, is_hub_name
 from trainer.settings.parallel import ParallelPlan
 from trainer.settings.run_folder import hf_folder
 
@@ -40,9 +41,7 @@ def build_model(config: RunConfig, plan: ParallelPlan, ranks: Ranks) -> CausalLM
     if config.stage.init_from is None:
         init_weights(model, config.seed, ep_rank=ep_rank, router_scale=config.init.router_scale)
     else:
-        found = [hf_folder(Path(config.stage.init_from))]
-        dist.broadcast_object_list(found)  # the same checkpoint for all ranks, even if that run saves now
-        (weights,) = found
+        weights = _weights_folder(config.stage.init_from, ranks)
         check_tokenizer(weights, config.data)
         with reading(weights):
             if not upcycles:
@@ -56,6 +55,18 @@ def build_model(config: RunConfig, plan: ParallelPlan, ranks: Ranks) -> CausalLM
     # Last, because a parameter that is replaced loses its marks.
     mark_experts(model, config.model.num_experts, plan.ep_size, ep_rank)
     return model
+
+
+def _weights_folder(source: str, ranks: Ranks) -> Path:
+    """The Hugging Face folder of a source; the first rank of each machine fetches a model of the hub."""
+    if not is_hub_name(source):
+        found = [hf_folder(Path(source))]
+        dist.broadcast_object_list(found)  # the same checkpoint for all ranks, even if that run saves now
+        return found[0]
+    if ranks.local_rank == 0:
+        fetch(source)
+    dist.barrier()
+    return fetch(source, here=True)
 
 
 def check_tokenizer(weights: Path, data: DataConfig) -> None:

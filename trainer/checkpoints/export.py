@@ -7,9 +7,9 @@ after the weights: a folder without it is incomplete.
 
 import json
 import os
+import re
 import shlex
 import time
-from contextlib import ExitStack
 from dataclasses import replace
 from math import prod
 from pathlib import Path
@@ -19,15 +19,31 @@ from torch import Tensor
 
 from data_pipeline.manifest import sync, to_json, write_atomically
 from data_pipeline.tokenizer import END_OF_TEXT, load_tokenizer
+from moe import fp8
 from moe.config import ConfigError, ModelConfig
-from moe.formats import MTP_FORMATS
-from moe.hf import INDEX, SINGLE, TORCH, Place, SafetensorError, locate, safe_open, save_file, write_config
+from moe.formats import FP8, MTP_FORMATS
+from moe.hf import (
+    INDEX,
+    SINGLE,
+    TORCH,
+    Place,
+    Reader,
+    SafetensorError,
+    locate,
+    safe_open,
+    save_file,
+    write_config,
+)
 from trainer.checkpoints.weights import selection_bias
 from trainer.monitor.terminal import duration
 from trainer.settings.run_folder import pasted
 
-DTYPES = {"fp32": "F32", "bf16": "BF16"}
+DTYPES = {"fp32": "F32", "bf16": "BF16", "fp8": fp8.STORED}
+# the weights that are quantised in the folders released in FP8
+_QUANTISED = re.compile(r".+\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)\.weight")
 IM_END = "<|im_end|>"
+
+_TYPES = {**TORCH, fp8.STORED: torch.float8_e4m3fn}
 
 Shard = dict[str, Place]  # the dtype of a place is the dtype to write
 
@@ -49,7 +65,14 @@ def plan_shards(places: Shard, max_bytes: int) -> dict[str, Shard]:
 
 def nbytes(shard: Shard) -> int:
     """Bytes of the tensors of a shard."""
-    return sum(prod(place.shape) * TORCH[place.dtype].itemsize for place in shard.values())
+    of_scales = sum(4 * prod(fp8.scale_shape(of.shape)) for of in shard.values() if of.dtype == fp8.STORED)
+    return of_scales + sum(prod(of.shape) * _TYPES[of.dtype].itemsize for of in shard.values())
+
+
+def names_in(shard: Shard) -> list[str]:
+    """The tensors in the file of a shard."""
+    scales = [name + fp8.SCALES for name, place in shard.items() if place.dtype == fp8.STORED]
+    return [*shard, *scales]
 
 
 def check_out(out: Path, ours: str) -> None:
@@ -77,28 +100,30 @@ def write_shard(path: Path, shard: Shard, mark: str) -> None:
 
     An existing file is complete, so it is only compared. Raises OSError if a byte differs.
     """
-    with ExitStack() as stack:
-        readers = {
-            file: stack.enter_context(safe_open(file, framework="pt", backend="pread"))
-            for file in {place.file for place in shard.values()}
-        }
+    with Reader() as reader:
 
-        def read(place: Place) -> Tensor:
-            return readers[place.file].get_slice(place.stored)[place.part].to(TORCH[place.dtype]).contiguous()
+        def read(name: str, place: Place) -> dict[str, Tensor]:
+            tensor = reader.read(place)
+            if place.dtype == fp8.STORED:
+                return dict(zip((name, name + fp8.SCALES), fp8.quantise(tensor), strict=True))
+            return {name: tensor.to(TORCH[place.dtype]).contiguous()}
 
         if not path.exists():
             partial = path.with_name(f".{path.name}.partial")
             metadata = {"format": "pt", "export": mark}
-            save_file({name: read(place) for name, place in shard.items()}, partial, metadata)
+            tensors = {key: one for place in shard.items() for key, one in read(*place).items()}
+            save_file(tensors, partial, metadata)
+            del tensors
             with partial.open("rb") as file:
                 os.fsync(file.fileno())
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # read back from the disk
             partial.replace(path)
             sync(path.parent)
-        written = stack.enter_context(safe_open(path, framework="pt", backend="pread"))
-        if set(written.keys()) != shard.keys() or not all(
-            torch.equal(written.get_tensor(name).view(torch.uint8), read(place).view(torch.uint8))
-            for name, place in shard.items()
+        written = reader.enter_context(safe_open(path, framework="pt", backend="pread"))
+        if set(written.keys()) != set(names_in(shard)) or not all(
+            torch.equal(written.get_tensor(key).view(torch.uint8), one.view(torch.uint8))
+            for place in shard.items()
+            for key, one in read(*place).items()
         ):
             raise OSError(f"{path} differs from its checkpoint; delete it")
 
@@ -135,11 +160,17 @@ def export(folder: Path, out: Path, max_shard_bytes: int, dtype: str | None) -> 
         config = replace(config, num_nextn_predict_layers=0)
     load_tokenizer(folder)  # raises its errors before the weights are written
     places = locate(config, folder)
-    if dtype:
+    quantization = None
+    if dtype == fp8.STORED:
+        small = {name for name in places if _QUANTISED.fullmatch(name)}
+        places = {name: of._replace(dtype=dtype if name in small else "BF16") for name, of in places.items()}
+        kept = [name.removesuffix(".weight") for name in places if name not in small]
+        quantization = {**FP8, "fmt": "e4m3", "activation_scheme": "dynamic", "modules_to_not_convert": kept}
+    elif dtype:
         places = {name: place._replace(dtype=dtype) for name, place in places.items()}
     shards, total = plan_shards(places, max_shard_bytes), nbytes(places)
     written_as = TORCH[next(iter(places.values())).dtype]
-    kind = str(written_as).removeprefix("torch.")
+    kind = "fp8" if quantization else str(written_as).removeprefix("torch.")
     origin = "/".join(folder.resolve().parts[-4:])  # RUN/checkpoints/step-.../hf
     mark = f"{origin} ({kind}, {len(shards)} of at most {max_shard_bytes:,} B)"
     check_out(out, mark)
@@ -153,9 +184,9 @@ def export(folder: Path, out: Path, max_shard_bytes: int, dtype: str | None) -> 
         left = duration((total - done) / speed)
         print(f"{name} {how} and read back, {progress}, ETA {left}", flush=True)
     if len(shards) > 1:
-        weight_map = {name: file for file, shard in shards.items() for name in shard}
+        weight_map = {name: file for file, shard in shards.items() for name in names_in(shard)}
         write_atomically(out / INDEX, to_json({"metadata": {"total_size": total}, "weight_map": weight_map}))
-    write_config(config, written_as, out, write_tokenizer(folder, out, config))
+    write_config(config, written_as, out, write_tokenizer(folder, out, config), quantization)
     if selection_bias(folder, torch.device("cpu")) is not None:
         what = "the run chose experts with a selection bias (balance.bias_update_rate)"
         print(f"warning: {what}; the format has no place for it, so the exported model routes without it")

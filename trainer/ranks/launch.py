@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -51,7 +52,8 @@ def start(run_dir: Path, config: RunConfig, held: int, written: list[Path]) -> i
     this machine has too few GPUs, for example), they are removed, so that another try may differ.
     """
     before = read_state(run_dir)["attempt"]
-    code = launch(run_dir, config.parallel.nproc_per_node, config.device, held)
+    command = ["trainer.run", str(run_dir)]
+    code = launch(command, config.parallel.nproc_per_node, config.device, held)
     state = read_state(run_dir)
     if code == 2 and state["attempt"] == before:
         for path in written:
@@ -64,13 +66,12 @@ def start(run_dir: Path, config: RunConfig, held: int, written: list[Path]) -> i
     return code
 
 
-def launch(
-    run_dir: Path, nproc: int, device: str, lock: int, command: Sequence[str] = ("trainer.run",)
-) -> int:
-    """Run `python -m COMMAND RUN_DIR` on `nproc` ranks; returns the exit code of the first failure, or 0.
+def launch(command: Sequence[str], nproc: int, device: str, lock: int | None = None) -> int:
+    """Run `python -m COMMAND` on `nproc` ranks; returns the exit code of the first failure, or 0.
 
     SIGINT or SIGTERM sends a stop request to every rank (save, exit 0); a second one kills the ranks. If this
-    process dies, they are asked to stop. They inherit `lock` (`run_folder.lock`): it is held until all end.
+    process dies, they are asked to stop. They inherit `lock`, if given (`run_folder.lock`): it is held until
+    all end.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -95,11 +96,11 @@ def launch(
     before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
     for rank in range(nproc):
         process = subprocess.Popen(
-            [sys.executable, "-m", *command, str(run_dir)],
+            [sys.executable, "-m", *command],
             env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             start_new_session=True,  # Ctrl-C reaches the ranks only through `forward`
             preexec_fn=_end_with_launcher,
-            pass_fds=[lock],
+            pass_fds=[] if lock is None else [lock],
         )
         ranks.append(process)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
@@ -107,6 +108,25 @@ def launch(
     for number, handler in before.items():
         signal.signal(number, handler)
     return code
+
+
+def adopt_srun() -> None:
+    """In a task of an srun with several tasks, set RANK and what belongs to it, as torchrun does."""
+    step = {
+        key.removeprefix("SLURM_"): value for key, value in os.environ.items() if key.startswith("SLURM_")
+    }
+    if "RANK" in os.environ or int(step.get("STEP_NUM_TASKS", 1)) == 1:
+        return
+    command = ["scontrol", "show", "hostnames", step["STEP_NODELIST"]]
+    hosts = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    os.environ |= {
+        "RANK": step["PROCID"],
+        "LOCAL_RANK": step["LOCALID"],
+        "WORLD_SIZE": step["STEP_NUM_TASKS"],
+        "LOCAL_WORLD_SIZE": re.split(r"\D", step["STEP_TASKS_PER_NODE"])[0],  # such as 8(x2)
+        "MASTER_ADDR": hosts[0],
+        "MASTER_PORT": str(10000 + (int(step["JOB_ID"]) * 2 + int(step["STEP_ID"]) * 100) % 20000),
+    }
 
 
 def _cpus() -> int:

@@ -5,24 +5,29 @@ import io
 import logging
 import os
 import random
+import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
+from data_pipeline.config import DataError
+from moe.config import ConfigError
 from trainer.ranks.device import check_devices, choose_device
+from trainer.ranks.launch import STOP_SIGNALS, adopt_srun
 from trainer.settings.secrets import redacted
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # A collective that waits longer fails: another rank has died or hangs.
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+T = TypeVar("T")
 
 
 class TrainingError(RuntimeError):
@@ -62,8 +67,51 @@ class Ranks:
         check_devices(gpu)
         return cls(rank, local_rank, world_size, device, warning)
 
+    @classmethod
+    def of_command(cls, wanted: str = "auto") -> "Ranks":
+        """This process of a command: a rank of those that --nproc, srun or torchrun started, or alone.
+
+        Of several ranks only the first writes to the standard output.
+        """
+        adopt_srun()
+        if "RANK" not in os.environ:
+            device, warning = choose_device(wanted)
+            return cls(0, 0, 1, device, warning)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # end at once: nothing to save
+        ranks = cls.join(wanted)
+        if not ranks.is_main:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, 1)
+            os.close(nowhere)
+        return ranks
+
+    def from_main(self, compute: Callable[[], T]) -> T:
+        """What rank 0 computes, on every rank. Raises its ConfigError or DataError on every rank."""
+        if self.world_size == 1:
+            return compute()
+        found: list[Any] = [None]
+        if self.is_main:
+            try:
+                found[0] = compute()
+            except (ConfigError, DataError) as error:
+                found[0] = error
+        dist.broadcast_object_list(found)
+        if isinstance(found[0], Exception):
+            raise found[0]
+        return found[0]
+
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` is true on any rank."""
+        if self.world_size == 1:
+            return flag
+        both = torch.tensor(int(flag))  # in host memory
+        dist.all_reduce(both)
+        return bool(both)
+
     def leave(self) -> None:
         """Leave the process group after all ranks have arrived: one that left early could abort others."""
+        if not dist.is_initialized():
+            return
         dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
         dist.destroy_process_group()
 

@@ -1,10 +1,12 @@
 """What the commands share: composing a configuration, checking a run, reporting mistakes. Torch-free."""
 
+import os
 import signal
 import sys
 from collections.abc import Callable
 from functools import wraps
 from importlib.resources import files
+from itertools import chain
 from pathlib import Path
 from textwrap import fill
 from typing import NoReturn, ParamSpec
@@ -18,6 +20,7 @@ from data_pipeline.config import DataError
 from data_pipeline.streaming import absolute_paths
 from moe.config import ConfigError
 from trainer.settings.config import RunConfig
+from trainer.settings.hub import is_hub_name, pinned
 from trainer.settings.run_folder import flat, forget_origin
 from trainer.settings.secrets import redacted, unsafe_settings
 
@@ -32,7 +35,8 @@ def tells_mistakes(command: Callable[P, int | None], headline: str = "") -> Call
         try:
             return command(*args, **kwargs)
         except (ConfigError, DataError) as error:
-            print(redacted(f"{headline}{error}"), file=sys.stderr)
+            if os.environ.get("LOCAL_RANK", "0") == "0":  # all ranks of a machine have the same error
+                print(redacted(f"{headline}{error}"), file=sys.stderr)
             return 2
 
     return telling
@@ -54,6 +58,9 @@ def compose_and(
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # for `--help | head`
         print(_help(about or "", config_name))
         sys.exit(0)
+    # data.sources={...} replaces the sources; Hydra would merge the two, and refuse names that are new
+    told = ([f"~{arg[:12]}", f"+{arg}"] if arg.startswith("data.sources={") else [arg] for arg in sys.argv)
+    sys.argv[:] = chain.from_iterable(told)
     composed, headline = False, "The configuration is wrong:\n"
 
     @hydra.main(version_base="1.3", config_path="pkg://conf", config_name=config_name)
@@ -83,9 +90,10 @@ def check(config: RunConfig, cfg: DictConfig) -> None:
     config.check()
     refuse_unsafe(cfg)
     check_data(config.data, config.model.vocab_size, config.seed)
-    for group, key in (("data", "dir"), ("stage", "init_from")):
-        if cfg[group][key] is not None:
-            cfg[group][key] = str(Path(cfg[group][key]).resolve())
+    for group, key in (("data", "dir"), ("stage", "init_from"), ("rl", "reference")):
+        if cfg.get(group) is not None and (path := cfg[group][key]) is not None:
+            is_name = key != "dir" and is_hub_name(path)
+            cfg[group][key] = pinned(path) if is_name else str(Path(path).resolve())
     if config.data.mode == "streaming":
         cfg.data.merge_with(absolute_paths(config.data))
 

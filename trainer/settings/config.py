@@ -10,6 +10,7 @@ from data_pipeline.config import DataConfig
 from moe.config import ConfigError, ModelConfig
 from moe.upcycle import upcycle_problems
 from trainer.settings.deepspeed_section import deepspeed_problems
+from trainer.settings.hub import fetch, is_hub_name
 from trainer.settings.parallel import ParallelConfig, ParallelPlan
 from trainer.settings.rl import RLConfig
 from trainer.settings.run_folder import hf_folder, is_inside, read_run
@@ -23,7 +24,7 @@ class StageConfig:
     seq_len: AtLeast1
     global_batch_size: int  # rows per optimizer step
     train_tokens: AtLeast1
-    init_from: str | None  # run folder, checkpoint or Hugging Face folder whose weights it starts from
+    init_from: str | None  # run folder, checkpoint, Hugging Face folder or model of the hub to start from
 
     @property
     def step_tokens(self) -> int:
@@ -300,7 +301,7 @@ class RunConfig:
         how, upcycles = self.init.upcycle, self.init.upcycle in ("copy", "split")
         if self.stage.init_from is None:
             return [f"init.upcycle={how} needs stage.init_from, a dense folder"] if how != "none" else []
-        free = _FREE_AT_HAND_OVER | (_FREE_TO_UPCYCLE if upcycles else set())
+        free = _FREE_AT_HAND_OVER | (_FREE_TO_UPCYCLE if how != "none" else set())  # also for an unknown way
         theirs, found = self._other_problems("stage.init_from", self.stage.init_from, free)
         return (upcycle_problems(theirs, self.model, how) if theirs and upcycles else []) + found
 
@@ -308,11 +309,12 @@ class RunConfig:
         """The model in `folder`, and why it is not that of the run; keys in `free` may differ."""
         origin = Path(folder)
         named = f"{name}={origin}"
-        if not os.path.isdir(origin):  # also for a name that is too long
+        if not is_hub_name(folder) and not os.path.isdir(origin):  # also for a name that is too long
             what = "is not a folder; name a run folder, a checkpoint or a Hugging Face folder"
             return None, [f"{named} {what}"]
         try:
-            theirs = ModelConfig.of_folder(hf_folder(origin))
+            is_here = os.path.isdir(origin)
+            theirs = ModelConfig.of_folder(hf_folder(origin) if is_here else fetch(folder, weights=False))
         except ConfigError as error:
             return None, [f"{named}: {problem}" for problem in error.problems]
         if len(self.model.moe_layers) == self.model.num_hidden_layers:

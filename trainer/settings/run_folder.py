@@ -20,6 +20,7 @@ from yaml import YAMLError
 
 from data_pipeline.manifest import to_json, write_atomically
 from moe.config import ConfigError
+from trainer.settings.hub import fetch, is_hub_name
 from trainer.settings.secrets import redacted
 from trainer.settings.typed import literal
 
@@ -174,8 +175,11 @@ def latest_checkpoint(run_dir: Path) -> Path | None:
 def hf_folder(source: Path) -> Path:
     """The Hugging Face folder of a run folder (its newest checkpoint) or of a checkpoint, or `source` itself.
 
-    Raises ConfigError for a run that has no checkpoint yet.
+    A model of the hub is fetched. Raises ConfigError for a run that has no checkpoint yet, and for a model
+    that the hub does not give.
     """
+    if is_hub_name(str(source)):
+        return fetch(str(source))
     if (source / "config.yaml").is_file():
         newest = latest_checkpoint(source)
         if newest is None:

@@ -7,7 +7,6 @@ from statistics import fmean
 from time import perf_counter
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -99,7 +98,7 @@ class Completer:
             settings,
             rows_at_once=how.rows_at_once,
             device=self._ranks.device,
-            anyone=_anyone,
+            anyone=self._ranks.any,
             bias=bias,
             keep_experts=how.router_replay != "none" and self._config.model.num_experts > 0,
         )
@@ -129,12 +128,3 @@ class Completer:
                 if failed:
                     what = "verifier %s failed on completion %d of prompt %d of %s: %s"
                     logging.warning(what, name, one.number, one.row, one.source, reason)
-
-
-def _anyone(active: bool) -> bool:
-    """Whether any rank is active: every rank calls it before every forward of a phase."""
-    if not dist.is_initialized():
-        return active
-    flag = torch.tensor(int(active))  # in host memory
-    dist.all_reduce(flag)
-    return bool(flag)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.config import DataConfig, SourceConfig
+from data_pipeline.config import DataConfig, SourceConfig, WeightsConfig
 from data_pipeline.prepare import prepare
 
 VOCAB_SIZE = 512
@@ -63,6 +63,7 @@ def data_config(corpus: Path, tmp_path: Path) -> DataConfig:
         predict_first_token=False,
         fim_rates={},
         fim_spm_share=0.5,
+        weights=WeightsConfig(alpha=0.0),
         weight_changes={},
         skip=[],
     )

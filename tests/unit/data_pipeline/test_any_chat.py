@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from data_pipeline.chat import Piece, encode, samples
 from data_pipeline.config import DataConfig, SourceConfig
 from data_pipeline.documents import Document, Reject, read_documents
+from data_pipeline.forms import read
 from data_pipeline.readers import list_inputs, plan_slices, read_rows
 from data_pipeline.tokenizer import Tokenizer, train_tokenizer
 
@@ -99,6 +100,79 @@ def rows(draw: st.DrawFn) -> Any:
     return row
 
 
+def as_json(value: Any) -> st.SearchStrategy[Any]:
+    """A value as it is, or as JSON."""
+    return st.sampled_from([value, json.dumps(value)])
+
+
+@st.composite
+def disguised(draw: st.DrawFn, row: dict[str, Any]) -> dict[str, Any]:
+    """A sound row in another form that says the same."""
+    names = {"system": "developer", "user": "human", "assistant": "gpt", "tool": "observation"}
+    messages = []
+    for message in row["messages"]:
+        role, content, keys = message["role"], message["content"], dict(message)
+        if draw(st.booleans()):
+            cut = draw(st.integers(0, len(content)))
+            parts = [{"type": "text", "text": content[:cut]}, {"type": "text", "text": content[cut:]}]
+            keys["content"] = parts
+        keys["role"] = draw(st.sampled_from([role, names[role]]))
+        if draw(st.booleans()):
+            keys = {{"role": "from", "content": "value"}.get(key, key): keys[key] for key in keys}
+        if keys.get("reasoning_content"):
+            keys[draw(st.sampled_from(["thinking", "reasoning"]))] = keys.pop("reasoning_content")
+        if keys.get("tool_calls"):
+            keys["tool_calls"] = draw(as_json(keys["tool_calls"]))
+        messages.append(keys)
+    found = {draw(st.sampled_from(["messages", "conversations"])): draw(as_json(messages))}
+    if "tools" in row:
+        tools = [draw(as_json(tool)) for tool in row["tools"]]
+        found["tools"] = draw(as_json(tools))
+    return found
+
+
+COLUMNS = ["messages", "conversations", "instruction", "input", "output", "history", "system", "tools"]
+COLUMNS += ["prompt", "completion", "chosen", "label", "enable_thinking"]
+KEYS = [
+    "role",
+    "from",
+    "content",
+    "value",
+    "reasoning",
+    "tool_calls",
+    "function_call",
+    "weight",
+    "train",
+    "mask",
+]
+ROLES = ["human", "gpt", "function_call", "observation", "developer", "user", "assistant", "bot"]
+MESSAGE = st.dictionaries(
+    st.sampled_from(KEYS),
+    st.one_of(
+        ANYTHING, st.sampled_from([0, 1, True, *ROLES]), st.lists(st.just({"type": "text", "text": "a"}))
+    ),
+)
+TURN = st.builds(lambda more, role: more | {"role": role, "content": "a"}, MESSAGE, st.sampled_from(ROLES))
+LISTS = st.lists(st.one_of(OTHERS, ASSISTANT, TURN, MESSAGE), max_size=4)
+# Some of the columns that forms have, each of which holds messages, text, JSON or anything.
+SOME_COLUMNS = st.dictionaries(
+    st.sampled_from(COLUMNS),
+    st.one_of(LISTS, LISTS.map(json.dumps), said_by(OURS), st.lists(st.lists(TEXTS, max_size=2)), ANYTHING),
+    max_size=3,
+)
+ASKED, ANSWERED = said_by(THEIRS), said_by(OURS)
+OF_FORMS = st.one_of(
+    SOUND.flatmap(disguised),
+    st.fixed_dictionaries(
+        {"instruction": ASKED, "output": ANSWERED}, optional={"input": ASKED, "system": ASKED}
+    ),
+    st.fixed_dictionaries({"prompt": ASKED, "completion": ANSWERED}),
+    st.fixed_dictionaries({"prompt": ASKED, "chosen": st.one_of(ANSWERED, MESSAGES)}),
+    st.just({}),
+)
+ANY_FORM = st.builds(lambda row, more: row | more, OF_FORMS, st.one_of(st.just({}), SOME_COLUMNS))
+
+
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
     return Tokenizer(train_tokenizer(["the quick brown fox <|im_end|> /think"] * 3, 512), "trained")
@@ -122,30 +196,51 @@ def check_ids(pieces: list[Piece], tokenizer: Tokenizer) -> None:
     assert tokenizer.decode(ids[loss].tolist()) == text_of([piece for piece in pieces if piece.loss])
 
 
+def judged(values: list[Any], config: DataConfig, tokenizer: Tokenizer) -> list[type]:
+    """The kinds of what becomes of rows in a file; none is lost, and each bad one is named."""
+    source = config.sources["chat"]
+    [path] = source.paths
+    Path(path).write_text("".join(json.dumps(value) + "\n" for value in values))
+    [[part]] = plan_slices(source, list_inputs("chat", source, {}), 1 << 30)
+    items = list(read_documents(config, "chat", read_rows(source, part), tokenizer))
+    assert {item.row.line for item in items} == set(range(1, len(values) + 1)), "no row is lost"
+    for item in items:
+        if isinstance(item, Reject):
+            assert item.reason
+            told = f"{path}: the row at {item.row.offset} is bad ({item.reason}): "
+            assert str(item.error()).startswith(told)
+        else:
+            assert item.pieces is not None
+            check_ids(item.pieces, tokenizer)
+    return [type(item) for item in items]
+
+
 @pytest.mark.fuzzing(150, 10_000)
 def test_any_row_is_a_conversation_or_is_named(fuzz, config: DataConfig, tokenizer: Tokenizer) -> None:
-    [path], verdicts = config.sources["chat"].paths, []
-    source = config.sources["chat"]
+    verdicts = []
 
     @fuzz(st.lists(rows(), min_size=1, max_size=3), st.sampled_from([None, 0.0, 0.5, 1.0]))
     def holds(values, think_flag_share):
-        Path(path).write_text("".join(json.dumps(value) + "\n" for value in values))
-        settings = replace(config, think_flag_share=think_flag_share)
-        [[part]] = plan_slices(source, list_inputs("chat", source, {}), 1 << 30)
-        items = list(read_documents(settings, "chat", read_rows(source, part), tokenizer))
-        assert {item.row.line for item in items} == set(range(1, len(values) + 1)), "no row is lost"
-        for item in items:
-            verdicts.append(type(item))
-            if isinstance(item, Reject):
-                assert item.reason
-                told = f"{path}: the row at {item.row.offset} is bad ({item.reason}): "
-                assert str(item.error()).startswith(told)
-            else:
-                assert item.pieces is not None
-                check_ids(item.pieces, tokenizer)
+        verdicts.extend(judged(values, replace(config, think_flag_share=think_flag_share), tokenizer))
 
     for kind in (Document, Reject):
         assert verdicts.count(kind) > len(verdicts) / 10, "both kinds are tried"
+
+
+@pytest.mark.fuzzing(150, 10_000)
+@pytest.mark.parametrize("kind", ["sft", "prompts"])
+def test_any_row_of_any_form_is_a_conversation_or_is_named(
+    fuzz, config: DataConfig, tokenizer: Tokenizer, kind: str
+) -> None:
+    required = [] if kind == "prompts" else None
+    source, verdicts = replace(config.sources["chat"], kind=kind, required_fields=required), []
+
+    @fuzz(st.lists(ANY_FORM, min_size=1, max_size=3))
+    def holds(values):
+        verdicts.extend(judged(values, replace(config, sources={"chat": source}), tokenizer))
+
+    for verdict in (Document, Reject):
+        assert verdicts.count(verdict) > len(verdicts) / 10, "both kinds are tried"
 
 
 @pytest.mark.fuzzing(150, 10_000)
@@ -179,6 +274,16 @@ def test_learned_are_all_words_of_the_assistant_and_no_others(fuzz, tokenizer: T
         assert OURS not in others, "the first sample learns all that the assistant says in it"
 
     assert len(accepted) > 50
+
+
+@pytest.mark.fuzzing(150, 10_000)
+def test_a_conversation_in_another_form_is_the_same(fuzz) -> None:
+    @fuzz(SOUND.flatmap(lambda row: st.tuples(st.just(row), disguised(row))))
+    def holds(pair):
+        source = SourceConfig("sft", ["x"])
+        plain, other = (read(row, source) for row in pair)
+        assert json.dumps(other.row, sort_keys=True) == json.dumps(plain.row, sort_keys=True)
+        assert not other.ignored
 
 
 @pytest.mark.parametrize("role", ["system", "user", "tool"])

@@ -1,6 +1,7 @@
 """Conversations: rendered as by Qwen3, learned tokens, splitting into samples, and refused rows.
 
-The renderings and the tokenizer are read from the folder `shared/data` beside the repository, if it is there.
+Renderings of Qwen3's own template are those of qwen3_renderings.jsonl, which qwen3_renderings.py makes, and
+2,921 more with the tokenizer in the folder `shared/data` beside the repository, if it is there.
 """
 
 import gzip
@@ -12,7 +13,8 @@ import numpy as np
 import pytest
 
 from data_pipeline.chat import Piece, encode, render, samples
-from data_pipeline.config import DataError
+from data_pipeline.config import DataError, SourceConfig
+from data_pipeline.forms import read
 from data_pipeline.tokenizer import CONTROL_TOKENS, Tokenizer, train_tokenizer
 
 SHARED = Path(__file__).parents[4] / "shared" / "data"
@@ -48,6 +50,16 @@ def renderings() -> list[dict]:
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
     return Tokenizer(train_tokenizer(["the quick brown fox <|im_end|> /think"] * 3, 512), "trained")
+
+
+def test_equals_the_renderings_of_the_template() -> None:
+    lines = Path(__file__).with_name("qwen3_renderings.jsonl").read_text().split("\n")[:-1]
+    assert len(lines) == 108
+    for row in map(json.loads, lines):
+        canonical = read(row, SourceConfig("sft", [])).row
+        assert text_of(render(canonical, row["options"])) == row["rendered"]
+        bodies = re.findall(r"<\|im_start\|>assistant\n(.*?<\|im_end\|>)", row["rendered"], re.S)
+        assert learned(render(canonical, row["options"])) == bodies
 
 
 @needs_shared

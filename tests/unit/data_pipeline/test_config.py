@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from data_pipeline.config import BLOCK_ROWS, DataConfig, SourceConfig
+from data_pipeline.config import BLOCK_ROWS, DataConfig, SourceConfig, WeightsConfig
 
 GOOD = SourceConfig(kind="text", paths=["a.txt"], text_key=None, weight=1.0, max_epochs=None)
 
@@ -106,6 +106,11 @@ def test_all_broken_laws_are_reported_at_once(data_config: DataConfig) -> None:
         ({"weight_changes": {0: {"letters": 1.0}}}, "data.weight_changes.0:"),
         ({"weight_changes": {9: {"nobody": 1.0}}}, "data.weight_changes.9.nobody is not a source"),
         ({"weight_changes": {9: {"letters": 0.0, "numbers": 0.0}}}, "data.weight_changes.9="),
+        ({"weights": WeightsConfig(alpha=1.5)}, "data.weights.alpha=1.5 must be in [0, 1]"),
+        (
+            {"weights": WeightsConfig(alpha=0.5), "length_shares": {4: 1.0}, "packing": "best_fit"},
+            "data.weights.alpha has no use with data.length_shares",
+        ),
         ({"skip": [[5, 5]]}, "data.skip: [5, 5]"),
         ({"skip": [[5, 9], [8, 10]]}, "data.skip: [8, 10]"),
     ],

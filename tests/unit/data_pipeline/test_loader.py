@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from data_pipeline import chat
-from data_pipeline.config import DataConfig, DataError, SourceConfig
+from data_pipeline.config import BLOCK_ROWS, DataConfig, DataError, SourceConfig, WeightsConfig
 from data_pipeline.loader import Batch, Loader
 from data_pipeline.manifest import Manifest
 from data_pipeline.prepare import prepare
@@ -400,3 +400,13 @@ def test_another_configuration_or_none(prepared: DataConfig, data_config: DataCo
     assert "data.validation_fraction: prepared with 0.1, now 0.5" in str(error.value)
     with pytest.raises(DataError, match=r"data\.sources letters, numbers: no whole row"):
         make(replace(prepared), seq_len=10**6, micro=1, global_batch_size=1)
+
+
+def test_sizes_of_sources_count_with_alpha(mixed: DataConfig) -> None:
+    """With alpha = 1 and equal weights, every source is read equally often."""
+    sources = {name: replace(of, weight=1.0, max_epochs=None) for name, of in mixed.sources.items()}
+    even = replace(mixed, skip=[], weight_changes={}, sources=sources, weights=WeightsConfig(alpha=1.0))
+    with make(even, next_row=50 * BLOCK_ROWS) as loader:
+        epochs = {name: of["epochs"] for name, of in loader.seen().items()}
+    assert len(epochs) > 1
+    assert max(epochs.values()) == pytest.approx(min(epochs.values()), rel=0.01)

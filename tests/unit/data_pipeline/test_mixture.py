@@ -137,6 +137,29 @@ def test_weights_are_shares_of_the_tokens() -> None:
     assert needed == {"full": BLOCK_ROWS // 4, "sparse": BLOCK_ROWS * 3 // 4}
 
 
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+def test_shares_of_tokens_follow_weights_and_sizes(alpha: float) -> None:
+    sizes = {"large": 1600 * 64.0, "padded": 400 * 16.0, "raised": 100 * 64.0}  # rows x tokens of a row
+    sources = {
+        "large": MixtureSource(1.0, 1600, None, 64.0),
+        "padded": MixtureSource(1.0, 400, None, 16.0),
+        "raised": MixtureSource(2.0, 100, None, 64.0),
+    }
+    needed = Mixture(sources, 0, alpha=alpha).rows_needed(BLOCK_ROWS)
+    tokens = {name: rows * sources[name].row_tokens for name, rows in needed.items()}
+    wanted = {name: sources[name].weight * size**alpha for name, size in sizes.items()}
+    for name in sizes:
+        share = wanted[name] / sum(wanted.values())
+        assert tokens[name] / sum(tokens.values()) == pytest.approx(share, rel=2e-3)
+
+
+def test_a_source_that_would_never_be_read_is_refused() -> None:
+    sources = {"large": MixtureSource(1.0, 10**9, None, 64.0), "small": MixtureSource(1.0, 10, None, 64.0)}
+    Mixture(sources, 0, alpha=0.4)
+    with pytest.raises(DataError, match=r"data\.sources small: less than one row in 16384 would be read"):
+        Mixture(sources, 0, alpha=1.0)
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     rows=st.lists(st.integers(1, 150), min_size=3, max_size=3),

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from data_pipeline import samples
 from data_pipeline.chat import encode, prompt
-from data_pipeline.config import DataConfig, DataError, SourceConfig
+from data_pipeline.config import BLOCK_ROWS, DataConfig, DataError, SourceConfig, WeightsConfig
 from data_pipeline.loader import Loader
 from data_pipeline.manifest import Manifest
 from data_pipeline.mixture import Mixture, MixtureSource
@@ -170,7 +170,7 @@ def test_of_a_prompt_and_messages_the_prompt_counts(data_config: DataConfig, tmp
 
 def test_nothing_of_a_prompt_is_learned() -> None:
     row = {"messages": [said("user", "q"), said("assistant", "a", reasoning_content="r"), said("user", "s")]}
-    assert not any(piece.loss for piece in prompt(row["messages"], row))
+    assert not any(piece.loss for piece in prompt(row, None))
 
 
 ASKED = [said("user", "q")]
@@ -179,18 +179,21 @@ ASKED = [said("user", "q")]
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        ({"question": "q"}, "missing: the row has no 'prompt' or 'messages', only 'answer', 'question'"),
+        (
+            {"question": "q"},
+            "missing: the row has no 'prompt' or 'messages' or 'conversations' or 'instruction', only",
+        ),
         ({"prompt": None, "messages": None}, "null"),
         ({"prompt": " \n"}, "empty"),
-        ({"prompt": 3}, "messages: not a list of objects"),
+        ({"prompt": 3}, "messages: not a list"),
         ({"messages": []}, "messages: not a list of objects"),
         ({"messages": [*ASKED, said("assistant", "a")]}, "messages: the last one has the role assistant"),
         ({"messages": [*ASKED, said("system", "s")]}, "messages: the last one has the role system"),
         ({"messages": [said("system", "s")]}, "messages: no question of a user"),
         ({"messages": [said("tool", "3")]}, "messages: no question of a user"),
-        ({"messages": [said("human", "q")]}, r"messages[0]: role 'human'"),
+        ({"messages": [said("bot", "q")]}, r"messages[0]: role 'bot'"),
         ({"messages": [*ASKED, said("assistant", ""), *ASKED]}, r"messages[1]: no_target"),
-        ({"prompt": "q", "tools": "[]"}, "tools: not a list"),
+        ({"prompt": "q", "tools": "{}"}, "tools: not a list"),
         ({"prompt": "q", "enable_thinking": "false"}, "type: enable_thinking is of type str"),
         ({"prompt": "q", "answer": None}, "missing: the row has no 'answer' for its verifiers"),
         ({"prompt": "q\ud800"}, "utf8: a lone surrogate"),
@@ -433,15 +436,17 @@ def test_no_rows_are_packed_of_prompts(config: DataConfig, tmp_path: Path) -> No
 
 
 def test_a_source_needs_a_prompt_of_the_right_type(data_config: DataConfig, tmp_path: Path) -> None:
-    law = r"'prompt' or 'messages' of type str or list; their columns are prompt: int, answer: int; set data"
+    law = (
+        r"data\.sources\.p: no form of conversations fits; .* its columns are prompt: int, answer: int; name"
+    )
     with pytest.raises(DataError, match=law):
         prepared_with(data_config, tmp_path / "p.jsonl", [{"prompt": 1, "answer": 1}])
     path = tmp_path / "p.parquet"
-    pq.write_table(pa.table({"prompt": [1], "answer": [1]}), path)
+    pq.write_table(pa.table({"question": ["q"], "answer": [1]}), path)
     config = replace(
         data_config, sources={"p": SourceConfig("prompts", [str(path)])}, dir=str(tmp_path / "d")
     )
-    with pytest.raises(DataError, match=r"no text or list column 'prompt' or 'messages'; its columns are"):
+    with pytest.raises(DataError, match=r"p\.parquet: no form .* its columns are question: string, ans"):
         prepare(config, VOCAB_SIZE, SEED)
 
 
@@ -463,6 +468,13 @@ def test_tables_of_conversations(data_config: DataConfig, tmp_path: Path) -> Non
     prepare(config, VOCAB_SIZE, SEED)
     found, tokenizer = of_source(config, "p"), load_tokenizer(config.dir)
     assert [of.fields for of in found] == rows
-    assert [of.ids for of in found] == [
-        encode(prompt(row["messages"], row), tokenizer)[0].tolist() for row in rows
-    ]
+    assert [of.ids for of in found] == [encode(prompt(row, None), tokenizer)[0].tolist() for row in rows]
+
+
+def test_numbers_of_prompts_count_with_alpha(config: DataConfig) -> None:
+    even = {name: replace(of, weight=float(of.kind == "prompts")) for name, of in config.sources.items()}
+    equally_often = replace(config, skip=[], sources=even, weights=WeightsConfig(alpha=1.0))
+    with Prompts(equally_often, seed=SEED) as prompts:
+        epochs = [of["epochs"] for of in prompts.seen(BLOCK_ROWS).values()]
+    assert len(epochs) == 2
+    assert epochs[0] == pytest.approx(epochs[1], rel=0.01)

@@ -300,7 +300,7 @@ def test_a_table_without_the_column_lists_its_columns(tmp_path: Path, read: Read
     columns = "its columns are content: string, text: int64"
     with pytest.raises(DataError, match=f"no text column 'text'; {columns}"):
         read(suffix, tmp_path / f"a.{suffix}")
-    with pytest.raises(DataError, match=f"no list column 'messages'; {columns}"):
+    with pytest.raises(DataError, match=f"no form of conversations fits; .*; {columns}"):
         read("sft", tmp_path / f"a.{suffix}")
 
 
@@ -319,7 +319,10 @@ def test_jsonl_without_the_column_lists_its_columns(tmp_path: Path) -> None:
         DataError, match=f"data.sources.s: its first rows have no 'text' of type str; {columns}; {remedy}"
     ):
         check("jsonl")
-    with pytest.raises(DataError, match=f"have no 'messages' of type list; {columns}"):
+    forms = "messages: 'messages'; sharegpt: 'conversations'; alpaca: 'instruction' with 'output'; "
+    forms += "prompt_completion: 'prompt' with 'completion' or 'chosen'"
+    law = rf"data.sources.s: no form .* looked for columns of text or lists \({forms}\); its {columns[6:]}"
+    with pytest.raises(DataError, match=law):
         check("sft")
     path.write_text(path.read_text() + '{"text": "one good row is enough"}\n')
     check("jsonl")

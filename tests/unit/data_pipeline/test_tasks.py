@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from data_pipeline import chat, samples
+from data_pipeline import chat, forms, samples
+from data_pipeline.config import SourceConfig
 
 
 @pytest.fixture(scope="module")
@@ -75,4 +76,4 @@ def test_the_same_everywhere() -> None:
 
 def test_every_row_is_a_good_row(taught: list[dict[str, Any]], asked: list[dict[str, Any]]) -> None:
     assert all(len(chat.samples(row, None)) == 1 for row in taught)
-    assert all(chat.prompt(row["prompt"], row) for row in asked)
+    assert all(chat.prompt(forms.read(row, SourceConfig("prompts", [])).row, False) for row in asked)

@@ -139,6 +139,6 @@ def test_a_rank_takes_a_folder_with_a_dash(tmp_path: Path, monkeypatch: pytest.M
     )
     held = os.open(tmp_path, os.O_RDONLY)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    assert launch(Path("-run"), 1, "cpu", held, ["child", "--"]) == 0
+    assert launch(["child", "--", "-run"], 1, "cpu", held) == 0
     assert (tmp_path / "-run/seen").exists()
-    assert '"--"]' in (ROOT / "trainer/profile.py").read_text()
+    assert '"--", str(run_dir)]' in (ROOT / "trainer/profile.py").read_text()

@@ -14,7 +14,9 @@ from moe.model import CausalLM
 from moe.next_token import SamplingSettings
 from trainer import generate
 from trainer.checkpoints.weights import load_model, selection_bias
+from trainer.ranks.runtime import Ranks
 
+ALONE = Ranks(0, 0, 1, torch.device("cpu"))
 TEXT = "the quick brown fox jumps over the lazy dog\n" * 20
 
 
@@ -43,7 +45,7 @@ def say(folder, capsys):
 
 def alone(folder, ids, tokens):
     """Greedy continuation without a cache."""
-    model, tokenizer = load_model(folder, torch.device("cpu")), load_tokenizer(folder)
+    model, tokenizer = load_model(folder, ALONE), load_tokenizer(folder)
     new = []
     with torch.no_grad():
         while len(new) < tokens:
@@ -73,16 +75,15 @@ def test_one_prompt_is_printed_with_its_text(folder, say):
 def test_the_end_of_a_text_is_not_shown(folder):
     tokenizer = load_tokenizer(folder)
     settings = SamplingSettings(0.0, 1.0, 0, 0, 9, (tokenizer.end_of_text,))
-    writer = generate.Writer(
-        load_model(folder, torch.device("cpu")), None, tokenizer, settings, 0, 1, False, True
-    )
+    model = load_model(folder, ALONE)
+    writer = generate.Writer(model, None, tokenizer, settings, 0, 1, False, True, ALONE)
     assert writer.text([*tokenizer.encode("fox"), tokenizer.end_of_text]) == "fox"
 
 
 @pytest.mark.parametrize("thinks", [True, False])
 def test_a_chat_shows_the_answer_to_a_message(folder, say, thinks):
     tokenizer = load_tokenizer(folder)
-    pieces = chat.prompt("the <|im_end|>", {"enable_thinking": thinks})
+    pieces = chat.prompt({"messages": [{"role": "user", "content": "the <|im_end|>"}]}, thinks)
     ids = chat.encode(pieces, tokenizer)[0].tolist()
     assert ids.count(tokenizer.control_id("<|im_end|>")) == 1  # that of the template
     assert (tokenizer.control_id("<think>") in ids) is not thinks
@@ -98,6 +99,22 @@ ROWS = [
     {"prompt": "the lazy dog jumps"},
     {"prompt": "the quick"},
 ]
+
+
+def test_messages_may_have_other_forms(folder, say, tmp_path):
+    settings = SamplingSettings(0.0, 1.0, 0, 0, 9, ())
+    model, tokenizer = load_model(folder, torch.device("cpu")), load_tokenizer(folder)
+    writer = generate.Writer(model, None, tokenizer, settings, 0, 1, False, True)
+    system, user = {"role": "system", "content": "fox"}, {"role": "user", "content": "the dog"}
+    parts = [{"type": "text", "text": "the "}, {"type": "text", "text": "dog"}]
+    other = [{"from": "developer", "value": "fox"}, {"from": "human", "value": parts}]
+    expected = chat.encode(chat.prompt({"messages": [system, user]}, True), tokenizer)[0].tolist()
+    for messages in ([system, user], other, json.dumps(other)):
+        assert writer.encode({"messages": messages, "prompt": "x"}, "it") == expected
+    path = tmp_path / "in.jsonl"
+    path.write_text(json.dumps({"messages": [{"role": "user", "content": [{"type": "image"}]}]}))
+    code, _, error = say("--prompts", path, "--out", tmp_path / "none.jsonl")
+    assert (code, "in.jsonl:1: messages[0]: its content has a part of type image" in error) == (2, True)
 
 
 def test_a_file_of_prompts_goes_on_where_it_was_ended(folder, say, tmp_path, monkeypatch):
@@ -175,7 +192,7 @@ def test_a_conversation_remembers_what_was_said(folder, say, monkeypatch):
     code, out, _ = say("--chat", "--tokens", 4, "--no-thinking")
     assert code == 0
     assert [message["content"] for message in seen[1]][::2] == ["fox", "dog"]
-    ids = chat.encode(chat.prompt(seen[0], {"enable_thinking": False}), tokenizer)[0].tolist()
+    ids = chat.encode(chat.prompt({"messages": seen[0]}, False), tokenizer)[0].tolist()
     answer = tokenizer.decode(alone(folder, ids, 4))
     assert seen[1][1] == {"role": "assistant", "content": answer.lstrip("\n")}
     assert out.startswith(answer.rstrip("�"))
@@ -191,6 +208,7 @@ def test_a_conversation_remembers_what_was_said(folder, say, monkeypatch):
         ["a", "--top-p", "0"],
         ["a", "--top-k", "-1"],
         ["a", "--rows", "0"],
+        ["a", "--nproc", "0"],
         ["a", "--temperature", "nan"],
         ["--chat"],  # no terminal
     ],
@@ -249,6 +267,6 @@ def test_a_model_is_loaded_in_the_dtype_of_its_folder(run_config, tmp_path, monk
         return to_empty(self, **keywords)
 
     monkeypatch.setattr(CausalLM, "to_empty", recording)
-    back = load_model(tmp_path, torch.device("cpu"))
+    back = load_model(tmp_path, ALONE)
     assert taken == {dtype}
     assert all(torch.equal(*pair) for pair in zip(back.parameters(), model.parameters(), strict=True))

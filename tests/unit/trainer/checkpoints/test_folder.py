@@ -2,12 +2,13 @@
 
 import json
 import os
+import zlib
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from trainer.checkpoints.folder import damage, is_read, measure, reading
+from trainer.checkpoints.folder import BLOCK_BYTES, damage, is_read, measure, reading
 from trainer.settings.run_folder import (
     checkpoints,
     latest_checkpoint,
@@ -88,3 +89,26 @@ def test_an_attempt_that_was_overtaken_leaves_the_state_alone(tmp_path):
     assert read_state(tmp_path) == {"state": "running", "attempt": 2}
     write_state(tmp_path, "finished", 2)
     assert read_state(tmp_path) == {"state": "finished", "attempt": 2}
+
+
+def test_one_of_two_readers_goes_and_the_other_is_still_noticed(tmp_path):
+    folder = make(tmp_path, 1)
+    first, second = reading(folder / "hf"), reading(folder)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert is_read(folder)
+    second.__exit__(None, None, None)
+    assert not is_read(folder)
+
+
+def test_who_reads_the_weights_alone_reads_the_checkpoint(tmp_path):
+    folder = make(tmp_path, 1)
+    with reading(folder / "hf"):
+        assert is_read(folder)
+
+
+def test_a_checksum_is_that_of_all_blocks(tmp_path):
+    data = bytes(range(256)) * (BLOCK_BYTES // 256) + b"the rest"
+    (tmp_path / "file").write_bytes(data)
+    assert measure(tmp_path / "file") == [len(data), zlib.crc32(data)]

@@ -91,3 +91,11 @@ def test_groups_hold_one_kind_and_experts_of_a_group_are_apart(run_config):
     by_hand["other"] = set(names.values()) - set().union(*by_hand.values())
     assert kinds == by_hand
     assert all(kinds.values()), "the model has parameters of every kind"
+
+
+def test_a_cosine_is_halfway_where_wsd_is_but_not_at_a_quarter():
+    """After a quarter of the decay a cosine leaves (1 + cos(pi / 4)) / 2 of the rate, wsd three quarters."""
+    cosine, linear = rates("cosine", 0, 1.0, 0.0), rates("wsd", 0, 1.0, 0.0)
+    assert cosine[24] == pytest.approx(2.0 * 0.8535533905932737)
+    assert linear[24] == pytest.approx(2.0 * 0.75)
+    assert cosine[49] == pytest.approx(1.0)

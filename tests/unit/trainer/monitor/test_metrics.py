@@ -1,13 +1,15 @@
 """What a logged step measures in the optimizer step: correct, and without copies of whole tensors."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from trainer.engine.loss import Totals
+from moe.router import RouterStatistics
+from trainer.engine.loss import LossShares, Totals
 from trainer.engine.optimizer import KINDS, build_optimizer
 from trainer.monitor import metrics
 from trainer.monitor.metrics import OptimizerNorms, StepSums
@@ -62,6 +64,19 @@ def test_the_update_is_what_has_changed(config: RunConfig) -> None:
         assert sum(found["gradient_histogram"]["other"]) == 2 * ELEMENTS
 
 
+def test_the_norm_of_a_clipped_gradient_is_that_before(config: RunConfig) -> None:
+    """The optimizer sees gradients of norm 0.5; before they were clipped, their norm was 4 times that."""
+    clipping = replace(config, optimizer=replace(config.optimizer, max_grad_norm=0.5))
+    weights = Weights()
+    optimizer = build_optimizer(weights, clipping.optimizer)
+    norms = OptimizerNorms(optimizer, clipping, clipping.plan(1))
+    norms.arm(torch.device("cpu"), histograms=False)
+    for parameter in weights.parameters():
+        parameter.grad = torch.ones_like(parameter) * 0.5 / (2 * ELEMENTS) ** 0.5
+    optimizer.step()
+    assert norms.describe(2.0)["grad_norm/other"] == pytest.approx(2.0, rel=1e-4)
+
+
 def peak_bytes(run: Callable[[], None]) -> int:
     """The peak of the memory that `run` allocates, in addition to what was allocated before."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
@@ -99,3 +114,24 @@ def test_what_a_step_says_of_its_experts() -> None:
     assert (said["router_entropy"], said["logit_range"]) == (1.5, 5.0)
     assert said["layers"]["effective_experts"] == pytest.approx([1.0, 4 / 3**0.75 / 4])
     assert said["layers"]["dead_experts"] == [0, 2]
+
+
+def test_a_step_sums_its_micro_batches() -> None:
+    torch.manual_seed(0)
+    batches = [
+        (
+            LossShares(torch.rand(()), torch.rand(2), torch.rand(2), torch.rand(2), torch.rand(())),
+            RouterStatistics(torch.rand(2, 4), torch.rand(2, 4), torch.rand(2), torch.rand(2), torch.rand(2)),
+        )
+        for _ in range(3)
+    ]
+    sums = StepSums.zeros(2, 4, torch.device("cpu"))
+    for shares, router in batches:
+        sums.add(shares, router)
+    for name in ("cross_entropy", "mtp", "balance", "z"):
+        expected = torch.stack([getattr(shares, name) for shares, _ in batches]).sum(0)
+        torch.testing.assert_close(getattr(sums, name), expected, msg=name)
+    for name, of in (("entropy", "entropy_sums"), ("tokens_per_expert", "tokens_per_expert")):
+        expected = torch.stack([getattr(router, of) for _, router in batches]).sum(0)
+        torch.testing.assert_close(getattr(sums, name), expected, msg=name)
+    assert torch.equal(sums.logit_range, torch.stack([router.logit_range for _, router in batches]).amax(0))

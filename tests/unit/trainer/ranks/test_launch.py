@@ -33,7 +33,7 @@ def interrupted(*arguments, **settings):
     return start(*arguments, **settings)
 
 subprocess.Popen = interrupted
-code = launch(Path("."), 2, "cpu", os.open(".", os.O_RDONLY), ("waits",))
+code = launch(["waits"], 2, "cpu", os.open(".", os.O_RDONLY))
 sys.exit(code if signal.getsignal(signal.SIGINT) is signal.default_int_handler else 4)
 """
 
@@ -85,7 +85,7 @@ def test_what_ranks_are_started_with(gpu, tmp_path, repository, monkeypatch):
     code = "import os; from pathlib import Path; from trainer.ranks import launch; "
     code += "os.sched_setaffinity(0, list(os.sched_getaffinity(0))[:1]); os.cpu_count = lambda: 64; "
     code += "launch._DEVICES = Path('dev'); fd = os.open('.', os.O_RDONLY); "
-    code += "assert launch.launch(Path('.'), 1, 'auto', fd, ('tells',)) == 0"
+    code += "assert launch.launch(['tells'], 1, 'auto', fd) == 0"
     done = python(code, tmp_path, repository)
     assert done.returncode == 0, done.stderr
     environment = json.loads(done.stdout)
@@ -129,7 +129,7 @@ def test_only_a_run_that_fails_is_said_to_have_failed(tmp_path, repository):
     state = {"state": "running", "attempt": 3}
     (tmp_path / "state").write_text(json.dumps(state))
     code = "import os; from pathlib import Path; from trainer.ranks.launch import launch; "
-    code += "assert launch(Path('.'), 1, 'cpu', os.open('.', os.O_RDONLY), ('no_such_module',)) == 1"
+    code += "assert launch(['no_such_module'], 1, 'cpu', os.open('.', os.O_RDONLY)) == 1"
     done = python(code, tmp_path, repository)
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "state").read_text()) == state
@@ -138,7 +138,7 @@ def test_only_a_run_that_fails_is_said_to_have_failed(tmp_path, repository):
 def test_a_rank_that_was_killed_is_named(tmp_path, repository):
     (tmp_path / "killed.py").write_text("import os\nif os.environ['RANK'] == '1': os.kill(os.getpid(), 9)\n")
     code = "import os; from pathlib import Path; from trainer.ranks.launch import launch; "
-    code += "assert launch(Path('.'), 2, 'cpu', os.open('.', os.O_RDONLY), ('killed',)) == 1"
+    code += "assert launch(['killed'], 2, 'cpu', os.open('.', os.O_RDONLY)) == 1"
     done = python(code, tmp_path, repository)
     assert done.returncode == 0, done.stderr
     assert "rank 1 was killed: by a second stop signal, or by the kernel" in done.stderr

@@ -148,7 +148,7 @@ def changed(base: dict, changes: dict[tuple, Any]) -> DictConfig:
         for key in path[:-1]:
             group = group.get(key) if isinstance(group, dict) else None
         if isinstance(group, dict):
-            group[path[-1]] = value
+            group[path[-1]] = copy.deepcopy(value)  # it may be a part of `base`
     return OmegaConf.create(tree)
 
 

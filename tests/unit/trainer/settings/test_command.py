@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+from omegaconf import OmegaConf
 
 from trainer import evaluate, export, generate, inspect, models, report, resume
 
@@ -45,3 +46,15 @@ def test_an_unknown_experiment_is_refused_with_those_there_are(repository, tmp_p
     assert "Could not find 'experiment/nope'" in done.stderr
     assert "demo_sft" in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_sources_on_the_command_line_replace_those_of_the_group(repository):
+    given = [
+        "experiment=demo",
+        "data.sources={mine: {kind: jsonl, paths: [a.jsonl]}}",
+        "data.sources.mine.kind=text",
+    ]
+    for command in ("data_pipeline", "trainer"):
+        run = [sys.executable, "-m", command, "experiment=demo", *given, "--cfg", "job"]
+        done = subprocess.run(run, cwd=repository, capture_output=True, text=True, timeout=60, check=True)
+        assert OmegaConf.create(done.stdout).data.sources == {"mine": {"kind": "text", "paths": ["a.jsonl"]}}
