@@ -21,6 +21,7 @@ import hashlib
 import json
 import os
 import re
+import uuid
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -169,7 +170,7 @@ def to_json(value: Any) -> bytes:
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Write `data` to `path`: after a crash the file has either all of `data` or its old content."""
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")  # another process may write it too
     partial.write_bytes(data)
     replace_synced(partial, path)
 

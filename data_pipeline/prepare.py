@@ -1,15 +1,14 @@
 """From text to token shards: cut the sources into slices, survey and write every slice, write the manifest.
 
 After a kill, run the same command again: finished slices are kept, and the result is the same, byte for
-byte, for any number of workers.
+byte, for any number of workers. Processes that prepare the same folder share the steps: see claims.py.
 """
 
 import contextlib
-import fcntl
 import hashlib
+import io
 import json
 import multiprocessing
-import os
 import shutil
 import sys
 import time
@@ -19,13 +18,16 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+from data_pipeline.claims import Step, is_complete, open_folder, take_part, undone
 from data_pipeline.config import DataConfig, DataError
 from data_pipeline.documents import Document, check_columns, find_duplicates
+from data_pipeline.inputs import Known, list_inputs
 from data_pipeline.manifest import (
     FORMAT,
     SPLITS,
@@ -36,9 +38,11 @@ from data_pipeline.manifest import (
     replace_synced,
     sha256_of,
     shards_from_json,
+    to_json,
     write_atomically,
 )
-from data_pipeline.readers import BLANK, list_inputs, plan_slices, read_rows
+from data_pipeline.progress import CONCLUSION, SLICES
+from data_pipeline.readers import BLANK, plan_slices, read_rows
 from data_pipeline.slices import SliceJob, start_worker, survey_slice, write_slice
 from data_pipeline.tokenizer import (
     Tokenizer,
@@ -54,87 +58,116 @@ _SECONDS_BETWEEN_LINES = 10.0
 _MOST_KEYS = 100  # of messages, that the manifest names as not used
 
 Jobs = dict[str, list[SliceJob]]  # by source
-Act = Callable[[SliceJob], int]  # returns how many units it made
 
 
-def prepare(config: DataConfig, vocab_size: int, seed: int) -> Manifest:
+def prepare(config: DataConfig, vocab_size: int, seed: int, *, begin: float = 0.0) -> Manifest:
     """Prepare `config.dir` for models of `vocab_size` ids; work that is already done is kept.
 
-    The seed chooses which documents are held out for validation. Raises DataError for inputs that cannot be
-    read, a tokenizer that is too large, and a folder with a different preparation (which stays as it is).
+    Other processes, also of other machines, may prepare the folder at the same time: they share the steps.
+    `begin`, from 0 to 1: where in the slices this process begins, so that processes seldom want the same. The
+    seed chooses which documents are held out for validation. Raises DataError for inputs that cannot be read,
+    a tokenizer that is too large, and a folder with a different preparation (which stays as it is).
     """
     given = None if config.tokenizer is None else fetch_tokenizer(config.tokenizer)
     size = given.vocab_size if given else config.tokenizer_vocab_size
     assert size is not None
     check_vocab_size(size, vocab_size)
     folder = Path(config.dir)
-    folder.mkdir(parents=True, exist_ok=True)
+    open_folder(folder)
     # spawn, because a fork would copy the state of the tokenizer's threads at a random moment
     spawn, number = multiprocessing.get_context("spawn"), config.num_workers
     pool = ProcessPoolExecutor(number, spawn, initializer=start_worker) if number > 1 else None
-    with _only_one(folder), pool or contextlib.nullcontext() as workers:
-        plan = _agree_on_plan(config, seed, given, folder)
-        if (folder / "manifest.json").exists():
-            manifest, outcome = Manifest.load(folder), "already prepared"
-        else:
-            _clean(folder)
-            jobs = {name: _jobs(name, config, plan.inputs[name], seed) for name in sorted(plan.inputs)}
-            plan.save(folder, "plan.json")  # not before: a source that cannot be read must not fix the rest
-            if not (folder / "tokenizer.json").exists():  # an earlier attempt may have written it
-                text = given.serialized if given else train_tokenizer(_training_texts(jobs), size)
-                write_atomically(folder / "tokenizer.json", text.encode())
-            to_do = [job for of in jobs.values() for job in of if not job.survey.is_dir()]
-            _run(workers, survey_slice, "survey", "documents", jobs, to_do)
-            sources = _conclude_survey(jobs, config, folder)
-            to_do = [job for of in jobs.values() for job in of if not job.target.is_dir()]
-            _run(workers, write_slice, "prepare", "tokens", jobs, to_do)
-            _clean(folder)
-            manifest, outcome = _commit(plan, jobs, sources, folder), "prepared"
-        shutil.rmtree(folder / "survey", ignore_errors=True)
+    with _told(folder), pool or contextlib.nullcontext() as workers:
+        complete = is_complete(folder)
+        try:
+            _take_steps(config, seed, given, workers, begin)
+        except (DataError, OSError):
+            if complete or not is_complete(folder):
+                raise
+            _agree_on_plan(config, seed, given)  # others completed it, and removed what was read here
+        _clean(folder)
+        _remove(folder / "survey")
         (folder / "plan.json").unlink(missing_ok=True)
+    manifest, outcome = Manifest.load(folder), "already prepared" if complete else "prepared"
     print(f"{outcome}: {folder}\n{_summary(manifest)}", flush=True)
     return manifest
 
 
+def _take_steps(
+    config: DataConfig, seed: int, given: Tokenizer | None, workers: Executor | None, begin: float
+) -> None:
+    """All steps of a preparation, in order; each is done by one of the processes that prepare the folder."""
+    folder, plan = Path(config.dir), _agree_on_plan(config, seed, given)
+    if is_complete(folder):
+        return
+    jobs = _jobs(config, plan, seed)
+    write_atomically(folder / SLICES, to_json({job.name: job.bytes for of in jobs.values() for job in of}))
+    _take(folder, "tokenizer", folder / "tokenizer.json", partial(_write_tokenizer, config, given, jobs))
+    every = [job for of_source in jobs.values() for job in of_source]
+    every = every[(first := int(begin * len(every))) :] + every[:first]
+    steps = [Step(f"survey-{job.name}", job.survey, partial(survey_slice, job), job.bytes) for job in every]
+    _share(folder, workers, "survey", "documents", steps)
+    _take(folder, "conclude", folder / CONCLUSION, partial(_conclude_survey, jobs, folder))
+    sources = _check_survey(config)
+    steps = [Step(f"write-{job.name}", job.target, partial(write_slice, job), job.bytes) for job in every]
+    _share(folder, workers, "prepare", "tokens", steps)
+    _take(folder, "commit", folder / "manifest.json", partial(_commit, plan, jobs, sources, folder))
+
+
+def _take(folder: Path, name: str, result: Path, act: Callable[[], None]) -> None:
+    """A step that one process does while the others wait."""
+    for _ in take_part(folder, [Step(name, result, act)]):
+        pass
+
+
 @contextlib.contextmanager
-def _only_one(folder: Path) -> Iterator[None]:
-    """Lock the folder against a second preparation until this process ends, even by a kill."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def _told(folder: Path) -> Iterator[None]:
+    """Turn errors of the machine into a DataError that says how to go on."""
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise DataError(f"data.dir={folder} is being prepared by another process; wait for it") from error
-        except OSError:
-            pass  # a file system without locks: a second run may fail or waste work, but damages nothing
         yield
     except OSError as error:  # such as a full disk, or an input without read permission
         raise DataError(f"data.dir={folder}: {error}; fix this and run again to go on") from error
     except BrokenProcessPool as error:
         what = "a worker was killed, perhaps for lack of memory; run again to go on, with a smaller"
         raise DataError(f"{what} data.num_workers if it happens again") from error
-    finally:
-        os.close(descriptor)
 
 
 def _clean(folder: Path) -> None:
-    """Remove the incomplete files and folders of killed workers."""
-    for path in folder.glob(".*.partial"):
-        path.unlink(missing_ok=True)
-    for path in [*(folder / "slices").glob(".*"), *(folder / "survey").glob(".*")]:
-        removed = path.with_name(f".{uuid.uuid4().hex}")
-        with contextlib.suppress(OSError):  # a dying worker may still write there, or has just finished it
-            path.rename(removed)  # first, so that no worker can complete a half-removed folder
-            shutil.rmtree(removed)
+    """Remove what killed processes left, from a folder that is complete."""
+    for path in [*folder.glob(".*.partial"), *(folder / "slices").glob(".*")]:
+        _remove(path)
 
 
-def _agree_on_plan(config: DataConfig, seed: int, given: Tokenizer | None, folder: Path) -> Manifest:
-    """The plan of this preparation. Raises DataError if the folder holds other files or a different plan."""
-    names = [name for name in ("manifest.json", "plan.json") if (folder / name).exists()]
-    recorded = Manifest.load(folder, names[0]) if names else None
-    known = {file.path: file for files in recorded.inputs.values() for file in files} if recorded else {}
-    if recorded is None and any(not entry.name.endswith(".partial") for entry in folder.iterdir()):
-        raise DataError(f"data.dir={folder} holds other files; name a new or an empty folder")
+def _remove(path: Path) -> None:
+    """Remove a file or folder, which other processes may be removing too."""
+    with contextlib.suppress(OSError):  # a slow process may still write there, or has just finished it
+        if path.suffix != ".partial":  # else another process could complete a half-removed folder
+            path = path.rename(path.parent / f".{uuid.uuid4().hex}.partial")
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink()
+
+
+def _agree_on_plan(config: DataConfig, seed: int, given: Tokenizer | None) -> Manifest:
+    """The plan of this preparation. Raises DataError if the folder holds a different plan."""
+    folder = Path(config.dir)
+    if not is_complete(folder):
+        _take(folder, "plan", folder / "plan.json", partial(_save_plan, config, seed, given))
+    recorded = Manifest.load(folder, "manifest.json" if is_complete(folder) else "plan.json")
+    known = {file.path: file for files in recorded.inputs.values() for file in files}
+    now = _plan(config, seed, given, known)
+    recorded.check_settings(now.settings, folder)
+    return now
+
+
+def _save_plan(config: DataConfig, seed: int, given: Tokenizer | None) -> None:
+    plan = _plan(config, seed, given, {})
+    _jobs(config, plan, seed)  # a source that cannot be read must not fix the rest
+    plan.save(Path(config.dir), "plan.json")
+
+
+def _plan(config: DataConfig, seed: int, given: Tokenizer | None, known: Known) -> Manifest:
     inputs = {name: list_inputs(name, source, known) for name, source in config.sources.items()}
     described = {}  # the inputs of each source, without their paths
     for name, files in inputs.items():
@@ -150,17 +183,18 @@ def _agree_on_plan(config: DataConfig, seed: int, given: Tokenizer | None, folde
         "seed": seed,
         **described,
     }
-    plan = Manifest(FORMAT, settings, inputs, TokenizerRecord("", 0, 0), {}, "")
-    if recorded is not None:
-        recorded.check_settings(settings, folder)
-    return plan
+    return Manifest(FORMAT, settings, inputs, TokenizerRecord("", 0, 0), {}, "")
 
 
 def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _jobs(name: str, config: DataConfig, inputs: list[InputFile], seed: int) -> list[SliceJob]:
+def _jobs(config: DataConfig, plan: Manifest, seed: int) -> Jobs:
+    return {name: _jobs_of(name, config, plan.inputs[name], seed) for name in sorted(plan.inputs)}
+
+
+def _jobs_of(name: str, config: DataConfig, inputs: list[InputFile], seed: int) -> list[SliceJob]:
     source = config.sources[name]
     slices = plan_slices(source, inputs, config.slice_bytes)
     if not slices:
@@ -168,6 +202,12 @@ def _jobs(name: str, config: DataConfig, inputs: list[InputFile], seed: int) -> 
         raise DataError(f"data.sources.{name}.paths: no content in {files}; name files with text")
     check_columns(name, source, (row for part in slices[0] for row in read_rows(source, part)))
     return [SliceJob(f"{name}-{i:05d}", name, parts, config, seed) for i, parts in enumerate(slices)]
+
+
+def _write_tokenizer(config: DataConfig, given: Tokenizer | None, jobs: Jobs) -> None:
+    size = config.tokenizer_vocab_size or 0  # None if it is given
+    text = given.serialized if given else train_tokenizer(_training_texts(jobs), size)
+    write_atomically(Path(config.dir, "tokenizer.json"), text.encode())
 
 
 def _training_texts(jobs: Jobs) -> Iterator[str]:
@@ -184,34 +224,35 @@ def _training_texts(jobs: Jobs) -> Iterator[str]:
                     break
 
 
-def _run(pool: Executor | None, act: Act, title: str, unit: str, jobs: Jobs, to_do: list[SliceJob]) -> None:
-    """Apply `act` to the jobs that are not done yet. Shows a bar on a terminal, and prints a line every ten
-    seconds elsewhere; the rate is in `unit` per second of this attempt."""
+def _share(folder: Path, pool: Executor | None, title: str, unit: str, steps: list[Step]) -> None:
+    """Take part in the steps of a phase. Shows a bar on a terminal, and prints a line every ten seconds
+    elsewhere, of what all processes have done; the rate is in `unit` per second of this process."""
     units, started = 0, time.monotonic()
-    total, last_line = sum(job.bytes for of_source in jobs.values() for job in of_source), started
+    total, last_look = sum(step.bytes for step in steps), started
     columns = TextColumn(title), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[rate]}")
     with Progress(*columns, TimeRemainingColumn(), disable=not sys.stdout.isatty()) as progress:
-        before = total - sum(job.bytes for job in to_do)
+        before = total - sum(step.bytes for step in undone(steps))
         bar = progress.add_task(title, total=total, completed=before, rate="")
-        made = pool.map(act, to_do) if pool else map(act, to_do)
-        for job, more in zip(to_do, made, strict=True):
+        for more in take_part(folder, steps, pool):
             now, units = time.monotonic(), units + more
-            rate = f"{units / max(now - started, 1e-9):,.0f} {unit}/s"
-            progress.update(bar, advance=job.bytes, rate=rate)
-            if progress.disable and now - last_line >= _SECONDS_BETWEEN_LINES:
-                last_line, [task] = now, progress.tasks
-                left = (task.remaining or 0) * (now - started) / max(task.completed - before, 1)
-                print(f"{title}: {task.percentage:.0f}%, {rate}, {left:,.0f} s left", flush=True)
+            if now - last_look < (_SECONDS_BETWEEN_LINES if progress.disable else 1.0):
+                continue
+            left, last_look = sum(step.bytes for step in undone(steps)), now
+            rate = f"{units / (now - started):,.0f} {unit}/s"
+            progress.update(bar, completed=total - left, rate=rate)
+            if progress.disable:
+                seconds = left * (now - started) / max(total - left - before, 1)
+                print(f"{title}: {1 - left / total:.0%}, {rate}, {seconds:,.0f} s left", flush=True)
 
 
-def _conclude_survey(jobs: Jobs, config: DataConfig, folder: Path) -> dict[str, SourceRecord]:
+def _conclude_survey(jobs: Jobs, folder: Path) -> None:
     """Write rejects.jsonl, the bad rows of all sources in order, with line numbers from the start of each
-    file; find the duplicates, and write the numbers of those in each slice to its repeats.npy. Returns the
-    record of each source, without shards: the rows and the keys of messages that it leaves out. Raises
-    DataError for sources with too many bad rows or without a document."""
-    found, broken = {}, []
-    partial = folder / ".rejects.jsonl.partial"
-    with open(partial, "w") as rejects:
+    file; find the duplicates, and write the numbers of those in each slice to its repeats.npy. CONCLUSION
+    counts the documents of each source, the rows that it leaves out by the code of the reason, and the
+    documents by key of messages that is not used."""
+    found = {}
+    unfinished = folder / f".rejects.jsonl.{uuid.uuid4().hex}.partial"
+    with open(unfinished, "w") as rejects:
         for name, of_source in jobs.items():
             skipped, ignored, lines_before = Counter[str](), Counter[str](), Counter[str]()
             firsts, documents = [], 0
@@ -226,34 +267,48 @@ def _conclude_survey(jobs: Jobs, config: DataConfig, folder: Path) -> dict[str, 
                         fields["line"] += lines_before[fields["file"]]
                         rejects.write(json.dumps(fields) + "\n")
                 lines_before.update(record["lines"])
-            bad = skipped.total() - skipped[BLANK]
-            law = None
-            if not documents:
-                law = "the source has no document"
-            elif bad > config.max_bad_fraction * (bad + documents):
-                law = f"more than data.max_bad_fraction={config.max_bad_fraction} allows"
-            elif bad and config.on_bad_row == "error":  # surveyed by an attempt with another on_bad_row
-                law = "data.on_bad_row=error allows none"
-            if law is not None:
-                reasons = ", ".join(f"{count} {code}" for code, count in skipped.most_common()) or "no rows"
-                broken.append(
-                    f"data.sources.{name}: {bad} of {bad + documents} rows are bad ({reasons}), {law};"
-                    f" fix the files or the source: {folder}/rejects.jsonl lists the bad rows"
-                )
             # the files of hashes are empty without data.deduplicate
             repeats = find_duplicates([job.survey / "hashes" for job in of_source])
             of_slices = np.split(repeats, np.searchsorted(repeats, firsts[1:]))
             for job, first, of_job in zip(of_source, firsts, of_slices, strict=True):
-                np.save(job.survey / "repeats.npy", of_job - first)
-            left_out, keys = skipped + Counter(duplicate=len(repeats)), ignored.most_common(_MOST_KEYS)
-            found[name] = SourceRecord({split: [] for split in SPLITS}, dict(left_out), None, dict(keys))
-    replace_synced(partial, folder / "rejects.jsonl")
+                numbers = io.BytesIO()
+                np.save(numbers, of_job - first)
+                write_atomically(job.survey / "repeats.npy", numbers.getvalue())
+            left_out = {"skipped": skipped, "duplicates": len(repeats)}
+            found[name] = {"documents": documents, **left_out, "ignored": ignored}
+    replace_synced(unfinished, folder / "rejects.jsonl")
+    write_atomically(folder / CONCLUSION, to_json(found))
+
+
+def _check_survey(config: DataConfig) -> dict[str, SourceRecord]:
+    """The record of each source, without shards: the rows and the keys of messages that it leaves out. Raises
+    DataError for sources with too many bad rows or without a document."""
+    found, broken = {}, []
+    for name, counts in json.loads(Path(config.dir, CONCLUSION).read_bytes()).items():
+        documents, skipped = counts["documents"], Counter[str](counts["skipped"])
+        bad = skipped.total() - skipped[BLANK]
+        law = None
+        if not documents:
+            law = "the source has no document"
+        elif bad > config.max_bad_fraction * (bad + documents):
+            law = f"more than data.max_bad_fraction={config.max_bad_fraction} allows"
+        elif bad and config.on_bad_row == "error":  # surveyed by an attempt with another on_bad_row
+            law = "data.on_bad_row=error allows none"
+        if law is not None:
+            reasons = ", ".join(f"{count} {code}" for code, count in skipped.most_common()) or "no rows"
+            broken.append(
+                f"data.sources.{name}: {bad} of {bad + documents} rows are bad ({reasons}), {law};"
+                f" fix the files or the source: {config.dir}/rejects.jsonl lists the bad rows"
+            )
+        left_out = skipped + Counter(duplicate=counts["duplicates"])
+        keys = Counter[str](counts["ignored"]).most_common(_MOST_KEYS)
+        found[name] = SourceRecord({split: [] for split in SPLITS}, dict(left_out), None, dict(keys))
     if broken:
         raise DataError("\n".join(broken))
     return found
 
 
-def _commit(plan: Manifest, jobs: Jobs, sources: dict[str, SourceRecord], folder: Path) -> Manifest:
+def _commit(plan: Manifest, jobs: Jobs, sources: dict[str, SourceRecord], folder: Path) -> None:
     """Complete the records of the sources by those of their slices, and write the manifest."""
     tokenizer = load_tokenizer(folder)
     for name, of_source in jobs.items():
@@ -276,7 +331,6 @@ def _commit(plan: Manifest, jobs: Jobs, sources: dict[str, SourceRecord], folder
     digest = sha256_of(folder / "rejects.jsonl")
     manifest = replace(plan, tokenizer=TokenizerRecord(*identity), sources=sources, rejects_sha256=digest)
     manifest.save(folder)
-    return manifest
 
 
 def _summary(manifest: Manifest) -> str:
@@ -289,6 +343,7 @@ def _summary(manifest: Manifest) -> str:
         skipped = ", ".join(f"{count:,} {code}" for code, count in sorted(source.skipped.items()))
         lines.append(f"  {name}: {', '.join(parts)}{skipped and f'; left out: {skipped}'}")
         if source.ignored:
-            keys = ", ".join(f"{key!r} in {count:,}" for key, count in source.ignored.items())
+            counts = Counter(source.ignored).most_common()
+            keys = ", ".join(f"{key!r} in {count:,}" for key, count in counts)
             lines.append(f"  {name}: keys of messages that are not used, and in how many documents: {keys}")
     return "\n".join(lines)

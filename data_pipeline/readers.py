@@ -1,23 +1,20 @@
-"""The files of a source, how they are cut into slices, and their rows: JSON lines, tables, text. A row that
-cannot be read has a `fault`, and reading continues after it."""
+"""How the files of a source are cut into slices, and their rows: JSON lines, tables, text. A row that cannot
+be read has a `fault`, and reading continues after it."""
 
 import contextlib
 import functools
 import gzip
-import hashlib
 import io
 import json
-import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from data_pipeline import forms, samples
 from data_pipeline.config import CHAT_KINDS, DataError, SourceConfig
-from data_pipeline.files import find, is_address, open_file, version
-from data_pipeline.manifest import InputFile, sha256_of
+from data_pipeline.files import is_address, open_file, version
+from data_pipeline.manifest import InputFile
 
 if TYPE_CHECKING:
     import pyarrow
@@ -25,7 +22,6 @@ if TYPE_CHECKING:
 BLANK = "blank"
 _COMPRESSED = (".gz", ".zst")
 _BOM = b"\xef\xbb\xbf"
-_PROBED_BYTES = 8192
 _TABLE_ROWS = 1024
 
 
@@ -49,31 +45,6 @@ class Row(NamedTuple):
     raw: bytes | None  # None if only `value` is known
     value: Any  # a JSON object, a table's row, or a text
     fault: str | None  # why the row has no value: `code` or `code: details`
-
-
-Known = dict[str, InputFile]  # by path
-
-
-def list_inputs(name: str, source: SourceConfig, known: Known, *, hashed: bool = True) -> list[InputFile]:
-    """The files of a source, in the order in which they are read. A file is hashed unless `known` has it with
-    the same size and modification time. A hub dataset is downloaded; its files are the arrow files in the
-    cache of `datasets`. Raises DataError for a path without files and a dataset that cannot be loaded."""
-    found: Known = {}
-    for path in source.paths:
-        key = f"data.sources.{name}.paths: {path}"
-        if format_of(source.kind, path) == "embedded":
-            found[path] = _embedded_input(path)
-            continue
-        if is_hub(source, path):
-            files = [file["filename"] for file in _load_dataset(key, path, streaming=False).cache_files]
-        elif source.kind == "tree":
-            files = _tree_files(key, path)
-        elif not (files := find(path)):
-            raise DataError(f"{key} matches no file; for a folder use folder/**/*.EXT")
-        new = [file for file in files if file not in found]
-        with ThreadPoolExecutor() as pool:  # hashing releases the GIL
-            found |= zip(new, pool.map(lambda file: _input(file, known.get(file), hashed), new), strict=True)
-    return list(found.values())
 
 
 def plan_slices(source: SourceConfig, inputs: list[InputFile], slice_bytes: int) -> list[list[Part]]:
@@ -141,9 +112,27 @@ def kind_of(path: str) -> str:
     return kinds.get(suffixes[-1], "text") if suffixes else "text"
 
 
+def load_dataset(key: str, dataset: str, streaming: bool) -> Any:
+    """A dataset NAME[@REVISION][:CONFIG]:SPLIT. Raises DataError if it cannot be loaded."""
+    import datasets  # slow to import, and only hub datasets need it
+
+    try:
+        name, *config, split = dataset.split(":")
+        name, _, revision = name.partition("@")
+        return datasets.load_dataset(
+            name, *config, split=split, revision=revision or None, streaming=streaming
+        )
+    except Exception as error:  # the library raises exceptions of many types
+        what = f"{key} cannot be loaded by datasets.load_dataset ({type(error).__name__}: {error})"
+        remedy = "copy the files of the dataset here and use kind=parquet, jsonl, or arrow for what"
+        remedy += " datasets.save_to_disk wrote (paths=[FOLDER/*.arrow])"
+        law = f"check name, config, split and network. Without a network: {remedy}"
+        raise DataError(f"{what}; {law}") from error
+
+
 def hub_rows(key: str, dataset: str) -> Iterator[Row]:
     """The rows of a hub dataset, downloaded while they are read."""
-    return _numbered(Part(0, dataset, 0, 0, 0), _load_dataset(key, dataset, streaming=True), 0)
+    return _numbered(Part(0, dataset, 0, 0, 0), load_dataset(key, dataset, streaming=True), 0)
 
 
 def format_of(kind: str, path: str) -> str:
@@ -177,53 +166,6 @@ def _table_rows(part: Part, batches: Iterable["pyarrow.RecordBatch"], first: int
         except (ValueError, OverflowError) as error:  # such as a date that Python cannot represent
             raw, fault = b"", f"type: {error}"
         yield Row(part, line, first + line - 1, raw, value, fault)
-
-
-def _load_dataset(key: str, dataset: str, streaming: bool) -> Any:
-    """A dataset NAME[@REVISION][:CONFIG]:SPLIT. Raises DataError if it cannot be loaded."""
-    from datasets import load_dataset  # slow to import, and only hub datasets need it
-
-    try:
-        name, *config, split = dataset.split(":")
-        name, _, revision = name.partition("@")
-        return load_dataset(name, *config, split=split, revision=revision or None, streaming=streaming)
-    except Exception as error:  # the library raises exceptions of many types
-        what = f"{key} cannot be loaded by datasets.load_dataset ({type(error).__name__}: {error})"
-        remedy = "copy the files of the dataset here and use kind=parquet, jsonl, or arrow for what"
-        remedy += " datasets.save_to_disk wrote (paths=[FOLDER/*.arrow])"
-        law = f"check name, config, split and network. Without a network: {remedy}"
-        raise DataError(f"{what}; {law}") from error
-
-
-def _tree_files(key: str, folder: str) -> list[str]:
-    """The text files below a folder, without links, binary files, and hidden files and folders."""
-    if is_address(folder):
-        raise DataError(f"{key} is an address; kind=tree reads folders of this machine: copy it here")
-    found = []
-    for parent, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for path in (os.path.join(parent, name) for name in sorted(files) if not name.startswith(".")):
-            if os.path.isfile(path) and not os.path.islink(path):  # reading a pipe would block
-                with open(path, "rb") as file:
-                    if b"\0" not in file.read(_PROBED_BYTES):  # git's test for text
-                        found.append(path)
-    if not found:
-        raise DataError(f"{key} is not a folder with text files below it")
-    return found
-
-
-def _input(path: str, known: InputFile | None, hashed: bool) -> InputFile:
-    size, written = version(path)
-    if known is not None and (known.bytes, known.mtime_ns) == (size, written):
-        return known
-    hashed = hashed and not is_address(path)  # it would be fetched for this
-    return InputFile(path, size, written, sha256_of(Path(path)) if hashed else "")
-
-
-def _embedded_input(collection: str) -> InputFile:
-    texts = [text.encode() for text in samples.documents(collection)]
-    digest = hashlib.sha256(b"".join(len(data).to_bytes(8, "little") + data for data in texts))
-    return InputFile(collection, sum(map(len, texts)), 0, digest.hexdigest())
 
 
 def _parts(number: int, file: InputFile, format: str, slice_bytes: int) -> Iterator[Part]:

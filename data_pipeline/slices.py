@@ -1,7 +1,9 @@
 """One slice of a preparation: surveyed, then written. Each step makes a folder, which appears when complete.
 
-survey/<source>-00000/      removed when the manifest is written
-    record.json rejects.jsonl hashes repeats.npy
+survey/                     removed when the manifest is written
+    <source>-00000/         record.json rejects.jsonl hashes repeats.npy
+    claims/                 see claims.py
+    slices.json conclusion.json
 slices/<source>-00000/      shards: see manifest.py
 """
 
@@ -12,6 +14,7 @@ import os
 import shutil
 import signal
 import threading
+import uuid
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -106,7 +109,7 @@ def write_slice(job: SliceJob) -> int:
 @contextlib.contextmanager
 def _complete_folder(target: Path) -> Iterator[Path]:
     """A folder to fill. It is renamed to `target` at the end, so `target` is always complete."""
-    partial = target.with_name(f".{target.name}.{os.getpid()}")
+    partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}")  # others may write the same slice
     partial.mkdir(parents=True)
     try:
         yield partial
@@ -117,10 +120,10 @@ def _complete_folder(target: Path) -> Iterator[Path]:
         raise
     try:
         partial.rename(target)
-    except OSError:  # a worker of a killed parent has finished it already, with the same bytes
+    except OSError:  # another process has finished it already, with the same bytes
         if not target.is_dir():
             raise
-        shutil.rmtree(partial)
+        shutil.rmtree(partial, ignore_errors=True)
     sync(target.parent)
 
 

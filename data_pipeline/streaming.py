@@ -12,7 +12,8 @@ import numpy as np
 from data_pipeline.config import DataConfig, DataError, SourceConfig
 from data_pipeline.documents import Document, Reject, check_columns, encoded, hash_document, read_documents
 from data_pipeline.files import is_address
-from data_pipeline.readers import BLANK, Row, format_of, hub_rows, is_hub, list_inputs, plan_slices, read_rows
+from data_pipeline.inputs import list_inputs
+from data_pipeline.readers import BLANK, Row, format_of, hub_rows, is_hub, plan_slices, read_rows
 from data_pipeline.tokenizer import Tokenizer
 
 _LEAST_ROWS = 1000  # the share of bad rows is taken of at least this many rows

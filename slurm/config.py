@@ -2,12 +2,13 @@
 
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
+from data_pipeline.config import DataConfig
 from moe.config import ConfigError
 from trainer.settings.config import RunConfig
 from trainer.settings.secrets import is_secret_name
-from trainer.settings.typed import AtLeast0, AtLeast1
+from trainer.settings.typed import AtLeast0, AtLeast1, value_problems
 
 
 @dataclass
@@ -69,7 +70,7 @@ class SlurmConfig:
             if value is not None and value is not False
         }
 
-    def problems(self, nproc_per_node: int, device: str) -> list[str]:
+    def problems(self) -> list[str]:
         """Every broken rule that the types of single values do not express, one line each."""
         found = []
         if self.resume not in ("requeue", "chain"):
@@ -78,15 +79,6 @@ class SlurmConfig:
             found.append(f"slurm.container.kind={kind} is unknown; use none, pyxis or apptainer")
         elif kind != "none" and self.container.image is None:
             found.append(f"slurm.container.kind={kind} needs slurm.container.image=...")
-        if (gpus := self.gpus_per_node) not in (0, nproc_per_node):
-            different = f"slurm.gpus_per_node={gpus} but parallel.nproc_per_node={nproc_per_node}"
-            found.append(f"{different}: a rank is one GPU; give both the same number")
-        if device == "cuda" and gpus == 0:
-            remedy = f"slurm.gpus_per_node={nproc_per_node}, or device=cpu"
-            found.append(f"slurm.gpus_per_node=0 but device=cuda: no node would give a GPU; use {remedy}")
-        if device == "cpu" and gpus > 0:
-            different = f"slurm.gpus_per_node={gpus} but device=cpu"
-            found.append(f"{different}: the GPUs would be idle; use slurm.gpus_per_node=0, or device=auto")
         for flag, value in self.flags().items():
             if flag in _OURS:
                 found.append(f"slurm.sbatch.{flag} is set by {_OURS[flag]}; remove it")
@@ -105,6 +97,20 @@ class SlurmConfig:
                 found.append(f"slurm.env.{key} looks like a secret; {remedy}")
         return found
 
+    def gpu_problems(self, nproc_per_node: int, device: str) -> list[str]:
+        """Why the request does not fit `nproc_per_node` ranks per node on `device`, one line each."""
+        found = []
+        if (gpus := self.gpus_per_node) not in (0, nproc_per_node):
+            different = f"slurm.gpus_per_node={gpus} but parallel.nproc_per_node={nproc_per_node}"
+            found.append(f"{different}: a rank is one GPU; give both the same number")
+        if device == "cuda" and gpus == 0:
+            remedy = f"slurm.gpus_per_node={nproc_per_node}, or device=cpu"
+            found.append(f"slurm.gpus_per_node=0 but device=cuda: no node would give a GPU; use {remedy}")
+        if device == "cpu" and gpus > 0:
+            different = f"slurm.gpus_per_node={gpus} but device=cpu"
+            found.append(f"{different}: the GPUs would be idle; use slurm.gpus_per_node=0, or device=auto")
+        return found
+
 
 # Keys that are flags of sbatch under their own names.
 _FLAGS = (
@@ -114,14 +120,29 @@ _FLAGS = (
 # Flags that the job script relies on, and what sets them.
 _OURS = {
     **dict.fromkeys(("job-name", "output", "error", "open-mode", "chdir"), "name and output_dir"),
-    **dict.fromkeys(("ntasks", "ntasks-per-node"), "slurm.nodes and parallel.nproc_per_node"),
+    **dict.fromkeys(
+        ("ntasks", "ntasks-per-node"),
+        "slurm.nodes and parallel.nproc_per_node (data.num_workers, with job=prepare)",
+    ),
     **dict.fromkeys(("requeue", "no-requeue", "dependency"), "slurm.resume"),
     **dict.fromkeys(("array", "wrap", "parsable", "test-only"), "python -m slurm"),
     "signal": "slurm.stop_before_seconds",
 }
 # Variables that slurm/script.py and slurm/job.sh set, or that bash keeps for itself.
 _OF_THE_SCRIPT = {
-    *("RUN_DIR", "CODE", "PYTHON", "RANKS_PER_NODE", "RESUME", "MAX_RESTARTS", "EXCLUDE", "START_SECONDS"),
+    *(
+        "MODULE",
+        "ATTEMPT",
+        "DATA_DIR",
+        "RUN_DIR",
+        "CODE",
+        "PYTHON",
+        "RANKS_PER_NODE",
+        "RESUME",
+        "MAX_RESTARTS",
+        "EXCLUDE",
+        "START_SECONDS",
+    ),
     *("HEALTH_SECONDS", "HEALTH", "SCRATCH", "SRUN", "WRAP", "SETUP", "JOB", "CHILD", "STOPPING"),
     *("TERMINATED", "HOSTS", "MASTER_ADDR", "MASTER_PORT", "PYTHONSAFEPATH", "SRUN_CPUS_PER_TASK"),
     *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "IFS", "UID", "EUID", "PPID", "SHELLOPTS", "_"),
@@ -130,22 +151,47 @@ _OF_THE_SCRIPT = {
 
 
 @dataclass
-class SubmitConfig(RunConfig):
-    """A run and its request to the cluster."""
+class Preparation:
+    """What the workers of a preparation read from the config.yaml of its folder."""
 
+    job: Literal["prepare"]
+    name: str
+    output_dir: str
+    seed: int
+    vocab_size: int
+    seq_len: int
+    data: DataConfig
+
+
+@dataclass
+class SubmitConfig(RunConfig):
+    """A run, or the preparation of its data, and its request to the cluster."""
+
+    job: Literal["train", "prepare"]
     slurm: SlurmConfig
 
     @property
+    def ranks_per_node(self) -> int:
+        """The number of processes on each node: ranks, or workers of a preparation."""
+        return self.data.num_workers if self.job == "prepare" else self.parallel.nproc_per_node
+
+    @property
     def world_size(self) -> int:
-        """The number of ranks on all nodes."""
-        return self.slurm.nodes * self.parallel.nproc_per_node
+        """The number of processes on all nodes."""
+        return self.slurm.nodes * self.ranks_per_node
 
     def check(self, world_size: int | None = None) -> None:
         """Raises ConfigError with every broken rule of the run and of the request."""
-        problems = self.slurm.problems(self.parallel.nproc_per_node, self.device)
-        try:
-            super().check(world_size)
-        except ConfigError as error:
-            problems += error.problems
+        problems = self.slurm.problems()
+        if self.job == "prepare":
+            problems += [*self.model.problems(), *self.data.problems(), *value_problems(self)]
+            if gpus := self.slurm.gpus_per_node:
+                problems.append(f"slurm.gpus_per_node={gpus} but job=prepare uses no GPU; leave it out")
+        else:
+            problems += self.slurm.gpu_problems(self.ranks_per_node, self.device)
+            try:
+                super().check(world_size)
+            except ConfigError as error:
+                problems += error.problems
         if problems:
             raise ConfigError(problems)

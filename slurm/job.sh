@@ -3,7 +3,9 @@
 # writes the lines above it, which set its variables. The result of an attempt is read from the run folder,
 # never from an exit code (a crash under --kill-on-bad-exit looks like a kill):
 #   state      the attempt and its state, running | stopped | finished | failed, written by rank 0
-#   latest     the name of the newest checkpoint: if it has changed, this attempt made progress
+#              (by all workers of a preparation, MODULE=slurm.prepare)
+#   latest     the name of the newest checkpoint (of a preparation: how many slices are in DATA_DIR): if it has
+#              changed, this attempt made progress
 #   restarts   how often the run was restarted after crashes and bad nodes
 #   stop       why no job continues this run; python -m slurm.resume removes the file
 set -u
@@ -16,7 +18,10 @@ mapfile -t HOSTS < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 
 say() { printf '%(%F %T)T job %s: %s\n' -1 "$JOB" "$*"; }
 field() { sed -n "s/.*\"$1\": *\"\{0,1\}\([a-z0-9]*\).*/\1/p" "$RUN_DIR/state" 2>/dev/null; }
-latest() { cat "$RUN_DIR/latest" 2>/dev/null; }
+latest() {
+    [[ -n $DATA_DIR ]] || { cat "$RUN_DIR/latest" 2>/dev/null; return; }
+    find "$DATA_DIR"/{survey,slices} -maxdepth 1 -name '[!.]*-*' 2>/dev/null | wc -l
+}
 patiently() { for _ in {1..60}; do "$@" && return; sleep 5; done; false; } # slurmctld may be down for a while
 successors() { sed "0,/^$JOB\$/d" "$RUN_DIR/jobs"; } # the later jobs of a chain
 
@@ -39,7 +44,7 @@ avoid_bad_nodes() { # JOB, which must not have started
 
 go_on() { # REASON
     local id
-    say "$1; going on after the newest checkpoint ($(latest))"
+    say "$1; going on after what is saved ($(latest))"
     if [[ $RESUME = chain ]]; then
         for id in $(successors); do avoid_bad_nodes "$id"; done
         [[ -n $(successors) ]] || say "the chain has no more jobs; resume: python -m slurm.resume ${RUN_DIR@Q}"
@@ -93,11 +98,14 @@ run() { # COMMAND...: `wait` returns at every signal, so repeat it until the com
 }
 
 # Ignore USR2 and TERM until the rank has its handlers: srun forwards them from the first millisecond.
-# A rank that sees a single GPU has it as number 0.
+# A rank that sees a single GPU has it as number 0. The workers of a preparation go on without one that was killed;
+# only a mistake of the user (2) ends them all.
 RANK='trap "" USR2 TERM
 export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS LOCAL_WORLD_SIZE=$RANKS_PER_NODE
 [[ ${CUDA_VISIBLE_DEVICES:-,} = *,* ]] || LOCAL_RANK=0 LOCAL_WORLD_SIZE=1
-exec "$@"'
+[[ $MODULE = slurm.prepare ]] || exec "$@"
+"$@"
+(($? != 2)) || exit 2'
 on_ranks() { # STEP: of srun, ARGUMENTS...: of python. Consecutive ranks (an expert group) share a node
     # shellcheck disable=SC2086
     exec $1 --mpi=none --distribution=block:block "${SRUN[@]}" bash -c "$RANK" rank "${WRAP[@]}" "$PYTHON" "${@:2}"
@@ -133,14 +141,16 @@ export TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-${SCRATCH:-${TMPDIR:-/tmp}}/triton-
 ((HEALTH_SECONDS == 0)) || MASTER_PORT=$((MASTER_PORT + 1)) check_nodes
 
 before=$(latest) attempt=$(field attempt)
+export MODULE ATTEMPT=$((attempt + 1))
 if ((!STOPPING)); then
-    say "training on ${HOSTS[*]}"
-    run on_ranks "srun --kill-on-bad-exit=1" -m trainer.run "$RUN_DIR"
+    say "$([[ $MODULE = slurm.prepare ]] && echo preparing || echo training) on ${HOSTS[*]}"
+    run on_ranks "srun --kill-on-bad-exit=1 --wait=0" -m "$MODULE" "$RUN_DIR"
 fi
 state=$(field state)
 [[ $(field attempt) != "$attempt" ]] || state=unstarted
 [[ $state != finished ]] || { say "finished"; leave 0; }
 [[ ! -e $RUN_DIR/stop ]] || { say "stopped: $(<"$RUN_DIR/stop")"; leave 0; }
+[[ $MODULE != slurm.prepare || $state != failed ]] || give_up "the preparation failed, see above"
 if [[ $(latest) != "$before" ]]; then
     [[ $state = stopped ]] && go_on "saved and stopped"
     restart "the attempt ended '$state'"

@@ -9,7 +9,10 @@ from pathlib import Path
 from typing import NoReturn
 
 from moe.config import ConfigError
+from slurm.config import Preparation
 from trainer.settings.command import tells_mistakes
+from trainer.settings.run_folder import read_frozen
+from trainer.settings.typed import typed
 
 ACTIVE = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "STOPPED")
 
@@ -25,6 +28,12 @@ def slurm(*command: str) -> str:
     if done.returncode:
         raise ConfigError([f"{command[0]} refuses: {done.stderr.strip() or done.stdout.strip()}"])
     return done.stdout
+
+
+def preparation_of(run_dir: Path) -> Preparation | None:
+    """What a job with job=prepare prepares; None for the folder of a training run."""
+    cfg = read_frozen(run_dir / "config.yaml")
+    return typed(Preparation, cfg) if "job" in cfg else None
 
 
 def is_sweep(folder: Path) -> bool:

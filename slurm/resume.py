@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
+from data_pipeline.claims import open_folder
 from slurm.config import SlurmConfig
-from slurm.jobs import command, is_sweep, refuse_queued, runs_of
+from slurm.jobs import command, is_sweep, preparation_of, refuse_queued, runs_of
 from slurm.submit import queue
 from trainer.settings.run_folder import read_frozen, read_state
 from trainer.settings.typed import typed
@@ -16,6 +17,8 @@ def resume(folder: Path) -> None:
         print("everything is finished")
         return
     refuse_queued(run_dirs)
+    if (preparation := preparation_of(run_dirs[0])) is not None:
+        open_folder(Path(preparation.data.dir))
     owner = folder.parent if is_sweep(folder.parent) else folder
     ids = queue(owner, run_dirs, typed(SlurmConfig, read_frozen(owner / "slurm.yaml")))
     print(f"queued as job {', '.join(ids)}")

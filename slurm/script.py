@@ -20,7 +20,7 @@ def job_script(folder: Path, configs: list[SubmitConfig], sweep: bool) -> str:
     config, slurm = configs[0], configs[0].slurm
     flags = {
         "job-name": config.name if not sweep else str(Path(config.name).parent),
-        "ntasks-per-node": str(config.parallel.nproc_per_node),
+        "ntasks-per-node": str(config.ranks_per_node),
         **slurm.flags(),
         "output": str(folder).replace("%", "%%") + ("/%a" if sweep else "") + "/logs/job.log",
         "open-mode": "append",
@@ -32,9 +32,11 @@ def job_script(folder: Path, configs: list[SubmitConfig], sweep: bool) -> str:
     contained = slurm.container.kind != "none"
     variables: dict[str, object] = {
         "RUN_DIR": folder,
+        "MODULE": "slurm.prepare" if config.job == "prepare" else "trainer.run",
+        "DATA_DIR": Path(config.data.dir).resolve() if config.job == "prepare" else "",
         "CODE": folder / "code",
         "PYTHON": slurm.python or ("python" if contained else sys.executable),
-        "RANKS_PER_NODE": config.parallel.nproc_per_node,
+        "RANKS_PER_NODE": config.ranks_per_node,
         "RESUME": slurm.resume,
         "MAX_RESTARTS": slurm.max_restarts,
         "EXCLUDE": slurm.exclude or "",
@@ -91,14 +93,15 @@ def _container(folder: Path, configs: list[SubmitConfig]) -> tuple[list[str], li
 
 def _places(config: SubmitConfig) -> set[Path]:
     """The paths of the data and the initial weights of a run, or their nearest existing parent folders."""
-    if config.data.mode == "streaming":
+    prepares = config.job == "prepare"
+    paths = [] if config.data.mode == "streaming" and not prepares else [Path(config.data.dir).resolve()]
+    if config.data.mode == "streaming" or prepares:
         text = absolute_paths(config.data)
         named = [text["tokenizer"], *(path for of in text["sources"].values() for path in of["paths"])]
-        paths = [Path(path) for path in named if path and os.path.isabs(path)]  # others are names on the hub
-    else:
-        paths = [Path(config.data.dir).resolve()]
-    if config.stage.init_from is not None and not is_hub_name(config.stage.init_from):
-        paths.append(Path(config.stage.init_from).resolve())
+        paths += [Path(path) for path in named if path and os.path.isabs(path)]  # others are names on the hub
+    given = None if prepares else config.stage.init_from
+    if given is not None and not is_hub_name(given):
+        paths.append(Path(given).resolve())
     return {next(place for place in (path, *path.parents) if os.path.exists(place)) for path in paths}
 
 

@@ -9,13 +9,15 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from data_pipeline.claims import open_folder
 from data_pipeline.config import DataError
 from data_pipeline.manifest import write_atomically
+from data_pipeline.streaming import absolute_paths
 from moe.config import ConfigError
 from slurm.config import SlurmConfig, SubmitConfig
-from slurm.jobs import is_sweep, points_of, refuse_queued, slurm
+from slurm.jobs import is_sweep, points_of, preparation_of, refuse_queued, slurm
 from slurm.script import job_script, snapshot
-from trainer.settings.command import check
+from trainer.settings.command import check, refuse_unsafe
 from trainer.settings.run_folder import freeze, lock, pasted
 from trainer.settings.secrets import redacted
 from trainer.settings.typed import typed
@@ -38,6 +40,8 @@ class Submission:
         self._sweep = hydra_config.mode == RunMode.MULTIRUN
         if self._sweep:
             cfg.name = f"{cfg.name}/{len(self._cfgs)}"
+        if cfg.job == "prepare":  # a folder beside that of the run
+            cfg.name = f"{cfg.name}-prepare"
         self._cfgs.append(cfg)
         self._overrides.append([redacted(override) for override in hydra_config.overrides.task])
         return 0
@@ -62,11 +66,14 @@ class Submission:
             for run_dir in run_dirs:
                 held.callback(os.close, lock(run_dir))
             refuse_queued(run_dirs)
+            if config.job == "prepare":
+                open_folder(Path(config.data.dir))
             self._freeze(folder, run_dirs)
             (folder / "job.sh").write_text(script)
             ids = queue(folder, run_dirs, request)
         points = f"{len(run_dirs)} points of " if self._sweep else ""
-        print(f"queued as job {', '.join(ids)}: {points}{request.nodes} nodes, {config.world_size} ranks")
+        who = "workers" if config.job == "prepare" else "ranks"
+        print(f"queued as job {', '.join(ids)}: {points}{request.nodes} nodes, {config.world_size} {who}")
         shown = pasted(folder)
         print(f"  python -m slurm.status {shown}\n  python -m slurm.logs -f {pasted(run_dirs[0])}")
         print(f"  python -m slurm.stop {shown}")
@@ -80,7 +87,7 @@ class Submission:
         for point, (cfg, overrides) in enumerate(zip(self._cfgs, self._overrides, strict=True)):
             try:
                 config = typed(SubmitConfig, cfg)
-                check(config, cfg)
+                (_check_preparation if config.job == "prepare" else check)(config, cfg)
                 configs.append(config)
             except (ConfigError, DataError) as error:
                 where = f"point {point} ({' '.join(overrides)}):\n" if self._sweep else ""
@@ -88,6 +95,8 @@ class Submission:
             if cfg.slurm != first.slurm or cfg.parallel.nproc_per_node != first.parallel.nproc_per_node:
                 keys = "slurm.* and parallel.nproc_per_node must be the same for all points"
                 problems.append(f"point {point}: {keys}: a job array has one request")
+        if self._sweep and first.job == "prepare":
+            problems.append("job=prepare prepares one folder, without -m; submit once for each folder")
         if problems:
             raise ConfigError(problems)
         return configs
@@ -101,14 +110,36 @@ class Submission:
 
     def _freeze(self, folder: Path, run_dirs: list[Path]) -> None:
         for run_dir, cfg, overrides in zip(run_dirs, self._cfgs, self._overrides, strict=True):
-            of_run = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "slurm"])
-            freeze(run_dir, of_run, overrides)
+            freeze(run_dir, _of_workers(cfg, run_dir) if cfg.job == "prepare" else _of_run(cfg), overrides)
             (run_dir / "logs").mkdir(exist_ok=True)
         if not any((run_dir / "jobs").exists() for run_dir in run_dirs):
             snapshot(folder / "code")  # a run continues with the code with which it started
         if self._sweep:
             write_atomically(folder / "sweep.json", json.dumps(self._overrides, indent=1).encode())
         (folder / "slurm.yaml").write_text(OmegaConf.to_yaml(self._cfgs[0].slurm, resolve=True))
+
+
+def _check_preparation(config: SubmitConfig, cfg: DictConfig) -> None:
+    """Raises ConfigError if a preparation is wrong. Its paths become absolute in `cfg`."""
+    config.check()
+    refuse_unsafe(cfg)
+    cfg.data.dir = str(Path(config.data.dir).resolve())
+    cfg.data.merge_with(absolute_paths(config.data))
+
+
+def _of_run(cfg: DictConfig) -> DictConfig:
+    return OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key not in ("slurm", "job")])
+
+
+def _of_workers(cfg: DictConfig, run_dir: Path) -> DictConfig:
+    """The `Preparation` of a configuration. It replaces an earlier one of the same data: the plan of the data
+    guards what may not differ."""
+    if (run_dir / "config.yaml").exists():
+        earlier = preparation_of(run_dir)
+        if earlier is not None and earlier.data.dir == cfg.data.dir:
+            (run_dir / "config.yaml").unlink()
+    kept = {key: cfg[key] for key in ("job", "name", "output_dir", "seed", "data")}
+    return OmegaConf.create({**kept, "vocab_size": cfg.model.vocab_size, "seq_len": cfg.stage.seq_len})
 
 
 def queue(folder: Path, run_dirs: list[Path], request: SlurmConfig) -> list[str]:

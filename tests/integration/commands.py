@@ -68,6 +68,12 @@ def prepare_corpus(folder: Path) -> list[str]:
     return overrides
 
 
+def contents(folder: str | Path) -> dict[str, bytes]:
+    """The bytes of all files of a folder."""
+    root = Path(folder)
+    return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
 def metrics(run_dir: Path) -> list[dict]:
     """The logged training steps, without a line that is being written."""
     text = (run_dir / "metrics.jsonl").read_text()

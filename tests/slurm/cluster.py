@@ -168,7 +168,8 @@ class Run:
         for path in Path("/proc").glob("[0-9]*"):
             try:
                 words = (path / "cmdline").read_bytes().split(b"\0")
-                if b"trainer.run" in words and b"python" in words[0] and str(self.folder).encode() in words:
+                ours = {b"trainer.run", b"slurm.prepare"} & set(words) and str(self.folder).encode() in words
+                if ours and b"python" in words[0]:
                     environment = (path / "environ").read_bytes().split(b"\0")
                     rank = next(int(entry[5:]) for entry in environment if entry.startswith(b"RANK="))
                     found.append((rank, int(path.name)))

@@ -18,7 +18,9 @@ ROOT = Path(__file__).parents[2]
 GROUPS = sorted(
     folder.name
     for folder in (ROOT / "conf").iterdir()
-    if folder.is_dir() and folder.name[0] != "_" and folder.name != "slurm"  # see tests/unit/slurm
+    if folder.is_dir()
+    and folder.name[0] != "_"
+    and folder.name not in ("slurm", "job")  # see tests/unit/slurm
 )
 FILES = [
     (group, path.stem)

@@ -115,6 +115,6 @@ def _help(about: str, config_name: str) -> str:
     for group in sorted(groups, key=lambda path: path.name):
         names = sorted(path.name.removesuffix(".yaml") for path in group.iterdir())
         shown = ", ".join(name for name in names if name[0] != "_")
-        if shown and (group.name != "slurm" or config_name == "submit"):
+        if shown and (group.name not in ("slurm", "job") or config_name == "submit"):
             lines.append(fill(shown, 110, initial_indent=f"  {group.name:<12}", subsequent_indent=14 * " "))
     return "\n".join(lines)

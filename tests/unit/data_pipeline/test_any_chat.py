@@ -12,7 +12,8 @@ from data_pipeline.chat import Piece, encode, samples
 from data_pipeline.config import DataConfig, SourceConfig
 from data_pipeline.documents import Document, Reject, read_documents
 from data_pipeline.forms import read
-from data_pipeline.readers import list_inputs, plan_slices, read_rows
+from data_pipeline.inputs import list_inputs
+from data_pipeline.readers import plan_slices, read_rows
 from data_pipeline.tokenizer import Tokenizer, train_tokenizer
 
 OURS, THEIRS = "\ue000", "\ue001"  # signs that stand only in what the assistant, and what others, say

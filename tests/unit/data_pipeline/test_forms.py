@@ -352,7 +352,7 @@ def test_a_hub_dataset(
 
     tokenizer = load_tokenizer(prepared_of([FORMS["plain"][0]]).config.dir)
     row, _, _ = FORMS["sharegpt with tools"]
-    monkeypatch.setattr(readers, "_load_dataset", lambda *_, **__: datasets.Dataset.from_list([row] * 3))
+    monkeypatch.setattr(readers, "load_dataset", lambda *_, **__: datasets.Dataset.from_list([row] * 3))
     source = SourceConfig("sft", ["someone/calls:train"])
     config = replace(data_config, mode="streaming", sources={"chat": source}, validation_fraction=0.0)
     stream = TextStream(config, "chat", tokenizer, SEED)

@@ -16,8 +16,9 @@ import pytest
 
 from data_pipeline.config import DataConfig, DataError, SourceConfig
 from data_pipeline.documents import Document, Reject, read_documents
+from data_pipeline.inputs import list_inputs
 from data_pipeline.prepare import prepare
-from data_pipeline.readers import list_inputs, plan_slices, read_rows
+from data_pipeline.readers import plan_slices, read_rows
 from data_pipeline.shards import TokenStream, verify
 from data_pipeline.tokenizer import load_tokenizer
 

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 
 from data_pipeline.config import DataConfig, DataError, SourceConfig
 from data_pipeline.documents import Document, Reject, check_columns, read_documents
-from data_pipeline.readers import BLANK, list_inputs, plan_slices, read_rows
+from data_pipeline.inputs import list_inputs
+from data_pipeline.readers import BLANK, plan_slices, read_rows
 
 Read = Callable[..., tuple[list[str], list[Reject]]]
 

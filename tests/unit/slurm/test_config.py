@@ -125,3 +125,19 @@ def test_flags():
     assert flags["priority"] == "0"
     assert "account" not in flags
     assert "gpus-per-node" not in flags
+
+
+def test_a_preparation_obeys_the_laws_of_its_data_and_its_request():
+    """Not those of a training run: its batch need not fit the ranks."""
+    submission("job=prepare", "stage.global_batch_size=7", "slurm.nodes=3", "device=cuda").check()
+    assert submission("job=prepare", "data.num_workers=4", "slurm.nodes=3").world_size == 12
+    found = problems(
+        "job=prepare", "data.num_workers=0", "slurm.resume=no", "slurm.gpus_per_node=2", "slurm.nodes=0"
+    )
+    for law in (
+        "data.num_workers=0 is less than 1; 1 works in this process",
+        "slurm.resume=no is unknown; use requeue or chain",
+        "slurm.gpus_per_node=2 but job=prepare uses no GPU; leave it out",
+        "slurm.nodes=0 is below 1; use 1 or more",
+    ):
+        assert law in found

@@ -47,3 +47,23 @@ def test_a_streaming_run_sees_its_text_in_the_container(tmp_path):
     for place in ("one.jsonl", "texts", "tokenizer/of/ours"):
         assert wrap.count(f"--bind={tmp_path}/{place} ") == 1, wrap
     assert "never" not in wrap, "a path that does not exist cannot be mounted"
+
+
+def test_a_preparation_has_a_worker_for_each_of_its_processes(tmp_path):
+    """On CPUs, whatever the cluster's file asks for; it sees its text and its folder in the container."""
+    (tmp_path / "one.jsonl").write_text("")
+    (tmp_path / "data").mkdir()
+    lines = script(
+        tmp_path,
+        *("job=prepare", "slurm=h100_ib", "slurm.partition=p", "data=jsonl", "data.num_workers=12"),
+        *(f"data.dir={tmp_path}/data", f"+data.sources.t={{kind: jsonl, paths: [{tmp_path}/one.jsonl]}}"),
+        *("slurm.container.kind=apptainer", "slurm.container.image=image", "stage.init_from=/etc"),
+    )
+    assert {"#SBATCH --ntasks-per-node=12", "#SBATCH --cpus-per-task=1", "RANKS_PER_NODE=12"} <= set(lines)
+    assert not [line for line in lines if "--gpus-per-node" in line]
+    assert {"MODULE=slurm.prepare", f"DATA_DIR={tmp_path}/data", "HEALTH_SECONDS=0"} <= set(lines)
+    (wrap,) = (line for line in lines if "WRAP" in line[:4])
+    assert f"--bind={tmp_path}/one.jsonl " in wrap
+    assert f"--bind={tmp_path}/data " in wrap
+    assert "--bind=/etc" not in wrap
+    assert {"MODULE=trainer.run", "DATA_DIR=''"} <= set(script(tmp_path))

@@ -12,8 +12,9 @@ from omegaconf import OmegaConf
 
 from data_pipeline.chat import samples
 from data_pipeline.config import DataError, SourceConfig
+from data_pipeline.inputs import list_inputs
 from data_pipeline.manifest import FORMAT, Manifest, to_json
-from data_pipeline.readers import list_inputs, plan_slices, read_rows
+from data_pipeline.readers import plan_slices, read_rows
 from data_pipeline.tokenizer import Tokenizer
 from moe.config import ConfigError, ModelConfig
 from moe.hf import INDEX, locate, save_hf

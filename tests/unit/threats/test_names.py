@@ -11,7 +11,8 @@ from hydra import compose, initialize_config_module
 from matplotlib.figure import Figure
 
 from data_pipeline.config import SourceConfig
-from data_pipeline.readers import list_inputs, plan_slices, read_rows
+from data_pipeline.inputs import list_inputs
+from data_pipeline.readers import plan_slices, read_rows
 from moe.config import ConfigError
 from slurm.config import SubmitConfig
 from slurm.script import job_script
