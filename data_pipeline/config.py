@@ -8,6 +8,7 @@ CHOICES = {
     "mode": ("prepared", "streaming"),
     "on_bad_row": ("skip", "quarantine", "error"),
     "packing": ("concat", "best_fit"),
+    "deduplicate": ("none", "exact", "minhash"),
 }
 LEAST = {
     "min_characters": (1, "1 leaves out nothing"),
@@ -85,7 +86,8 @@ class DataConfig:
     tokenizer_vocab_size: int | None  # ids of the tokenizer to train; null when `tokenizer` is given
     sources: dict[str, SourceConfig]  # by name, which is part of file names and metrics
     validation_fraction: float  # share of the documents, chosen by their hash, that is never trained on
-    deduplicate: bool  # keep the first of equal documents of a source
+    deduplicate: str  # keep the first of a source's equal (exact) or similar (minhash) documents | none
+    exclude: list[str]  # files of texts (benchmarks): documents that share 13 words in a row are left out
     min_characters: int  # shorter documents are bad rows (too_short); not for conversations and prompts
     max_chat_tokens: int | None  # longer conversations and prompts are bad rows (too_long); null = no limit
     think_flag_share: float | None  # /no_think without reasoning, /think in this share of others; null: none
@@ -106,6 +108,8 @@ class DataConfig:
     def content_settings(self) -> dict[str, object]:
         """The keys that decide which tokens a prepared folder holds, apart from the bytes of its inputs."""
         settings = {f"data.{key}": getattr(self, key) for key in CONTENT_KEYS}
+        named = {"exact": True, "none": False}  # as folders of earlier versions call them
+        settings["data.deduplicate"] = named.get(self.deduplicate, self.deduplicate)
         for name, source in sorted(self.sources.items()):
             settings[f"data.sources.{name}.kind"] = source.kind
             settings[f"data.sources.{name}.text_key"] = source.text_column
@@ -214,6 +218,7 @@ class DataConfig:
             "data.tokenizer=null would need a tokenizer to be trained": self.tokenizer is None,
             f"data.packing={self.packing} needs all lengths": self.packing != "concat",
             "data.on_bad_row=quarantine has no folder to keep rows in": self.on_bad_row == "quarantine",
+            "data.deduplicate=minhash needs all documents": self.deduplicate == "minhash",
             f"data.weights.alpha={self.weights.alpha} needs the size of each source": self.weights.alpha != 0,
         }
         for name, source in self.sources.items():

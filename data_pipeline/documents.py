@@ -5,6 +5,7 @@ import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,9 +13,13 @@ import numpy as np
 
 from data_pipeline import chat, forms
 from data_pipeline.config import CHAT_KINDS, DataConfig, DataError, SourceConfig
-from data_pipeline.readers import Row
+from data_pipeline.files import find, version
+from data_pipeline.overlap import BANDS, WordSequences, band_keys
+from data_pipeline.readers import Row, file_rows
 from data_pipeline.tokenizer import Tokenizer
 
+KEYS = {"none": 0, "exact": 1, "minhash": BANDS}  # of a document, by data.deduplicate
+CONTAMINATED = "contaminated"  # code of a document that shares words with a text of data.exclude
 _HEAD_BYTES = 200
 _BATCH_BYTES = 1 << 20
 _PROBED_ROWS = 64
@@ -60,12 +65,20 @@ class Reject(NamedTuple):
         return DataError(f"{what}; fix it, or set data.on_bad_row to skip or quarantine")
 
 
+def keys_of(document: Document, how: str) -> list[bytes]:
+    """KEYS[how] keys of 16 bytes; documents that share one are duplicates. how: `data.deduplicate`."""
+    if how == "minhash":
+        texts = [document.text] if document.pieces is None else [of.text or "" for of in document.pieces]
+        return band_keys("".join(texts))
+    return [hash_document(document.data)] if how == "exact" else []
+
+
 def read_documents(
     config: DataConfig, name: str, rows: Iterable[Row], tokenizer: Tokenizer | None = None
 ) -> Iterator[Document | Reject]:
     """The documents and rejects of the rows of source `name`, in order; blank lines are rejects too. The
     tokenizer is needed only to apply `max_chat_tokens` to conversations."""
-    source = config.sources[name]
+    source, excluded = config.sources[name], _excluded(config.exclude)
     for row in rows:
         items: list[Document | Reject]
         try:
@@ -82,7 +95,37 @@ def read_documents(
             items = [Reject(row, "json: nested too deeply")]
         except ValueError as error:
             items = [Reject(row, str(error))]
-        yield from items
+        yield from items if excluded is None else (_clean(item, excluded) for item in items)
+
+
+def _clean(item: Document | Reject, excluded: WordSequences) -> Document | Reject:
+    """The item, unless it is a document that shares words with an excluded text."""
+    if isinstance(item, Reject):
+        return item
+    texts = [item.text] if item.pieces is None else [of.text for of in item.pieces if of.text is not None]
+    shared = next(filter(None, map(excluded.shared_with, texts)), None)
+    return item if shared is None else Reject(item.row, f"{CONTAMINATED}: data.exclude has {shared!r} too")
+
+
+def _excluded(patterns: list[str]) -> WordSequences | None:
+    """The word sequences of the files of data.exclude; None without files."""
+    paths = [path for pattern in patterns for path in find(pattern)]
+    return _sequences_of(tuple((path, *version(path)) for path in paths)) if paths else None
+
+
+@lru_cache(maxsize=1)
+def _sequences_of(files: tuple[tuple[str, int, int], ...]) -> WordSequences:
+    return WordSequences(
+        text for path, *_ in files for row in file_rows(path) for text in _texts_in(row.value)
+    )
+
+
+def _texts_in(value: Any) -> Iterator[str]:
+    """Every text in a row, alone."""
+    if isinstance(value, str):
+        yield value
+    for part in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from _texts_in(part)
 
 
 def _content(row: Row, column: str | None) -> Any:

@@ -30,12 +30,28 @@ def list_inputs(name: str, source: SourceConfig, known: Known, *, hashed: bool =
             files = [file["filename"] for file in load_dataset(key, path, streaming=False).cache_files]
         elif source.kind == "tree":
             files = _tree_files(key, path)
-        elif not (files := find(path)):
-            raise DataError(f"{key} matches no file; for a folder use folder/**/*.EXT")
-        new = [file for file in files if file not in found]
-        with ThreadPoolExecutor() as pool:  # hashing releases the GIL
-            found |= zip(new, pool.map(lambda file: _input(file, known.get(file), hashed), new), strict=True)
+        else:
+            files = _found(key, path)
+        found |= _inputs([file for file in files if file not in found], known, hashed)
     return list(found.values())
+
+
+def list_files(key: str, paths: list[str], known: Known) -> list[InputFile]:
+    """The files of a key of paths and globs, hashed as `list_inputs` does. Raises DataError if there are
+    none."""
+    files = dict.fromkeys(file for path in paths for file in _found(f"{key}: {path}", path))
+    return list(_inputs(list(files), known, hashed=True).values())
+
+
+def _found(key: str, path: str) -> list[str]:
+    if not (files := find(path)):
+        raise DataError(f"{key} matches no file; for a folder use folder/**/*.EXT")
+    return files
+
+
+def _inputs(files: list[str], known: Known, hashed: bool) -> Known:
+    with ThreadPoolExecutor() as pool:  # hashing releases the GIL
+        return dict(zip(files, pool.map(lambda of: _input(of, known.get(of), hashed), files), strict=True))
 
 
 def _tree_files(key: str, folder: str) -> list[str]:

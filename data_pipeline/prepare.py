@@ -6,7 +6,6 @@ byte, for any number of workers. Processes that prepare the same folder share th
 
 import contextlib
 import hashlib
-import io
 import json
 import multiprocessing
 import shutil
@@ -26,8 +25,9 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from data_pipeline.claims import Step, is_complete, open_folder, take_part, undone
 from data_pipeline.config import DataConfig, DataError
-from data_pipeline.documents import Document, check_columns, find_duplicates
-from data_pipeline.inputs import Known, list_inputs
+from data_pipeline.documents import Document, check_columns
+from data_pipeline.files import version
+from data_pipeline.inputs import Known, list_files, list_inputs
 from data_pipeline.manifest import (
     FORMAT,
     SPLITS,
@@ -35,15 +35,15 @@ from data_pipeline.manifest import (
     Manifest,
     SourceRecord,
     TokenizerRecord,
-    replace_synced,
     sha256_of,
     shards_from_json,
     to_json,
     write_atomically,
 )
 from data_pipeline.progress import CONCLUSION, SLICES
-from data_pipeline.readers import BLANK, plan_slices, read_rows
-from data_pipeline.slices import SliceJob, start_worker, survey_slice, write_slice
+from data_pipeline.readers import plan_slices, read_rows
+from data_pipeline.slices import SliceJob, changed, start_worker, write_slice
+from data_pipeline.survey import check_survey, conclude_survey, survey_slice
 from data_pipeline.tokenizer import (
     Tokenizer,
     check_vocab_size,
@@ -55,7 +55,6 @@ from data_pipeline.tokenizer import (
 _TRAINING_CHARACTERS = 4_000_000  # of text to train a tokenizer on, divided evenly among the sources
 _TRAINING_PLACES = 16  # at most this many evenly spaced slices of a source provide this text
 _SECONDS_BETWEEN_LINES = 10.0
-_MOST_KEYS = 100  # of messages, that the manifest names as not used
 
 Jobs = dict[str, list[SliceJob]]  # by source
 
@@ -107,8 +106,8 @@ def _take_steps(
     every = every[(first := int(begin * len(every))) :] + every[:first]
     steps = [Step(f"survey-{job.name}", job.survey, partial(survey_slice, job), job.bytes) for job in every]
     _share(folder, workers, "survey", "documents", steps)
-    _take(folder, "conclude", folder / CONCLUSION, partial(_conclude_survey, jobs, folder))
-    sources = _check_survey(config)
+    _take(folder, "conclude", folder / CONCLUSION, partial(conclude_survey, jobs, folder))
+    sources = check_survey(config)
     steps = [Step(f"write-{job.name}", job.target, partial(write_slice, job), job.bytes) for job in every]
     _share(folder, workers, "prepare", "tokens", steps)
     _take(folder, "commit", folder / "manifest.json", partial(_commit, plan, jobs, sources, folder))
@@ -169,11 +168,7 @@ def _save_plan(config: DataConfig, seed: int, given: Tokenizer | None) -> None:
 
 def _plan(config: DataConfig, seed: int, given: Tokenizer | None, known: Known) -> Manifest:
     inputs = {name: list_inputs(name, source, known) for name, source in config.sources.items()}
-    described = {}  # the inputs of each source, without their paths
-    for name, files in inputs.items():
-        digest = _sha256("".join(file.sha256 or str(file.mtime_ns) for file in files))[:12]
-        size = sum(file.bytes for file in files)
-        described[f"data.sources.{name}.paths"] = f"{len(files)} files of {size} bytes (sha256 {digest})"
+    described = {f"data.sources.{name}.paths": _described(files) for name, files in inputs.items()}
     settings = {
         **config.content_settings(),
         "data.tokenizer": f"sha256 {_sha256(given.serialized)}" if given else None,
@@ -181,9 +176,17 @@ def _plan(config: DataConfig, seed: int, given: Tokenizer | None, known: Known) 
         "data.slice_bytes": config.slice_bytes,
         "data.shard_bytes": config.shard_bytes,
         "seed": seed,
+        "data.exclude": _described(list_files("data.exclude", config.exclude, known)),
         **described,
     }
     return Manifest(FORMAT, settings, inputs, TokenizerRecord("", 0, 0), {}, "")
+
+
+def _described(files: list[InputFile]) -> str | None:
+    """What tells files from others, without their paths; None for no files."""
+    digest = _sha256("".join(file.sha256 or str(file.mtime_ns) for file in files))[:12]
+    size = sum(file.bytes for file in files)
+    return f"{len(files)} files of {size} bytes (sha256 {digest})" if files else None
 
 
 def _sha256(text: str) -> str:
@@ -245,69 +248,6 @@ def _share(folder: Path, pool: Executor | None, title: str, unit: str, steps: li
                 print(f"{title}: {1 - left / total:.0%}, {rate}, {seconds:,.0f} s left", flush=True)
 
 
-def _conclude_survey(jobs: Jobs, folder: Path) -> None:
-    """Write rejects.jsonl, the bad rows of all sources in order, with line numbers from the start of each
-    file; find the duplicates, and write the numbers of those in each slice to its repeats.npy. CONCLUSION
-    counts the documents of each source, the rows that it leaves out by the code of the reason, and the
-    documents by key of messages that is not used."""
-    found = {}
-    unfinished = folder / f".rejects.jsonl.{uuid.uuid4().hex}.partial"
-    with open(unfinished, "w") as rejects:
-        for name, of_source in jobs.items():
-            skipped, ignored, lines_before = Counter[str](), Counter[str](), Counter[str]()
-            firsts, documents = [], 0
-            for job in of_source:
-                record = json.loads((job.survey / "record.json").read_bytes())
-                firsts.append(documents)
-                documents += record["documents"]
-                skipped.update(record["skipped"])
-                ignored.update(record.get("ignored", {}))  # missing in a survey of an earlier version
-                with open(job.survey / "rejects.jsonl") as of_slice:
-                    for fields in map(json.loads, of_slice):
-                        fields["line"] += lines_before[fields["file"]]
-                        rejects.write(json.dumps(fields) + "\n")
-                lines_before.update(record["lines"])
-            # the files of hashes are empty without data.deduplicate
-            repeats = find_duplicates([job.survey / "hashes" for job in of_source])
-            of_slices = np.split(repeats, np.searchsorted(repeats, firsts[1:]))
-            for job, first, of_job in zip(of_source, firsts, of_slices, strict=True):
-                numbers = io.BytesIO()
-                np.save(numbers, of_job - first)
-                write_atomically(job.survey / "repeats.npy", numbers.getvalue())
-            left_out = {"skipped": skipped, "duplicates": len(repeats)}
-            found[name] = {"documents": documents, **left_out, "ignored": ignored}
-    replace_synced(unfinished, folder / "rejects.jsonl")
-    write_atomically(folder / CONCLUSION, to_json(found))
-
-
-def _check_survey(config: DataConfig) -> dict[str, SourceRecord]:
-    """The record of each source, without shards: the rows and the keys of messages that it leaves out. Raises
-    DataError for sources with too many bad rows or without a document."""
-    found, broken = {}, []
-    for name, counts in json.loads(Path(config.dir, CONCLUSION).read_bytes()).items():
-        documents, skipped = counts["documents"], Counter[str](counts["skipped"])
-        bad = skipped.total() - skipped[BLANK]
-        law = None
-        if not documents:
-            law = "the source has no document"
-        elif bad > config.max_bad_fraction * (bad + documents):
-            law = f"more than data.max_bad_fraction={config.max_bad_fraction} allows"
-        elif bad and config.on_bad_row == "error":  # surveyed by an attempt with another on_bad_row
-            law = "data.on_bad_row=error allows none"
-        if law is not None:
-            reasons = ", ".join(f"{count} {code}" for code, count in skipped.most_common()) or "no rows"
-            broken.append(
-                f"data.sources.{name}: {bad} of {bad + documents} rows are bad ({reasons}), {law};"
-                f" fix the files or the source: {config.dir}/rejects.jsonl lists the bad rows"
-            )
-        left_out = skipped + Counter(duplicate=counts["duplicates"])
-        keys = Counter[str](counts["ignored"]).most_common(_MOST_KEYS)
-        found[name] = SourceRecord({split: [] for split in SPLITS}, dict(left_out), None, dict(keys))
-    if broken:
-        raise DataError("\n".join(broken))
-    return found
-
-
 def _commit(plan: Manifest, jobs: Jobs, sources: dict[str, SourceRecord], folder: Path) -> None:
     """Complete the records of the sources by those of their slices, and write the manifest."""
     tokenizer = load_tokenizer(folder)
@@ -329,6 +269,9 @@ def _commit(plan: Manifest, jobs: Jobs, sources: dict[str, SourceRecord], folder
             source.validation_unigram_cross_entropy = float(nats)
     identity = sha256_of(folder / "tokenizer.json"), tokenizer.vocab_size, tokenizer.end_of_text
     digest = sha256_of(folder / "rejects.jsonl")
+    inputs = [file for files in plan.inputs.values() for file in files if file.mtime_ns]  # 0: embedded
+    if edited := [file.path for file in inputs if version(file.path) != (file.bytes, file.mtime_ns)]:
+        raise DataError(changed(*edited))
     manifest = replace(plan, tokenizer=TokenizerRecord(*identity), sources=sources, rejects_sha256=digest)
     manifest.save(folder)
 

@@ -8,6 +8,7 @@ slices/<source>-00000/      shards: see manifest.py
 """
 
 import contextlib
+import hashlib
 import json
 import multiprocessing
 import os
@@ -15,7 +16,6 @@ import shutil
 import signal
 import threading
 import uuid
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import wait
@@ -23,10 +23,10 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.config import CHAT_KINDS, DataConfig
-from data_pipeline.documents import Document, Reject, encoded, hash_document, read_documents
+from data_pipeline.config import DataConfig, DataError
+from data_pipeline.documents import Document, Reject, encoded, read_documents
 from data_pipeline.manifest import SPLITS, sync, to_json
-from data_pipeline.readers import BLANK, Part, read_rows
+from data_pipeline.readers import Part, read_rows
 from data_pipeline.shards import ShardWriter
 from data_pipeline.tokenizer import Tokenizer, load_tokenizer
 
@@ -53,61 +53,43 @@ class SliceJob:
         return read_documents(self.config, self.source, rows, tokenizer)
 
 
-def survey_slice(job: SliceJob) -> int:
-    """List the bad rows of a slice and hash its documents; returns their number. record.json holds this
-    number, the number of rows left out by code of the reason, the number of documents by key of messages that
-    is not used, and the number of lines that begin in the slice by file. Raises DataError for an input that
-    cannot be read and, with on_bad_row=error, for a bad row."""
-    documents, skipped, ignored, lines, hashes = 0, Counter[str](), Counter[str](), {}, bytearray()
-    is_limited = job.config.max_chat_tokens is not None and job.config.sources[job.source].kind in CHAT_KINDS
-    tokenizer = load_tokenizer(job.config.dir) if is_limited else None
-    with _complete_folder(job.survey) as folder, open(folder / "rejects.jsonl", "w") as rejects:
-        for item in job.items(tokenizer):
-            path = item.row.part.path
-            lines[path] = item.row.line
-            if isinstance(item, Document):
-                documents += 1
-                ignored.update(item.ignored)
-                if job.config.deduplicate:
-                    hashes += hash_document(item.data)
-                continue
-            skipped[item.code] += 1
-            if item.code == BLANK:
-                continue
-            if job.config.on_bad_row == "error":
-                raise item.error()
-            fields = {"source": job.source, "file": path, "line": item.row.line}
-            fields |= {"offset": item.row.offset, "reason": item.reason, "head": item.head()}
-            if job.config.on_bad_row == "quarantine":
-                fields["row"] = item.head(None)
-            rejects.write(json.dumps(fields) + "\n")
-        (folder / "hashes").write_bytes(hashes)
-        record = {"documents": documents, "skipped": skipped, "ignored": ignored, "lines": lines}
-        (folder / "record.json").write_bytes(to_json(record))
-    return documents
-
-
 def write_slice(job: SliceJob) -> int:
     """Write the shards of a slice; returns its number of tokens. The bytes depend only on the job and the
     survey. Raises DataError for an input that cannot be read."""
-    tokenizer, repeats = load_tokenizer(job.config.dir), set(np.load(job.survey / "repeats.npy").tolist())
+    tokenizer = load_tokenizer(job.config.dir)
     unigrams = np.zeros((len(SPLITS), tokenizer.vocab_size), dtype=np.int64)
-    documents = enumerate(item for item in job.items(tokenizer) if isinstance(item, Document))
-    first_of_equals = (document for number, document in documents if number not in repeats)
-    with _complete_folder(job.target) as folder:
+    digest, repeats = hashlib.sha256(), set(np.load(job.survey / "repeats.npy").tolist())
+
+    def first_of_equals() -> Iterator[Document]:
+        documents = (item for item in job.items(tokenizer) if isinstance(item, Document))
+        for number, document in enumerate(documents):
+            digest.update(document.data)
+            if number not in repeats:
+                yield document
+
+    with complete_folder(job.target) as folder:
         writers = [ShardWriter(folder, job.name, split, job.config.shard_bytes) for split in SPLITS]
-        for document, ids, loss in encoded(tokenizer, first_of_equals):
+        for document, ids, loss in encoded(tokenizer, first_of_equals()):
             split = int(document.is_held_out(job.seed, job.config.validation_fraction))
             writers[split].add(ids, (document.row.part.file, document.row.offset), loss, document.fields)
             np.add.at(unigrams[split], ids, 1)
+        surveyed = json.loads((job.survey / "record.json").read_bytes())
+        if surveyed.get("sha256", digest.hexdigest()) != digest.hexdigest():
+            raise DataError(changed(*dict.fromkeys(part.path for part in job.parts)))
         shards = {split: of.close() for split, of in zip(SPLITS, writers, strict=True)}
         (folder / "slice.json").write_bytes(to_json(shards))
         np.save(folder / "unigrams.npy", unigrams)
     return int(unigrams.sum())
 
 
+def changed(*paths: str) -> str:
+    """What to say of files that are not those of the plan."""
+    what = f"{', '.join(paths)} changed while data was prepared from it"
+    return f"{what}; restore it and run again, or name another data.dir"
+
+
 @contextlib.contextmanager
-def _complete_folder(target: Path) -> Iterator[Path]:
+def complete_folder(target: Path) -> Iterator[Path]:
     """A folder to fill. It is renamed to `target` at the end, so `target` is always complete."""
     partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}")  # others may write the same slice
     partial.mkdir(parents=True)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.config import DataConfig, DataError, SourceConfig
-from data_pipeline.documents import Document, Reject, check_columns, encoded, hash_document, read_documents
+from data_pipeline.documents import Document, Reject, check_columns, encoded, keys_of, read_documents
 from data_pipeline.files import is_address
 from data_pipeline.inputs import list_inputs
 from data_pipeline.readers import BLANK, Row, format_of, hub_rows, is_hub, plan_slices, read_rows
@@ -88,9 +88,9 @@ class TextStream:
                     what = f"{bad} of the first {rows} rows are bad, more than data.max_bad_fraction="
                     raise DataError(f"{self._key}: {what}{config.max_bad_fraction}; the last: {item.reason}")
             elif not item.is_held_out(self._seed, config.validation_fraction):
-                key = hash_document(item.data) if config.deduplicate else b""
-                if key not in seen or not config.deduplicate:
-                    seen.add(key)
+                keys = keys_of(item, config.deduplicate)
+                if not keys or keys[0] not in seen:
+                    seen.update(keys)
                     yield item
 
     def _rows(self) -> Iterator[Row]:
@@ -115,4 +115,5 @@ def absolute_paths(config: DataConfig) -> dict[str, Any]:
     tokenizer = config.tokenizer
     if tokenizer is not None and os.path.exists(tokenizer):
         tokenizer = os.path.abspath(tokenizer)
-    return {"tokenizer": tokenizer, "sources": sources}
+    exclude = [path if is_address(path) else os.path.abspath(path) for path in config.exclude]
+    return {"tokenizer": tokenizer, "sources": sources, "exclude": exclude}

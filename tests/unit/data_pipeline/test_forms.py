@@ -80,7 +80,12 @@ def prepared_of(data_config: DataConfig, tmp_path: Path) -> Prepare:
         write(path, rows)
         source = SourceConfig(**{"kind": "sft", "paths": [str(path)], **keys})
         folder = tmp_path / f"prepared-{time.monotonic_ns()}"
-        shape = {"validation_fraction": 0.0, "deduplicate": False, "slice_bytes": 10**6, "shard_bytes": 10**6}
+        shape = {
+            "validation_fraction": 0.0,
+            "deduplicate": "none",
+            "slice_bytes": 10**6,
+            "shard_bytes": 10**6,
+        }
         config = replace(data_config, sources={"chat": source}, dir=str(folder), **shape)
         record = prepare(config, VOCAB_SIZE, SEED).sources["chat"]
         rejects = map(json.loads, (folder / "rejects.jsonl").read_text().splitlines())

@@ -264,7 +264,7 @@ def test_of_equal_prompts_the_first_is_kept(data_config: DataConfig, tmp_path: P
     config = prepared_with(data_config, tmp_path / "p.jsonl", rows, slice_bytes=100)
     assert [of.fields["answer"] for of in of_source(config, "p")] == [*range(20), 60]
     assert verify(Path(config.dir)).sources["p"].skipped == {"duplicate": 41}
-    every = replace(config, dir=str(tmp_path / "every"), deduplicate=False, validation_fraction=0.5)
+    every = replace(config, dir=str(tmp_path / "every"), deduplicate="none", validation_fraction=0.5)
     prepare(every, VOCAB_SIZE, SEED)
     train, validation = (
         {tuple(of.ids) for of in of_source(every, "p", split)} for split in ("train", "validation")

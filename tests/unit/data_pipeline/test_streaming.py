@@ -74,14 +74,14 @@ def test_conversations_keep_what_is_learned(streaming: DataConfig, tmp_path: Pat
     messages = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]
     (tmp_path / "chat.jsonl").write_text((json.dumps({"messages": messages}) + "\n") * 3)
     source = SourceConfig("sft", [str(tmp_path / "chat.jsonl")], None, 1.0, None)
-    config = replace(streaming, sources={"chat": source}, validation_fraction=0.0, deduplicate=False)
+    config = replace(streaming, sources={"chat": source}, validation_fraction=0.0, deduplicate="none")
     tokenizer = load_tokenizer(str(streaming.tokenizer))
     text = TextStream(config, "chat", tokenizer, SEED)
     tokens = text.read(0, 300)
     end = int(np.flatnonzero(tokens == tokenizer.end_of_text)[0])
     learned = tokens[: end + 1][text.read_loss(0, 300)[: end + 1]]
     assert tokenizer.decode(learned.tolist()) == "<think>\n\n</think>\n\n4<|im_end|>"
-    once = replace(config, deduplicate=True, sources={"chat": replace(source, max_epochs=2.0)})
+    once = replace(config, deduplicate="exact", sources={"chat": replace(source, max_epochs=2.0)})
     with pytest.raises(
         DataError, match=rf"data\.sources\.chat: epoch 2 is over after {2 * (end + 1)} tokens"
     ):
