@@ -158,15 +158,15 @@ def test_nodes_must_see_the_folder(cluster: Cluster, text: list[str], folder: Pa
 
 
 def test_mistakes_queue_nothing(cluster: Cluster, text: list[str], folder: Path) -> None:
-    def refusal(*overrides: str) -> str:
-        command = [*SMALL, *text, "job=prepare", "name=t", f"data.dir={folder}/prepared", *overrides]
+    def refusal(*overrides: str, first: str = "name=t") -> str:
+        command = [first, *SMALL, *text, "job=prepare", "name=t", f"data.dir={folder}/prepared", *overrides]
         done = cluster.python("slurm", *command, cwd=folder)
         assert done.returncode == 2, done.stdout
         return done.stderr
 
     assert "job=prepare uses no GPU" in refusal("slurm.gpus_per_node=1")
     assert "data.num_workers=0 is less than 1" in refusal("data.num_workers=0")
-    assert "job=prepare prepares one folder, without -m" in refusal("-m", "data.on_bad_row=skip,error")
+    assert "job=prepare prepares one folder, without -m" in refusal("data.on_bad_row=skip,error", first="-m")
     (folder / "prepared").mkdir()
     (folder / "prepared/thesis.tex").touch()
     assert "holds other files" in refusal()
