@@ -131,6 +131,7 @@ def test_an_error_of_one_worker_ends_all(cluster: Cluster, text: list[str], fold
     run = submit(cluster, text, folder, "data.on_bad_row=error")
     run.wait(lambda run: cluster.state(run.jobs[0]) == "FAILED")
     assert run.log.count("is bad (json") == 1
+    assert "Exited with exit code 2" in run.log, "srun ends the others"
     assert "Traceback" not in run.log
     assert run.state == {"state": "failed", "attempt": 1}
 
