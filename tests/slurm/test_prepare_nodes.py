@@ -131,6 +131,7 @@ def test_an_error_of_one_worker_ends_all(cluster: Cluster, text: list[str], fold
     run = submit(cluster, text, folder, "data.on_bad_row=error")
     run.wait(lambda run: cluster.state(run.jobs[0]) == "FAILED")
     assert run.log.count("is bad (json") == 1
+    assert "Exited with exit code 2" in run.log, "srun ends the others"
     assert "Traceback" not in run.log
     assert run.state == {"state": "failed", "attempt": 1}
 
@@ -158,15 +159,15 @@ def test_nodes_must_see_the_folder(cluster: Cluster, text: list[str], folder: Pa
 
 
 def test_mistakes_queue_nothing(cluster: Cluster, text: list[str], folder: Path) -> None:
-    def refusal(*overrides: str) -> str:
-        command = [*SMALL, *text, "job=prepare", "name=t", f"data.dir={folder}/prepared", *overrides]
+    def refusal(*overrides: str, first: str = "name=t") -> str:
+        command = [first, *SMALL, *text, "job=prepare", "name=t", f"data.dir={folder}/prepared", *overrides]
         done = cluster.python("slurm", *command, cwd=folder)
         assert done.returncode == 2, done.stdout
         return done.stderr
 
     assert "job=prepare uses no GPU" in refusal("slurm.gpus_per_node=1")
     assert "data.num_workers=0 is less than 1" in refusal("data.num_workers=0")
-    assert "job=prepare prepares one folder, without -m" in refusal("-m", "data.on_bad_row=skip,error")
+    assert "job=prepare prepares one folder, without -m" in refusal("data.on_bad_row=skip,error", first="-m")
     (folder / "prepared").mkdir()
     (folder / "prepared/thesis.tex").touch()
     assert "holds other files" in refusal()

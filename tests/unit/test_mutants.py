@@ -14,8 +14,8 @@ TABLES = {table.file: table for table in tables()}
 ROOMS = {
     "moe": "attention balance block cache cross_entropy dispatch experts fp8 gated_delta_net grouping "
     "next_token router sampling",
-    "data_pipeline": "chat claims config documents files forms loader mixture packing permutation prepare "
-    "progress prompts readers shards tasks",
+    "data_pipeline": "chat claims config documents files forms loader mixture overlap packing permutation "
+    "prepare progress prompts readers shards survey tasks",
     "trainer": "evaluate generate train",
     "trainer/settings": "rl",
     "trainer/engine": "engine gradients loss optimizer policy zero3",
