@@ -19,12 +19,13 @@ from harness import run_ranks
 from layouts import ROWS, SmallRun
 
 import trainer.checkpoints.saving
+from moe.config import ConfigError
 from moe.hf import write_shards
 from trainer.checkpoints.folder import damage, reading
 from trainer.checkpoints.saving import Checkpoints
 from trainer.engine.engine import Engine
 from trainer.ranks.runtime import TrainingError
-from trainer.settings.run_folder import latest_checkpoint
+from trainer.settings.run_folder import latest_checkpoint, read_manifest
 
 # ZeRO stage, ep_size, micro-batches per step, dtype
 EVERY = list(product((0, 1, 2, 3), (1, 2), (1, 4), ("fp32", "bf16")))
@@ -215,10 +216,15 @@ def go_on_from_a_whole_one(run_dir: Path, data: str) -> dict[str, Any]:
     the random generators that each rank had."""
     run, said = small_run(data), []
     checkpoints = checkpoints_of(run, run_dir)
+    killed = run_dir / "checkpoints/.step-00000001.attempt-0"
+    killed.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(run.ranks.rank)
+    stalls = []
     for step in (1, 2):
         checkpoints.save(run.engine, run.balance, step, {})
+        stalls.append(checkpoints.take_stall())
         checkpoints.finish()
+        stalls.append(checkpoints.take_stall())
         if step == 1:
             drawn = torch.rand(3)
     dist.barrier()
@@ -232,7 +238,16 @@ def go_on_from_a_whole_one(run_dir: Path, data: str) -> dict[str, Any]:
     dist.barrier()
     again = Checkpoints(run_dir, 2, run.config, run.plan, run.ranks, said.append)
     step, _ = again.load_latest(run.engine, run.balance)
-    return {"step": step, "said": said, "drawn": drawn, "drawn again": torch.rand(3)}
+    found = {"step": step, "said": list(said), "drawn": drawn, "drawn again": torch.rand(3)}
+    found |= {"stalls": stalls, "killed": killed.exists()}
+    found["manifest"] = read_manifest(run_dir / "checkpoints/step-00000002")
+    dist.barrier()
+    if run.ranks.is_main:
+        (run_dir / "checkpoints/step-00000001/balance.pt").write_bytes(b"")
+    dist.barrier()
+    with pytest.raises(ConfigError) as refused:
+        again.load_latest(run.engine, run.balance)
+    return found | {"refused": str(refused.value)}
 
 
 def save_in_many_ways(root: str, data: str) -> dict[str, Any]:
@@ -270,6 +285,11 @@ def test_a_damaged_checkpoint_is_passed_over(saved):
         assert "going on from step-00000001, which is whole" in line
         assert "step-00000002: optimizer/rank-" in line
         assert "1.safetensors is not what was written" in line
+        assert found["manifest"]["next_row"] == 2 * ROWS
+        assert min(found["stalls"]) > 0, "saving and finishing both take time"
+        assert not found["killed"], "what killed attempts left is removed"
+        assert "holds no whole checkpoint" in found["refused"]
+        assert "step-00000001: balance.pt has 0 bytes" in found["refused"]
 
 
 def test_what_is_kept(saved):
