@@ -11,11 +11,12 @@ import pytest
 import yaml
 from rich.text import Text
 
-from data_pipeline.config import DataConfig
+from data_pipeline.config import DataConfig, DataError
 from data_pipeline.look import LEARNED, look
 from data_pipeline.prepare import prepare
 from data_pipeline.tokenizer import Tokenizer, train_tokenizer
 
+CORPUS = Path(__file__).parents[4] / "shared" / "data" / "corpus"
 TALK = {"messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}], "id": 1}
 OTHER = {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello", "score": 3}]}
 
@@ -122,3 +123,18 @@ def test_the_command_shows_every_file_and_fails_for_a_broken_one(tmp_path, repos
     assert "none matches no file" in done.stderr
     assert "Traceback" not in done.stderr
     assert "\x1b" not in done.stdout
+
+
+@pytest.mark.skipif(not CORPUS.is_dir(), reason="the shared corpus is not here")
+def test_every_file_of_the_corpus_is_seen_or_refused_by_name(data_config):
+    read = 0
+    for path in sorted(path for path in CORPUS.rglob("*") if path.is_file()):
+        try:
+            shown = said(path, data_config).plain
+        except DataError as error:
+            assert str(path) in str(error)
+            assert path.name == "corrupt.parquet"
+            continue
+        assert ("in a file of conf/" in shown) != ("not read" in shown), path
+        read += "in a file of conf/" in shown
+    assert read > 30
