@@ -102,6 +102,10 @@ def test_a_run_tells_evaluates_and_reports_its_rewards(asks: list[str], tmp_path
     for line in logged:
         assert {"reward", "rewards", "flat_groups", "entropy", "ratio"} <= line.keys()
         assert line["stall_fraction"] < 0.5, "sampling is not waiting for data"
+    for line in (line for line in logged if "sampling_seconds" in line):
+        training = line["step_seconds"] - line["sampling_seconds"] - line["scoring_seconds"]
+        speed = line["tokens_per_second"] * line["step_seconds"] / training
+        assert line["trained_tokens_per_second"] == pytest.approx(speed)
     assert [line["step"] for line in logged if "sampling_seconds" in line] == [1, 3, 5, 7], (
         "phases of two steps"
     )

@@ -208,6 +208,8 @@ class Meter:
         step_tokens, total_steps = self._config.stage.step_tokens, self._config.stage.total_steps
         speed = self._positions / steps / step_seconds
         per_rank_flops = speed * self._flops_per_token / self._plan.world_size
+        of_stage = {name: of / steps for name, of in waits.items() if name not in _OF_THE_LOOP}
+        training = step_seconds - sum(of_stage.values())
         per_step = (now - self._started) / (step - self._first_step)
         metrics = {
             "step": step,
@@ -223,7 +225,8 @@ class Meter:
             "data_wait_seconds": max(data_wait),
             "save_stall_seconds": save_stall,
             **{f"{part}_seconds": seconds for part, seconds in parts.items()},
-            **{f"{name}_seconds": of / steps for name, of in waits.items() if name not in _OF_THE_LOOP},
+            **{f"{name}_seconds": seconds for name, seconds in of_stage.items()},
+            **({"trained_tokens_per_second": speed * step_seconds / training} if of_stage else {}),
             "other_seconds": max(0.0, now - self._begun - sum(parts.values())),
             "stall_fraction": max(data_wait) / step_seconds,
             "slowest_rank": max(range(len(busy_by_rank)), key=busy_by_rank.__getitem__),
