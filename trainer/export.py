@@ -5,11 +5,13 @@ import re
 import sys
 from pathlib import Path
 
+from moe.config import ModelConfig
 from moe.hf import SafetensorError
 from trainer.checkpoints.export import DTYPES, export
 from trainer.checkpoints.folder import reading
 from trainer.settings.command import tells_mistakes
-from trainer.settings.run_folder import hf_folder
+from trainer.settings.hub import push
+from trainer.settings.run_folder import hf_folder, run_of
 
 
 def _size(text: str) -> int:
@@ -29,11 +31,22 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "--dtype", choices=DTYPES, help="of the weights; default: as in the checkpoint; fp8 in blocks"
     )
+    parser.add_argument("--push", metavar="NAME", help="upload OUT to this repository, private if new")
+    parser.add_argument("--dry-run", action="store_true", help="with --push: only say what would be uploaded")
     options = parser.parse_args(arguments)
+    if options.dry_run and options.push is None:
+        parser.error("--dry-run belongs to --push NAME")
     try:
         folder = hf_folder(options.source)
         with reading(folder):
             export(folder, options.out, options.max_shard_size, DTYPES.get(options.dtype))
+        run_dir = run_of(options.source)
+        if (run_dir / "config.yaml").is_file():
+            from trainer.monitor.card import write_card  # matplotlib is slow to import
+
+            write_card(run_dir, options.out, ModelConfig.of_folder(options.out))
+        if options.push is not None:
+            print(push(options.out, options.push, dry_run=options.dry_run))
     except (OSError, SafetensorError) as error:
         print(f"the export is incomplete: {error}; run the same command again to continue", file=sys.stderr)
         return 1

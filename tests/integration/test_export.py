@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from commands import ENVIRONMENT, python
 from omegaconf import OmegaConf
 from safetensors import safe_open
@@ -121,6 +122,16 @@ def test_a_run_goes_to_the_hub(train, tmp_path, layout):
     assert "from a/checkpoints/step-00000002/hf" in done.stdout
     assert ("with a selection bias" in done.stdout) == ("balance.bias_update_rate=0.05" in layout)
     assert "hf upload YOUR_NAME/out out" in done.stdout.splitlines()[-1]
+    card = (tmp_path / "out/README.md").read_text()
+    front, _, text = card.removeprefix("---\n").partition("\n---\n")
+    assert yaml.safe_load(front)["library_name"] == "transformers"
+    lines = map(json.loads, (tmp_path / "runs/a/metrics.jsonl").read_text().splitlines())
+    last = {key: value for line in lines for key, value in line.items()}
+    assert f"| Tokens | {last['tokens']:,} of {last['tokens']:,} |" in text
+    assert re.search(r"\| `text` \| [\d,]+ tokens, \d+\.\d\d epochs \|", text)
+    assert f"| `loss/validation` | {last['loss/validation']:.4f} |" in text
+    assert str(tmp_path) not in card, "no path of this machine"
+    assert (tmp_path / "out/training.png").read_bytes().startswith(b"\x89PNG")
     out, hf = tmp_path / "out", tmp_path / "runs/a/checkpoints/step-00000002/hf"
     shards = sorted(out.glob("model-*.safetensors"))
     assert [path.name for path in shards] == [

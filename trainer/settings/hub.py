@@ -40,3 +40,28 @@ def fetch(name: str, *, weights: bool = True, here: bool = False) -> Path:
 def pinned(name: str) -> str:
     """The name with the commit that it means now, so that a run that starts later gets the same weights."""
     return f"{name.partition('@')[0]}@{fetch(name, weights=False).name}"
+
+
+def push(folder: Path, name: str, *, dry_run: bool) -> str:
+    """Upload a folder to the repository `name` of the hub, private if it is new; returns what was done.
+
+    With `dry_run`, what would be done. Files that the repository has already are not sent again. Raises
+    ConfigError if the hub refuses.
+    """
+    from huggingface_hub import HfApi
+
+    files = sorted(path for path in folder.iterdir() if path.is_file() and path.name[0] != ".")
+    total = sum(path.stat().st_size for path in files) / 1e9
+    listed = "\n".join(f"  {path.stat().st_size:>15,}  {path.name}" for path in files)
+    what = f"{len(files)} files, {total:.2f} GB, to {name} (private if it is new)"
+    if dry_run:
+        return f"would upload {what}:\n{listed}"
+    try:
+        api = HfApi()
+        url = api.create_repo(name, private=True, exist_ok=True)
+        api.upload_folder(repo_id=name, folder_path=folder, ignore_patterns=[".*"])
+    except Exception as error:  # the library raises exceptions of many types
+        said = " ".join(str(error).split())
+        remedy = "log in by `hf auth login` with a token that may write, and run the same command again"
+        raise ConfigError(f"--push {name}: the hub refuses ({said}); {remedy}") from error
+    return f"uploaded {what}: {url}"

@@ -1,17 +1,14 @@
 """Models of the hub by name, from a hub on this machine that speaks the protocol of huggingface.co."""
 
-import hashlib
 import json
-import os
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import torch
+from hub_server import COMMIT, Hub, serving
 from omegaconf import OmegaConf
 
 from data_pipeline.tokenizer import train_tokenizer
@@ -19,70 +16,20 @@ from moe.hf import save_hf
 from moe.init import init_weights
 from moe.model import CausalLM
 
-COMMIT = "5f0b02c75b57c5855da9ae460ce51323ea669d8a"
-API = "/api/models/me/tiny"
 MODEL = ["model=tiny_dense", "model.vocab_size=320", "model.num_hidden_layers=2", "model.hidden_size=32"]
-
-
-class Hub(BaseHTTPRequestHandler):
-    """One model with one commit."""
-
-    folder: Path
-    asked: list[str]
-
-    def do_HEAD(self) -> None:
-        self.answer(with_body=False)
-
-    def do_GET(self) -> None:
-        self.answer(with_body=True)
-
-    def answer(self, with_body: bool) -> None:
-        path = self.path.partition("?")[0]
-        names = sorted(file.name for file in self.folder.iterdir())
-        body, headers = b"", {}
-        if path in {API, f"{API}/revision/main", f"{API}/revision/{COMMIT}"}:
-            files = [{"rfilename": name} for name in names]
-            body = json.dumps({"id": "me/tiny", "sha": COMMIT, "siblings": files, "tags": []}).encode()
-        elif path == f"{API}/tree/{COMMIT}":
-            sizes = {file.name: file.stat().st_size for file in self.folder.iterdir()}
-            tree = [{"type": "file", "oid": "0" * 40, "size": sizes[name], "path": name} for name in names]
-            body = json.dumps(tree).encode()
-        elif path.startswith("/me/tiny/resolve/") and path.split("/")[-1] in names:
-            body = (self.folder / path.split("/")[-1]).read_bytes()
-            headers = {"ETag": f'"{hashlib.sha256(body).hexdigest()}"', "X-Repo-Commit": COMMIT}
-            if with_body:
-                self.asked.append(path.split("/")[-1])
-        else:
-            self.send_response(404)
-            self.send_header("X-Error-Code", "RepoNotFound")
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-            return
-        self.send_response(200)
-        for key, value in {**headers, "Content-Length": str(len(body))}.items():
-            self.send_header(key, value)
-        self.end_headers()
-        if with_body:
-            self.wfile.write(body)
-
-    def log_message(self, *_: object) -> None:
-        pass
 
 
 @pytest.fixture
 def hub(tmp_path: Path, run_config) -> Iterator[dict[str, str]]:
     """The environment of a process that asks this hub, with an empty cache."""
-    Hub.folder, Hub.asked = tmp_path / "model", []
+    Hub.folder = tmp_path / "model"
     model = CausalLM(run_config(*MODEL).model)
     torch.manual_seed(0)
     init_weights(model, 0)
     save_hf(model, Hub.folder)
     (Hub.folder / "tokenizer.json").write_text(train_tokenizer(["the quick brown fox\n" * 20], 320))
-    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        place = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "cache")}
-        yield {**os.environ, **place, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-        server.shutdown()
+    with serving() as environment:
+        yield {**environment, "HF_HOME": str(tmp_path / "cache")}
 
 
 def python(*command: str, env: dict[str, str], cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -122,3 +69,24 @@ def test_a_model_that_the_hub_does_not_have_is_refused(hub, tmp_path, name):
     refused = python(*run, env=hub, cwd=tmp_path)
     assert refused.returncode == 2
     assert f"stage.init_from={name}: {name} is no folder here" in refused.stderr
+
+
+def test_a_folder_is_uploaded_and_a_refusal_says_what_to_do(hub, tmp_path):
+    out = ["trainer.export", str(Hub.folder), "out", "--push", "me/new"]
+    env = {**hub, "HF_TOKEN": "hf_nothing"}
+    dry = python(*out, "--dry-run", env=env, cwd=tmp_path)
+    assert dry.returncode == 0, dry.stderr
+    assert "to me/new (private if it is new):" in dry.stdout
+    assert "model.safetensors" in dry.stdout
+    assert not Hub.created
+    done = python(*out, env=env, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert Hub.created["name"] == "new"
+    assert Hub.created.get("visibility") == "private" or Hub.created.get("private")
+    files = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert Hub.uploaded == files
+    assert f"{len(files)} files" in done.stdout
+    refused = python("trainer.export", str(Hub.folder), "out", "--push", "me/other", env=env, cwd=tmp_path)
+    assert refused.returncode == 2
+    assert "--push me/other: the hub refuses" in refused.stderr
+    assert "log in by `hf auth login`" in refused.stderr
