@@ -97,7 +97,8 @@ def _places(config: SubmitConfig) -> set[Path]:
     paths = [] if config.data.mode == "streaming" and not prepares else [Path(config.data.dir).resolve()]
     if config.data.mode == "streaming" or prepares:
         text = absolute_paths(config.data)
-        named = [text["tokenizer"], *(path for of in text["sources"].values() for path in of["paths"])]
+        named = [text["tokenizer"], *text["exclude"]]
+        named += [path for of in text["sources"].values() for path in of["paths"]]
         paths += [Path(path) for path in named if path and os.path.isabs(path)]  # others are names on the hub
     given = None if prepares else config.stage.init_from
     if given is not None and not is_hub_name(given):
