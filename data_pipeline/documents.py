@@ -13,6 +13,7 @@ import numpy as np
 from data_pipeline import chat, forms
 from data_pipeline.config import CHAT_KINDS, DataConfig, DataError, SourceConfig
 from data_pipeline.readers import Row
+from data_pipeline.templated import Qwen3, open_template
 from data_pipeline.tokenizer import Tokenizer
 
 _HEAD_BYTES = 200
@@ -64,15 +65,17 @@ def read_documents(
     config: DataConfig, name: str, rows: Iterable[Row], tokenizer: Tokenizer | None = None
 ) -> Iterator[Document | Reject]:
     """The documents and rejects of the rows of source `name`, in order; blank lines are rejects too. The
-    tokenizer is needed only to apply `max_chat_tokens` to conversations."""
+    tokenizer is needed only to apply `max_chat_tokens` to conversations. Raises DataError for a chat template
+    that cannot be used."""
     source = config.sources[name]
+    template = open_template(config.chat_template)
     for row in rows:
         items: list[Document | Reject]
         try:
             if row.fault is not None:
                 raise ValueError(row.fault)
             if source.kind in CHAT_KINDS:
-                documents = _conversations(row, source, config.think_flag_share)
+                documents = _conversations(row, source, template, config.think_flag_share)
                 items = [_limited(document, config.max_chat_tokens, tokenizer) for document in documents]
             else:
                 items = [_text(row, _content(row, source.text_column), config.min_characters)]
@@ -109,15 +112,17 @@ def _text(row: Row, content: object, min_characters: int) -> Document:
     return Document(row, content, None, content.encode())
 
 
-def _conversations(row: Row, source: SourceConfig, think_flag_share: float | None) -> list[Document]:
+def _conversations(
+    row: Row, source: SourceConfig, template: Qwen3, think_flag_share: float | None
+) -> list[Document]:
     """The prompt, or the samples of the conversation, of a row. Raises ValueError, with the reason, for a bad
     row."""
     fields = _fields(row, source.verified_fields) if source.kind == "prompts" else None
     conversation, ignored = forms.read(row.value, source)
     if fields is None:
-        found = chat.samples(conversation, think_flag_share)
+        found = template.samples(conversation, think_flag_share)
     else:
-        found = [chat.prompt(conversation, row.value.get("enable_thinking"))]
+        found = [template.prompt(conversation, row.value.get("enable_thinking"))]
     return [Document(row, "", pieces, json.dumps(pieces).encode(), fields, ignored) for pieces in found]
 
 

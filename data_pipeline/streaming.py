@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.config import DataConfig, DataError, SourceConfig
+from data_pipeline.config import CHAT_TEMPLATES, DataConfig, DataError, SourceConfig
 from data_pipeline.documents import Document, Reject, check_columns, encoded, hash_document, read_documents
 from data_pipeline.files import is_address
 from data_pipeline.readers import BLANK, Row, format_of, hub_rows, is_hub, list_inputs, plan_slices, read_rows
@@ -114,4 +114,10 @@ def absolute_paths(config: DataConfig) -> dict[str, Any]:
     tokenizer = config.tokenizer
     if tokenizer is not None and os.path.exists(tokenizer):
         tokenizer = os.path.abspath(tokenizer)
-    return {"tokenizer": tokenizer, "sources": sources}
+    return {"tokenizer": tokenizer, "sources": sources, "chat_template": absolute_template(config)}
+
+
+def absolute_template(config: DataConfig) -> str:
+    """`data.chat_template`, whose file has an absolute path."""
+    name = config.chat_template
+    return name if name in CHAT_TEMPLATES else os.path.abspath(name)

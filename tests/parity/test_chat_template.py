@@ -8,7 +8,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from data_pipeline.chat import render
 
-TEMPLATE = (Path(__file__).parents[2] / "trainer/checkpoints/chat_template.jinja").read_text()
+TEMPLATE = (Path(__file__).parents[2] / "data_pipeline/templates/qwen3.jinja").read_text()
 TOOLS = [
     {"name": "größe", "parameters": {"a": 1, "<b>": "&"}},
     {"type": "function", "function": {"name": "f"}},

@@ -45,6 +45,7 @@ ROOMS = {
 EXTRA = {
     "data_pipeline/__main__.py": {"moe", "trainer/settings", "omegaconf"},  # a door: it composes a run
     "data_pipeline/files.py": {"fsspec"},
+    "data_pipeline/sandbox.py": {"jinja2"},
     "data_pipeline/readers.py": {"datasets", "pyarrow"},
     "data_pipeline/prepare.py": {"datasets", "pyarrow", "tokenizers"},
     "data_pipeline/tokenizer.py": {"tokenizers"},

@@ -249,8 +249,9 @@ class Checkpoints:
         write_index(weights, hf)
         write_config(model, dtype, hf, [tokenizer.end_of_text])
         (hf / "tokenizer.json").write_bytes(tokenizer.serialized.encode())
+        (hf / "chat_template.jinja").write_text(chat_template(self._config.data), encoding="utf-8")
         files = {name: entry for part in parts for name, entry in part.files.items()}
-        files |= {f"hf/{path.name}": measure(path) for path in hf.glob("*.json")}
+        files |= {f"hf/{path.name}": measure(path) for path in [*hf.glob("*.json"), hf / "chat_template.jinja"]}
         fields = {
             "step": step,
             "tokens": step * stage.step_tokens,
