@@ -131,7 +131,7 @@ def samples(row: Mapping[str, Any], think_flag_share: float | None) -> list[list
 def to_learn(
     row: Mapping[str, Any], think_flag_share: float | None
 ) -> tuple[list[dict[str, Any]], list[Exchange]]:
-    """Copies of the messages of a row, with flags, and its exchanges; arguments and errors as of `samples`."""
+    """Copies of a row's messages, with flags, and its exchanges. Arguments and errors: those of `samples`."""
     messages = _checked(row)
     queries = _queries(messages)
     exchanges = list[Exchange]()

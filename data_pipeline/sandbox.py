@@ -7,7 +7,7 @@ its loops and macros, and its output, sums, products and paddings hold at most M
 import json
 import re
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -168,10 +168,12 @@ class _Environment(ImmutableSandboxedEnvironment):
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
         tree = super()._parse(source, name, filename)
-        for node in tree.find_all((nodes.For, nodes.Macro, nodes.CallBlock)):
+        bodies: Iterator[Any] = tree.find_all((nodes.For, nodes.Macro, nodes.CallBlock))
+        for node in bodies:
             count = nodes.Call(nodes.EnvironmentAttribute("count_turn"), [], [], None, None)
             node.body.insert(0, nodes.ExprStmt(count, lineno=node.lineno))
-        return tree.set_environment(self)
+        tree.set_environment(self)
+        return tree
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         sizes = [len(of) if hasattr(of, "__len__") else of for of in (left, right)]
@@ -185,14 +187,15 @@ class _Environment(ImmutableSandboxedEnvironment):
             _check_size(left.bit_length() * right)
         return super().call_binop(context, operator, left, right)
 
-    def call(self, context: Any, called: Any, /, *given: Any, **named: Any) -> Any:  # type: ignore[override]
+    def call(self, context: Any, called: Any, /, *given: Any, **named: Any) -> Any:
         if isinstance(getattr(called, "__self__", None), str):  # such as 'a'.center
             _check_numbers(*given, *named.values())
         return super().call(context, called, *given, **named)
 
-    def format_string(self, template: str, *given: Any, **named: Any) -> str:  # type: ignore[override]
-        _check_widths(template)
-        return super().format_string(template, *given, **named)
+    def wrap_str_format(self, value: Any) -> Any:
+        if getattr(value, "__name__", None) in ("format", "format_map"):
+            _check_widths(getattr(value, "__self__", None))
+        return super().wrap_str_format(value)
 
 
 def _to_json(

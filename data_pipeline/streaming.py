@@ -114,7 +114,7 @@ def absolute_paths(config: DataConfig) -> dict[str, Any]:
     tokenizer = config.tokenizer
     if tokenizer is not None and os.path.exists(tokenizer):
         tokenizer = os.path.abspath(tokenizer)
-    return {"tokenizer": tokenizer, "sources": sources, "chat_template": absolute_template(config)}
+    return {"tokenizer": tokenizer, "sources": sources}
 
 
 def absolute_template(config: DataConfig) -> str:

@@ -5,6 +5,7 @@ of its text is an answer, the conversation is rendered a second time with marks:
 sound text holds. Without the marks both renderings must be equal; otherwise the conversation is refused.
 """
 
+import contextlib
 import functools
 import json
 import re
@@ -25,7 +26,9 @@ _PLAIN = {masked: code for code, masked in _MASK.items()} | {ord(of): None for o
 _PLAIN |= {ord(STARTS): None, ord(ENDS): None}
 _RESPONSE = re.compile(r"(\s*<tool_response>)(.*)(</tool_response>\s*)", re.S)
 _WRITTEN = re.compile(f"(<tool_response>{_OPENS}|{_CLOSES}</tool_response>)")
-_PROBE = {"messages": [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]}
+_ASKED = [{"role": "user", "content": "question"}]
+_CALL = {"type": "function", "function": {"name": "f", "arguments": "{}"}}
+_CALLED = [*_ASKED, {"role": "assistant", "content": "", "tool_calls": [_CALL]}]
 Span = tuple[int, int]
 
 
@@ -47,6 +50,11 @@ class Template(Qwen3):
 
     def __init__(self, text: str, origin: str) -> None:
         self.text, self._jinja = text, JinjaTemplate(text, origin)
+        self._needs_objects = False
+        try:
+            self._talk(_CALLED, None).pieces(len(_CALLED), [])
+        except ValueError:
+            self._needs_objects = True
 
     def samples(self, row: Mapping[str, Any], think_flag_share: float | None) -> list[list[Piece]]:
         """The training samples of a row: as few as possible, each answer learned in one.
@@ -57,7 +65,7 @@ class Template(Qwen3):
         refuses, and for one with an answer that cannot be learned anywhere.
         """
         messages, exchanges = chat.to_learn(row, think_flag_share)
-        talk = Conversation(self._jinja, messages, row.get("tools"))
+        talk = self._talk(messages, row.get("tools"))
         found, waiting = [], list[int]()
         ends = [exchange.end for exchange in exchanges]
         for exchange, later in zip(exchanges, [*ends[1:], None], strict=True):
@@ -74,7 +82,14 @@ class Template(Qwen3):
         """As `chat.prompt`. Raises ValueError (`template: ...`), too, where the template refuses the row."""
         options = {"add_generation_prompt": True, **chat.to_answer(row, thinks)}
         messages = row["messages"]
-        return Conversation(self._jinja, messages, row.get("tools")).pieces(len(messages), [], **options)
+        return self._talk(messages, row.get("tools")).pieces(len(messages), [], **options)
+
+    def _talk(self, messages: Sequence[dict[str, Any]], tools: Sequence[Any] | None) -> "Conversation":
+        """A conversation, in which arguments of calls that are JSON in a text become objects if the template
+        takes no texts."""
+        return Conversation(
+            self._jinja, list(map(_parsed, messages)) if self._needs_objects else messages, tools
+        )
 
 
 class Conversation:
@@ -169,14 +184,14 @@ class _Marked(NamedTuple):
 
     @staticmethod
     def of(message: Mapping[str, Any]) -> "_Marked":
-        found, content = _masked(dict(message)), message.get("content")
+        found, content = _masked(dict(message)), message.get("content", "")
         if message["role"] == "user" and (response := _RESPONSE.fullmatch(content)):
             # templates ask for the ends of such a message, so they stay, each beside a mark
             opens, inside, closes = response.groups()
             found["content"] = f"{opens}{_OPENS}{_masked(inside)}{_CLOSES}{closes}"
         if message["role"] != "assistant":
             return _Marked(found, 0)
-        if isinstance(content, str):
+        if content:
             in_content = message.get("reasoning_content") is None and chat.split_reasoning(message)[0]
             parts = re.split("(</?think>)", content) if in_content else [content]
             marked = [part if number % 2 else _said(_masked(part)) for number, part in enumerate(parts)]
@@ -187,6 +202,18 @@ class _Marked(NamedTuple):
             function = call.get("function") or call
             function["name"] = _said(function["name"])
         return _Marked(found, json.dumps(found, ensure_ascii=False).count(_SAID))
+
+
+def _parsed(message: dict[str, Any]) -> dict[str, Any]:
+    """The message with objects in place of the arguments of calls that are objects as JSON."""
+    calls = []
+    for call in message.get("tool_calls") or ():
+        function = dict(call.get("function") or call)
+        with contextlib.suppress(ValueError, TypeError, RecursionError):
+            found = json.loads(function["arguments"])
+            function["arguments"] = found if isinstance(found, dict) else function["arguments"]
+        calls.append(call | {"function": function} if call.get("function") else function)
+    return message | {"tool_calls": calls} if calls else message
 
 
 def _masked(value: Any) -> Any:
@@ -218,33 +245,42 @@ def _append(out: Pieces, marked: str, loss: bool) -> None:
 
 def open_template(name: str) -> Qwen3:
     """The template of `data.chat_template`. Raises DataError for one that cannot be used to teach answers."""
-    origin = f"data.chat_template={name}"
-    template = _of_text(read_template(name), origin if name in CHAT_TEMPLATES else name)
+    template = _of_text(read_template(name), f"{name}.jinja" if name in CHAT_TEMPLATES else name)
     try:
-        template.samples(_PROBE, None)
+        template.samples({"messages": [*_ASKED, {"role": "assistant", "content": "answer"}]}, None)
     except ValueError as error:
+        law = f"a question with its answer cannot be learned: {error}"
         remedy = "correct the template, or mark what the assistant says with {% generation %}"
-        raise DataError(
-            f"{origin}: a question with its answer cannot be learned: {error}; {remedy}"
-        ) from error
+        raise DataError(f"data.chat_template={name}: {law}; {remedy}") from error
     return template
 
 
 def template_of(folder: Path) -> Qwen3:
     """The template of a Hugging Face folder: of chat_template.jinja, else of tokenizer_config.json, else
-    Qwen3's. Raises DataError for files that cannot be read."""
+    Qwen3's. Raises DataError for files that cannot be read, and for a template that makes no prompt."""
     alone, within = folder / "chat_template.jinja", folder / "tokenizer_config.json"
-    if alone.is_file():
-        return _of_text(read_template(str(alone)), str(alone))
+    text, path = (read_template(str(alone)), alone) if alone.is_file() else (_text_within(within), within)
+    template = _of_text(text, str(path))
+    try:
+        template.prompt({"messages": _ASKED}, None)
+    except ValueError as error:
+        raise DataError(f"{path}: the chat template fails: {error}; correct it, or remove it") from error
+    return template
+
+
+def _text_within(path: Path) -> str:
+    """The chat template in a tokenizer_config.json; Qwen3's if there is none."""
     found: Any = None
     try:
-        found = json.loads(within.read_bytes()).get("chat_template") if within.is_file() else None
+        found = json.loads(path.read_bytes()).get("chat_template") if path.is_file() else None
         if isinstance(found, list):  # several by name
             found = {of["name"]: of["template"] for of in found}["default"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        what = f"{within} has no chat template that can be read ({error})"
-        raise DataError(f"{what}; correct it, or write the template to {alone}") from error
-    return _of_text(found if isinstance(found, str) else read_template("qwen3"), str(within))
+        what = f"{path} has no chat template that can be read ({error})"
+        raise DataError(
+            f"{what}; correct it, or write the template to chat_template.jinja beside it"
+        ) from error
+    return found if isinstance(found, str) else read_template("qwen3")
 
 
 @functools.lru_cache(maxsize=8)
