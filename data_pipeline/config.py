@@ -125,6 +125,7 @@ class DataConfig:
         Raises DataError for a chat template that cannot be read.
         """
         settings = {f"data.{key}": getattr(self, key) for key in CONTENT_KEYS}
+        settings["data.chat_template"] = None  # so are folders of an earlier version, which are of qwen3
         if self.chat_template != "qwen3" and any(of.kind in CHAT_KINDS for of in self.sources.values()):
             digest = hashlib.sha256(read_template(self.chat_template).encode()).hexdigest()
             settings["data.chat_template"] = f"sha256 {digest}"

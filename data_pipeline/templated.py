@@ -26,7 +26,7 @@ _PLAIN = {masked: code for code, masked in _MASK.items()} | {ord(of): None for o
 _PLAIN |= {ord(STARTS): None, ord(ENDS): None}
 _RESPONSE = re.compile(r"(\s*<tool_response>)(.*)(</tool_response>\s*)", re.S)
 _WRITTEN = re.compile(f"(<tool_response>{_OPENS}|{_CLOSES}</tool_response>)")
-_ASKED = [{"role": "user", "content": "question"}]
+_ASKED: list[dict[str, Any]] = [{"role": "user", "content": "question"}]
 _CALL = {"type": "function", "function": {"name": "f", "arguments": "{}"}}
 _CALLED = [*_ASKED, {"role": "assistant", "content": "", "tool_calls": [_CALL]}]
 Span = tuple[int, int]
@@ -114,7 +114,7 @@ class Conversation:
         text = self._text(end, **options)
         plain = self._jinja.render(self._messages[:end], self._tools, options)
         if text.translate(_PLAIN) != plain:
-            raise ValueError("template: what it writes depends on the control strings in a message")
+            raise ValueError("template: its own text cannot be told from that of the messages")
         if text.count(_OPENS) + text.count(_CLOSES) != len(_WRITTEN.findall(text)):
             raise ValueError("template: it takes a <tool_response> of a message apart")
         if END_OF_TEXT in text:
