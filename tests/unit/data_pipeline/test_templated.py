@@ -203,7 +203,6 @@ def test_answers_that_are_marked() -> None:
         (("m.content", "m.content | upper"), "cannot be told"),
         (("m.content", "m.content | replace('<tool_response>', '<tool_response> ')"), "apart"),
         (("m.content", "m.content[:3]"), None),
-        (("m.role ", "m.role|upper "), None),
         (("'<|im_end|>\\n'", "'<|im_end|><|endoftext|>'"), "which ends a document"),
     ],
 )
