@@ -26,7 +26,7 @@ ROOMS = {
     "conf": Room("", "", 10),
     "moe/kernels": Room("", "torch triton", 750),
     "moe": Room("moe/kernels", "torch safetensors", 3850),
-    "data_pipeline": Room("", "numpy torch rich", 4300),
+    "data_pipeline": Room("", "numpy torch rich", 4800),
     "trainer/settings": Room("moe data_pipeline", "omegaconf hydra yaml", 1420),
     "trainer/verifiers": Room("trainer/settings", "", 750),
     "trainer/ranks": Room(_BELOW, "torch numpy", 600),
