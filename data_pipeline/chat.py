@@ -36,7 +36,9 @@ class Piece(NamedTuple):
     loss: bool
 
 
-class _Pieces(list[Piece]):
+class Pieces(list[Piece]):
+    """Pieces that are appended one by one."""
+
     def text(self, text: str, loss: bool = False) -> None:
         """Append text of a message. It joins a text piece before it, so that both are tokenized as one."""
         if text and self and self[-1].text is not None and self[-1].loss == loss:
@@ -46,11 +48,19 @@ class _Pieces(list[Piece]):
 
     def markup(self, template: str, loss: bool = False) -> None:
         """Append text of the template itself; control strings in it become control tokens."""
-        for part in _MARKUP.split(template):
-            if _MARKUP.fullmatch(part):
+        for number, part in enumerate(_MARKUP.split(template)):
+            if number % 2:
                 self.append(Piece(None, part, loss))
             else:
                 self.text(part, loss)
+
+
+class Exchange(NamedTuple):
+    """A question with its answer: messages query to end - 1. thinks: whether the answer has reasoning."""
+
+    query: int
+    end: int
+    thinks: bool
 
 
 def render(row: Mapping[str, Any], options: Mapping[str, Any], *, loss_from: int = 0) -> list[Piece]:
@@ -62,7 +72,7 @@ def render(row: Mapping[str, Any], options: Mapping[str, Any], *, loss_from: int
     """
     messages = row["messages"]
     last_query = max(_queries(messages), default=len(messages) - 1)
-    out = _Pieces()
+    out = Pieces()
     if tools := row.get("tools"):
         out.markup("<|im_start|>system\n")
         if messages[0]["role"] == "system":
@@ -78,9 +88,9 @@ def render(row: Mapping[str, Any], options: Mapping[str, Any], *, loss_from: int
             out.text(content)
             out.markup("<|im_end|>\n")
         elif role == "assistant":
-            thinks = i > last_query and (i == len(messages) - 1 or bool(_split_reasoning(message)[0]))
+            thinks = i > last_query and (i == len(messages) - 1 or bool(split_reasoning(message)[0]))
             out.markup("<|im_start|>assistant\n")
-            _render_body(out, message, thinks, loss=i >= loss_from and _is_learned(message))
+            _render_body(out, message, thinks, loss=i >= loss_from and is_learned(message))
             out.markup("\n")
         elif role == "tool":
             if i == 0 or messages[i - 1]["role"] != "tool":
@@ -104,28 +114,34 @@ def samples(row: Mapping[str, Any], think_flag_share: float | None) -> list[list
     the last one of a sample. Every assistant message is learned in exactly one sample, or in none if its
     `learned` is false. think_flag_share: None leaves questions as they are; a number adds mode flags to them
     (arXiv 2505.09388, section 4.3; docs/data.md). Raises ValueError, with the reason, for a row that is
-    malformed, has no target, or has an answer that contradicts its flag; for a lone surrogate this is a
-    UnicodeEncodeError.
+    malformed, has no target, or has an answer that contradicts its flag; for a lone surrogate, here and in
+    `prompt`, this is a UnicodeEncodeError.
     """
+    messages, exchanges = to_learn(row, think_flag_share)
+    found, learned = [], 0
+    for query, end, thinks in exchanges:
+        ends = thinks or query == exchanges[-1].query
+        if ends and any(is_learned(message) for message in messages[learned:end]):
+            cut = {"messages": messages[:end], "tools": row.get("tools")}
+            found.append(_sound(render(cut, {}, loss_from=learned)))
+            learned = end
+    return found
+
+
+def to_learn(
+    row: Mapping[str, Any], think_flag_share: float | None
+) -> tuple[list[dict[str, Any]], list[Exchange]]:
+    """Copies of a row's messages, with flags, and its exchanges. Arguments and errors: those of `samples`."""
     messages = _checked(row)
     queries = _queries(messages)
-    exchanges = []  # (question, end of its answer, whether it has reasoning)
+    exchanges = list[Exchange]()
     for query, until in zip(queries, [*queries[1:], len(messages)], strict=True):
         answers = [i for i in range(query, until) if messages[i]["role"] == "assistant"]
         if answers:
-            thinks = any(_split_reasoning(messages[i])[0] for i in answers)
-            exchanges.append((query, answers[-1] + 1, thinks))
+            thinks = any(split_reasoning(messages[i])[0] for i in answers)
+            exchanges.append(Exchange(query, answers[-1] + 1, thinks))
     _apply_flags(messages, exchanges, think_flag_share)
-    found, learned = [], 0
-    for query, end, thinks in exchanges:
-        ends = thinks or query == exchanges[-1][0]
-        if ends and any(_is_learned(message) for message in messages[learned:end]):
-            cut = {"messages": messages[:end], "tools": row.get("tools")}
-            pieces = render(cut, {}, loss_from=learned)
-            "".join(piece.text or "" for piece in pieces).encode()  # raises for a lone surrogate
-            found.append(pieces)
-            learned = end
-    return found
+    return messages, exchanges
 
 
 def prompt(row: Mapping[str, Any], thinks: object) -> list[Piece]:
@@ -134,6 +150,17 @@ def prompt(row: Mapping[str, Any], thinks: object) -> list[Piece]:
     thinks: false means that the answer begins after an empty think block; otherwise true or None. Raises
     ValueError, with the reason, for a prompt that is malformed or needs no answer.
     """
+    options = {"add_generation_prompt": True, **to_answer(row, thinks)}
+    return _sound(render(row, options, loss_from=len(row["messages"])))
+
+
+def _sound(pieces: list[Piece]) -> list[Piece]:
+    "".join(piece.text or "" for piece in pieces).encode()  # raises for a lone surrogate
+    return pieces
+
+
+def to_answer(row: Mapping[str, Any], thinks: object) -> dict[str, bool]:
+    """What a template is told about thinking in an answer. Arguments and errors: those of `prompt`."""
     if not isinstance(thinks, bool | None):
         raise ValueError(f"type: enable_thinking is of type {type(thinks).__name__}")
     messages = _well_formed(row)
@@ -141,8 +168,7 @@ def prompt(row: Mapping[str, Any], thinks: object) -> list[Piece]:
         raise ValueError("messages: no question of a user")
     if (role := messages[-1]["role"]) not in ("user", "tool"):
         raise ValueError(f"messages: the last one has the role {role}; a prompt ends with user or tool")
-    options = {"add_generation_prompt": True, "enable_thinking": thinks}
-    return render(row, options, loss_from=len(messages))
+    return {} if thinks is None else {"enable_thinking": thinks}
 
 
 def encode(pieces: Sequence[Piece], tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
@@ -155,8 +181,8 @@ def encode(pieces: Sequence[Piece], tokenizer: Tokenizer) -> tuple[np.ndarray, n
     return np.array(ids, dtype=np.uint32), np.array(loss, dtype=np.bool_)
 
 
-def _render_body(out: _Pieces, message: Mapping[str, Any], thinks: bool, loss: bool) -> None:
-    reasoning, content = _split_reasoning(message)
+def _render_body(out: Pieces, message: Mapping[str, Any], thinks: bool, loss: bool) -> None:
+    reasoning, content = split_reasoning(message)
     if thinks:
         out.markup("<think>\n", loss)
         out.text(reasoning.strip("\n"), loss)
@@ -182,7 +208,7 @@ def to_json(value: object, **options: Any) -> str:
         raise ValueError(f"json: {error}") from error
 
 
-def _is_learned(message: Mapping[str, Any]) -> bool:
+def is_learned(message: Mapping[str, Any]) -> bool:
     return message["role"] == "assistant" and message.get("learned") is not False
 
 
@@ -191,7 +217,7 @@ def _content(message: Mapping[str, Any]) -> str:
     return content if isinstance(content, str) else ""
 
 
-def _split_reasoning(message: Mapping[str, Any]) -> tuple[str, str]:
+def split_reasoning(message: Mapping[str, Any]) -> tuple[str, str]:
     """Reasoning and answer; the reasoning comes from its own field or from the content."""
     content, reasoning = _content(message), message.get("reasoning_content")
     if isinstance(reasoning, str):
@@ -227,7 +253,7 @@ def _checked(row: Mapping[str, Any]) -> list[dict[str, Any]]:
     first_answer = next((i for i, m in enumerate(messages) if m["role"] == "assistant"), None)
     if first_answer is None:
         raise ValueError("no_target: no message of the assistant")
-    if not any(_is_learned(message) for message in messages):
+    if not any(is_learned(message) for message in messages):
         raise ValueError("no_target: no message of the assistant is to be learned")
     if not any(query < first_answer for query in _queries(messages)):
         raise ValueError(f"messages[{first_answer}]: the assistant speaks before the user")
@@ -248,7 +274,7 @@ def _fault(message: dict[str, Any]) -> str | None:
         return "reasoning_content is not text"
     if not isinstance(calls, list | None) or not all(_is_call(call) for call in calls or ()):
         return "tool_calls is not a list of objects with a name and arguments"
-    reasoning, answer = _split_reasoning(message)
+    reasoning, answer = split_reasoning(message)
     tags = [tag for tag in _MARKUP.findall(_content(message)) if tag.endswith("think>")]
     sound = list[str]()
     if message.get("reasoning_content") is None and _content(message).lstrip().startswith("<think>"):
@@ -270,7 +296,7 @@ def _is_call(call: Any) -> bool:
 
 
 def _apply_flags(
-    messages: list[dict[str, Any]], exchanges: list[tuple[int, int, bool]], think_flag_share: float | None
+    messages: list[dict[str, Any]], exchanges: list[Exchange], think_flag_share: float | None
 ) -> None:
     """Add mode flags to the questions. Raises ValueError if an answer contradicts its flag."""
     mode, start = None, 0  # mode: that of the last flag in a system or user message

@@ -1,8 +1,10 @@
 """What data a run reads: types and laws. The values live in conf/data/*.yaml."""
 
+import hashlib
 import math
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 CHOICES = {
     "mode": ("prepared", "streaming"),
@@ -29,6 +31,8 @@ FORM_COLUMNS = {  # what each form of conversations calls its columns; all may h
 MESSAGE_KEYS = ("role", "content", "reasoning_content", "tool_calls", "weight", "masked")
 MESSAGE_ROLES = ("system", "user", "assistant", "tool", "function_call")
 NAMING_KEYS = ("columns", "message_keys", "roles")  # of a source: what its conversations call things
+# The files of templates/, of which qwen3 is also code (chat.py), and the rest are as released.
+CHAT_TEMPLATES = ("qwen3", "qwen3_2507_instruct", "qwen3_5")
 CONTENT_KEYS = (
     *("tokenizer_vocab_size", "validation_fraction", "deduplicate", "min_characters"),
     *("max_chat_tokens", "think_flag_share"),
@@ -39,6 +43,17 @@ BLOCK_ROWS = 16384  # the mixture holds its weights exactly, to one row, over ea
 
 class DataError(Exception):
     """A file that the data pipeline reads or wrote is wrong; the message names file, rule and remedy."""
+
+
+def read_template(name: str) -> str:
+    """The text of a chat template: one of CHAT_TEMPLATES, or a file. Raises DataError for another file."""
+    path = Path(__file__).parent / f"templates/{name}.jinja" if name in CHAT_TEMPLATES else Path(name)
+    try:
+        return path.read_bytes().decode()
+    except (OSError, ValueError) as error:
+        known = ", ".join(CHAT_TEMPLATES)
+        remedy = f"name a file in UTF-8 that holds a chat template, or use {known}"
+        raise DataError(f"the chat template {name} cannot be read ({error}); {remedy}") from error
 
 
 @dataclass
@@ -89,6 +104,7 @@ class DataConfig:
     deduplicate: str  # keep the first of a source's equal (exact) or similar (minhash) documents | none
     exclude: list[str]  # files of texts (benchmarks): documents that share 13 words in a row are left out
     min_characters: int  # shorter documents are bad rows (too_short); not for conversations and prompts
+    chat_template: str  # what renders conversations and prompts: one of CHAT_TEMPLATES, or a file NAME.jinja
     max_chat_tokens: int | None  # longer conversations and prompts are bad rows (too_long); null = no limit
     think_flag_share: float | None  # /no_think without reasoning, /think in this share of others; null: none
     on_bad_row: str  # skip (list it in rejects.jsonl) | quarantine (keep the whole row there) | error (stop)
@@ -106,10 +122,17 @@ class DataConfig:
     skip: list[list[int]]  # ranges [first, end) of global numbers of rows (prompts) that are left out
 
     def content_settings(self) -> dict[str, object]:
-        """The keys that decide which tokens a prepared folder holds, apart from the bytes of its inputs."""
+        """The keys that decide which tokens a prepared folder holds, apart from the bytes of its inputs.
+
+        Raises DataError for a chat template that cannot be read.
+        """
         settings = {f"data.{key}": getattr(self, key) for key in CONTENT_KEYS}
         named = {"exact": True, "none": False}  # as folders of earlier versions call them
         settings["data.deduplicate"] = named.get(self.deduplicate, self.deduplicate)
+        settings["data.chat_template"] = None  # so are folders of an earlier version, which are of qwen3
+        if self.chat_template != "qwen3" and any(of.kind in CHAT_KINDS for of in self.sources.values()):
+            digest = hashlib.sha256(read_template(self.chat_template).encode()).hexdigest()
+            settings["data.chat_template"] = f"sha256 {digest}"
         for name, source in sorted(self.sources.items()):
             settings[f"data.sources.{name}.kind"] = source.kind
             settings[f"data.sources.{name}.text_key"] = source.text_column
@@ -164,12 +187,20 @@ class DataConfig:
                 share is not None and not 0 <= share <= 1
             )
         given, ids, held_out = self.tokenizer, self.tokenizer_vocab_size, self.validation_fraction
+        template, flags = self.chat_template, self.think_flag_share
+        no_flags = template in CHAT_TEMPLATES[1:] and flags is not None
         weight = sum(source.weight for source in self.sources.values())
         add = "name at least one source: 'data.sources={NAME: {kind: jsonl, paths: [FILES]}}'"
         no_tokenizer = "is null; name one, or train one with data.tokenizer_vocab_size=4096"
         too_few = "a tokenizer that is trained (data.tokenizer=null) needs at least 512 ids"
         no_use = f"has no use with data.tokenizer={given}; set one of the two to null"
+        use = f"use {', '.join(CHAT_TEMPLATES)}, or a file NAME.jinja"
+        of_qwen3 = "adds flags that only models of data.chat_template=qwen3 know; set it to null"
         laws |= {
+            f"data.chat_template={template} is unknown; {use}": (
+                template not in CHAT_TEMPLATES and not template.endswith(".jinja")
+            ),
+            f"data.think_flag_share={flags} {of_qwen3}": no_flags,
             f"data.validation_fraction={held_out} must be a fraction in [0, 1)": not 0 <= held_out < 1,
             "data.dir is empty; name the folder of the prepared shards": not self.dir,
             f"data.tokenizer {no_tokenizer}": given is None and ids is None and self.mode == "prepared",

@@ -16,6 +16,7 @@ from data_pipeline.config import CHAT_KINDS, DataConfig, DataError, SourceConfig
 from data_pipeline.files import find, version
 from data_pipeline.overlap import BANDS, WordSequences, band_keys
 from data_pipeline.readers import Row, file_rows
+from data_pipeline.templated import Qwen3, open_template
 from data_pipeline.tokenizer import Tokenizer
 
 KEYS = {"none": 0, "exact": 1, "minhash": BANDS}  # of a document, by data.deduplicate
@@ -77,15 +78,17 @@ def read_documents(
     config: DataConfig, name: str, rows: Iterable[Row], tokenizer: Tokenizer | None = None
 ) -> Iterator[Document | Reject]:
     """The documents and rejects of the rows of source `name`, in order; blank lines are rejects too. The
-    tokenizer is needed only to apply `max_chat_tokens` to conversations."""
+    tokenizer is needed only to apply `max_chat_tokens` to conversations. Raises DataError for a chat template
+    that cannot be used."""
     source, excluded = config.sources[name], _excluded(config.exclude)
+    template = open_template(config.chat_template)
     for row in rows:
         items: list[Document | Reject]
         try:
             if row.fault is not None:
                 raise ValueError(row.fault)
             if source.kind in CHAT_KINDS:
-                documents = _conversations(row, source, config.think_flag_share)
+                documents = _conversations(row, source, template, config.think_flag_share)
                 items = [_limited(document, config.max_chat_tokens, tokenizer) for document in documents]
             else:
                 items = [_text(row, _content(row, source.text_column), config.min_characters)]
@@ -152,15 +155,17 @@ def _text(row: Row, content: object, min_characters: int) -> Document:
     return Document(row, content, None, content.encode())
 
 
-def _conversations(row: Row, source: SourceConfig, think_flag_share: float | None) -> list[Document]:
+def _conversations(
+    row: Row, source: SourceConfig, template: Qwen3, think_flag_share: float | None
+) -> list[Document]:
     """The prompt, or the samples of the conversation, of a row. Raises ValueError, with the reason, for a bad
     row."""
     fields = _fields(row, source.verified_fields) if source.kind == "prompts" else None
     conversation, ignored = forms.read(row.value, source)
     if fields is None:
-        found = chat.samples(conversation, think_flag_share)
+        found = template.samples(conversation, think_flag_share)
     else:
-        found = [chat.prompt(conversation, row.value.get("enable_thinking"))]
+        found = [template.prompt(conversation, row.value.get("enable_thinking"))]
     return [Document(row, "", pieces, json.dumps(pieces).encode(), fields, ignored) for pieces in found]
 
 

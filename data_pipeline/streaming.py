@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.config import DataConfig, DataError, SourceConfig
+from data_pipeline.config import CHAT_TEMPLATES, DataConfig, DataError, SourceConfig
 from data_pipeline.documents import Document, Reject, check_columns, encoded, keys_of, read_documents
 from data_pipeline.files import is_address
 from data_pipeline.inputs import list_inputs
@@ -117,3 +117,9 @@ def absolute_paths(config: DataConfig) -> dict[str, Any]:
         tokenizer = os.path.abspath(tokenizer)
     exclude = [path if is_address(path) else os.path.abspath(path) for path in config.exclude]
     return {"tokenizer": tokenizer, "sources": sources, "exclude": exclude}
+
+
+def absolute_template(config: DataConfig) -> str:
+    """`data.chat_template`, whose file has an absolute path."""
+    name = config.chat_template
+    return name if name in CHAT_TEMPLATES else os.path.abspath(name)

@@ -18,6 +18,7 @@ from torch import Tensor
 from data_pipeline import chat, forms
 from data_pipeline.config import DataError, SourceConfig
 from data_pipeline.permutation import derive_key
+from data_pipeline.templated import Qwen3, template_of
 from data_pipeline.tokenizer import END_OF_TEXT, Tokenizer, load_tokenizer
 from moe.config import ConfigError
 from moe.model import CausalLM
@@ -44,11 +45,12 @@ class Writer(NamedTuple):
     seed: int
     rows: int  # samples at once
     chat: bool
+    template: Callable[[], Qwen3]  # read when a conversation needs it
     thinks: bool
     ranks: Ranks  # all of them make the same calls
 
     def encode(self, row: dict[str, Any], where: str) -> list[int]:
-        """The token ids of a row's `prompt`, or of its `messages` (and `tools`) by Qwen3's template.
+        """The token ids of a row's `prompt`, or of its `messages` (and `tools`) by the chat template.
 
         Raises ConfigError or DataError, which name `where`, for a row that is no prompt or is too long.
         """
@@ -60,7 +62,7 @@ class Writer(NamedTuple):
             form = "messages" if "messages" in row else "prompt_completion"
             try:
                 asked = forms.read(row, SourceConfig("prompts", [], format=form)).row
-                pieces = chat.prompt(asked, row.get("enable_thinking", self.thinks))
+                pieces = self.template().prompt(asked, row.get("enable_thinking", self.thinks))
                 ids = chat.encode(pieces, self.tokenizer)[0].tolist()
             except (ValueError, KeyError) as error:
                 raise DataError(f"{where}: {error}; correct it") from error
@@ -262,7 +264,8 @@ def main(arguments: list[str]) -> int:
     model = load_model(folder, ranks, DTYPES.get(options.dtype))
     thinks = not options.no_thinking
     of_model = (model, selection_bias(folder, ranks.device), tokenizer)
-    writer = Writer(*of_model, settings, options.seed, options.rows, options.chat, thinks, ranks)
+    of_text = (options.chat, lambda: template_of(folder), thinks)
+    writer = Writer(*of_model, settings, options.seed, options.rows, *of_text, ranks)
     if options.prompts is not None:
         write_all(writer, options.prompts, options.out)
     elif options.prompt is None:

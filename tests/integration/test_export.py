@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +20,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from data_pipeline.tokenizer import train_tokenizer
+from data_pipeline.chat import encode
+from data_pipeline.config import read_template
+from data_pipeline.templated import template_of
+from data_pipeline.tokenizer import load_tokenizer, train_tokenizer
 from moe.config import ModelConfig
 from moe.hf import load_hf, save_hf
 from moe.model import CausalLM
@@ -189,7 +193,7 @@ def test_what_a_hub_folder_holds(small_folder, tmp_path):
     assert run_export(small_folder, out, "--dtype", "bf16") == 0
     assert {path.name for path in out.iterdir()} == {
         *("model.safetensors", "config.json", "generation_config.json"),
-        *("tokenizer.json", "tokenizer_config.json"),
+        *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
     }
     config = json.loads((out / "config.json").read_text())
     assert config.keys() == RELEASED_KEYS
@@ -206,6 +210,23 @@ def test_what_a_hub_folder_holds(small_folder, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(out, dtype="auto")
     assert model.dtype == torch.bfloat16
     assert model.generation_config.eos_token_id == stops
+
+
+def test_the_template_of_the_run_is_exported(small_folder, tmp_path):
+    """It is that of the checkpoint; transformers and this project make the same prompt of it."""
+    text = read_template("qwen3_5")
+    folder = tmp_path / "with_template"
+    shutil.copytree(small_folder, folder)
+    (folder / "chat_template.jinja").write_text(text)
+    assert run_export(folder, tmp_path / "out") == 0
+    assert (tmp_path / "out/chat_template.jinja").read_text() == text
+    assert json.loads((tmp_path / "out/tokenizer_config.json").read_text())["chat_template"] == text
+    tokenizer, said = AutoTokenizer.from_pretrained(tmp_path / "out"), [{"role": "user", "content": "leave"}]
+    for thinks in (True, False):
+        options = {"add_generation_prompt": True, "enable_thinking": thinks, "return_dict": False}
+        expected = tokenizer.apply_chat_template(said, **options)
+        pieces = template_of(tmp_path / "out").prompt({"messages": said}, thinks)
+        assert encode(pieces, load_tokenizer(tmp_path / "out"))[0].tolist() == expected
 
 
 def test_an_export_in_fp8_is_read_by_transformers_and_here(small_folder, tmp_path):

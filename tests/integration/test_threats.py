@@ -245,9 +245,9 @@ def test_no_pickle_of_a_foreign_checkpoint_is_read(foreign: Path, refusal: Say, 
 
 
 def test_no_template_or_code_of_a_foreign_folder_runs(
-    foreign: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    foreign: Path, tmp_path: Path, refusal: Say, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Endless loops and classes in a chat template, and modules that config.json names."""
+    """Endless loops and classes in a chat template, which is refused, and modules that config.json names."""
     (checkpoint,) = (foreign / "checkpoints").glob("step-*")
     hf = checkpoint / "hf"
     template = "{% for a in range(10 ** 12) %}{{ ''.__class__.__mro__ }}{% endfor %}"
@@ -257,8 +257,14 @@ def test_no_template_or_code_of_a_foreign_folder_runs(
     config = json.loads((hf / "config.json").read_text())
     config |= {"auto_map": {"AutoModelForCausalLM": "modeling_x.X"}}
     (hf / "config.json").write_text(json.dumps(config))
+    assert "chat_template.jinja: the chat template fails" in refusal(export.main, hf, tmp_path / "out")
+    assert "chat_template.jinja: the chat template fails" in refusal(generate.main, hf, "a", "--chat")
+    assert generate.main(["--tokens", "2", str(hf), "a"]) == 0, "a text needs no template"
+    assert not (tmp_path / "out").exists()
+    (hf / "chat_template.jinja").unlink()
+    assert "tokenizer_config.json: the chat template fails" in refusal(export.main, hf, tmp_path / "out")
+    (hf / "tokenizer_config.json").unlink()
     assert export.main([str(hf), str(tmp_path / "out")]) == 0
-    assert generate.main(["--tokens", "2", str(hf), "a"]) == 0
     written = "".join(path.read_text() for path in (tmp_path / "out").glob("*.json*"))
     assert "__mro__" not in written
     assert "modeling_x" not in written

@@ -26,7 +26,7 @@ ROOMS = {
     "conf": Room("", "", 10),
     "moe/kernels": Room("", "torch triton", 750),
     "moe": Room("moe/kernels", "torch safetensors", 3850),
-    "data_pipeline": Room("", "numpy torch rich", 4900),
+    "data_pipeline": Room("", "numpy torch rich", 5500),
     "trainer/settings": Room("moe data_pipeline", "omegaconf hydra yaml", 1420),
     "trainer/verifiers": Room("trainer/settings", "", 750),
     "trainer/ranks": Room(_BELOW, "torch numpy", 600),
@@ -46,6 +46,7 @@ EXTRA = {
     "data_pipeline/__main__.py": {"moe", "trainer/settings", "omegaconf"},  # a door: it composes a run
     "data_pipeline/files.py": {"fsspec"},
     "data_pipeline/overlap.py": {"datasketch"},
+    "data_pipeline/sandbox.py": {"jinja2"},
     "data_pipeline/readers.py": {"datasets", "pyarrow"},
     "data_pipeline/prepare.py": {"datasets", "pyarrow", "tokenizers"},
     "data_pipeline/tokenizer.py": {"tokenizers"},

@@ -15,7 +15,7 @@ ROOMS = {
     "moe": "attention balance block cache cross_entropy dispatch experts fp8 gated_delta_net grouping "
     "next_token router sampling",
     "data_pipeline": "chat claims config documents files forms loader mixture overlap packing permutation "
-    "prepare progress prompts readers shards survey tasks",
+    "prepare progress prompts readers sandbox shards survey tasks templated",
     "trainer": "evaluate generate train",
     "trainer/settings": "rl",
     "trainer/engine": "engine gradients loss optimizer policy zero3",

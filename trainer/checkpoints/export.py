@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.manifest import sync, to_json, write_atomically
+from data_pipeline.templated import template_of
 from data_pipeline.tokenizer import END_OF_TEXT, load_tokenizer
 from moe import fp8
 from moe.config import ConfigError, ModelConfig
@@ -129,7 +130,8 @@ def write_shard(path: Path, shard: Shard, mark: str) -> None:
 
 
 def write_tokenizer(folder: Path, out: Path, config: ModelConfig) -> list[int]:
-    """Copy tokenizer.json, write tokenizer_config.json with Qwen3's chat template; returns the stop ids."""
+    """Copy tokenizer.json, write tokenizer_config.json and the chat template of the folder; returns the stop
+    ids."""
     tokenizer = load_tokenizer(folder)
     serialized = (folder / "tokenizer.json").read_bytes()
     vocabulary = tokenizer.vocabulary()
@@ -146,7 +148,8 @@ def write_tokenizer(folder: Path, out: Path, config: ModelConfig) -> list[int]:
         "added_tokens_decoder": {str(token.pop("id")): token for token in added},
     }
     if chat:
-        fields["chat_template"] = Path(__file__).with_name("chat_template.jinja").read_text()
+        fields["chat_template"] = text = template_of(folder).text  # newer tools read it in a file of its own
+        write_atomically(out / "chat_template.jinja", text.encode())
     write_atomically(out / "tokenizer.json", serialized)
     write_atomically(out / "tokenizer_config.json", to_json(fields))
     return [vocabulary[IM_END], tokenizer.end_of_text] if chat else [tokenizer.end_of_text]
@@ -158,7 +161,8 @@ def export(folder: Path, out: Path, max_shard_bytes: int, dtype: str | None) -> 
     if config.num_nextn_predict_layers and config.to_hf()["model_type"] not in MTP_FORMATS:
         print("multi-token prediction is not exported: the format has no place for it")
         config = replace(config, num_nextn_predict_layers=0)
-    load_tokenizer(folder)  # raises its errors before the weights are written
+    load_tokenizer(folder)  # both raise their errors before the weights are written
+    template_of(folder)
     places = locate(config, folder)
     quantization = None
     if dtype == fp8.STORED:

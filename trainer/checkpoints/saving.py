@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from data_pipeline.config import read_template
 from data_pipeline.manifest import sync, write_atomically
 from data_pipeline.tokenizer import tokenizer_of
 from moe.balance import Balance
@@ -69,6 +70,7 @@ class Checkpoints:
         self._run_dir, self._folder = run_dir, run_dir / "checkpoints"
         self._attempt, self._config, self._ranks, self._say = attempt, config, ranks, say
         self._ep_rank = plan.ep_rank(ranks.rank)
+        self._template = read_template(config.data.chat_template).encode()  # now, while the file is there
         self._layout: dict[str, Any] = {"world_size": plan.world_size, "ep_size": plan.ep_size}
         self._layout |= {"zero_stage": config.zero_stage, "dtype": config.dtype}
         self._writer = ThreadPoolExecutor(1, "checkpoint")
@@ -249,8 +251,11 @@ class Checkpoints:
         write_index(weights, hf)
         write_config(model, dtype, hf, [tokenizer.end_of_text])
         (hf / "tokenizer.json").write_bytes(tokenizer.serialized.encode())
+        (hf / "chat_template.jinja").write_bytes(self._template)
         files = {name: entry for part in parts for name, entry in part.files.items()}
-        files |= {f"hf/{path.name}": measure(path) for path in hf.glob("*.json")}
+        files |= {
+            f"hf/{path.name}": measure(path) for path in [*hf.glob("*.json"), hf / "chat_template.jinja"]
+        }
         fields = {
             "step": step,
             "tokens": step * stage.step_tokens,

@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from data_pipeline.check import check_data
 from data_pipeline.config import DataError
-from data_pipeline.streaming import absolute_paths
+from data_pipeline.streaming import absolute_paths, absolute_template
 from moe.config import ConfigError
 from trainer.settings.config import RunConfig
 from trainer.settings.hub import is_hub_name, pinned
@@ -94,6 +94,7 @@ def check(config: RunConfig, cfg: DictConfig) -> None:
         if cfg.get(group) is not None and (path := cfg[group][key]) is not None:
             is_name = key != "dir" and is_hub_name(path)
             cfg[group][key] = pinned(path) if is_name else str(Path(path).resolve())
+    cfg.data.chat_template = absolute_template(config.data)
     if config.data.mode == "streaming":
         cfg.data.merge_with(absolute_paths(config.data))
 

@@ -52,6 +52,7 @@ def data_config(corpus: Path, tmp_path: Path) -> DataConfig:
         deduplicate="exact",
         exclude=[],
         min_characters=1,
+        chat_template="qwen3",
         max_chat_tokens=None,
         think_flag_share=None,
         on_bad_row="skip",

@@ -1,6 +1,8 @@
 """Random conversations: samples that teach the assistant's words and nothing else, or one clear reason."""
 
+import itertools
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,11 +11,12 @@ import pytest
 from hypothesis import strategies as st
 
 from data_pipeline.chat import Piece, encode, samples
-from data_pipeline.config import DataConfig, SourceConfig
+from data_pipeline.config import CHAT_TEMPLATES, DataConfig, SourceConfig, read_template
 from data_pipeline.documents import Document, Reject, read_documents
 from data_pipeline.forms import read
 from data_pipeline.inputs import list_inputs
 from data_pipeline.readers import plan_slices, read_rows
+from data_pipeline.templated import Template
 from data_pipeline.tokenizer import Tokenizer, train_tokenizer
 
 OURS, THEIRS = "\ue000", "\ue001"  # signs that stand only in what the assistant, and what others, say
@@ -189,6 +192,14 @@ def text_of(pieces: list[Piece]) -> str:
     return "".join(piece.text if piece.text is not None else str(piece.control) for piece in pieces)
 
 
+def outcome(make: Callable[[Any, None], list[list[Piece]]], row: Any) -> list[list[Piece]] | str:
+    """The samples of a row, or the reason why it has none."""
+    try:
+        return make(row, None)
+    except ValueError as error:
+        return str(error)
+
+
 def check_ids(pieces: list[Piece], tokenizer: Tokenizer) -> None:
     """The ids are those of the text, with a mark for each, and the marks are those of the pieces."""
     ids, loss = encode(pieces, tokenizer)
@@ -296,3 +307,38 @@ def test_only_the_assistant_may_call_a_tool_without_words(role: str) -> None:
     ]
     with pytest.raises(ValueError, match=r"messages\[1\]: content is of type NoneType, not text"):
         samples({"messages": messages}, None)
+
+
+@pytest.mark.fuzzing(100, 3_000)
+@pytest.mark.parametrize("name", CHAT_TEMPLATES)
+def test_templates_in_jinja_learn_all_words_of_the_assistant(fuzz, tokenizer: Tokenizer, name: str) -> None:
+    """Or they refuse the row. In Jinja, Qwen3's template has the samples of its code."""
+    accepted, template = [], Template(read_template(name), f"{name}.jinja")
+
+    @fuzz(SOUND)
+    def holds(row):
+        before = json.dumps(row)
+        by_code, found = outcome(samples, row), outcome(template.samples, row)
+        if isinstance(by_code, str):
+            assert isinstance(found, str)
+            return
+        if isinstance(found, str):
+            roles = [message["role"] for message in row["messages"]]
+            assert "template: " in found
+            assert name != "qwen3" or ("assistant", "assistant") in itertools.pairwise(roles)
+            return
+        accepted.append(row)
+        assert json.dumps(row) == before, "the row stays as it is"
+        assert name != "qwen3" or found == by_code
+        learned = [piece for pieces in found for piece in pieces if piece.loss]
+        answers = [message for message in row["messages"] if message["role"] == "assistant"]
+        assert sum(piece.control == "<|im_end|>" for piece in learned) == len(answers), "each in one sample"
+        text = text_of(learned)
+        assert THEIRS not in text
+        for message in answers:
+            assert message["content"].strip() in text
+            assert (message.get("reasoning_content") or "").strip() in text
+        for pieces in found:
+            check_ids(pieces, tokenizer)
+
+    assert len(accepted) > 15

@@ -27,7 +27,7 @@ from data_pipeline.shards import shard_file, verify
 from data_pipeline.tokenizer import load_tokenizer
 
 SEED, VOCAB_SIZE = 7, 512
-TEMPLATE = (Path(__file__).parents[3] / "trainer/checkpoints/chat_template.jinja").read_text()
+TEMPLATE = (Path(__file__).parents[3] / "data_pipeline/templates/qwen3.jinja").read_text()
 QWEN3 = Path(__file__).parents[4] / "shared/data/tokenizer/qwen3_tokenizer.json"
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from data_pipeline import chat
+from data_pipeline.templated import Qwen3
 from data_pipeline.tokenizer import load_tokenizer, train_tokenizer
 from moe.hf import save_hf
 from moe.init import init_weights
@@ -76,7 +77,7 @@ def test_the_end_of_a_text_is_not_shown(folder):
     tokenizer = load_tokenizer(folder)
     settings = SamplingSettings(0.0, 1.0, 0, 0, 9, (tokenizer.end_of_text,))
     model = load_model(folder, ALONE)
-    writer = generate.Writer(model, None, tokenizer, settings, 0, 1, False, True, ALONE)
+    writer = generate.Writer(model, None, tokenizer, settings, 0, 1, False, Qwen3, True, ALONE)
     assert writer.text([*tokenizer.encode("fox"), tokenizer.end_of_text]) == "fox"
 
 
@@ -103,8 +104,8 @@ ROWS = [
 
 def test_messages_may_have_other_forms(folder, say, tmp_path):
     settings = SamplingSettings(0.0, 1.0, 0, 0, 9, ())
-    model, tokenizer = load_model(folder, torch.device("cpu")), load_tokenizer(folder)
-    writer = generate.Writer(model, None, tokenizer, settings, 0, 1, False, True)
+    model, tokenizer = load_model(folder, ALONE), load_tokenizer(folder)
+    writer = generate.Writer(model, None, tokenizer, settings, 0, 1, False, Qwen3, True, ALONE)
     system, user = {"role": "system", "content": "fox"}, {"role": "user", "content": "the dog"}
     parts = [{"type": "text", "text": "the "}, {"type": "text", "text": "dog"}]
     other = [{"from": "developer", "value": "fox"}, {"from": "human", "value": parts}]
