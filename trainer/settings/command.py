@@ -3,7 +3,7 @@
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import wraps
 from importlib.resources import files
 from itertools import chain
@@ -58,9 +58,7 @@ def compose_and(
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # for `--help | head`
         print(_help(about or "", config_name))
         sys.exit(0)
-    # data.sources={...} replaces the sources; Hydra would merge the two, and refuse names that are new
-    told = ([f"~{arg[:12]}", f"+{arg}"] if arg.startswith("data.sources={") else [arg] for arg in sys.argv)
-    sys.argv[:] = chain.from_iterable(told)
+    sys.argv[:] = in_words_of_hydra(sys.argv)
     composed, headline = False, "The configuration is wrong:\n"
 
     @hydra.main(version_base="1.3", config_path="pkg://conf", config_name=config_name)
@@ -78,6 +76,14 @@ def compose_and(
         print("interrupted before the run was started", file=sys.stderr)
         sys.exit(1)
     sys.exit(tells_mistakes(finish, headline)() if composed else 0)  # not composed, for example with --cfg
+
+
+def in_words_of_hydra(arguments: Iterable[str]) -> list[str]:
+    """The arguments of a command for Hydra. data.sources={...} replaces the sources: Hydra alone would merge
+    the two, and refuse names that are new."""
+    replaced = "data.sources"
+    told = ([f"~{replaced}", f"+{of}"] if of.startswith(f"{replaced}={{") else [of] for of in arguments)
+    return list(chain.from_iterable(told))
 
 
 def check(config: RunConfig, cfg: DictConfig) -> None:
