@@ -180,7 +180,7 @@ def test_control_strings_of_any_template_are_control_tokens() -> None:
 
 
 def test_an_answer_is_learned_after_the_text_that_asks_for_it() -> None:
-    """Here the beginning says how many questions there are, so that each answer has a beginning of its own."""
+    """Here the beginning counts the questions, so that each answer has a beginning of its own."""
     count = "{{ messages | selectattr('role', 'equalto', 'user') | list | length }}"
     found = Template(count + CHATML, "x").samples(talk(turn("assistant", "a"), turn("assistant", "b")), None)
     assert [text_of(pieces)[0] for pieces in found] == ["1", "2"]
