@@ -179,6 +179,14 @@ def test_control_strings_of_any_template_are_control_tokens() -> None:
     assert learned(pieces) == ["a<|eot_id|>"]
 
 
+def test_an_answer_is_learned_after_the_text_that_asks_for_it() -> None:
+    """Here the beginning counts the questions, so that each answer has a beginning of its own."""
+    count = "{{ messages | selectattr('role', 'equalto', 'user') | list | length }}"
+    found = Template(count + CHATML, "x").samples(talk(turn("assistant", "a"), turn("assistant", "b")), None)
+    assert [text_of(pieces)[0] for pieces in found] == ["1", "2"]
+    assert list(map(learned, found)) == [["a<|im_end|>"], ["b<|im_end|>"]]
+
+
 def test_answers_that_are_marked() -> None:
     template = Template(MARKED, "marked.jinja")
     row = talk(
@@ -237,6 +245,7 @@ def test_what_a_template_does_with_control_strings_is_exact_or_refused(
         CHATML + "{{ raise_exception('never') }}",
         "{% for a in range(10 ** 9) %}{% endfor %}",
         CHATML.replace("'\\n' + m.content", "'<|im_end|>' + m.content"),  # an answer closes before it begins
+        CHATML.replace("<|im_end|>", "<|im_end|><|im_end|>"),  # it closes twice
     ],
 )
 def test_a_template_that_cannot_teach_is_refused_at_the_start(text: str, tmp_path: Path) -> None:
