@@ -574,6 +574,11 @@ def test_forms_of_prompts(prepared_of: Prepare, name: str) -> None:
         assert prompts[0].fields == row, "the row is kept as it is"
 
 
+def test_a_wrong_text_key_is_told_by_its_name(prepared_of: Prepare) -> None:
+    with pytest.raises(DataError, match="its columns are problem: str, answer: str; set text_key of the"):
+        prepared_of([{"problem": "q", "answer": "1"}], kind="prompts", text_key="prblem")
+
+
 def test_a_named_prompt_admits_no_other_form(prepared_of: Prepare) -> None:
     rows = [{"problem": "q", "answer": "1"}, {"messages": [Q], "answer": "1"}]
     found = prepared_of(rows, kind="prompts", text_key="problem")
