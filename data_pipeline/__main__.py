@@ -12,6 +12,7 @@ docs/data.md explains the keys of data.
 import itertools
 import json
 import shlex
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -130,24 +131,55 @@ def _show_prompt(config: DataConfig, source: str | None, number: int, seed: int)
     return "\n".join([*head, load_tokenizer(config.dir).decode(ids), "--- fields", *shown])
 
 
+_USAGE = {
+    "verify": "verify FOLDER",
+    "inspect": "inspect ROW experiment=NAME; ROW is a number, SOURCE or SOURCE:NUMBER",
+    "look": "look FILES [data.tokenizer=NAME]",
+}
+
+
+def _patterns(arguments: list[str]) -> list[str]:
+    """The files among the arguments of `look`; the others are settings."""
+    return [path for path in arguments if "=" not in path or find(path)]
+
+
+def _check_usage(word: str, others: list[str]) -> None:
+    """Exit with 2 and the usage if `word` is no command, or lacks what it needs."""
+    sound = {
+        "verify": len(others) == 1,
+        "inspect": bool(others) and "=" not in others[0],
+        "look": word == "look" and bool(_patterns(others)),
+    }
+    if not sound.get(word):
+        known = [_USAGE[word]] if word in _USAGE else ["KEY=VALUE ...", *_USAGE.values()]
+        lines = "\n".join(f"  python -m data_pipeline {usage}" for usage in known)
+        law = "needs other arguments" if word in _USAGE else "is neither a command nor KEY=VALUE"
+        print(f"{word} {law}; use\n{lines}", file=sys.stderr)
+        sys.exit(2)
+
+
 def main(arguments: list[str]) -> None:
     """Run the command and exit with its exit code."""
     if {"--help", "-h"} & set(arguments):
         compose_and("prepare", __doc__, prepare_here)
-    if arguments[:1] == ["verify"] and len(arguments) == 2:
+    word = arguments[0] if arguments else "-"
+    if "=" not in word and not word.startswith(("-", "~")):
+        _check_usage(word, arguments[1:])
+    if arguments[:1] == ["verify"]:
         sys.exit(verify_here(arguments[1]))
-    if arguments[:1] == ["inspect"] and len(arguments) >= 2:
+    if arguments[:1] == ["inspect"]:
 
         def inspect_here(cfg: DictConfig) -> int:
             config = RunConfig.load(cfg)
+            signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # for `inspect ... | head`
             shown = show(config.data, arguments[1], seq_len=config.stage.seq_len, seed=config.seed)
             print(shown.encode(errors="backslashreplace").decode())  # names of files may be other bytes
             return 0
 
         sys.argv[1:] = arguments[2:]  # Hydra reads the other arguments
         compose_and("prepare", __doc__, inspect_here)
-    if arguments[:1] == ["look"] and len(arguments) >= 2:
-        patterns = [path for path in arguments[1:] if "=" not in path or find(path)]
+    if arguments[:1] == ["look"]:
+        patterns = _patterns(arguments[1:])
         others = [path for path in arguments[1:] if path not in patterns]
         sys.argv[1:] = ["name=look", "data=jsonl", "data.dir=none", *others]
         compose_and("prepare", __doc__, lambda cfg: look_here(patterns, RunConfig.load(cfg).data))

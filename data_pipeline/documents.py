@@ -15,7 +15,7 @@ from data_pipeline import chat, forms
 from data_pipeline.config import CHAT_KINDS, DataConfig, DataError, SourceConfig
 from data_pipeline.files import find, version
 from data_pipeline.overlap import BANDS, WordSequences, band_keys
-from data_pipeline.readers import Row, file_rows
+from data_pipeline.readers import BLANK, Row, file_rows
 from data_pipeline.templated import Qwen3, open_template
 from data_pipeline.tokenizer import Tokenizer
 
@@ -80,7 +80,7 @@ def read_documents(
     """The documents and rejects of the rows of source `name`, in order; blank lines are rejects too. The
     tokenizer is needed only to apply `max_chat_tokens` to conversations. Raises DataError for a chat template
     that cannot be used."""
-    source, excluded = config.sources[name], _excluded(config.exclude)
+    source, excluded = config.sources[name], word_sequences(config.exclude)
     template = open_template(config.chat_template)
     for row in rows:
         items: list[Document | Reject]
@@ -110,8 +110,9 @@ def _clean(item: Document | Reject, excluded: WordSequences) -> Document | Rejec
     return item if shared is None else Reject(item.row, f"{CONTAMINATED}: data.exclude has {shared!r} too")
 
 
-def _excluded(patterns: list[str]) -> WordSequences | None:
-    """The word sequences of the files of data.exclude; None without files."""
+def word_sequences(patterns: list[str]) -> WordSequences | None:
+    """The word sequences of the files of data.exclude; None without files. Raises DataError for a row that
+    cannot be read."""
     paths = [path for pattern in patterns for path in find(pattern)]
     return _sequences_of(tuple((path, *version(path)) for path in paths)) if paths else None
 
@@ -119,8 +120,16 @@ def _excluded(patterns: list[str]) -> WordSequences | None:
 @lru_cache(maxsize=1)
 def _sequences_of(files: tuple[tuple[str, int, int], ...]) -> WordSequences:
     return WordSequences(
-        text for path, *_ in files for row in file_rows(path) for text in _texts_in(row.value)
+        text for path, *_ in files for row in file_rows(path) for text in _texts_in(_sound(row).value)
     )
+
+
+def _sound(row: Row) -> Row:
+    """The row. Raises DataError if it cannot be read: what it holds would be learned without a word."""
+    if row.value is None and row.fault not in (None, BLANK):
+        where = f"data.exclude: {row.part.path}: the row at {row.offset} cannot be read ({row.fault})"
+        raise DataError(f"{where}, and its texts would be learned; write one JSON object a line, in UTF-8")
+    return row
 
 
 def _texts_in(value: Any) -> Iterator[str]:

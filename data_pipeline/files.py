@@ -5,7 +5,7 @@ import hashlib
 import io
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from data_pipeline.config import DataError
@@ -33,9 +33,12 @@ def find(pattern: str) -> list[str]:
         return [path for path in named if os.path.isfile(path)]
     with _telling(pattern):
         system, path = _open_system(pattern)
-        with suppress(FileNotFoundError):
+        try:
             if system.info(path)["type"] == "file":
                 return [pattern]
+        except FileNotFoundError as error:  # of HTTP also with a server that cannot be reached
+            if isinstance(error.__cause__, OSError) and not isinstance(error.__cause__, FileNotFoundError):
+                raise error.__cause__ from error
         found = sorted(system.glob(path, detail=True).items())
         return [system.unstrip_protocol(name) for name, info in found if info["type"] == "file"]
 
@@ -113,4 +116,6 @@ def _telling(address: str) -> Iterator[None]:
         raise DataError(f"{address} cannot be read: {error}; install the package") from error
     except Exception as error:  # file systems raise errors of many types
         what = f"{address} cannot be read ({type(error).__name__}: {error})"
-        raise DataError(f"{what}; check the address, your rights there and the network") from error
+        raise DataError(
+            f"{what}; check the address, your rights there and the network, or copy the file here"
+        ) from error

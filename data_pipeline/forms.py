@@ -127,6 +127,8 @@ def misfit(source: SourceConfig, columns: Mapping[str, str]) -> str:
     listed = ", ".join(f"{name}: {kind}" for name, kind in columns.items()) or "none"
     remedy = "name its form by `format` of the source and its columns by `columns`, such as"
     example = "{format: prompt_completion, columns: {prompt: question, completion: reply}}"
+    if source.text_key is not None:  # which admits no `format`
+        remedy, example = "set text_key of the source to the column of the prompt,", "or to null"
     law = f"no form of conversations fits; looked for columns of text or lists ({'; '.join(looked)})"
     return f"{law}; its columns are {listed}; {remedy} {example}"
 
@@ -160,8 +162,8 @@ def _alpaca(columns: Mapping[str, Any], asks: bool) -> list[_Turn]:
             raise ValueError("messages: history: not a list of pairs of a question and an answer")
         turns += [_said("user", pair[0]), _said("assistant", pair[1])]
     question, more = _text("instruction", columns["instruction"]), _text("input", columns["input"])
-    asked = f"{question}\n{more}" if more.strip() else question
-    turns.append(_said("user", asked))
+    asked = [text for text in (question, more) if text.strip()]
+    turns.append(_said("user", "\n".join(asked)))
     return turns if asks else [*turns, _said("assistant", columns["output"])]
 
 
@@ -179,8 +181,11 @@ def _completed(columns: Mapping[str, Any], names: _Names) -> list[_Turn]:
     learned: it is what was completed, or what the chosen and the rejected answer have in common.
     """
     prompt, answer = columns["prompt"], columns["completion"]
-    if columns["label"] is False:
-        raise ValueError("no_target: its label says that the completion is a bad one")
+    if answer is not None and (label := columns["label"]) is not None:
+        if not _is_flag(label):
+            raise ValueError(f"messages: label is {label!r}; only 0 and 1, or false and true, are possible")
+        if not label:
+            raise ValueError("no_target: its label says that the completion is a bad one")
     if answer is None:
         answer = columns["chosen"]
         if isinstance(prompt, str) and isinstance(answer, str) and answer.strip() != prompt.strip():

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import yaml
 from rich.text import Text
 
 from data_pipeline import chat, forms
@@ -47,8 +48,8 @@ def _look(path: str, config: DataConfig, tokenizer: Tokenizer | None, in_colour:
         faults = [row.fault for row in rows if row.fault not in (None, BLANK)]
         law = forms.misfit(SourceConfig("sft", [path]), columns) + "; and none of its columns is text"
         law = law if columns else str(faults[0]) if faults else "it has no row"
-        remedy = "; one row a line: jq -c .[] FILE" if not columns and "of type list" in law else ""
-        yield Text(f"  not read {law}{remedy}\n\n", style="red")
+        law += _remedy(rows) if not columns and kind_of(path) == "jsonl" else ""
+        yield Text(f"  not read {law}\n\n", style="red")
         return
     how = f"kind {source.kind}"
     if source.kind in CHAT_KINDS:
@@ -73,6 +74,13 @@ def _look(path: str, config: DataConfig, tokenizer: Tokenizer | None, in_colour:
     yield Text(f"in a file of conf/   data: {{sources: {{{line}}}}}\n", style="bold")
     override = shlex.quote(f"data.sources={{{line}}}")
     yield Text(f"on a command line    {override}\n\n", style="bold")
+
+
+def _remedy(rows: list[Row]) -> str:
+    """How to write JSON that is no JSON lines: a list of all rows, or rows over several lines."""
+    begin = next((row.raw.strip()[:1] for row in rows if row.raw and row.raw.strip()), b"")
+    filters = {b"[": ".[]", b"{": "."}
+    return f"; one row a line: jq -c {filters[begin]} FILE" if begin in filters else ""
 
 
 def source_of(path: str, rows: list[Row]) -> SourceConfig | None:
@@ -157,5 +165,11 @@ def _yaml_of(path: str, source: SourceConfig) -> str:
 
 
 def _quoted(text: str) -> str:
-    plain = all(letter.isalnum() or letter in "/._-" for letter in text)
-    return text if plain else json.dumps(text, ensure_ascii=False)
+    """A text as YAML and as Hydra read it, which takes only ASCII letters without quotes."""
+    plain = all((letter.isascii() and letter.isalnum()) or letter in "/._-" for letter in text)
+    if plain and isinstance(yaml.safe_load(text), str):  # not a number, null or true
+        return text
+    text = text.replace("${", "\\${")  # else the name of a key
+    # in double quotes YAML takes a backslash for the begin of an escape, and Hydra does not
+    in_single = "\\" in text and not {"'", "\n"} & {*text}
+    return f"'{text}'" if in_single else json.dumps(text, ensure_ascii=False)

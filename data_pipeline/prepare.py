@@ -25,7 +25,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from data_pipeline.claims import Step, is_complete, open_folder, take_part, undone
 from data_pipeline.config import DataConfig, DataError
-from data_pipeline.documents import Document, check_columns
+from data_pipeline.documents import Document, check_columns, word_sequences
 from data_pipeline.files import version
 from data_pipeline.inputs import Known, list_files, list_inputs
 from data_pipeline.manifest import (
@@ -162,7 +162,8 @@ def _agree_on_plan(config: DataConfig, seed: int, given: Tokenizer | None) -> Ma
 
 def _save_plan(config: DataConfig, seed: int, given: Tokenizer | None) -> None:
     plan = _plan(config, seed, given, {})
-    _jobs(config, plan, seed)  # a source that cannot be read must not fix the rest
+    _jobs(config, plan, seed)  # a source or a benchmark that cannot be read must not fix the rest
+    word_sequences(config.exclude)
     plan.save(Path(config.dir), "plan.json")
 
 

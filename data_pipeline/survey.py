@@ -95,6 +95,13 @@ def conclude_survey(jobs: dict[str, list[SliceJob]], folder: Path) -> None:
     write_atomically(folder / CONCLUSION, to_json(found))
 
 
+def _first_reject(folder: str, name: str) -> str:
+    """The first row that a source leaves out, with the reason; nothing if it lists none."""
+    with open(Path(folder, "rejects.jsonl")) as rejects:
+        first = next((fields for fields in map(json.loads, rejects) if fields["source"] == name), None)
+    return "" if first is None else f", first {first['file']} line {first['line']}: {first['reason']}"
+
+
 def check_survey(config: DataConfig) -> dict[str, SourceRecord]:
     """The record of each source, without shards: the rows and the keys of messages that it leaves out. Raises
     DataError for sources with too many bad rows or without a document."""
@@ -113,7 +120,8 @@ def check_survey(config: DataConfig) -> dict[str, SourceRecord]:
             reasons = ", ".join(f"{count} {code}" for code, count in skipped.most_common()) or "no rows"
             broken.append(
                 f"data.sources.{name}: {bad} of {bad + documents} rows are bad ({reasons}), {law};"
-                f" fix the files or the source: {config.dir}/rejects.jsonl lists the bad rows"
+                f" fix the files or the source, and name a new data.dir: {config.dir}/rejects.jsonl lists the"
+                f" rows{_first_reject(config.dir, name)}"
             )
         left_out = skipped + Counter(duplicate=counts["duplicates"])
         keys = Counter[str](counts["ignored"]).most_common(_MOST_KEYS)

@@ -170,6 +170,11 @@ def test_a_broken_connection_is_never_the_end_of_a_file(
     assert not (tmp_path / "made/manifest.json").exists()
 
 
+def test_a_server_that_cannot_be_reached_is_told(data_config, tmp_path):
+    with pytest.raises(DataError, match=r"cannot be read .*Cannot connect.*check the address"):
+        prepared(data_config, tmp_path / "made", "jsonl", "http://127.0.0.1:1/a.jsonl")
+
+
 def test_a_file_is_read_from_any_place(memory, corpus):
     whole = (corpus / "a.jsonl").read_bytes()
     with open_file(f"{memory}/a.jsonl") as file:

@@ -241,7 +241,10 @@ FORMS: dict[str, tuple[Row, Row, str]] = {
     "prompt and completion": ({"prompt": "q", "completion": "a"}, {}, PLAIN),
     "messages of prompt and completion": ({"prompt": [Q, A, R], "completion": [B]}, {}, UNLEARNED),
     "a good completion": ({"prompt": "q", "completion": "a", "label": True}, {}, PLAIN),
+    "a good completion by number": ({"prompt": "q", "completion": "a", "label": 1}, {}, PLAIN),
     "chosen": ({"prompt": "q", "chosen": "a", "rejected": "bad"}, {}, PLAIN),
+    "chosen with a label of something else": ({"prompt": "q", "chosen": "a", "label": False}, {}, PLAIN),
+    "an input without an instruction": ({"instruction": "", "input": "q", "output": "a"}, {}, PLAIN),
     "chosen text with the prompt": ({"prompt": "q\n", "chosen": "q\na"}, {}, PLAIN.replace("q<", "q\n<")),
     "chosen messages": ({"prompt": [Q], "chosen": [A], "rejected": [B]}, {}, PLAIN),
     "chosen messages with the prompt": ({"prompt": "q", "chosen": [Q, A], "rejected": [Q, B]}, {}, PLAIN),
@@ -445,6 +448,16 @@ BAD: dict[str, tuple[Row, Row, str]] = {
         "messages: the answer begins with another question than the prompt",
     ),
     "a bad completion": ({"prompt": "q", "completion": "a", "label": False}, {}, "no_target: its label says"),
+    "a bad completion by number": (
+        {"prompt": "q", "completion": "a", "label": 0},
+        {},
+        "no_target: its label",
+    ),
+    "an unknown label": (
+        {"prompt": "q", "completion": "a", "label": "no"},
+        {},
+        "messages: label is 'no'; only",
+    ),
     "a blank prompt": ({"prompt": " ", "completion": "a"}, {}, "empty"),
     "a history of texts": (
         {"instruction": "q", "output": "a", "history": ["q"]},
@@ -559,6 +572,11 @@ def test_forms_of_prompts(prepared_of: Prepare, name: str) -> None:
         text = load_tokenizer(found.config.dir).decode(prompts[0].ids)
         assert text == SYSTEM[1:] + asked("q")
         assert prompts[0].fields == row, "the row is kept as it is"
+
+
+def test_a_wrong_text_key_is_told_by_its_name(prepared_of: Prepare) -> None:
+    with pytest.raises(DataError, match="its columns are problem: str, answer: str; set text_key of the"):
+        prepared_of([{"problem": "q", "answer": "1"}], kind="prompts", text_key="prblem")
 
 
 def test_a_named_prompt_admits_no_other_form(prepared_of: Prepare) -> None:

@@ -111,3 +111,23 @@ def test_verify_command(prepared: DataConfig, tmp_path: Path, capsys: pytest.Cap
     with pytest.raises(SystemExit) as end:
         main(["verify", str(tmp_path)])
     assert (end.value.code, "is missing: the data is not prepared" in capsys.readouterr().err) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["verify"], "use\n  python -m data_pipeline verify FOLDER\n"),
+        (["verify", "a", "b"], "use\n  python -m data_pipeline verify FOLDER\n"),
+        (["inspect", "experiment=demo"], "use\n  python -m data_pipeline inspect ROW "),
+        (["look", "data.tokenizer=a"], "use\n  python -m data_pipeline look FILES "),
+        (["mine.jsonl"], "mine.jsonl is neither a command nor KEY=VALUE; use\n"),
+        ([""], " is neither a command nor KEY=VALUE; use\n"),
+    ],
+)
+def test_a_wrong_command_prints_the_usage(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    assert end.value.code == 2
+    assert message in capsys.readouterr().err

@@ -147,3 +147,32 @@ def test_a_file_that_is_edited_meanwhile_is_noticed(
     with pytest.raises(DataError, match=r"a\.jsonl changed while data was prepared from it; restore it"):
         prepare(config, VOCAB_SIZE, SEED)
     assert not (tmp_path / "made/manifest.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("pretty.json", json.dumps([{"question": QUESTION}], indent=1).encode()),
+        ("latin.jsonl", (json.dumps({"a": QUESTION}) + '\n{"b": "é"}\n').encode("latin-1")),
+        ("plain.jsonl.gz", json.dumps({"question": QUESTION}).encode()),
+        ("wide.txt", QUESTION.encode("utf-16")),
+    ],
+)
+def test_a_benchmark_that_cannot_be_read_stops(data_config, tmp_path, name, content):
+    """Its texts would be learned. The same folder can be prepared when the file is mended."""
+    (tmp_path / name).write_bytes(content)
+    path = jsonl(tmp_path / "a.jsonl", [{"text": QUESTION}, {"text": "something else"}])
+    config = configured(data_config, tmp_path / "made", path, exclude=[str(tmp_path / name)])
+    with pytest.raises(DataError, match=f"^data.exclude: .*{name}: the row at .* cannot be read"):
+        prepare(config, VOCAB_SIZE, SEED)
+    mended = jsonl(tmp_path / "mended.jsonl", [{"question": QUESTION}])
+    manifest = prepare(replace(config, exclude=[mended]), VOCAB_SIZE, SEED)
+    assert manifest.sources["s"].skipped == {"contaminated": 1}
+
+
+def test_too_many_bad_rows_are_refused_with_the_first(data_config, tmp_path):
+    path = jsonl(tmp_path / "a.jsonl", [{"text": 1}, {"text": "fine"}])
+    config = configured(data_config, tmp_path / "made", path, max_bad_fraction=0.1)
+    first = f"rejects.jsonl lists the rows, first {path} line 1: type: the text is of type int"
+    with pytest.raises(DataError, match=first):
+        prepare(config, VOCAB_SIZE, SEED)

@@ -1,6 +1,7 @@
 """What `look` says of a file: columns, how a run reads it, bad rows, rows as a model sees them, lengths."""
 
 import json
+import shlex
 import subprocess
 import sys
 from dataclasses import replace
@@ -9,6 +10,8 @@ from pathlib import Path
 import datasets
 import pytest
 import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
 from rich.text import Text
 
 from data_pipeline.config import DataConfig, DataError
@@ -68,6 +71,24 @@ def test_the_line_of_yaml_reads_the_file(data_config, tmp_path, repository):
     assert sum(shard.documents for shard in manifest.shards()) == 39
 
 
+@pytest.mark.parametrize("name", ["ünï.jsonl", "数.jsonl", "${x}.jsonl", "back\\slash.jsonl", "a 'b\".jsonl"])
+def test_both_lines_name_the_file(data_config, tmp_path, name):
+    """As YAML, and as an override that Hydra reads."""
+    path = lines(tmp_path / name, [TALK])
+    shown = said(path, data_config).plain.splitlines()
+    [in_file] = [line.partition("conf/")[2] for line in shown if line.startswith("in a file of conf/")]
+    [given] = [line.partition("line")[2] for line in shown if line.startswith("on a command line")]
+    override = OverridesParser.create().parse_override(shlex.split(given)[0]).value()
+    for sources in (OmegaConf.create(yaml.safe_load(in_file)).data.sources, OmegaConf.create(override)):
+        assert [of.paths[0] for of in sources.values()] == [str(path)]
+
+
+@pytest.mark.parametrize("column", ["1", "null", "true"])
+def test_a_column_is_named_by_a_text(data_config, tmp_path, column):
+    shown = said(lines(tmp_path / "a.jsonl", [{column: "some text"}]), data_config).plain
+    assert f'text_key: "{column}"' in shown
+
+
 def test_lengths_are_those_of_the_tokenizer(data_config, tmp_path):
     tokenizer = Tokenizer(train_tokenizer(["one two three\n" * 50], 300), "tokenizer")
     rows = [{"text": "one two three\n" * n} for n in (1, 1, 1, 5, 40)]
@@ -93,6 +114,8 @@ def test_lengths_are_those_of_the_tokenizer(data_config, tmp_path):
             "of type list, not an object; one row a line: jq -c .[] FILE",
         ),
         ("a.jsonl", "{\n", "not read json: "),
+        ("a.json", '[\n{"text":\n"a"}]\n', "; one row a line: jq -c .[] FILE"),
+        ("a.json", '{\n"text":\n"a"}\n', "; one row a line: jq -c . FILE"),
         ("a.jsonl", '{"n": 1}\n', "looked for columns of text or lists"),
     ],
 )
