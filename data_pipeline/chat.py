@@ -273,7 +273,7 @@ def _fault(message: dict[str, Any]) -> str | None:
     if not isinstance(message.get("reasoning_content"), str | None):
         return "reasoning_content is not text"
     if not isinstance(calls, list | None) or not all(_is_call(call) for call in calls or ()):
-        return "tool_calls is not a list of objects with a name and arguments"
+        return "tool_calls is not a list of objects with a name and arguments, an object or its JSON"
     reasoning, answer = split_reasoning(message)
     tags = [tag for tag in _MARKUP.findall(_content(message)) if tag.endswith("think>")]
     sound = list[str]()
@@ -292,7 +292,13 @@ def _is_call(call: Any) -> bool:
     function = (call.get("function") or call) if isinstance(call, dict) else None
     if not isinstance(function, dict):
         return False
-    return isinstance(function.get("name"), str) and isinstance(function.get("arguments"), str | dict)
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+        except (ValueError, RecursionError):
+            return False
+    return isinstance(function.get("name"), str) and isinstance(arguments, dict)
 
 
 def _apply_flags(

@@ -116,6 +116,8 @@ def load_dataset(key: str, dataset: str, streaming: bool) -> Any:
     """A dataset NAME[@REVISION][:CONFIG]:SPLIT. Raises DataError if it cannot be loaded."""
     import datasets  # slow to import, and only hub datasets need it
 
+    if ":" not in dataset:
+        raise DataError(f"{key} names no split; write NAME[@REVISION][:CONFIG]:SPLIT, as in {dataset}:train")
     try:
         name, *config, split = dataset.split(":")
         name, _, revision = name.partition("@")
@@ -209,6 +211,8 @@ def _read_jsonl(part: Part) -> Iterator[Row]:
     except (EOFError, zlib.error, OSError) as error:
         if not is_compressed or getattr(error, "errno", None):
             raise
+        if not line:  # it is not compressed at all, or lost from its first byte
+            raise OSError(str(error)) from error
         yield Row(part, line + 1, offset, b"", None, f"compression: the rest of the file is lost ({error})")
 
 

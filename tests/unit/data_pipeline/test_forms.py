@@ -645,3 +645,13 @@ def test_a_row_is_not_changed() -> None:
             with contextlib.suppress(ValueError):
                 read(row, SourceConfig(kind, [], **keys))
             assert json.dumps(row) == before
+
+
+@pytest.mark.parametrize("arguments", ['{"a"', "[1]", '"a"', "", 3])
+def test_a_call_whose_arguments_are_no_object_is_refused(prepared_of: Prepare, arguments: object) -> None:
+    call = {"function": {"name": "f", "arguments": arguments}}
+    said = [{"role": "user", "content": "go"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    fine = {"messages": [{"role": "user", "content": "go"}, {"role": "assistant", "content": "gone"}]}
+    found = prepared_of([{"messages": said}, fine])
+    [reason] = found.reasons
+    assert "tool_calls is not a list of objects with a name and arguments" in reason

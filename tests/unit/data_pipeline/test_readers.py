@@ -116,6 +116,14 @@ def test_what_is_whole_of_a_damaged_archive_is_kept(tmp_path: Path, read: Read, 
 
 
 @pytest.mark.parametrize("suffix", ["jsonl.gz", "jsonl.zst"])
+def test_a_file_that_is_no_archive_is_not_one_bad_row(tmp_path: Path, read: Read, suffix: str) -> None:
+    path = tmp_path / f"plain.{suffix}"
+    path.write_bytes(ROWS)
+    with pytest.raises(DataError, match=rf"plain\.{suffix} cannot be read as jsonl"):
+        read("jsonl", path)
+
+
+@pytest.mark.parametrize("suffix", ["jsonl.gz", "jsonl.zst"])
 def test_archives_of_several_members(tmp_path: Path, read: Read, suffix: str) -> None:
     (tmp_path / f"two.{suffix}").write_bytes(compressed(ROWS, suffix) + compressed(ROWS, suffix))
     documents, rejects = read("jsonl", tmp_path / f"two.{suffix}")
@@ -253,10 +261,11 @@ def test_hub_datasets_are_read_from_the_cache(
     (tmp_path / "set").mkdir()
     Dataset.from_dict({"text": ["one", "two"]}).to_parquet(tmp_path / "set" / "train.parquet")
     assert read("hub", f"{tmp_path}/set:train") == (["one", "two"], [])
-    for name in ("set:nosplit", "set"):
-        law = rf"paths: .*/{name} cannot be loaded by datasets\.load_dataset .*; check name, config, split"
-        with pytest.raises(DataError, match=law):
-            read("hub", f"{tmp_path}/{name}")
+    law = r"paths: .*/set:nosplit cannot be loaded by datasets\.load_dataset .*; check name, config, split"
+    with pytest.raises(DataError, match=law):
+        read("hub", f"{tmp_path}/set:nosplit")
+    with pytest.raises(DataError, match=r"/set names no split; write NAME.*, as in .*/set:train"):
+        read("hub", f"{tmp_path}/set")
 
 
 def test_a_hub_name_without_a_network_says_what_to_do(
