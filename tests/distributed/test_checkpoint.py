@@ -19,6 +19,7 @@ from harness import run_ranks
 from layouts import ROWS, SmallRun
 
 import trainer.checkpoints.saving
+from data_pipeline.config import read_template
 from moe.config import ConfigError
 from moe.hf import write_shards
 from trainer.checkpoints.folder import damage, reading
@@ -214,7 +215,7 @@ def save_once(run_dir: Path, data: str, experts: int) -> list[str]:
 def go_on_from_a_whole_one(run_dir: Path, data: str) -> dict[str, Any]:
     """Steps 1 and 2 are saved, and a byte of what rank 1 wrote of step 2 is changed: step 1 is restored, with
     the random generators that each rank had."""
-    run, said = small_run(data), []
+    run, said = small_run(data, "data.chat_template=qwen3_2507_instruct"), []
     checkpoints = checkpoints_of(run, run_dir)
     killed = run_dir / "checkpoints/.step-00000001.attempt-0"
     killed.mkdir(parents=True, exist_ok=True)
@@ -240,6 +241,7 @@ def go_on_from_a_whole_one(run_dir: Path, data: str) -> dict[str, Any]:
     step, _ = again.load_latest(run.engine, run.balance)
     found = {"step": step, "said": list(said), "drawn": drawn, "drawn again": torch.rand(3)}
     found |= {"stalls": stalls, "killed": killed.exists()}
+    found["template"] = (run_dir / "checkpoints/step-00000002/hf/chat_template.jinja").read_text()
     found["manifest"] = read_manifest(run_dir / "checkpoints/step-00000002")
     dist.barrier()
     if run.ranks.is_main:
@@ -286,6 +288,7 @@ def test_a_damaged_checkpoint_is_passed_over(saved):
         assert "step-00000002: optimizer/rank-" in line
         assert "1.safetensors is not what was written" in line
         assert found["manifest"]["next_row"] == 2 * ROWS
+        assert found["template"] == read_template("qwen3_2507_instruct")
         assert min(found["stalls"]) > 0, "saving and finishing both take time"
         assert not found["killed"], "what killed attempts left is removed"
         assert "holds no whole checkpoint" in found["refused"]

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from data_pipeline import chat
-from data_pipeline.templated import Qwen3
+from data_pipeline.config import read_template
+from data_pipeline.templated import Qwen3, open_template
 from data_pipeline.tokenizer import load_tokenizer, train_tokenizer
 from moe.hf import save_hf
 from moe.init import init_weights
@@ -271,3 +272,18 @@ def test_a_model_is_loaded_in_the_dtype_of_its_folder(run_config, tmp_path, monk
     back = load_model(tmp_path, ALONE)
     assert taken == {dtype}
     assert all(torch.equal(*pair) for pair in zip(back.parameters(), model.parameters(), strict=True))
+
+
+def test_a_chat_takes_the_template_of_the_folder(folder, say):
+    (folder / "chat_template.jinja").write_text(read_template("qwen3_2507_instruct"))
+    tokenizer = load_tokenizer(folder)
+    row = {"messages": [{"role": "user", "content": "the quick"}], "tools": None}
+    pieces = open_template("qwen3_2507_instruct").prompt(row, None)
+    ids = chat.encode(pieces, tokenizer)[0].tolist()
+    assert tokenizer.control_id("<think>") not in ids, "it knows no reasoning"
+    _, out, _ = say("the quick", "--chat", "--no-thinking", "--tokens", 5)
+    assert out == tokenizer.decode(alone(folder, ids, 5)).rstrip("�") + "\n"
+    (folder / "chat_template.jinja").write_text("{{ messages[0].nothing.at_all }}")
+    code, _, error = say("the quick", "--chat", "--tokens", 5)
+    assert code == 2
+    assert "chat_template.jinja:1" in error
