@@ -114,7 +114,11 @@ def word_sequences(patterns: list[str]) -> WordSequences | None:
     """The word sequences of the files of data.exclude; None without files. Raises DataError for a row that
     cannot be read."""
     paths = [path for pattern in patterns for path in find(pattern)]
-    return _sequences_of(tuple((path, *version(path)) for path in paths)) if paths else None
+    try:
+        return _sequences_of(tuple((path, *version(path)) for path in paths)) if paths else None
+    except DataError as error:
+        what = "its texts would be learned; name files of texts that can be read"
+        raise DataError(f"data.exclude: {error}; {what}") from error
 
 
 @lru_cache(maxsize=1)
@@ -127,8 +131,8 @@ def _sequences_of(files: tuple[tuple[str, int, int], ...]) -> WordSequences:
 def _sound(row: Row) -> Row:
     """The row. Raises DataError if it cannot be read: what it holds would be learned without a word."""
     if row.value is None and row.fault not in (None, BLANK):
-        where = f"data.exclude: {row.part.path}: the row at {row.offset} cannot be read ({row.fault})"
-        raise DataError(f"{where}, and its texts would be learned; write one JSON object a line, in UTF-8")
+        where = f"{row.part.path}: the row at {row.offset} cannot be read ({row.fault})"
+        raise DataError(f"{where}; write one JSON object a line, in UTF-8")
     return row
 
 

@@ -26,7 +26,7 @@ ROOMS = {
     "conf": Room("", "", 10),
     "moe/kernels": Room("", "torch triton", 750),
     "moe": Room("moe/kernels", "torch safetensors", 3850),
-    "data_pipeline": Room("", "numpy torch rich", 5500),
+    "data_pipeline": Room("", "numpy torch rich", 5600),
     "trainer/settings": Room("moe data_pipeline", "omegaconf hydra yaml", 1420),
     "trainer/verifiers": Room("trainer/settings", "", 750),
     "trainer/ranks": Room(_BELOW, "torch numpy", 600),
@@ -45,6 +45,7 @@ ROOMS = {
 EXTRA = {
     "data_pipeline/__main__.py": {"moe", "trainer/settings", "omegaconf"},  # a door: it composes a run
     "data_pipeline/files.py": {"fsspec"},
+    "data_pipeline/look.py": {"yaml"},
     "data_pipeline/overlap.py": {"datasketch"},
     "data_pipeline/sandbox.py": {"jinja2"},
     "data_pipeline/readers.py": {"datasets", "pyarrow"},

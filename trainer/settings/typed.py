@@ -154,6 +154,8 @@ def _faults(value: Any, path: str) -> Iterator[str]:
         law = "must be a finite number"
     elif isinstance(value, int) and not -(2**63) <= value < 2**63:
         law = "must be a number of 64 bits"
+    elif value == "???":  # OmegaConf reads it as missing
+        law = "has no value; give it one"
     elif isinstance(value, str) and ("\0" in value or not is_text(value)):
         law = "must be text in UTF-8 without null characters"
     if law:

@@ -5,6 +5,7 @@ import json
 import random
 import shutil
 from collections import Counter
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -299,11 +300,18 @@ def test_a_flipped_bit_is_found(config: DataConfig, tmp_path: Path, suffix: str)
     damaged = replace(config, dir=str(folder))
     with pytest.raises(DataError, match=rf"{path} is damaged between bytes 0 and {len(content)}: crc32 "):
         verify(folder)
-    with Prompts(damaged, seed=SEED, source="forms") as prompts:
-        numbers = range(len(prompts))
-        if suffix != "loss":  # nobody reads it
-            with pytest.raises(DataError, match=rf"{path} is damaged"):
-                [prompts.origin(number) if suffix == "rows" else prompts[number] for number in numbers]
+
+    def read_all() -> None:
+        with Prompts(damaged, seed=SEED, source="forms") as prompts:
+            numbers = range(len(prompts))
+            [prompts.origin(number) if suffix == "rows" else prompts[number] for number in numbers]
+
+    if suffix == "loss":  # nobody reads it, but opening may: it checks some blocks, which are drawn
+        with suppress(DataError):
+            read_all()
+    else:
+        with pytest.raises(DataError, match=rf"{path} is damaged"):
+            read_all()
     path.write_bytes(content[:-1])
     for find in (verify, lambda _: of_source(damaged, "forms")):
         with pytest.raises(DataError, match=rf"{path} has {len(content) - 1} bytes, its manifest says"):
