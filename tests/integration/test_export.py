@@ -399,7 +399,7 @@ def test_an_out_of_something_else_is_refused(small_folder, tmp_path, capsys):
     assert_equal_weights(out, other)
     for arguments, message in [
         (["--max-shard-size", "7"], "7 is not a size; write 5GB or 300MB"),
-        (["--dtype", "fp8"], "invalid choice: 'fp8'"),
+        (["--dtype", "int4"], "invalid choice: 'int4'"),
     ]:
         with pytest.raises(SystemExit, match="2"):
             run_export(small_folder, tmp_path / "new", *arguments)

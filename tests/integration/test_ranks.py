@@ -80,7 +80,7 @@ def test_one_prompt_is_printed_once(run):
     ("arguments", "message"),
     [
         (["trainer.evaluate", "runs/a", "--nproc", "3"], "3 ranks cannot share the 16 experts"),
-        (["trainer.generate", "runs/b", "a", "--nproc", "2"], "runs/b"),
+        (["trainer.generate", "runs/b", "a", "--nproc", "2"], "runs/b is no folder here"),
         (["trainer.evaluate", "runs/a", "--nproc", "0"], "--nproc must be above 0"),
         (
             ["trainer.generate", "runs/a", "--prompts", "no", "--out", "o", "--nproc", "2"],

@@ -58,7 +58,7 @@ def rejects(items: list[Document | Reject]) -> list[str]:
     return [item.code for item in items if isinstance(item, Reject)]
 
 
-@pytest.mark.parametrize("slice_bytes", [1000, 1 << 30])
+@pytest.mark.parametrize("slice_bytes", [20_000, 1 << 30])
 @pytest.mark.parametrize("on_bad_row", ["skip", "quarantine"])
 def test_every_row_of_messy_jsonl(data_config: DataConfig, slice_bytes: int, on_bad_row: str) -> None:
     path = MESSY / "messy.jsonl"
