@@ -117,6 +117,8 @@ def test_what_is_prepared_is_the_same(corpus, server, memory, data_config, tmp_p
 def test_globs_find_files_at_addresses(memory, corpus):
     assert find(f"{memory}/a.*") == sorted(f"memory:///corpus/{path.name}" for path in corpus.glob("a.*"))
     assert find(f"{memory}/nothing*") == []
+    files = {f"memory:///corpus/{path.name}" for path in corpus.iterdir() if path.is_file()}
+    assert set(find(f"{memory}/*")) == files, "without the folder"
     (corpus / "b[1].jsonl").write_bytes(b"{}\n")
     assert find(f"{corpus}/b[1].jsonl") == [f"{corpus}/b[1].jsonl"]
 
