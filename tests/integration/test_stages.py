@@ -28,7 +28,7 @@ STAGES = {  # steps of 2048, 2048, 4096 and 4096 tokens, and of 32 completions
     # the short answers of the small tasks look like nothing that was seen before
     "sft": [
         "stage.train_tokens=40960",
-        "data.sources={stdlib_chat: {weight: 1.0}, task_chat: {weight: 0.0}}",
+        *("data.sources.stdlib_chat.weight=1.0", "data.sources.task_chat.weight=0.0"),
     ],
     "rl": [
         *("stage.global_batch_size=32", "micro_batch_size=8", "stage.train_tokens=9216"),
