@@ -45,8 +45,9 @@ def _sections(run: Run, config: ModelConfig) -> list[str]:
         "Optimizer": f"AdamW, learning rate {run.config.optimizer.lr:g}, {run.config.schedule.kind}",
         "Precision": run.config.dtype,
     }
+    unit = "tokens" if run.config.rl is None else "prompts"
     read = {
-        f"`{source}`": f"{run.last(f'sources/{source}/tokens', 0):,.0f} tokens, "
+        f"`{source}`": f"{run.last(f'sources/{source}/{unit}', 0):,.0f} {unit}, "
         f"{run.last(f'sources/{source}/epochs', 0):.2f} epochs"
         for source in sorted(run.config.data.trained_sources())
     }
