@@ -147,6 +147,8 @@ def write_all(writer: Writer, prompts: Path, out: Path) -> None:
 
 def _done_before(rows: dict[int, dict[str, Any]], prompts: Path, out: Path) -> list[int]:
     """The numbers of the rows in `out`, with what the ranks of an earlier command left beside it."""
+    if not out.parent.is_dir():
+        raise DataError(f"--out {out}: there is no folder {out.parent}; make it, or name another one")
     _gather(out)
     found = _read(out) if out.exists() else []
     for line in found:

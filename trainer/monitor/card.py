@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from data_pipeline.manifest import write_atomically
 from moe.config import ModelConfig
 from trainer.monitor.report import Run, draw
 from trainer.settings.hub import is_hub_name
@@ -26,7 +27,7 @@ def write_card(run_dir: Path, out: Path, config: ModelConfig) -> None:
         front["base_model"] = base.partition("@")[0]
     head = "".join(f"{key}: {json.dumps(value)}\n" for key, value in front.items())
     text = "\n\n".join([f"---\n{head}---", f"# {run.config.name}", *_sections(run, config)])
-    (out / CARD).write_text(f"{text}\n")
+    write_atomically(out / CARD, f"{text}\n".encode())  # a card that is there is kept
 
 
 def _sections(run: Run, config: ModelConfig) -> list[str]:

@@ -64,7 +64,7 @@ def test_the_line_of_yaml_reads_the_file(data_config, tmp_path, repository):
     [line] = [line for line in shown.splitlines() if line.startswith("on a command line")]
     run = f"PYTHONPATH={repository} {sys.executable} -m data_pipeline name=x data=jsonl data.dir=x"
     given = f"{run} {line.partition('line')[2]} --cfg job"
-    done = subprocess.run(given, shell=True, cwd=tmp_path, capture_output=True, text=True, check=True)
+    done = subprocess.run(["bash", "-c", given], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert yaml.safe_load(done.stdout)["data"]["sources"] == sources
     of_run = {name: type(next(iter(data_config.sources.values())))(**source)}
     manifest = prepare(replace(data_config, sources=of_run), 512, 0)

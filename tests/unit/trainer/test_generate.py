@@ -287,3 +287,10 @@ def test_a_chat_takes_the_template_of_the_folder(folder, say):
     code, _, error = say("the quick", "--chat", "--tokens", 5)
     assert code == 2
     assert "chat_template.jinja:1" in error
+
+
+def test_an_out_without_a_folder_is_refused(say, tmp_path):
+    (tmp_path / "in.jsonl").write_text('{"prompt": "a"}\n')
+    code, _, error = say("--prompts", tmp_path / "in.jsonl", "--out", tmp_path / "no/out.jsonl")
+    assert code == 2
+    assert f"there is no folder {tmp_path / 'no'}; make it" in error
