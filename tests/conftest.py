@@ -27,7 +27,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture
 def fuzz(request: pytest.FixtureRequest) -> Callable[..., Callable[[Callable[..., None]], None]]:
-    """`@fuzz(strategy, ...)` above a function in a test calls it with examples, which are always the same."""
+    """`@fuzz(strategy, ...)` above a function in a test calls it with examples: the same as long as the sources are.
+
+    (Hypothesis takes constants from the sources among its examples.)
+    """
     rules = settings(
         max_examples=request.param,
         derandomize=True,

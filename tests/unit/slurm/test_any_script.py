@@ -74,7 +74,7 @@ TEXTS = st.one_of(
     *[ONE_LINE] * 9,
     st.text(st.sampled_from(SIGNS), max_size=8),
     st.sampled_from(["a\n#SBATCH --x", "a\ntouch pwned"]),
-).map(lambda text: text.replace("${", "{$"))  # no reference to another key
+).map(lambda text: text.replace("${", "$ {"))  # no reference to another key
 NAMES = st.one_of(
     *[st.sampled_from(["A", "path_2", "lower", "__"])] * 4,
     st.sampled_from(["RUN_DIR", "WRAP", "UID", "IFS", "BASHOPTS", "é", "a\nb", "_"]),
@@ -173,7 +173,7 @@ def test_any_text_is_refused_or_arrives_as_one_word(fuzz, tree, tmp_path):
         except ConfigError as error:
             refused.append(texts)
             for line in error.problems:
-                assert line.startswith(("slurm", "name=", "output_dir=")), line
+                assert line.startswith(("slurm", "name", "output_dir")), line
             return
         run_dir = folder / config.run_dir
         try:
@@ -218,7 +218,8 @@ def test_whole_scripts_are_bash(fuzz, tree, tmp_path):
     )
     values = st.fixed_dictionaries(dict.fromkeys((*SWITCHES, "python"), tame))
 
-    tame = tame.map(lambda text: text.replace("${", "{$"))
+    # no reference to another key, and not OmegaConf's word for a value that is missing
+    tame = tame.map(lambda text: text.replace("${", "$ {").replace("???", "?"))
 
     @fuzz(
         tame.map(lambda text: f"run{text}".replace("\\", "")),
