@@ -216,10 +216,9 @@ def test_whole_scripts_are_bash(fuzz, tree, tmp_path):
         min_size=1,
         max_size=8,
     )
-    values = st.fixed_dictionaries(dict.fromkeys((*SWITCHES, "python"), tame))
-
     # no reference to another key, and not OmegaConf's word for a value that is missing
     tame = tame.map(lambda text: text.replace("${", "$ {").replace("???", "?"))
+    values = st.fixed_dictionaries(dict.fromkeys((*SWITCHES, "python"), tame))
 
     @fuzz(
         tame.map(lambda text: f"run{text}".replace("\\", "")),
