@@ -85,7 +85,7 @@ def test_an_evaluation_is_that_of_the_rows_with_the_bias_and_leaves_training_alo
 
 def test_a_run_that_would_need_more_epochs_than_allowed_is_refused_at_its_start(overrides):
     """Up to the last row of its last step."""
-    ranks, allowed = Ranks(0, 0, 1, torch.device("cpu")), "data.sources.second.max_epochs=1"
+    ranks, allowed = Ranks(0, 0, 1, torch.device("cpu")), "+data.sources.second.max_epochs=1"
 
     def config(steps: int) -> RunConfig:
         return small_config(*overrides, allowed, f"stage.train_tokens={steps * ROWS * SEQ_LEN}")
