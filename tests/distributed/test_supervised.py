@@ -99,3 +99,13 @@ def test_a_run_that_would_need_more_epochs_than_allowed_is_refused_at_its_start(
     Supervised(config(most), ranks, None, None, step=0).close()
     with pytest.raises(DataError, match=r"second\.max_epochs=1"):
         Supervised(config(most + 1), ranks, None, None, step=0)
+
+
+def test_the_order_of_the_rows_depends_on_the_seed_of_the_run(overrides):
+    ranks, found = Ranks(0, 0, 1, torch.device("cpu")), []
+    for seed in (1, 2, 1):
+        stage = Supervised(small_config(*overrides, f"seed={seed}"), ranks, None, None, step=0)
+        found.append(stage.micro_batches()[0].input_ids)
+        stage.close()
+    assert torch.equal(found[0], found[2])
+    assert not torch.equal(found[0], found[1])

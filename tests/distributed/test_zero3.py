@@ -1,16 +1,20 @@
-"""ZeRO-3 gathers in the same order on all ranks, in whatever order DeepSpeed asks for parameters."""
+"""What trainer/engine/zero3.py changes in how DeepSpeed gathers the weights that it has partitioned."""
 
+import pytest
 import torch
 import torch.distributed as dist
 from harness import run_ranks
-from layouts import SmallRun
+from layouts import SmallRun, micro_batches
 
-RELEASED = "++deepspeed.zero_optimization.stage3_param_persistence_threshold=0"
+# ZeRO-3 would never release the small weights of this model, nor one that it needs again soon
+_ZERO3 = "++deepspeed.zero_optimization.stage3"
+RELEASED = [f"{_ZERO3}_param_persistence_threshold=0", f"{_ZERO3}_max_reuse_distance=0"]
+SETTINGS = ["deepspeed=zero3", "micro_batch_size=8", "parallel.ep_size=2", *RELEASED]
 
 
 def gathers_of_both_groups() -> tuple[list[str], bool]:
     """The gathers, one for each group of ranks, of all parameters; rank 1 asks for the experts first."""
-    run = SmallRun("deepspeed=zero3", "micro_batch_size=8", "parallel.ep_size=2", RELEASED)
+    run = SmallRun(*SETTINGS)
     named = dict(run.engine.module.named_parameters())
     names = sorted(named, key=lambda name: ".experts." in name, reverse=dist.get_rank() == 1)
     asked = [named[name] for name in names]
@@ -28,3 +32,31 @@ def test_ranks_gather_in_one_order():
     assert first == second
     assert len(first[0]) == 2
     assert first[1]
+
+
+def forwards_with_whole_weights() -> tuple[list[set[bool]], list[list[float]]]:
+    """Which parameters are whole: inside after each of two forwards, and outside; losses with and without."""
+    whole, losses = [], []
+    for gathers in (True, False):
+        run = SmallRun(*SETTINGS)
+        batch = micro_batches(run.plan, run.ranks.rank, 0)[0]
+        parameters = list(run.engine.module.parameters())
+
+        def look(parameters: list = parameters) -> None:
+            whole.append({one.shape == one.ds_shape for one in parameters})
+
+        if gathers:
+            with run.engine.gathered(True):
+                for _ in range(2):
+                    run.engine.apply(batch.input_ids, batch.position_ids, batch.cu_seqlens)
+                    look()
+            look()
+        losses.append(run.train(range(2))["losses"])
+        run.engine.close()
+    return whole, losses
+
+
+def test_weights_stay_whole_over_many_forwards_and_training_goes_on_as_before():
+    for whole, (after, without) in run_ranks(forwards_with_whole_weights, 2):
+        assert whole == [{True}, {True}, {False}]
+        assert after == pytest.approx(without, rel=1e-6)
