@@ -86,6 +86,11 @@ def in_words_of_hydra(arguments: Iterable[str]) -> list[str]:
     return list(chain.from_iterable(told))
 
 
+_PATHS = [("data", "dir"), ("stage", "init_from"), ("rl", "reference"), ("distill", "teacher")]
+_PATHS += [("distill", "lessons")]
+_MODELS = {"init_from", "reference", "teacher"}  # keys that may name a model of the hub
+
+
 def check(config: RunConfig, cfg: DictConfig) -> None:
     """Raises ConfigError or DataError if the run or its data is wrong.
 
@@ -96,9 +101,11 @@ def check(config: RunConfig, cfg: DictConfig) -> None:
     config.check()
     refuse_unsafe(cfg)
     check_data(config.data, config.model.vocab_size, config.seed)
-    for group, key in (("data", "dir"), ("stage", "init_from"), ("rl", "reference")):
+    if config.distill is not None:
+        config.distill.check_lessons(config.stage.seq_len)
+    for group, key in _PATHS:
         if cfg.get(group) is not None and (path := cfg[group][key]) is not None:
-            is_name = key != "dir" and is_hub_name(path)
+            is_name = key in _MODELS and is_hub_name(path)
             cfg[group][key] = pinned(path) if is_name else str(Path(path).resolve())
     cfg.data.chat_template = absolute_template(config.data)
     if config.data.mode == "streaming":
