@@ -129,3 +129,22 @@ def test_teach_says_what_it_needs(student, corpus, tmp_path):
     assert full.returncode == 2
     assert "holds something else; name a new folder" in full.stderr
     assert (tmp_path / "mine/thesis.txt").read_text() == "precious"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_the_demo_student_beats_itself_alone(tmp_path):
+    """Ten minutes on two cores: the teacher, the student with it, and the student alone on the same tokens."""
+    once = ["output_dir=runs", "data.dir=data", "tracker.wandb=disabled"]
+    assert python("data_pipeline", "experiment=demo", *once, cwd=tmp_path, timeout=600).returncode == 0
+    losses = {}
+    for name, keys in {
+        "demo": ["experiment=demo"],
+        "with": ["experiment=demo_distill", "name=with"],
+        "alone": ["experiment=demo_distill", "name=alone", "distill.weight=0"],
+    }.items():
+        done = python("trainer", *keys, *once, cwd=tmp_path, timeout=1800)
+        assert done.returncode == 0, done.stderr
+        lines = map(json.loads, (tmp_path / "runs" / name / "metrics.jsonl").read_text().splitlines())
+        losses[name] = [line["loss/validation"] for line in lines if "loss/validation" in line][-1]
+    assert losses["demo"] < losses["with"] < losses["alone"] - 0.2

@@ -27,8 +27,8 @@ class DistillConfig:
         found = []
         if self.top_k > model.vocab_size > 0:
             found.append(f"distill.top_k={self.top_k} exceeds model.vocab_size={model.vocab_size}; lower it")
-        if not 0 < self.weight <= 1:
-            found.append(f"distill.weight={self.weight} must be above 0 and at most 1; distill=null has none")
+        if not 0 <= self.weight <= 1:
+            found.append(f"distill.weight={self.weight} is outside 0 to 1; use a fraction")
         return found
 
     def teacher_problems(self, teacher: ModelConfig, seq_len: int, ep_size: int) -> list[str]:
