@@ -62,6 +62,10 @@ class Batch:
         tensors = (input_ids, labels, position_ids, cu_seqlens, token_mask)
         return cls(*tensors, rows, lengths, label_tokens, int(token_mask.sum()))
 
+    def options(self) -> dict[str, Any]:
+        """What the model's forward takes beside these tensors; other kinds of batches have some."""
+        return {}
+
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on a device. If it is in pinned memory, the host does not wait for the copies."""
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
@@ -222,9 +226,10 @@ class Loader(Iterator[list[Batch]], AbstractContextManager["Loader"]):
     def _step(self, first_row: int) -> list[Batch]:
         stride = self._world_size * self._micro_batch_size
         start = first_row + self._rank * self._micro_batch_size
-        return [self._batch(row) for row in range(start, start + self._global_batch_size, stride)]
+        return [self.batch(row) for row in range(start, start + self._global_batch_size, stride)]
 
-    def _batch(self, first_row: int) -> Batch:
+    def batch(self, first_row: int) -> Batch:
+        """The micro-batch that begins with a row, wherever the loader is."""
         numbers = tuple(skip_rows(first_row + slot, self._skip) for slot in range(self._micro_batch_size))
         located = [self._locate(number) for number in numbers]
         found = [rows.read(local_row) for rows, local_row in located]

@@ -6,6 +6,7 @@ of a log-probability is known only in the backward, which computes the logits ag
 """
 # T tokens, t tokens of one chunk, H hidden, V vocabulary
 
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -18,6 +19,9 @@ from moe.sums import accumulate
 
 IGNORED = -100  # the label of a token without loss
 CHUNK_BYTES = 2**30  # of the logits of a chunk and what is computed of them
+# logits [t, V] of the tokens [start, stop) -> the loss of each [t], or several values [t, n], and, if it is
+# wanted, the gradient of the loss [t, V]
+OfChunk = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
 
 
 def chunked_cross_entropy(
@@ -31,7 +35,7 @@ def chunked_cross_entropy(
     """
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
         return _ChunkedCrossEntropy.apply(hidden, weight, labels, chunk_bytes)
-    return _over_chunks(hidden, weight, labels, chunk_bytes)[0].sum()
+    return _over_labels(hidden, weight, labels, chunk_bytes)[0].sum()
 
 
 def token_log_probs(
@@ -49,7 +53,7 @@ def token_log_probs(
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk_bytes: int) -> Tensor:
-        losses, *gradients = _over_chunks(hidden, weight, labels, chunk_bytes, ctx.needs_input_grad[:2])
+        losses, *gradients = _over_labels(hidden, weight, labels, chunk_bytes, ctx.needs_input_grad[:2])
         ctx.save_for_backward(*gradients)
         return losses.sum()
 
@@ -68,8 +72,8 @@ class _TokenLogProbs(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(hidden, weight, labels)  # the parameter: ZeRO-3 fills it again for the backward
         ctx.chunk_bytes, ctx.temperature = chunk_bytes, temperature
-        entropies = hidden.new_empty(len(hidden), dtype=_precise(hidden))
-        losses, *_ = _over_chunks(
+        entropies = hidden.new_empty(len(hidden), dtype=precise_dtype(hidden))
+        losses, *_ = _over_labels(
             hidden, weight, labels, chunk_bytes, temperature=temperature, entropies=entropies
         )
         ctx.mark_non_differentiable(entropies)
@@ -81,15 +85,16 @@ class _TokenLogProbs(torch.autograd.Function):
         scales = -log_probs_grad / ctx.temperature  # [T]: the logits are divided before the softmax
         hidden, weight, labels = ctx.saved_tensors
         settings = ctx.chunk_bytes, ctx.needs_input_grad[:2], ctx.temperature
-        _, *gradients = _over_chunks(hidden, weight, labels, *settings, scales)
+        _, *gradients = _over_labels(hidden, weight, labels, *settings, scales)
         return *gradients, None, None, None
 
 
-def _precise(hidden: Tensor) -> torch.dtype:
+def precise_dtype(hidden: Tensor) -> torch.dtype:
+    """Of softmax and sums: at least fp32."""
     return torch.promote_types(hidden.dtype, torch.float32)
 
 
-def _over_chunks(
+def _over_labels(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
@@ -104,45 +109,58 @@ def _over_chunks(
     The gradients are those of the sum of the losses, of which each token's is multiplied by its scale [T].
     The entropies [T] are filled in, if they are given.
     """
-    precise, fused = _precise(hidden), run_on(hidden)
-    hidden_grad = torch.empty_like(hidden) if wanted[0] else None
-    weight_grad: Any = None
-    losses: list[Tensor] = []
+    precise, fused = precise_dtype(hidden), run_on(hidden)
+
+    def of_chunk(logits: Tensor, part: slice) -> tuple[Tensor, Tensor]:
+        of_tokens = [None if values is None else values[part] for values in (scales, entropies)]
+        if fused:
+            from moe.kernels.cross_entropy import loss_and_gradient
+
+            chunk = (logits, labels[part], IGNORED, any(wanted), temperature)
+            return loss_and_gradient(*chunk, *of_tokens), logits  # its gradient is in their memory
+        logits = logits if temperature == 1 else logits.to(precise).div_(temperature)
+        return loss_of_labels(logits, labels[part], precise, any(wanted), *of_tokens)
+
     # [t, V] that exist at once: the logits, their softmax and the terms of the entropies
     bytes_per_logit = hidden.element_size() if fused else (2 if entropies is None else 3) * precise.itemsize
-    longest = max(1, chunk_bytes // (weight.shape[0] * bytes_per_logit))  # tokens
+    return over_chunks(hidden, weight, of_chunk, chunk_bytes // bytes_per_logit, wanted)
+
+
+def over_chunks(
+    hidden: Tensor, weight: Tensor, of_chunk: OfChunk, most_logits: int, wanted: tuple[bool, ...]
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The values of each token [T] or [T, n] and, if `wanted`, gradients by hidden and by weight.
+
+    The gradients are those of the sum of the losses, in the dtypes of hidden and weight. At most
+    `most_logits` logits exist at once, or those of one token.
+    """
+    precise = precise_dtype(hidden)
+    hidden_grad = torch.empty_like(hidden) if wanted[0] else None
+    weight_grad: Any = None
+    found: list[Tensor] = []
+    longest = max(1, most_logits // weight.shape[0])  # tokens
     chunks = max(1, -(-len(hidden) // longest))
     starts = [len(hidden) * n // chunks for n in range(chunks + 1)]
     for start, stop in pairwise(starts):
         states = hidden[start:stop]  # [t, H]
-        logits = states @ weight.T  # [t, V]
-        of_tokens = [None if values is None else values[start:stop] for values in (scales, entropies)]
-        if fused:
-            from moe.kernels.cross_entropy import loss_and_gradient
-
-            loss = loss_and_gradient(
-                logits, labels[start:stop], IGNORED, any(wanted), temperature, *of_tokens
-            )
-        else:
-            logits = logits if temperature == 1 else logits.to(precise).div_(temperature)
-            loss, logits = _loss_and_gradient(logits, labels[start:stop], precise, any(wanted), *of_tokens)
-        losses.append(loss)
+        values, gradient = of_chunk(states @ weight.T, slice(start, stop))
+        found.append(values)
         if any(wanted):
-            logits = logits.to(hidden.dtype)
+            gradient = gradient.to(hidden.dtype)
         if hidden_grad is not None:
-            torch.mm(logits, weight, out=hidden_grad[start:stop])
+            torch.mm(gradient, weight, out=hidden_grad[start:stop])
         if wanted[1]:
-            product = logits.T @ states  # [V, H]
+            product = gradient.T @ states  # [V, H]
             if chunks == 1:
                 weight_grad = product
             else:
                 weight_grad = torch.empty_like(product, dtype=precise) if start == 0 else weight_grad
                 accumulate(weight_grad, product, first=start == 0)
-        del logits
-    return torch.cat(losses), hidden_grad, None if weight_grad is None else weight_grad.to(weight.dtype)
+        del gradient
+    return torch.cat(found), hidden_grad, None if weight_grad is None else weight_grad.to(weight.dtype)
 
 
-def _loss_and_gradient(
+def loss_of_labels(
     logits: Tensor,
     labels: Tensor,
     precise: torch.dtype,

@@ -13,6 +13,7 @@ from moe.block import MoEBlock
 from moe.cache import CacheStep
 from moe.config import ConfigError, ModelConfig
 from moe.cross_entropy import IGNORED, chunked_cross_entropy, token_log_probs
+from moe.distillation import Lesson, chunked_distillation, teach
 from moe.documents import Documents
 from moe.formats import FULL, LINEAR
 from moe.gated_delta_net import GatedDeltaNet
@@ -33,6 +34,9 @@ class ModelOutput(NamedTuple):
     mtp_cross_entropy_sum: Tensor | None = None  # the same for the token after next, if it is trained
     log_probs: Tensor | None = None  # [B, S] fp32 of the labels, if a temperature was given; 0 = no label
     entropies: Tensor | None = None  # [B, S] fp32 of the distributions over the vocabulary, no gradient
+    distillation_sum: Tensor | None = None  # scalar fp32, if a lesson was given: the loss with the gradient
+    divergence_sum: Tensor | None = None  # scalar fp32 without gradient: from the teacher
+    taught: tuple[Tensor, Tensor] | None = None  # `Lesson.ids` and `log_probs`, if they were asked for
 
 
 # for each kind of sequence mixer: the name of its module in a layer, and its class
@@ -135,16 +139,19 @@ class LanguageModelHead(nn.Linear):
     """hidden [B, S, H] -> logits [B, S, V], or with labels [B, S] -> the summed cross entropy.
 
     With labels and a temperature -> their log-probabilities and the entropies, each [B, S].
+    With labels and a lesson -> the sums of `chunked_distillation`.
     The loss is computed here because ZeRO-3 gathers only the parameters of the module that is called.
     """
 
-    def forward(self, hidden: Tensor, labels: Tensor | None = None, temperature: float | None = None) -> Any:
+    def forward(self, hidden: Tensor, labels: Tensor | None = None, how: float | Lesson | None = None) -> Any:
         if labels is None:
             return F.linear(hidden, self.weight)
         states, targets = hidden.flatten(0, 1), labels.flatten()
-        if temperature is None:
+        if isinstance(how, Lesson):
+            return chunked_distillation(states, self.weight, targets, how)
+        if how is None:
             return chunked_cross_entropy(states, self.weight, targets)
-        found = token_log_probs(states, self.weight, targets, temperature)
+        found = token_log_probs(states, self.weight, targets, how)
         return tuple(values.view_as(labels) for values in found)
 
 
@@ -185,6 +192,8 @@ class CausalLM(nn.Module):
         temperature: float | None = None,
         sampled: SampledExperts | None = None,
         keep_experts: bool = False,
+        lesson: Lesson | None = None,
+        teaches: int = 0,
     ) -> ModelOutput:
         """Logits, or with labels the summed cross entropy; and the router statistics.
 
@@ -201,6 +210,8 @@ class CausalLM(nn.Module):
         temperature: with labels, return their log-probabilities in softmax(logits / temperature), and the
         entropies, in place of the cross entropy; nothing looks ahead then.
         sampled: the experts that sampling chose, for training. keep_experts: the statistics hold the experts.
+        lesson: with labels, learn from a teacher as well. teaches, with a temperature: return so many ids of
+        a lesson and their log-probabilities.
         Ids must lie in the vocabulary: nothing checks them here.
         """
         documents, hidden = Documents(cu_seqlens, lengths), self.model.embed_tokens(input_ids)
@@ -218,6 +229,10 @@ class CausalLM(nn.Module):
             return ModelOutput(None, None, router)
         if cache is not None:
             hidden = hidden.flatten(0, 1)[documents.borders[1:] - 1]  # [D, H]
+        if teaches:
+            assert temperature is not None
+            taught = teach(hidden.flatten(0, 1), self.lm_head.weight, teaches, temperature)
+            return ModelOutput(None, None, router, taught=taught)
         if labels is None:
             return ModelOutput(self.lm_head(hidden), None, router)
         if temperature is not None:
@@ -226,6 +241,10 @@ class CausalLM(nn.Module):
         loss_ahead = None
         if ahead is not None:
             loss_ahead = self.lm_head(ahead, _next(labels, documents, 2, IGNORED))
+        if lesson is not None:
+            loss, cross_entropy, divergence = self.lm_head(hidden, labels, lesson)
+            learned = {"distillation_sum": loss, "divergence_sum": divergence}
+            return ModelOutput(None, cross_entropy, router, loss_ahead, **learned)
         return ModelOutput(None, self.lm_head(hidden, labels), router, loss_ahead)
 
     def _tie(self) -> None:

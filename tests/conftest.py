@@ -27,9 +27,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture
 def fuzz(request: pytest.FixtureRequest) -> Callable[..., Callable[[Callable[..., None]], None]]:
-    """`@fuzz(strategy, ...)` above a function in a test calls it with examples: the same as long as the sources are.
+    """`@fuzz(strategy, ...)` above a function in a test calls it with examples.
 
-    (Hypothesis takes constants from the sources among its examples.)
+    They are the same as long as the sources are: Hypothesis takes constants from these.
     """
     rules = settings(
         max_examples=request.param,

@@ -24,7 +24,7 @@ def loss_and_gradient(
     temperature of the sum of the losses, each times its scale [t] fp32. The entropies [t] fp32 are filled in,
     if they are given. The softmax is computed in fp32 in one sweep over a row that keeps its maximum and sum
     (arXiv 1805.02867); a second sweep, which finds the row in the cache of the GPU, writes the gradient. Its
-    oracle is `moe.cross_entropy._loss_and_gradient`.
+    oracle is `moe.cross_entropy.loss_of_labels`.
     """
     tokens, vocabulary = logits.shape
     losses = torch.empty(tokens, dtype=torch.float32, device=logits.device)

@@ -193,7 +193,7 @@ def test_what_a_hub_folder_holds(small_folder, tmp_path):
     assert run_export(small_folder, out, "--dtype", "bf16") == 0
     assert {path.name for path in out.iterdir()} == {
         *("model.safetensors", "config.json", "generation_config.json"),
-        *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
+        *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "SHA256SUMS"),
     }
     config = json.loads((out / "config.json").read_text())
     assert config.keys() == RELEASED_KEYS

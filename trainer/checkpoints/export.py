@@ -5,6 +5,7 @@ read back and compared. If an export is killed, the same command continues it. c
 after the weights: a folder without it is incomplete.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -43,6 +44,8 @@ DTYPES = {"fp32": "F32", "bf16": "BF16", "fp8": fp8.STORED}
 # the weights that are quantised in the folders released in FP8
 _QUANTISED = re.compile(r".+\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)\.weight")
 IM_END = "<|im_end|>"
+SUMS = "SHA256SUMS"
+_DESCRIPTIONS = {".json", ".jinja"}
 
 _TYPES = {**TORCH, fp8.STORED: torch.float8_e4m3fn}
 
@@ -155,6 +158,15 @@ def write_tokenizer(folder: Path, out: Path, config: ModelConfig) -> list[int]:
     return [vocabulary[IM_END], tokenizer.end_of_text] if chat else [tokenizer.end_of_text]
 
 
+def _normalises(out: Path) -> bool:
+    return json.loads((out / "tokenizer.json").read_bytes()).get("normalizer") is not None
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def export(folder: Path, out: Path, max_shard_bytes: int, dtype: str | None) -> None:
     """Write `out`, printing progress. Raises ConfigError or DataError for wrong input, OSError for disks."""
     config = ModelConfig.of_folder(folder)
@@ -178,10 +190,11 @@ def export(folder: Path, out: Path, max_shard_bytes: int, dtype: str | None) -> 
     origin = "/".join(folder.resolve().parts[-4:])  # RUN/checkpoints/step-.../hf
     mark = f"{origin} ({kind}, {len(shards)} of at most {max_shard_bytes:,} B)"
     check_out(out, mark)
-    done, started = 0, time.monotonic()
+    done, started, sums = 0, time.monotonic(), dict[str, str]()
     for name, shard in shards.items():
         how = "kept" if (out / name).exists() else "written"
         write_shard(out / name, shard, mark)
+        sums[name] = _sha256(out / name)  # while the system still has it in memory
         done += nbytes(shard)
         speed = done / (time.monotonic() - started)
         progress = f"{done / 1e9:.2f} of {total / 1e9:.2f} GB, {speed / 1e6:,.0f} MB/s"
@@ -191,6 +204,12 @@ def export(folder: Path, out: Path, max_shard_bytes: int, dtype: str | None) -> 
         weight_map = {name: file for file, shard in shards.items() for name in names_in(shard)}
         write_atomically(out / INDEX, to_json({"metadata": {"total_size": total}, "weight_map": weight_map}))
     write_config(config, written_as, out, write_tokenizer(folder, out, config), quantization)
+    sums |= {path.name: _sha256(path) for path in out.iterdir() if path.suffix in _DESCRIPTIONS}
+    lines = (f"{sums[name]}  {name}\n" for name in sorted(sums))  # as `sha256sum --check` reads them
+    write_atomically(out / SUMS, "".join(lines).encode())
+    if config.to_hf()["model_type"] == "qwen2" and not _normalises(out):
+        what = "for a model of type qwen2, AutoTokenizer composes the characters of each text (NFC)"
+        print(f"warning: {what}, which this tokenizer does not; read it with PreTrainedTokenizerFast")
     if selection_bias(folder, torch.device("cpu")) is not None:
         what = "the run chose experts with a selection bias (balance.bias_update_rate)"
         print(f"warning: {what}; the format has no place for it, so the exported model routes without it")

@@ -25,7 +25,6 @@ from moe.router import TrainingRouting
 from trainer.engine.clock import StepClock
 from trainer.engine.deepspeed_settings import deepspeed_settings
 from trainer.engine.optimizer import states_of
-from trainer.engine.policy import PolicyBatch
 from trainer.ranks.runtime import Ranks
 from trainer.settings.config import RunConfig
 from trainer.settings.parallel import ParallelPlan
@@ -168,7 +167,7 @@ class Engine:
     ) -> ModelOutput:
         """One micro-batch: router statistics and, unless `routing_only`, the sum of cross entropy.
 
-        A PolicyBatch: the log-probabilities of its labels and the entropies in place of the cross entropy.
+        Other kinds of batches, by their options, get what their loss needs in its place.
         """
         experts = self.config.experts
         keys = [f"{self.config.seed}:{row}" for row in batch.rows]
@@ -184,7 +183,7 @@ class Engine:
                 routing_only=routing_only,
                 routing=routing if self.module.training else None,
                 lengths=batch.lengths,
-                **(batch.options() if isinstance(batch, PolicyBatch) else {}),
+                **batch.options(),
             )
 
     @torch.no_grad()

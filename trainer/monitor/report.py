@@ -103,10 +103,11 @@ def _badness(run: Run) -> float:
 
 def draw(runs: list[Run], panels: dict[str, list[str]]) -> Figure:
     """Draw the panels of report.yaml over tokens: all runs if a panel has one metric, else the best run."""
-    figure, places = _grid(len(panels), 3, 2.6)
     known = sorted({key for point in runs[0].points for key in point})
-    for axes, (title, patterns) in zip(places, panels.items(), strict=True):
-        keys = [key for pattern in patterns for key in matching(known, pattern)]
+    found = {title: [key for of in panels[title] for key in matching(known, of)] for title in panels}
+    found = {title.removeprefix("?"): keys for title, keys in found.items() if keys or title[0] != "?"}
+    figure, places = _grid(len(found), 3, 2.6)
+    for axes, (title, keys) in zip(places, found.items(), strict=True):
         if len(runs) > 1 and "loss/validation" in keys:
             keys = ["loss/validation"]
         if title.startswith("+") and keys:

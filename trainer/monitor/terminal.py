@@ -26,13 +26,18 @@ _SHOWN = {
         *("reward {reward:.3f}", "{completion_tokens:.0f} tokens", "{truncated:.0%} truncated"),
         *("{flat_groups:.0%} of groups flat", "entropy {entropy:.2f}"),
     ],
+    "teacher": ["divergence {teacher_divergence:.3f}", "cross entropy {cross_entropy:.3f}"],
     "balance": ["balance {balance_loss:.3f}", "busiest {busiest:.1f}x", "{dead_experts} unused"],
     "speed": [
         *("{tokens_per_second:,.0f} tok/s", "mfu {mfu:.1%}", "waiting for data {stall_fraction:.1%}"),
         "{memory_gib:.1f} GiB",
     ],
 }
-_NEEDS = {"rewards": "reward", "balance": "balance_loss"}  # without this metric a row is left out
+_NEEDS = {
+    "rewards": "reward",
+    "teacher": "teacher_divergence",
+    "balance": "balance_loss",
+}  # without this metric a row is left out
 
 
 class Terminal:

@@ -21,7 +21,7 @@ from data_pipeline.streaming import absolute_paths, absolute_template
 from moe.config import ConfigError
 from trainer.settings.config import RunConfig
 from trainer.settings.hub import is_hub_name, pinned
-from trainer.settings.run_folder import flat, forget_origin
+from trainer.settings.run_folder import flat, forget_origin, hf_folder
 from trainer.settings.secrets import redacted, unsafe_settings
 
 P = ParamSpec("P")
@@ -86,20 +86,34 @@ def in_words_of_hydra(arguments: Iterable[str]) -> list[str]:
     return list(chain.from_iterable(told))
 
 
+_PATHS = [("data", "dir"), ("stage", "init_from"), ("rl", "reference"), ("distill", "teacher")]
+_PATHS += [("distill", "lessons")]
+_READ_AGAIN = ("reference", "teacher")  # models that every start of a run reads
+
+
+def _pinned(path: str, key: str) -> str:
+    """A path or a name of the hub so that it means the same wherever and whenever the run is started."""
+    if key in ("init_from", *_READ_AGAIN) and is_hub_name(path):
+        return pinned(path)
+    is_model = key in _READ_AGAIN and os.path.isdir(path)
+    return str((hf_folder(Path(path)) if is_model else Path(path)).resolve())
+
+
 def check(config: RunConfig, cfg: DictConfig) -> None:
     """Raises ConfigError or DataError if the run or its data is wrong.
 
-    In `cfg`, from which `config` was loaded, paths that the run reads become absolute: it may be started in
-    another folder.
+    In `cfg`, from which `config` was loaded, paths that the run reads become absolute, and models that it
+    reads at every start those of one checkpoint or commit: it may be started in another folder, and later.
     """
     forget_origin(config, config.run_dir)
     config.check()
     refuse_unsafe(cfg)
     check_data(config.data, config.model.vocab_size, config.seed)
-    for group, key in (("data", "dir"), ("stage", "init_from"), ("rl", "reference")):
+    for group, key in _PATHS:
         if cfg.get(group) is not None and (path := cfg[group][key]) is not None:
-            is_name = key != "dir" and is_hub_name(path)
-            cfg[group][key] = pinned(path) if is_name else str(Path(path).resolve())
+            cfg[group][key] = _pinned(path, key)
+    if (distill := RunConfig.load(cfg).distill) is not None:
+        distill.check_lessons(config.stage.seq_len)
     cfg.data.chat_template = absolute_template(config.data)
     if config.data.mode == "streaming":
         cfg.data.merge_with(absolute_paths(config.data))

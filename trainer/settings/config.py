@@ -10,6 +10,7 @@ from data_pipeline.config import DataConfig
 from moe.config import ConfigError, ModelConfig
 from moe.upcycle import upcycle_problems
 from trainer.settings.deepspeed_section import deepspeed_problems
+from trainer.settings.distill import DistillConfig
 from trainer.settings.hub import fetch, is_hub_name
 from trainer.settings.parallel import ParallelConfig, ParallelPlan
 from trainer.settings.rl import RLConfig
@@ -157,6 +158,7 @@ class RunConfig:
     evaluate: EvaluateConfig
     tracker: TrackerConfig
     rl: RLConfig | None = field(default=None, kw_only=True)  # None: supervised training
+    distill: DistillConfig | None = field(default=None, kw_only=True)  # None: no teacher
 
     @classmethod
     def load(cls, cfg: Any) -> "RunConfig":
@@ -199,7 +201,7 @@ class RunConfig:
             *self._own_problems(),
             *self._stage_problems(),
             *(self._init_problems() if not of_model else []),
-            *(self._reference_problems() if not of_model else []),
+            *(self._guest_problems() if not of_model else []),
             *deepspeed_problems(self.deepspeed, self.dtype),
         ]
         if problems:
@@ -290,11 +292,21 @@ class RunConfig:
         found += rl.problems(self.stage.seq_len, self.stage.global_batch_size)
         return found + [law for law, is_broken in laws.items() if is_broken]
 
-    def _reference_problems(self) -> list[str]:
-        """Why the weights in rl.reference are not of this model."""
-        if self.rl is None or self.rl.reference is None:
-            return []
-        return self._other_problems("rl.reference", self.rl.reference, _FREE_AT_HAND_OVER)[1]
+    def _guest_problems(self) -> list[str]:
+        """Why the model in rl.reference or distill.teacher cannot run beside this one."""
+        of, found = self.distill, []
+        if of is not None:
+            found += of.problems(self.model)
+            found += ["rl and distill cannot be one stage; set one to null"] if self.rl is not None else []
+        if of is not None and of.lessons is None:
+            free = vars(self.model).keys() - {"vocab_size"}
+            theirs, why = self._other_problems("distill.teacher", of.teacher, free)
+            found += why + (
+                of.teacher_problems(theirs, self.stage.seq_len, self.parallel.ep_size) if theirs else []
+            )
+        if self.rl is not None and self.rl.reference is not None:
+            found += self._other_problems("rl.reference", self.rl.reference, _FREE_AT_HAND_OVER)[1]
+        return found
 
     def _init_problems(self) -> list[str]:
         """Why the weights of stage.init_from are not of this model and cannot be upcycled into it."""

@@ -6,6 +6,7 @@ from moe.balance import Balance
 from trainer.engine.engine import Engine
 from trainer.ranks.runtime import Ranks
 from trainer.settings.config import RunConfig
+from trainer.stages.distilled import Distilled
 from trainer.stages.reinforced import Reinforced
 from trainer.stages.stage import BuildModel, Stage
 from trainer.stages.supervised import Supervised
@@ -23,4 +24,6 @@ def open_stage(
     """The stage of a run, about to train the step after `step`, with the `state` that it saved there."""
     if config.rl is not None:
         return Reinforced(config, ranks, engine, balance, step, state, build_model)
+    if config.distill is not None:
+        return Distilled(config, ranks, engine, balance, step, build_model)
     return Supervised(config, ranks, engine, balance, step)

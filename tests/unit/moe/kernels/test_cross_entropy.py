@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from moe.cross_entropy import IGNORED, _loss_and_gradient, chunked_cross_entropy, token_log_probs
+from moe.cross_entropy import IGNORED, chunked_cross_entropy, loss_of_labels, token_log_probs
 from moe.kernels import cross_entropy
 
 
@@ -12,7 +12,7 @@ def test_a_chunk(device, tokens, vocabulary, scale):
     logits = scale * torch.randn(tokens, vocabulary, device=device)
     labels = torch.randint(0, vocabulary, (tokens,), device=device)
     labels[1:2] = IGNORED
-    losses, gradient = _loss_and_gradient(logits.double(), labels, torch.float64, True)
+    losses, gradient = loss_of_labels(logits.double(), labels, torch.float64, True)
     before = logits.clone()
     quiet = cross_entropy.loss_and_gradient(logits, labels, IGNORED, gradient=False)
     assert torch.equal(logits, before)
@@ -34,7 +34,7 @@ def test_a_chunk_with_temperature_entropies_and_scales(device, tokens, vocabular
     scales, entropies = torch.randn(tokens, device=device), torch.full((tokens,), 7.0, device=device)
     expected = torch.empty(tokens, dtype=torch.float64, device=device)
     settings = labels, torch.float64, True, scales.double(), expected
-    losses, gradient = _loss_and_gradient(logits.double() / temperature, *settings)
+    losses, gradient = loss_of_labels(logits.double() / temperature, *settings)
     quiet = cross_entropy.loss_and_gradient(logits, labels, IGNORED, False, temperature, entropies=entropies)
     found = cross_entropy.loss_and_gradient(logits, labels, IGNORED, True, temperature, scales)
     assert torch.equal(quiet, found)
@@ -57,7 +57,7 @@ def test_sixteen_bits(device):
     torch.manual_seed(0)
     logits = torch.randn(3, 300, device=device).half()
     labels = torch.tensor([0, 299, IGNORED], device=device)
-    losses, gradient = _loss_and_gradient(logits.double(), labels, torch.float64, True)
+    losses, gradient = loss_of_labels(logits.double(), labels, torch.float64, True)
     found = cross_entropy.loss_and_gradient(logits, labels, IGNORED, gradient=True)
     torch.testing.assert_close(found.double(), losses, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(logits.double(), gradient, rtol=2**-10, atol=1e-7)
