@@ -146,7 +146,7 @@ def lines_of(head: str, config: SubmitConfig) -> list[list[str]]:
 
 def words_of(head: str, names: list[str], folder: Path) -> list[str]:
     """The words that bash has after the lines before job.sh, then the values that a child process gets."""
-    child = "import os, sys; print(*(os.environ[name] for name in sys.argv[1:]), sep='\\0', end='\\0')"
+    child = "import os, sys; [print(os.environ[name], end='\\0') for name in sys.argv[1:]]"
     told = f"{head}\n{TELL}\n{shlex.join([sys.executable, '-c', child, *names])}\n"
     done = subprocess.run(["bash", "-u"], input=told.encode(), cwd=folder, capture_output=True, check=False)
     assert (done.returncode, done.stderr) == (0, b""), done.stderr
