@@ -92,7 +92,7 @@ def _container(folder: Path, configs: list[SubmitConfig]) -> tuple[list[str], li
 
 
 def _places(config: SubmitConfig) -> set[Path]:
-    """The paths of the data and the initial weights of a run, or their nearest existing parent folders."""
+    """The paths of the data and the models that a run reads, or their nearest existing parent folders."""
     prepares = config.job == "prepare"
     paths = [] if config.data.mode == "streaming" and not prepares else [Path(config.data.dir).resolve()]
     if config.data.mode == "streaming" or prepares:
@@ -100,9 +100,10 @@ def _places(config: SubmitConfig) -> set[Path]:
         named = [text["tokenizer"], *text["exclude"]]
         named += [path for of in text["sources"].values() for path in of["paths"]]
         paths += [Path(path) for path in named if path and os.path.isabs(path)]  # others are names on the hub
-    given = None if prepares else config.stage.init_from
-    if given is not None and not is_hub_name(given):
-        paths.append(Path(given).resolve())
+    models = [config.stage.init_from, config.rl and config.rl.reference]
+    models += [config.distill.teacher, config.distill.lessons] if config.distill else []
+    given = [] if prepares else [model for model in models if model and not is_hub_name(model)]
+    paths += [Path(model).resolve() for model in given]
     return {next(place for place in (path, *path.parents) if os.path.exists(place)) for path in paths}
 
 

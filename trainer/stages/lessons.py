@@ -137,7 +137,11 @@ class Lessons:
         ids, log_probs = (torch.cat(of)[:size] for of in of_rows)
         crcs = [crc for batch, *_ in told for crc in checksums(batch)]
         tensors = {"ids": ids, "log_probs": log_probs, "rows_crc32": torch.tensor(crcs[:size])}
-        write_atomically(self.file_of(first), save(tensors, {"crc32": _crc32(tensors)}))
+        try:
+            write_atomically(self.file_of(first), save(tensors, {"crc32": _crc32(tensors)}))
+        except OSError as error:
+            what = f"{self.file_of(first)} cannot be written ({error.strerror})"
+            raise DataError(f"{what}; make room and give the command again, it goes on") from error
 
     def _check(self, path: Path) -> None:
         """Raises DataError if the bytes of a file are not those that were written."""

@@ -67,3 +67,22 @@ def test_a_preparation_has_a_worker_for_each_of_its_processes(tmp_path):
     assert f"--bind={tmp_path}/data " in wrap
     assert "--bind=/etc" not in wrap
     assert {"MODULE=trainer.run", "DATA_DIR=''"} <= set(script(tmp_path))
+
+
+def test_a_container_sees_all_models_that_a_run_reads(tmp_path):
+    folders = [tmp_path / name for name in ("start", "teacher", "lessons", "reference")]
+    for folder in folders:
+        folder.mkdir()
+    start, teacher, lessons, reference = folders
+    container = ["slurm.container.kind=apptainer", "slurm.container.image=image", f"stage.init_from={start}"]
+    taught = ["distill=teacher", f"distill.teacher={teacher}", f"distill.lessons={lessons}"]
+    rewarded = [
+        "rl=grpo",
+        "rl.max_prompt_tokens=8",
+        "rl.sampling.max_new_tokens=8",
+        f"rl.reference={reference}",
+    ]
+    rewarded += ["rl.verifiers={a: {kind: exact, weight: 1}}"]
+    for keys, seen in ((taught, [start, teacher, lessons]), (rewarded, [start, reference])):
+        (wrap,) = (line for line in script(tmp_path, *container, *keys) if "WRAP" in line[:4])
+        assert [folder for folder in folders if f"--bind={folder} " in wrap] == seen
