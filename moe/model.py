@@ -12,7 +12,7 @@ from moe.attention import Attention
 from moe.block import MoEBlock
 from moe.cache import CacheStep
 from moe.config import ConfigError, ModelConfig
-from moe.cross_entropy import IGNORED, chunked_cross_entropy, token_log_probs
+from moe.cross_entropy import IGNORED, chunked_cross_entropy, label_scores, token_log_probs
 from moe.documents import Documents
 from moe.formats import FULL, LINEAR
 from moe.gated_delta_net import GatedDeltaNet
@@ -33,6 +33,7 @@ class ModelOutput(NamedTuple):
     mtp_cross_entropy_sum: Tensor | None = None  # the same for the token after next, if it is trained
     log_probs: Tensor | None = None  # [B, S] fp32 of the labels, if a temperature was given; 0 = no label
     entropies: Tensor | None = None  # [B, S] fp32 of the distributions over the vocabulary, no gradient
+    best: Tensor | None = None  # [N] bool, with places: no token is more probable; log_probs are [N] then
 
 
 # for each kind of sequence mixer: the name of its module in a layer, and its class
@@ -134,13 +135,22 @@ def _next(values: Tensor, documents: Documents, reach: int, otherwise: Tensor | 
 class LanguageModelHead(nn.Linear):
     """hidden [B, S, H] -> logits [B, S, V], or with labels [B, S] -> the summed cross entropy.
 
-    With labels and a temperature -> their log-probabilities and the entropies, each [B, S].
+    With labels and a temperature -> their log-probabilities and the entropies, each [B, S]. With places [N] and
+    labels [N] -> the log-probabilities of the labels after these tokens, and which of them are the best.
     The loss is computed here because ZeRO-3 gathers only the parameters of the module that is called.
     """
 
-    def forward(self, hidden: Tensor, labels: Tensor | None = None, temperature: float | None = None) -> Any:
+    def forward(
+        self,
+        hidden: Tensor,
+        labels: Tensor | None = None,
+        temperature: float | None = None,
+        places: Tensor | None = None,
+    ) -> Any:
         if labels is None:
             return F.linear(hidden, self.weight)
+        if places is not None:
+            return label_scores(hidden.flatten(0, 1)[places], self.weight, labels)
         states, targets = hidden.flatten(0, 1), labels.flatten()
         if temperature is None:
             return chunked_cross_entropy(states, self.weight, targets)
@@ -185,6 +195,7 @@ class CausalLM(nn.Module):
         temperature: float | None = None,
         sampled: SampledExperts | None = None,
         keep_experts: bool = False,
+        places: Tensor | None = None,
     ) -> ModelOutput:
         """Logits, or with labels the summed cross entropy; and the router statistics.
 
@@ -201,6 +212,8 @@ class CausalLM(nn.Module):
         temperature: with labels, return their log-probabilities in softmax(logits / temperature), and the
         entropies, in place of the cross entropy; nothing looks ahead then.
         sampled: the experts that sampling chose, for training. keep_experts: the statistics hold the experts.
+        places [N] int64: with labels [N], score these as next tokens of the T tokens at these numbers, one or
+        several at a place; without a gradient.
         Ids must lie in the vocabulary: nothing checks them here.
         """
         documents, hidden = Documents(cu_seqlens, lengths), self.model.embed_tokens(input_ids)
@@ -220,6 +233,9 @@ class CausalLM(nn.Module):
             hidden = hidden.flatten(0, 1)[documents.borders[1:] - 1]  # [D, H]
         if labels is None:
             return ModelOutput(self.lm_head(hidden), None, router)
+        if places is not None:
+            log_probs, best = self.lm_head(hidden, labels, places=places)
+            return ModelOutput(None, None, router, log_probs=log_probs, best=best)
         if temperature is not None:
             log_probs, entropies = self.lm_head(hidden, labels, temperature)
             return ModelOutput(None, None, router, log_probs=log_probs, entropies=entropies)

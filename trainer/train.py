@@ -29,10 +29,13 @@ from trainer.monitor.tracker import Tracker
 from trainer.ranks.device import device_facts, use_deterministic_algorithms
 from trainer.ranks.launch import StopRequest
 from trainer.ranks.runtime import DTYPES, Ranks, TrainingError, garbage_collected_by_hand, seed_everything
+from trainer.settings.benchmarks import scores_file, write_scores
 from trainer.settings.config import RunConfig
 from trainer.settings.parallel import ParallelPlan
 from trainer.settings.run_folder import pasted, record_attempt
-from trainer.stages.kinds import open_stage
+from trainer.stages.benchmarks import Benchmarks
+from trainer.stages.kinds import open_benchmarks, open_stage
+from trainer.stages.stage import Stage
 
 # At most so many forwards are kept until the routing of a step is counted. Each keeps the inputs of its
 # layers and the gradient of the head.
@@ -63,6 +66,7 @@ def train(
     init_deepspeed(ranks.device)
     cleanup.enter_context(fast_products(ranks.device, DTYPES[config.dtype]))
     hosts = check_hosts(config, plan, screen)
+    benchmarks = open_benchmarks(config, ranks, screen.say)
     build = partial(build_model, plan=plan, ranks=ranks)
     model = build(config)
     optimizer = build_optimizer(model, config.optimizer)
@@ -114,13 +118,12 @@ def train(
             screen.progress(metrics, saved_step)
             for alarm in alarms.check(metrics):
                 tracker.alert(step, alarm)
-        every = config.evaluate.every_steps
-        if every and (step % every == 0 or step == total_steps):
-            with clock.wait("evaluation"):
-                held_out = stage.evaluate()
-            tracker.log({"step": step, "tokens": step * step_tokens, **held_out})
-            screen.evaluated(step, held_out)
-            metrics |= held_out
+        with clock.wait("evaluation"):
+            measured = evaluate(config, run_dir, stage, benchmarks, engine, balance, step)
+        if measured:
+            tracker.log({"step": step, "tokens": step * step_tokens, **measured})
+            screen.evaluated(step, measured)
+            metrics |= measured
         if step % config.checkpoint.every_steps == 0:
             with clock.wait("save"):
                 checkpoints.save(engine, balance, step, stage.state(step))
@@ -179,6 +182,31 @@ def train_step(
         losses.append(loss.detach())
     balance.end_step()
     return sums, losses, engine.step(rate)
+
+
+def evaluate(
+    config: RunConfig,
+    run_dir: Path,
+    stage: Stage,
+    benchmarks: Benchmarks | None,
+    engine: Engine,
+    balance: Balance,
+    step: int,
+) -> dict[str, float]:
+    """The metrics on held-out data and of benchmarks that are due after `step`; every rank must call it."""
+    found: dict[str, float] = {}
+    last = step == config.stage.total_steps
+    every = config.evaluate.every_steps
+    if every and (step % every == 0 or last):
+        found |= stage.evaluate()
+    if benchmarks is not None and (step % benchmarks.every_steps == 0 or last):
+        engine.module.eval()
+        scores = benchmarks.run(engine.apply, balance.bias, step)
+        engine.module.train()
+        if dist.get_rank() == 0:
+            write_scores(scores_file(run_dir, step), scores, f"step-{step:08d}")
+        found |= {score.key: score.value for score in scores}
+    return found
 
 
 def prepare_device(

@@ -101,6 +101,8 @@ def check(config: RunConfig, cfg: DictConfig) -> None:
             is_name = key != "dir" and is_hub_name(path)
             cfg[group][key] = pinned(path) if is_name else str(Path(path).resolve())
     cfg.data.chat_template = absolute_template(config.data)
+    if config.evaluate.benchmarks is not None:
+        cfg.evaluate.benchmarks.update(config.evaluate.benchmarks.absolute())
     if config.data.mode == "streaming":
         cfg.data.merge_with(absolute_paths(config.data))
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from data_pipeline.config import DataConfig
 from moe.config import ConfigError, ModelConfig
 from moe.upcycle import upcycle_problems
+from trainer.settings.benchmarks import BenchmarksConfig
 from trainer.settings.deepspeed_section import deepspeed_problems
 from trainer.settings.hub import fetch, is_hub_name
 from trainer.settings.parallel import ParallelConfig, ParallelPlan
@@ -98,10 +99,11 @@ class CheckpointConfig:
 
 @dataclass
 class EvaluateConfig:
-    """Held-out loss during training."""
+    """Held-out loss and benchmarks during training."""
 
     every_steps: AtLeast0
     rows: AtLeast1
+    benchmarks: BenchmarksConfig | None = None  # a run of before has none
 
 
 @dataclass
@@ -201,6 +203,7 @@ class RunConfig:
             *(self._init_problems() if not of_model else []),
             *(self._reference_problems() if not of_model else []),
             *deepspeed_problems(self.deepspeed, self.dtype),
+            *(self.evaluate.benchmarks.problems() if self.evaluate.benchmarks else []),
         ]
         if problems:
             raise ConfigError(problems)
