@@ -46,25 +46,6 @@ def token_log_probs(
     return _TokenLogProbs.apply(hidden, weight, labels, temperature, chunk_bytes)
 
 
-@torch.no_grad()
-def label_scores(
-    hidden: Tensor, weight: Tensor, labels: Tensor, chunk_bytes: int = CHUNK_BYTES
-) -> tuple[Tensor, Tensor]:
-    """Log-probability of each label in softmax(hidden @ weight.T), and whether it is the most probable token.
-
-    hidden [T, H], weight [V, H], labels [T] int64 -> [T] at least fp32, [T] bool. No gradient.
-    """
-    bytes_per_logit = hidden.element_size() + _precise(hidden).itemsize
-    longest = max(1, chunk_bytes // (weight.shape[0] * bytes_per_logit))  # tokens
-    log_probs, best = [], []
-    for states, targets in zip(hidden.split(longest), labels.split(longest), strict=True):
-        logits = states @ weight.T  # [t, V]
-        best.append(logits.argmax(-1) == targets)
-        of_all = logits.log_softmax(-1, dtype=_precise(hidden))
-        log_probs.append(of_all.gather(1, targets[:, None]).squeeze(1))
-    return torch.cat(log_probs), torch.cat(best)
-
-
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk_bytes: int) -> Tensor:

@@ -12,7 +12,7 @@ from moe.attention import Attention
 from moe.block import MoEBlock
 from moe.cache import CacheStep
 from moe.config import ConfigError, ModelConfig
-from moe.cross_entropy import IGNORED, chunked_cross_entropy, label_scores, token_log_probs
+from moe.cross_entropy import IGNORED, chunked_cross_entropy, token_log_probs
 from moe.documents import Documents
 from moe.formats import FULL, LINEAR
 from moe.gated_delta_net import GatedDeltaNet
@@ -22,6 +22,7 @@ from moe.norm import rms_norm
 from moe.recompute import RECOMPUTE, call
 from moe.rope import rotary_tables
 from moe.router import RouterStatistics, RoutingInputs, SampledExperts, TrainingRouting, stack_statistics
+from moe.scores import label_scores
 
 
 class ModelOutput(NamedTuple):
@@ -135,8 +136,8 @@ def _next(values: Tensor, documents: Documents, reach: int, otherwise: Tensor | 
 class LanguageModelHead(nn.Linear):
     """hidden [B, S, H] -> logits [B, S, V], or with labels [B, S] -> the summed cross entropy.
 
-    With labels and a temperature -> their log-probabilities and the entropies, each [B, S]. With places [N] and
-    labels [N] -> the log-probabilities of the labels after these tokens, and which of them are the best.
+    With labels and a temperature -> their log-probabilities and the entropies, each [B, S].
+    With labels and places [N] -> the log-probabilities of the labels there, and whether each is the best.
     The loss is computed here because ZeRO-3 gathers only the parameters of the module that is called.
     """
 

@@ -30,10 +30,12 @@ from trainer.stages.orders import Room
 _TOKENS = 16384  # of a forward
 
 
-def measure(folder: Path, options: argparse.Namespace, ranks: Ranks, say: Callable[[str], object]) -> list[Score]:
+def measure(
+    folder: Path, options: argparse.Namespace, ranks: Ranks, say: Callable[[str], object]
+) -> list[Score]:
     """The scores of the model in a Hugging Face folder, on all ranks."""
     wanted = BenchmarksConfig(
-        tasks=options.tasks.split(","),
+        tasks=[task for task in options.tasks.split(",") if task],
         every_steps=1,
         limit=options.limit,
         num_fewshot=options.num_fewshot,
@@ -45,8 +47,7 @@ def measure(folder: Path, options: argparse.Namespace, ranks: Ranks, say: Callab
     length = ModelConfig.of_folder(folder).max_position_embeddings
     reader = Reader.of_folder(folder, load_tokenizer(folder), length)
     if options.chat:
-        reader = reader._replace(template=partial(template_of, folder))
-        ranks.from_main(lambda: reader.template and reader.template() and None)  # raises its mistakes now
+        reader = reader._replace(template=template_of(folder))
     benchmarks = Benchmarks(wanted, reader, ranks, Room(options.batch, _TOKENS), say, "--")
     model = load_model(folder, ranks, DTYPES.get(options.dtype))
     with fast_products(ranks.device, model.lm_head.weight.dtype):
@@ -81,7 +82,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tasks", required=True, help="names of lm-eval, YAML files or folders, with commas")
     parser.add_argument("--include", action="append", default=[], help="folder with YAML files of more tasks")
     parser.add_argument("--limit", type=int, help="at most so many documents of a task")
-    parser.add_argument("--num-fewshot", type=int, help="examples before each question; else as the task says")
+    parser.add_argument(
+        "--num-fewshot", type=int, help="examples before each question; else as the task says"
+    )
     parser.add_argument("--chat", action="store_true", help="ask by the chat template of the model")
     parser.add_argument("--batch", type=int, default=64, help="texts at once on each rank")
     parser.add_argument("--nproc", type=int, default=1, help="ranks here, which share experts and texts")
@@ -97,6 +100,8 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     if min(options.batch, options.nproc) < 1:
         parser.error("--batch and --nproc must be above 0")
+    if not options.tasks.strip(","):
+        parser.error("--tasks names no task")
     if options.nproc > 1 and "RANK" not in os.environ:
         return launch(["trainer.benchmark", *arguments], options.nproc, "auto")
     ranks = ranks_for(options.source)

@@ -29,13 +29,11 @@ from trainer.monitor.tracker import Tracker
 from trainer.ranks.device import device_facts, use_deterministic_algorithms
 from trainer.ranks.launch import StopRequest
 from trainer.ranks.runtime import DTYPES, Ranks, TrainingError, garbage_collected_by_hand, seed_everything
-from trainer.settings.benchmarks import scores_file, write_scores
 from trainer.settings.config import RunConfig
 from trainer.settings.parallel import ParallelPlan
 from trainer.settings.run_folder import pasted, record_attempt
-from trainer.stages.benchmarks import Benchmarks
-from trainer.stages.kinds import open_benchmarks, open_stage
-from trainer.stages.stage import Stage
+from trainer.stages.evaluation import evaluate, open_benchmarks
+from trainer.stages.kinds import open_stage
 
 # At most so many forwards are kept until the routing of a step is counted. Each keeps the inputs of its
 # layers and the gradient of the head.
@@ -182,31 +180,6 @@ def train_step(
         losses.append(loss.detach())
     balance.end_step()
     return sums, losses, engine.step(rate)
-
-
-def evaluate(
-    config: RunConfig,
-    run_dir: Path,
-    stage: Stage,
-    benchmarks: Benchmarks | None,
-    engine: Engine,
-    balance: Balance,
-    step: int,
-) -> dict[str, float]:
-    """The metrics on held-out data and of benchmarks that are due after `step`; every rank must call it."""
-    found: dict[str, float] = {}
-    last = step == config.stage.total_steps
-    every = config.evaluate.every_steps
-    if every and (step % every == 0 or last):
-        found |= stage.evaluate()
-    if benchmarks is not None and (step % benchmarks.every_steps == 0 or last):
-        engine.module.eval()
-        scores = benchmarks.run(engine.apply, balance.bias, step)
-        engine.module.train()
-        if dist.get_rank() == 0:
-            write_scores(scores_file(run_dir, step), scores, f"step-{step:08d}")
-        found |= {score.key: score.value for score in scores}
-    return found
 
 
 def prepare_device(

@@ -45,7 +45,9 @@ class BenchmarksConfig:
                 found.append(f"{prefix}include: {path} is no folder; name folders with YAML files of tasks")
         for task in self.tasks:
             if is_path(task) and not os.path.exists(task):
-                found.append(f"{prefix}tasks: there is no {task}; name a task, a YAML file, or a folder of them")
+                found.append(
+                    f"{prefix}tasks: there is no {task}; name a task, a YAML file, or a folder of them"
+                )
         return found
 
     def absolute(self) -> dict[str, list[str]]:

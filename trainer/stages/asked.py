@@ -28,7 +28,7 @@ class Reader(NamedTuple):
     prefix: str  # the token before a text without a context
     end: str  # the token that ends a text
     max_length: int  # tokens that the model can read
-    template: Callable[[], Qwen3] | None = None  # questions are the message of a user
+    template: Qwen3 | None = None  # questions are the message of a user
 
     @classmethod
     def of_folder(cls, folder: Path, tokenizer: Tokenizer, max_length: int) -> "Reader":
@@ -41,7 +41,9 @@ class Reader(NamedTuple):
             if path.is_file():
                 found = json.loads(path.read_bytes())
                 of = {key: found.get(key) for key in ("bos_token", "eos_token")}
-                of = {key: token["content"] if isinstance(token, dict) else token for key, token in of.items()}
+                of = {
+                    key: token["content"] if isinstance(token, dict) else token for key, token in of.items()
+                }
         except (OSError, ValueError, KeyError, AttributeError, RecursionError) as error:
             raise ConfigError(f"{path} cannot be read ({error!r}); correct it, or remove it") from error
         end = of.get("eos_token") or END_OF_TEXT
@@ -133,7 +135,7 @@ class Asked:
         assert self._reader.template is not None
         begun = "" if add_generation_prompt else history[-1]["content"]
         asked = history if add_generation_prompt else history[:-1]
-        pieces = self._reader.template().prompt({"messages": asked}, None)
+        pieces = self._reader.template.prompt({"messages": asked}, None)
         return "".join(piece.text or piece.control or "" for piece in pieces) + begun
 
 

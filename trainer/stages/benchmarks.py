@@ -1,4 +1,4 @@
-"""Benchmarks of EleutherAI's lm-eval on our model. Only this file and asked.py import lm_eval, if it is there.
+"""Benchmarks of EleutherAI's lm-eval on our model. Only this file and asked.py import lm_eval.
 
 lm-eval runs on rank 0 alone, with its tasks, their data and the code of a user's own tasks; all ranks run the
 model for it (orders.py).
@@ -8,6 +8,7 @@ import io
 import logging
 import os
 import random
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -55,6 +56,11 @@ class Benchmarks:
     def every_steps(self) -> int:
         """The steps of training between two runs."""
         return self._config.every_steps
+
+    @property
+    def writes(self) -> bool:
+        """Whether this rank writes what they found."""
+        return self._ranks.is_main
 
     def run(self, model: Callable[..., ModelOutput], bias: Tensor | None, step: int | None) -> list[Score]:
         """The scores of the tasks after `step`, on all ranks, for a model as in `Orders`.
@@ -124,7 +130,9 @@ class Benchmarks:
         """Add a task, or all of a group; returns problems."""
         if spec not in known.task_index and not Path(spec).is_file():
             remedy = f"`lm-eval ls tasks` lists them{_unread(self._config.include)}"
-            return [f"{self._where}tasks: lm-eval knows no task {spec}{similar(spec, known.all_tasks)}; {remedy}"]
+            return [
+                f"{self._where}tasks: lm-eval knows no task {spec}{similar(spec, known.all_tasks)}; {remedy}"
+            ]
         try:
             found = known.load([spec])
             for task in found["tasks"].values():
@@ -194,7 +202,7 @@ def _is_group(name: str, known: Any) -> bool:
     if name in known.task_index:
         return name in known.all_groups
     try:
-        return "group" in Path(name).read_text(encoding="utf-8", errors="replace")
+        return bool(re.search(r"^group\s*:", Path(name).read_text(encoding="utf-8", errors="replace"), re.M))
     except OSError:
         return False
 
@@ -223,7 +231,7 @@ def _set_fewshot(task: Any, wanted: int | None) -> None:
 
 @contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Inside, lm-eval has its own seeds, prints nothing and starts no processes; afterwards all is as before."""
+    """Inside, lm-eval has its own seeds, prints nothing and starts no process; then all is as before."""
     before = random_state()
     random.seed(_SEEDS["random"])
     np.random.seed(_SEEDS["numpy"])

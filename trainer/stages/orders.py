@@ -1,7 +1,7 @@
 """Texts that a model scores or continues on all ranks: rank 0 says which, the other ranks work for it.
 
-A program that asks a model, such as a benchmark, then runs once, on rank 0. Every rank runs the same number of
-forwards, because a forward can need the other ranks (their experts, or their part of the weights under
+A program that asks a model, such as a benchmark, then runs once, on rank 0. Every rank runs the same number
+of forwards, because a forward can need the other ranks (their experts, or their part of the weights under
 ZeRO-3).
 """
 # T tokens of a forward, N labels that it scores
