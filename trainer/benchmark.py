@@ -104,6 +104,9 @@ def main(arguments: list[str]) -> int:
         parser.error("--tasks names no task")
     if options.nproc > 1 and "RANK" not in os.environ:
         return launch(["trainer.benchmark", *arguments], options.nproc, "auto")
+    if options.out is not None and not options.out.parent.is_dir():
+        what = f"--out {options.out}: there is no folder {options.out.parent}"
+        raise ConfigError(f"{what}; make it, or name another file")
     ranks = ranks_for(options.source)
     folder = ranks.from_main(lambda: hf_folder(options.source))
     say = partial(print, file=sys.stderr, flush=True) if ranks.is_main else lambda line: None

@@ -117,7 +117,7 @@ def train(
             for alarm in alarms.check(metrics):
                 tracker.alert(step, alarm)
         with clock.wait("evaluation"):
-            measured = evaluate(config, run_dir, stage, benchmarks, engine, balance, step)
+            measured = evaluate(run_dir, stage, benchmarks, engine, balance, step, step == total_steps)
         if measured:
             tracker.log({"step": step, "tokens": step * step_tokens, **measured})
             screen.evaluated(step, measured)

@@ -27,21 +27,20 @@ def open_benchmarks(config: RunConfig, ranks: Ranks, say: Callable[[str], object
 
 
 def evaluate(
-    config: RunConfig,
     run_dir: Path,
     stage: Stage,
     benchmarks: Benchmarks | None,
     engine: Engine,
     balance: Balance,
     step: int,
+    is_last: bool,
 ) -> dict[str, float]:
     """The metrics on held-out data and of benchmarks that are due after `step`; every rank must call it."""
     found: dict[str, float] = {}
-    last = step == config.stage.total_steps
-    every = config.evaluate.every_steps
-    if every and (step % every == 0 or last):
+    every = engine.config.evaluate.every_steps
+    if every and (step % every == 0 or is_last):
         found |= stage.evaluate()
-    if benchmarks is not None and (step % benchmarks.every_steps == 0 or last):
+    if benchmarks is not None and (step % benchmarks.every_steps == 0 or is_last):
         engine.module.eval()
         scores = benchmarks.run(engine.apply, balance.bias, step)
         engine.module.train()
