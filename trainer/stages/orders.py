@@ -89,9 +89,11 @@ class Orders:
         """
         texts: dict[tuple[int, ...], Text] = {}  # what several pairs have in common is read once
         for number, (context, continuation) in enumerate(pairs):
+            if not continuation:
+                continue
             ids = tuple(context + continuation)[:-1]
             texts.setdefault(ids, Text(ids, [])).continuations.append((number, continuation))
-        found = [(0.0, True)] * len(pairs)  # of a continuation without tokens
+        found = [(0.0, True)] * len(pairs)  # stays, if a continuation has no token
         progress, done = Progress("texts", len(texts), self._say), 0
         batches = list(packed(list(texts.values()), self._room))
         for first in range(0, len(batches), self._ranks.world_size):

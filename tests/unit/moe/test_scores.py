@@ -23,7 +23,8 @@ def test_chunks_change_nothing(chunk_bytes: int) -> None:
     log_probs, best = label_scores(hidden, weight, labels, chunk_bytes)
     assert not log_probs.requires_grad
     assert log_probs.dtype == torch.float32
-    torch.testing.assert_close(log_probs.double(), all_of_them.gather(1, labels[:, None])[:, 0])
+    expected = all_of_them.gather(1, labels[:, None])[:, 0]
+    torch.testing.assert_close(log_probs.double(), expected, rtol=2e-6, atol=2e-6)
     assert best.tolist() == [n % 3 != 0 for n in range(T)]
 
 
