@@ -92,7 +92,7 @@ def _container(folder: Path, configs: list[SubmitConfig]) -> tuple[list[str], li
 
 
 def _places(config: SubmitConfig) -> set[Path]:
-    """The paths of the data and the initial weights of a run, or their nearest existing parent folders."""
+    """The paths of data, weights and benchmarks that a run reads, or their nearest existing parent folders."""
     prepares = config.job == "prepare"
     paths = [] if config.data.mode == "streaming" and not prepares else [Path(config.data.dir).resolve()]
     if config.data.mode == "streaming" or prepares:
@@ -103,6 +103,8 @@ def _places(config: SubmitConfig) -> set[Path]:
     given = None if prepares else config.stage.init_from
     if given is not None and not is_hub_name(given):
         paths.append(Path(given).resolve())
+    if not prepares and config.evaluate.benchmarks is not None:
+        paths += config.evaluate.benchmarks.paths()
     return {next(place for place in (path, *path.parents) if os.path.exists(place)) for path in paths}
 
 

@@ -80,7 +80,7 @@ def write_tasks(folder: Path) -> None:
     asked = [" ".join(words[:cut]) for words, cut in zip(sentences, cuts, strict=True)]
     rests = [" " + " ".join(words[cut:]) for words, cut in zip(sentences, cuts, strict=True)]
     # no context, one that ends with spaces, one longer than the model, and one that is cut with its answer
-    asked += ["", f"{asked[2]}  ", f"{asked[0]} " * 12, ("The second number " * 40)[: 4 * LENGTH]]
+    asked += ["", f"{asked[2]}  ", " ".join(asked), ("The second number " * 40)[: 4 * LENGTH]]
     rests += ["The text number", rests[2], rests[0], " 5"]
     choices = [[" square. its", rest, rest[:7], " follows", " 7, and"] for rest in rests]
     rows = [

@@ -55,6 +55,11 @@ class BenchmarksConfig:
         tasks = [str(Path(task).resolve()) if is_path(task) else task for task in self.tasks]
         return {"tasks": tasks, "include": [str(Path(path).resolve()) for path in self.include]}
 
+    def paths(self) -> list[Path]:
+        """The files and folders that hold tasks, absolute."""
+        given = [*self.include, *(task for task in self.tasks if is_path(task))]
+        return [Path(path).resolve() for path in given]
+
 
 def is_path(task: str) -> bool:
     """Whether a task is told by a file or a folder: it has a slash or ends as YAML files do."""

@@ -47,6 +47,7 @@ def test_paths_become_absolute_and_names_stay(run_config, tmp_path, monkeypatch)
         "tasks": ["hellaswag", f"{tmp_path}/a.yaml", f"{tmp_path}/b"],
         "include": [f"{tmp_path}/c"],
     }
+    assert sorted(map(str, found.paths())) == [f"{tmp_path}/a.yaml", f"{tmp_path}/b", f"{tmp_path}/c"]
 
 
 def test_the_newest_step_of_each_task_counts_and_a_task_is_replaced_whole(tmp_path):
