@@ -92,7 +92,7 @@ def _container(folder: Path, configs: list[SubmitConfig]) -> tuple[list[str], li
 
 
 def _places(config: SubmitConfig) -> set[Path]:
-    """The paths of data, weights and benchmarks that a run reads, or their nearest existing parent folders."""
+    """The paths of the data, weights and benchmarks of a run, or their nearest existing parents."""
     prepares = config.job == "prepare"
     paths = [] if config.data.mode == "streaming" and not prepares else [Path(config.data.dir).resolve()]
     if config.data.mode == "streaming" or prepares:
