@@ -55,7 +55,7 @@ class Stand:
         lengths = options["lengths"]
         assert borders.tolist() == [0, *torch.tensor(lengths).cumsum(0).tolist()]
         assert positions.tolist() == [[n for length in lengths for n in range(length)]]
-        places, labels = options["places"], options["labels"]
+        places, labels = options["how"], options["labels"]
         before = ids[0][places]  # the token after which a label is scored
         values = -(1000.0 * before + labels)
         return ModelOutput(None, None, None, log_probs=values, best=(before + labels) % 2 == 0)
