@@ -123,7 +123,7 @@ class SmallRun:
         self.engine = Engine(model, optimizer, self.config, self.plan, self.ranks)
         self.balance = build_balance(self.config, self.plan, self.ranks.device)
 
-    def train(self, steps: range, same_rows: bool = False) -> Outcome:
+    def train(self, steps: range, same_rows: bool = False, rate: float = RATE) -> Outcome:
         """Train for these steps, on new rows in each step, or with `same_rows` always on those of step 0."""
         outcome: Outcome = {"losses": [], "balance_losses": [], "grad_norms": [], "mtp_losses": []}
         for step in steps:
@@ -131,7 +131,7 @@ class SmallRun:
             totals = agree_on_totals(batches, False)
             batches = [batch.to(self.ranks.device) for batch in batches]
             sums, _, grad_norm = train_step(
-                self.engine, self.balance, Supervised.loss_shares, batches, totals, RATE
+                self.engine, self.balance, Supervised.loss_shares, batches, totals, rate
             )
             metrics = sums.over_ranks().describe(totals)
             outcome["losses"].append(metrics["loss"])

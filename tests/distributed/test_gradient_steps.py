@@ -1,4 +1,5 @@
-"""Steps with drawn gradients against AdamW by hand: weights without a gradient, a step done again, clipping.
+"""Steps with drawn gradients against AdamW by hand: weights without a gradient, a step done again, clipping,
+a rate of its own for each step.
 
 The gradients are small integers times a power of two, whose fp32 sums are exact in any order.
 """
@@ -83,7 +84,9 @@ class ByHand:
             squares += sum(float(one.double().square().sum()) for one in (sums if apart else sums[:1]))
         return found, squares**0.5
 
-    def step(self, gradients: dict[str, Tensor], norm: float) -> None:
+    def step(self, gradients: dict[str, Tensor], norm: float, rate: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
         scale = min(1.0, LIMIT / (norm + 1e-6))
         for name, master in self.masters.items():
             _, _, start, numel = self.places[name]
@@ -130,9 +133,10 @@ def attempts_of(stage: int, dtype: str) -> list[str]:
         forwards = 0
         expected, norm = hand.gradients(attempt)
         norms.append(norm)
-        (found,) = run.train(range(attempt, attempt + 1))["grad_norms"]
+        rate = RATE / (1 + attempt)
+        (found,) = run.train(range(attempt, attempt + 1), rate=rate)["grad_norms"]
         if attempt != BROKEN:
-            hand.step(expected, norm)
+            hand.step(expected, norm, rate)
         if found != pytest.approx(norm, rel=1e-5, nan_ok=True):
             wrong.append(f"attempt {attempt}: the norm is {found} instead of {norm}")
         for name, (flat, offset, _, numel) in hand.places.items():

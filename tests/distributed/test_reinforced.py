@@ -17,7 +17,7 @@ from data_pipeline.prompts import Prompt, Prompts
 from moe.config import ConfigError
 from trainer.checkpoints.assemble import build_model
 from trainer.engine.loss import agree_on_totals
-from trainer.engine.policy import PolicyBatch
+from trainer.engine.policy import SUMS, PolicyBatch
 from trainer.stages.reinforced import Reinforced
 from trainer.train import train_step
 
@@ -65,6 +65,8 @@ def train(run: SmallRun, stage: Reinforced) -> tuple[list[PolicyBatch], dict[str
     batches = stage.micro_batches()
     totals = agree_on_totals(batches, False)
     train_step(run.engine, run.balance, stage.loss_shares, batches, totals, RATE)
+    learned = sum(int((batch.weights > 0).sum()) for batch in batches)
+    assert stage._sums[SUMS.index("tokens")] == learned, "of this step alone"
     return batches, stage.metrics()
 
 
@@ -156,6 +158,10 @@ def learn(overrides: list[str], steps: int) -> dict[str, Any]:
     assert not trained & held_out
     assert len(trained) == 4 * steps, "each phase asks other prompts"
     assert {each for is_greedy, each, _ in asked if is_greedy} == {1}
+    learned = {row for of in found["completions"] for row, *_ in of}
+    assert len(learned) == 4 * steps, "each step learns from prompts of its own"
+    for of in found["completions"]:
+        assert len({tuple(ids) for _, _, ids, _ in of}) > 4, "the completions of a prompt differ"
     found["parameters"] = gather_parameters(run.engine, run.plan, run.ranks)
     stage.close()
     run.engine.close()

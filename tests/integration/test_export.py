@@ -212,6 +212,15 @@ def test_what_a_hub_folder_holds(small_folder, tmp_path):
     assert model.generation_config.eos_token_id == stops
 
 
+def test_a_bias_that_is_lost_is_told(small_folder, tmp_path, capsys):
+    shutil.copytree(small_folder, tmp_path / "step/hf")
+    assert run_export(tmp_path / "step/hf", tmp_path / "without") == 0
+    assert "selection bias" not in capsys.readouterr().out
+    torch.save({"bias": torch.zeros(4, 8)}, tmp_path / "step/balance.pt")
+    assert run_export(tmp_path / "step/hf", tmp_path / "with") == 0
+    assert "with a selection bias" in capsys.readouterr().out
+
+
 def test_the_template_of_the_run_is_exported(small_folder, tmp_path):
     """It is that of the checkpoint; transformers and this project make the same prompt of it."""
     text = read_template("qwen3_5")
@@ -429,6 +438,7 @@ def test_shards_read_as_the_library_reads(small_folder, tmp_path):
     back = CausalLM(SHAPE)
     load_hf(back, tmp_path / "out")
     for path in (tmp_path / "out").glob("model-*"):
+        assert path.stat().st_size < 310_000, "300 KB and the names"
         assert int.from_bytes(path.read_bytes()[:8], "little") % 8 == 0
         with safe_open(path, framework="pt") as reader:
             assert reader.metadata()["format"] == "pt"

@@ -17,8 +17,9 @@ ROWS = [{"prompt": f"The text number {n}" + " and" * n} for n in range(7)]
 def run(corpus: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two steps, and a file of prompts beside it."""
     folder = tmp_path_factory.mktemp("ranks")
-    bias = "balance.bias_update_rate=0.01"
-    done = python("trainer", *SMALL, *corpus, *ALONE, bias, "name=a", cwd=folder)
+    often = ["checkpoint.every_steps=1", "evaluate.every_steps=1"]
+    bias = "balance.bias_update_rate=0.1"
+    done = python("trainer", *SMALL, *corpus, *ALONE, *often, bias, "name=a", cwd=folder)
     assert done.returncode == 0, done.stdout + done.stderr
     (folder / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     return folder
@@ -30,12 +31,20 @@ def completions(path: Path) -> dict[int, str]:
     return {line["number"]: line["completion"] for line in lines}
 
 
-def test_losses_are_those_of_one_rank(run):
-    found = [python("trainer.evaluate", "runs/a", "--nproc", n, cwd=run) for n in ("1", "2")]
-    assert [done.returncode for done in found] == [0, 0], found[1].stderr
-    one, two = ({line.split()[0]: float(line.split()[1]) for line in of.stdout.splitlines()} for of in found)
-    assert one == pytest.approx(two, abs=2e-6)  # printed with six digits
-    assert set(one) == {"loss/text", "loss/second", "loss/validation"}
+def test_losses_are_those_of_the_run_on_any_number_of_ranks(run):
+    """With its bias. Without a checkpoint, the newest is meant."""
+    lines = map(json.loads, (run / "runs/a/metrics.jsonl").read_text().splitlines())
+    logged = {line["step"]: line for line in lines if "loss/text" in line}
+    for source, nproc, step in (
+        ("runs/a", "1", 2),
+        ("runs/a", "2", 2),
+        ("runs/a/checkpoints/step-00000001", "1", 1),
+    ):
+        done = python("trainer.evaluate", source, "--nproc", nproc, cwd=run)
+        assert done.returncode == 0, done.stderr
+        found = {line.split()[0]: float(line.split()[1]) for line in done.stdout.splitlines()}
+        assert set(found) == {"loss/text", "loss/second", "loss/validation"}
+        assert found == pytest.approx({key: logged[step][key] for key in found}, abs=2e-6)  # six digits
 
 
 def test_completions_are_those_of_one_rank_also_after_a_kill(run):
@@ -60,7 +69,8 @@ def test_completions_are_those_of_one_rank_also_after_a_kill(run):
         said = launcher.communicate(timeout=60)[1]
     assert launcher.returncode == 1
     assert "rank 1 was killed" in said
-    assert part.exists()
+    whole = part.read_bytes().split(b"\n")[:-1]
+    assert {json.loads(line)["number"] for line in whole} <= {1, 3, 5}, "ranks divide the prompts"
     done = python(*how, "--out", "killed.jsonl", cwd=run)
     assert done.returncode == 0, done.stderr
     assert "7 of them new" not in done.stdout

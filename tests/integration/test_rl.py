@@ -149,6 +149,10 @@ def test_a_reference_stays_what_it_was(asks: list[str], tmp_path: Path) -> None:
     assert again.returncode == 0, again.stdout + again.stderr
     lines = [(line["step"], line["reference_kl"]) for line in metrics(tmp_path / "runs/b")]
     assert lines == [*first.items(), *(item for item in first.items() if item[0] > 4)]
+    one_step = ["stage.train_tokens=512", "schedule.warmup_steps=0"]
+    third = python("trainer", *SMALL, *asks, *begins[1:], *one_step, "name=c", cwd=tmp_path)
+    assert third.returncode == 0, third.stdout + third.stderr
+    assert metrics(tmp_path / "runs/c")[0]["reference_kl"] > 1e-4, "it did not start from its reference"
 
 
 def test_evaluate_finds_the_rewards_of_the_run(asks: list[str], tmp_path: Path) -> None:

@@ -33,6 +33,9 @@ def test_a_streaming_run_goes_on_exactly(corpus, small, tmp_path):
     assert_same_run(tmp_path / "runs/straight", run_dir)
     hf = run_dir / "checkpoints/step-00000008/hf/tokenizer.json"
     assert hf.read_bytes() == (folder / "prepared/tokenizer.json").read_bytes()
+    refused = python("trainer.evaluate", str(run_dir), cwd=tmp_path)
+    assert refused.returncode == 2
+    assert "trained with data.mode=streaming, which keeps no held-out rows" in refused.stderr
 
 
 def test_what_a_streaming_run_lacks_is_named(corpus, small, tmp_path):

@@ -24,6 +24,11 @@ class Mutant(NamedTuple):
     tests: str  # arguments of pytest, of which at least one test must fail
     generated: bool = False
 
+    @property
+    def kind(self) -> str:
+        """Under which of page.KINDS its result is stored."""
+        return "generated" if self.generated else "by hand"
+
 
 class Table(NamedTuple):
     """The faults of one file of the product."""

@@ -128,6 +128,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("names", nargs="*", help="only those whose `FILE: FAULT` contains one of these")
     parser.add_argument("--generated", type=int, default=8, help="drawn for each file (8)")
     parser.add_argument("--seed", type=int, default=0, help="of the draw (0)")
+    parser.add_argument("--new", action="store_true", help="only those without a result so far")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="tested at once (cores)")
     given = parser.parse_args(arguments)
     mutants = [m for t in tables() for m in (*t.faults, *generated(t, given.generated, given.seed))]
@@ -135,13 +136,15 @@ def main(arguments: list[str]) -> int:
     if given.names:
         chosen = [any(part in name for part in given.names) for name in names]
         mutants = [mutant for mutant, is_chosen in zip(mutants, chosen, strict=True) if is_chosen]
-    print(f"{len(mutants)} mutants", flush=True)
     results = known()
-    for file in {mutant.file for mutant in mutants if mutant.generated}:
+    if given.new:
+        mutants = [m for m in mutants if m.what not in results[m.file][m.kind]]
+    print(f"{len(mutants)} mutants", flush=True)
+    for file in {mutant.file for mutant in mutants if mutant.generated and not given.new}:
         results[file]["generated"] = {}  # of an earlier draw
     missed = []
     for mutant, result in judge_all(mutants, [Copy() for _ in range(given.workers)]):
-        results[mutant.file]["generated" if mutant.generated else "by hand"][mutant.what] = result
+        results[mutant.file][mutant.kind][mutant.what] = result
         write_page(results)  # what is known is kept if the command is stopped
         missed += [(mutant, result)] if result != "caught" else []
     for mutant, result in missed:
