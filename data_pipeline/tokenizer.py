@@ -51,6 +51,14 @@ class Tokenizer:
         """`encode` of each text, on all the threads that RAYON_NUM_THREADS allows."""
         return [found.ids for found in self._text_only.encode_batch_fast(texts, add_special_tokens=False)]
 
+    def encode_marked(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Ids of a text in which the names of control tokens are these tokens, as transformers reads it.
+
+        Only for texts of benchmarks and rendered conversations. add_special_tokens: what the tokenizer.json
+        puts around a text (Qwen's: nothing).
+        """
+        return self._full.encode(text, add_special_tokens=add_special_tokens).ids
+
     def control_id(self, name: str) -> int:
         """Id of a control token. Raises DataError for a tokenizer without it."""
         if name not in self._vocabulary:
@@ -60,15 +68,17 @@ class Tokenizer:
     def vocabulary(self) -> dict[str, int]:
         return self._vocabulary
 
-    def decode(self, ids: list[int]) -> str:
-        """Text of ids; control tokens appear as their names."""
-        return self._full.decode(ids, skip_special_tokens=False)
+    def decode(self, ids: list[int], *, control: bool = True) -> str:
+        """Text of ids; control tokens appear as their names, or are left out if they are special tokens."""
+        return self._full.decode(ids, skip_special_tokens=not control)
 
 
 @functools.lru_cache(maxsize=2)  # parsing takes a second, and one tokenizer is loaded several times
 def _parse(serialized: str) -> tuple[tokenizers.Tokenizer, tokenizers.Tokenizer, dict[str, int]]:
     """The tokenizer with added tokens, the one without (control strings stay text), and all ids."""
     full = tokenizers.Tokenizer.from_str(serialized)
+    full.no_truncation()
+    full.no_padding()
     bare: dict[str, Any] = {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
     text_only = tokenizers.Tokenizer.from_str(json.dumps(json.loads(serialized) | bare))
     return full, text_only, full.get_vocab(with_added_tokens=True)

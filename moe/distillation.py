@@ -29,6 +29,13 @@ class Lesson(NamedTuple):
     weight: float  # of temperature^2 * divergence in the loss; the cross entropy of the labels has the rest
 
 
+class Teaching(NamedTuple):
+    """What a teacher is asked for."""
+
+    k: int  # tokens of each distribution
+    temperature: float
+
+
 def teach(
     hidden: Tensor, weight: Tensor, k: int, temperature: float, chunk_bytes: int = CHUNK_BYTES
 ) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from moe.block import MoEBlock
 from moe.cache import CacheStep
 from moe.config import ConfigError, ModelConfig
 from moe.cross_entropy import IGNORED, chunked_cross_entropy, token_log_probs
-from moe.distillation import Lesson, chunked_distillation, teach
+from moe.distillation import Lesson, Teaching, chunked_distillation, teach
 from moe.documents import Documents
 from moe.formats import FULL, LINEAR
 from moe.gated_delta_net import GatedDeltaNet
@@ -23,20 +23,29 @@ from moe.norm import rms_norm
 from moe.recompute import RECOMPUTE, call
 from moe.rope import rotary_tables
 from moe.router import RouterStatistics, RoutingInputs, SampledExperts, TrainingRouting, stack_statistics
+from moe.scores import label_scores
 
 
 class ModelOutput(NamedTuple):
     """The results of one forward; the modules keep no state."""
 
-    logits: Tensor | None  # [B, S, V], with a cache [D, V], if no labels were given
-    cross_entropy_sum: Tensor | None  # scalar fp32, sum over labels != -100, if labels were given
-    router: RouterStatistics | None  # stacked over the L sparse layers; None for a dense model
+    logits: Tensor | None = None  # [B, S, V], with a cache [D, V], without labels
+    cross_entropy_sum: Tensor | None = None  # scalar fp32, sum over labels != -100
+    router: RouterStatistics | None = None  # stacked over the L sparse layers; None for a dense model
     mtp_cross_entropy_sum: Tensor | None = None  # the same for the token after next, if it is trained
-    log_probs: Tensor | None = None  # [B, S] fp32 of the labels, if a temperature was given; 0 = no label
+    log_probs: Tensor | None = None  # [B, S] or [N] fp32 of the labels; 0 = no label
     entropies: Tensor | None = None  # [B, S] fp32 of the distributions over the vocabulary, no gradient
-    distillation_sum: Tensor | None = None  # scalar fp32, if a lesson was given: the loss with the gradient
+    best: Tensor | None = None  # [N] bool: no token is more probable than the label
+    distillation_sum: Tensor | None = None  # scalar fp32: the loss with the gradient
     divergence_sum: Tensor | None = None  # scalar fp32 without gradient: from the teacher
-    taught: tuple[Tensor, Tensor] | None = None  # `Lesson.ids` and `log_probs`, if they were asked for
+    taught: tuple[Tensor, Tensor] | None = None  # `ids` and `log_probs` of a `Lesson`
+
+
+# What the head computes. None: logits, or with labels [B, S] the summed cross entropy. With labels, a
+# temperature: their log-probabilities in softmax(logits / temperature) and the entropies; a lesson: the sums
+# of `chunked_distillation`; places [N] of the T tokens, labels [N]: log-probabilities there, no gradient.
+# Without labels, a Teaching: what a student's next lesson holds.
+How = float | Lesson | Teaching | Tensor | None
 
 
 # for each kind of sequence mixer: the name of its module in a layer, and its class
@@ -136,23 +145,28 @@ def _next(values: Tensor, documents: Documents, reach: int, otherwise: Tensor | 
 
 
 class LanguageModelHead(nn.Linear):
-    """hidden [B, S, H] -> logits [B, S, V], or with labels [B, S] -> the summed cross entropy.
+    """hidden [B, S, H] -> fields of `ModelOutput`, chosen by labels and `How`.
 
-    With labels and a temperature -> their log-probabilities and the entropies, each [B, S].
-    With labels and a lesson -> the sums of `chunked_distillation`.
     The loss is computed here because ZeRO-3 gathers only the parameters of the module that is called.
     """
 
-    def forward(self, hidden: Tensor, labels: Tensor | None = None, how: float | Lesson | None = None) -> Any:
+    def forward(self, hidden: Tensor, labels: Tensor | None = None, how: How = None) -> Any:
+        if isinstance(how, Teaching):
+            return {"taught": teach(hidden.flatten(0, 1), self.weight, *how)}
         if labels is None:
-            return F.linear(hidden, self.weight)
+            return {"logits": F.linear(hidden, self.weight)}
         states, targets = hidden.flatten(0, 1), labels.flatten()
-        if isinstance(how, Lesson):
-            return chunked_distillation(states, self.weight, targets, how)
         if how is None:
-            return chunked_cross_entropy(states, self.weight, targets)
-        found = token_log_probs(states, self.weight, targets, how)
-        return tuple(values.view_as(labels) for values in found)
+            return {"cross_entropy_sum": chunked_cross_entropy(states, self.weight, targets)}
+        if isinstance(how, Lesson):
+            loss, cross_entropy, divergence = chunked_distillation(states, self.weight, targets, how)
+            sums = {"distillation_sum": loss, "divergence_sum": divergence}
+            return {"cross_entropy_sum": cross_entropy, **sums}
+        if isinstance(how, Tensor):
+            log_probs, best = label_scores(states[how], self.weight, targets)
+            return {"log_probs": log_probs, "best": best}
+        log_probs, entropies = token_log_probs(states, self.weight, targets, how)
+        return {"log_probs": log_probs.view_as(labels), "entropies": entropies.view_as(labels)}
 
 
 class CausalLM(nn.Module):
@@ -189,13 +203,11 @@ class CausalLM(nn.Module):
         routing_only: bool = False,
         routing: TrainingRouting | None = None,
         lengths: Sequence[int] | None = None,
-        temperature: float | None = None,
+        how: How = None,
         sampled: SampledExperts | None = None,
         keep_experts: bool = False,
-        lesson: Lesson | None = None,
-        teaches: int = 0,
     ) -> ModelOutput:
-        """Logits, or with labels the summed cross entropy; and the router statistics.
+        """Logits, or with labels the summed cross entropy, or what `how` asks; and the router statistics.
 
         In training mode, a model with multi-token prediction also returns its loss; its router comes last.
 
@@ -207,11 +219,8 @@ class CausalLM(nn.Module):
         routing_only: return only the router statistics; the head does not run.
         routing: settings of routing that apply in training only.
         lengths: the lengths of the documents, on the host; None reads cu_seqlens, which waits for its device.
-        temperature: with labels, return their log-probabilities in softmax(logits / temperature), and the
-        entropies, in place of the cross entropy; nothing looks ahead then.
+        how: what the head computes, see `How`. Nothing looks ahead unless it is a loss of all labels.
         sampled: the experts that sampling chose, for training. keep_experts: the statistics hold the experts.
-        lesson: with labels, learn from a teacher as well. teaches, with a temperature: return so many ids of
-        a lesson and their log-probabilities.
         Ids must lie in the vocabulary: nothing checks them here.
         """
         documents, hidden = Documents(cu_seqlens, lengths), self.model.embed_tokens(input_ids)
@@ -219,33 +228,21 @@ class CausalLM(nn.Module):
         routings = RoutingInputs(token_mask, selection_bias, routing, sampled, keep_experts)
         inputs = LayerInputs(rotary, documents, cache, routings)
         hidden, statistics = self.model(hidden, inputs)
-        ahead = None
-        if self.mtp is not None and self.training and cache is None and temperature is None:
+        ahead, loss_ahead = None, None
+        of_labels = how is None or isinstance(how, Lesson)
+        if self.mtp is not None and self.training and cache is None and of_labels:
             embedding = self.model.embed_tokens(_next(input_ids, documents, 1, input_ids))
             ahead, more = self.mtp(hidden, embedding, inputs)
             statistics = statistics + more
         router = stack_statistics(statistics) if statistics else None
         if routing_only:
-            return ModelOutput(None, None, router)
+            return ModelOutput(router=router)
         if cache is not None:
             hidden = hidden.flatten(0, 1)[documents.borders[1:] - 1]  # [D, H]
-        if teaches:
-            assert temperature is not None
-            taught = teach(hidden.flatten(0, 1), self.lm_head.weight, teaches, temperature)
-            return ModelOutput(None, None, router, taught=taught)
-        if labels is None:
-            return ModelOutput(self.lm_head(hidden), None, router)
-        if temperature is not None:
-            log_probs, entropies = self.lm_head(hidden, labels, temperature)
-            return ModelOutput(None, None, router, log_probs=log_probs, entropies=entropies)
-        loss_ahead = None
-        if ahead is not None:
-            loss_ahead = self.lm_head(ahead, _next(labels, documents, 2, IGNORED))
-        if lesson is not None:
-            loss, cross_entropy, divergence = self.lm_head(hidden, labels, lesson)
-            learned = {"distillation_sum": loss, "divergence_sum": divergence}
-            return ModelOutput(None, cross_entropy, router, loss_ahead, **learned)
-        return ModelOutput(None, self.lm_head(hidden, labels), router, loss_ahead)
+        if ahead is not None and labels is not None:
+            loss_ahead = self.lm_head(ahead, _next(labels, documents, 2, IGNORED))["cross_entropy_sum"]
+        found = self.lm_head(hidden, labels, how)
+        return ModelOutput(router=router, mtp_cross_entropy_sum=loss_ahead, **found)
 
     def _tie(self) -> None:
         if self.config.tie_word_embeddings:

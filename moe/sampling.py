@@ -46,9 +46,9 @@ class _Row:
     log_probs: list[float] = field(default_factory=list)
     experts: list[Tensor] = field(default_factory=list)  # of each forward [its tokens, L, K]
 
-    def ended(self, settings: SamplingSettings) -> Sample | None:
+    def ended(self, settings: SamplingSettings, says_end: Callable[[list[int]], bool]) -> Sample | None:
         """The sample, if it has ended."""
-        stopped = self.tokens[-1] in settings.stop_ids
+        stopped = self.tokens[-1] in settings.stop_ids or says_end(self.tokens)
         if not stopped and len(self.tokens) < settings.max_new_tokens:
             return None
         experts = torch.cat(self.experts) if self.experts else None
@@ -67,13 +67,15 @@ def sample(
     bias: Tensor | None = None,
     keep_experts: bool = False,
     on_token: Callable[[int, int], object] = lambda number, token: None,
+    says_end: Callable[[list[int]], bool] = lambda tokens: False,
 ) -> Iterator[tuple[int, Sample]]:
     """Continue all prompts; yields (number of the request, its sample) in the order in which they end.
 
     model: called like `CausalLM.forward`, in eval mode. bias [L, E]: the selection bias of its routers.
     anyone: called before every forward with whether this rank has something to do; returns whether any rank
     has. A rank that has nothing runs a forward of one token for the others. All ranks must take all samples.
-    on_token: called with (number of the request, token) for each new token.
+    on_token: called with (number of the request, token) for each new token. says_end: whether a sample ends
+    with the last of its new tokens, for example because their text holds a stop string.
     """
     assert all(request.prompt for request in requests), "a prompt has no token"
     waiting = deque(_Row(number, request) for number, request in enumerate(requests))
@@ -96,7 +98,7 @@ def sample(
         _extend(fresh, _forward(model, ids, step, options), step, settings)
         for row in fresh:
             on_token(row.number, row.tokens[-1])
-        ended = {place: found for place, row in enumerate(live) if (found := row.ended(settings))}
+        ended = {place: found for place, row in enumerate(live) if (found := row.ended(settings, says_end))}
         numbers = [live[place].number for place in ended]
         live = [live[place] for place in cache.drop(ended)]
         yield from zip(numbers, ended.values(), strict=True)

@@ -92,7 +92,7 @@ def _container(folder: Path, configs: list[SubmitConfig]) -> tuple[list[str], li
 
 
 def _places(config: SubmitConfig) -> set[Path]:
-    """The paths of the data and the models that a run reads, or their nearest existing parent folders."""
+    """The paths of data, models and benchmarks that a run reads, or their nearest existing parent folders."""
     prepares = config.job == "prepare"
     paths = [] if config.data.mode == "streaming" and not prepares else [Path(config.data.dir).resolve()]
     if config.data.mode == "streaming" or prepares:
@@ -104,6 +104,8 @@ def _places(config: SubmitConfig) -> set[Path]:
     models += [config.distill.teacher, config.distill.lessons] if config.distill else []
     given = [] if prepares else [model for model in models if model and not is_hub_name(model)]
     paths += [Path(model).resolve() for model in given]
+    if not prepares and config.evaluate.benchmarks is not None:
+        paths += config.evaluate.benchmarks.paths()
     return {next(place for place in (path, *path.parents) if os.path.exists(place)) for path in paths}
 
 

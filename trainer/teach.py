@@ -82,7 +82,11 @@ def teach(cfg: DictConfig) -> int:
     """Check the configuration, with its teacher, and start the ranks, or be one."""
     config = RunConfig.load(cfg)
     if config.distill is None or config.distill.lessons is None:
-        why = "distill=null: there is no teacher" if config.distill is None else "distill.lessons=null"
+        why = (
+            "distill=null: there is no teacher"
+            if config.distill is None
+            else "distill.lessons=null: there is no folder"
+        )
         raise ConfigError(f"{why}; give distill=teacher, distill.teacher=FOLDER and distill.lessons=FOLDER")
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         raise ConfigError("-m: lessons are not written for a sweep; give the keys of one run")

@@ -32,6 +32,7 @@ from trainer.ranks.runtime import DTYPES, Ranks, TrainingError, garbage_collecte
 from trainer.settings.config import RunConfig
 from trainer.settings.parallel import ParallelPlan
 from trainer.settings.run_folder import pasted, record_attempt
+from trainer.stages.evaluation import evaluate, open_benchmarks
 from trainer.stages.kinds import open_stage
 
 # At most so many forwards are kept until the routing of a step is counted. Each keeps the inputs of its
@@ -63,6 +64,7 @@ def train(
     init_deepspeed(ranks.device)
     cleanup.enter_context(fast_products(ranks.device, DTYPES[config.dtype]))
     hosts = check_hosts(config, plan, screen)
+    benchmarks = open_benchmarks(config, ranks, screen.say)
     build = partial(build_model, plan=plan, ranks=ranks)
     model = build(config)
     optimizer = build_optimizer(model, config.optimizer)
@@ -114,13 +116,12 @@ def train(
             screen.progress(metrics, saved_step)
             for alarm in alarms.check(metrics):
                 tracker.alert(step, alarm)
-        every = config.evaluate.every_steps
-        if every and (step % every == 0 or step == total_steps):
-            with clock.wait("evaluation"):
-                held_out = stage.evaluate()
-            tracker.log({"step": step, "tokens": step * step_tokens, **held_out})
-            screen.evaluated(step, held_out)
-            metrics |= held_out
+        with clock.wait("evaluation"):
+            measured = evaluate(run_dir, stage, benchmarks, engine, balance, step, step == total_steps)
+        if measured:
+            tracker.log({"step": step, "tokens": step * step_tokens, **measured})
+            screen.evaluated(step, measured)
+            metrics |= measured
         if step % config.checkpoint.every_steps == 0:
             with clock.wait("save"):
                 checkpoints.save(engine, balance, step, stage.state(step))

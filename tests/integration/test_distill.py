@@ -104,7 +104,7 @@ def test_teach_says_what_it_needs(student, corpus, tmp_path):
     assert "distill=null: there is no teacher; give distill=teacher" in nothing.stderr
     nowhere = python("trainer.teach", *student, "name=x", cwd=tmp_path)
     assert nowhere.returncode == 2
-    assert "distill.lessons=null; give" in nowhere.stderr
+    assert "distill.lessons=null: there is no folder; give" in nowhere.stderr
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.txt").write_text("precious")
     full = python("trainer.teach", *student, "name=x", "distill.lessons=mine", cwd=tmp_path)

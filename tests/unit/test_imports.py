@@ -25,19 +25,19 @@ _BELOW = "moe moe/kernels data_pipeline trainer/settings"
 ROOMS = {
     "conf": Room("", "", 10),
     "moe/kernels": Room("", "torch triton", 750),
-    "moe": Room("moe/kernels", "torch safetensors", 4020),
-    "data_pipeline": Room("", "numpy torch rich", 5600),
-    "trainer/settings": Room("moe data_pipeline", "omegaconf hydra yaml", 1510),
+    "moe": Room("moe/kernels", "torch safetensors", 4080),
+    "data_pipeline": Room("", "numpy torch rich", 5620),
+    "trainer/settings": Room("moe data_pipeline", "omegaconf hydra yaml", 1660),
     "trainer/verifiers": Room("trainer/settings", "", 750),
     "trainer/ranks": Room(_BELOW, "torch numpy", 600),
     "trainer/engine": Room(f"{_BELOW} trainer/ranks", "torch", 1250),
-    "trainer/stages": Room(f"{_BELOW} trainer/verifiers trainer/ranks trainer/engine", "torch", 990),
-    "trainer/monitor": Room(f"{_BELOW} trainer/ranks trainer/engine", "torch numpy rich yaml", 1200),
+    "trainer/stages": Room(f"{_BELOW} trainer/verifiers trainer/ranks trainer/engine", "torch numpy", 1660),
+    "trainer/monitor": Room(f"{_BELOW} trainer/ranks trainer/engine", "torch numpy rich yaml", 1240),
     "trainer/checkpoints": Room(f"{_BELOW} trainer/ranks trainer/engine trainer/monitor", "torch", 1100),
     "trainer": Room(  # the loop and the doors
         f"{_BELOW} trainer/ranks trainer/engine trainer/stages trainer/monitor trainer/checkpoints",
-        "torch omegaconf hydra yaml",
-        1320,
+        "torch omegaconf hydra yaml rich",
+        1450,
     ),
     "slurm": Room(_BELOW, "omegaconf hydra rich", 1200),
 }
@@ -61,6 +61,8 @@ EXTRA = {
     "trainer/settings/hub.py": {"huggingface_hub"},
     "trainer/stages/lessons.py": {"safetensors"},
     "trainer/inspect.py": {"safetensors"},
+    "trainer/stages/asked.py": {"lm_eval"},
+    "trainer/stages/benchmarks.py": {"lm_eval"},
     "trainer/monitor/tracker.py": {"wandb"},
     "trainer/monitor/report.py": {"matplotlib"},
     "moe/gated_delta_net.py": {"fla"},
@@ -172,7 +174,7 @@ for module in {modules}:
 
 def test_commands_that_read_a_checkpoint_need_no_deepspeed():
     """Its import takes seconds, and asks for CUDA before a device is chosen."""
-    doors = ("evaluate", "generate", "export", "report", "inspect")
+    doors = ("evaluate", "generate", "benchmark", "export", "report", "inspect")
     import_without([f"trainer.{door}" for door in doors], "deepspeed")
 
 

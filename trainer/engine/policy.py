@@ -36,7 +36,7 @@ class PolicyBatch(Batch):
         """What the model's forward takes beside a Batch."""
         experts = self.sampled_experts
         sampled = None if experts is None else SampledExperts(experts, self.replay)
-        return {"temperature": self.temperature, "sampled": sampled}
+        return {"how": self.temperature, "sampled": sampled}
 
 
 class PolicyTerms(NamedTuple):

@@ -6,6 +6,7 @@ from pathlib import Path
 from data_pipeline.manifest import write_atomically
 from moe.config import ModelConfig
 from trainer.monitor.report import Run, draw
+from trainer.settings.benchmarks import Score, score_rows
 from trainer.settings.hub import is_hub_name
 
 CARD, CURVES = "README.md", "training.png"
@@ -55,10 +56,24 @@ def _sections(run: Run, config: ModelConfig) -> list[str]:
     measured = {
         f"`{key}`": f"{run.last(key):.4f}"
         for key in sorted({key for point in run.points for key in point})
-        if key in ("loss", "reward") or key.startswith(("loss/", "reward/", "benchmarks/"))
+        if key in ("loss", "reward") or key.startswith(("loss/", "reward/"))
+    }
+    benchmarks = {
+        f"{score.task}, {score.metric}": " ".join([*shown[2:], _how(score)])
+        for score, shown in zip(run.scores, score_rows(run.scores), strict=True)
     }
     tables = {"Model": model, "Training": trained, "Data": read, "Measured at the end": measured}
+    tables |= {"Benchmarks (lm-eval)": benchmarks} if benchmarks else {}
     return [*(f"## {title}\n\n{_table(rows)}" for title, rows in tables.items()), f"![curves]({CURVES})"]
+
+
+def _how(score: Score) -> str:
+    """How a score was measured, as far as it changes what it means."""
+    about, said = score.about, [f"step {score.step:,}"]
+    said += [f"{about['num_fewshot']}-shot"] if about.get("num_fewshot") is not None else []
+    said += [f"{about['samples']} documents"] if about.get("limit") is not None else []
+    said += ["chat template"] if about.get("chat") else []
+    return f"({', '.join(said)})"
 
 
 def _table(rows: dict[str, str]) -> str:

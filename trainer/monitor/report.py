@@ -18,6 +18,7 @@ from matplotlib.ticker import EngFormatter
 
 from moe.config import ConfigError
 from trainer.monitor.terminal import duration
+from trainer.settings.benchmarks import Score, newest_scores, score_rows
 from trainer.settings.config import RunConfig
 from trainer.settings.run_folder import flat, flat_metrics, read_frozen, read_state
 
@@ -35,6 +36,7 @@ class Run:
     loads: list[dict[str, Any]]  # step, tokens_per_expert [L,E]
     alarms: list[dict[str, Any]]
     samples: list[dict[str, Any]]  # completions of the last logged step
+    scores: list[Score]  # of benchmarks, the newest of each task
 
     @classmethod
     def read(cls, folder: Path) -> "Run":
@@ -43,7 +45,7 @@ class Run:
         loads, alarms = _lines(folder / "expert_load.jsonl"), _lines(folder / "alarms.jsonl")
         state, samples = read_state(folder)["state"], _lines(folder / "samples.jsonl")
         newest = [line for line in samples if _written(line) == _written(samples[-1])]
-        lines = (_last_said(points), _last_said(loads), alarms, newest)
+        lines = (_last_said(points), _last_said(loads), alarms, newest, newest_scores(folder))
         return cls(folder, RunConfig.of_run(folder), state, *lines)
 
     def series(self, *keys: str) -> list[np.ndarray]:
@@ -76,8 +78,10 @@ def _written(line: dict[str, Any]) -> tuple[int, int]:
 
 def _last_said(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The last line of each step and kind of line (training, evaluation, other)."""
-    held_out = ("loss/validation", "reward/validation")
-    last = {(line["step"], "loss" in line, any(key in line for key in held_out)): line for line in lines}
+    measured = ("loss/validation", "reward/validation", "benchmark/")
+    last = {
+        (line["step"], "loss" in line, any(key.startswith(measured) for key in line)): line for line in lines
+    }
     return [last[key] for key in sorted(last)]
 
 
@@ -230,6 +234,23 @@ def samples_table(run: Run) -> str:
     return f"<h2>Completions of step {step:,}</h2><table class=samples>{head}{''.join(rows)}</table>"
 
 
+def benchmarks_table(scores: list[Score]) -> str:
+    """The newest scores of benchmarks, with the step and the number of examples of each task."""
+    rows = []
+    for score, shown in zip(scores, score_rows(scores), strict=True):
+        about = (
+            (f"{score.step:,}", score.about.get("num_fewshot"), score.about.get("samples"))
+            if shown[0]
+            else ()
+        )
+        cells = (escape("-" if cell is None else str(cell)) for cell in (*shown, *(about or ("", "", ""))))
+        rows.append("".join(f"<td>{cell}</td>" for cell in cells))
+    head = "".join(
+        f"<th>{title}</th>" for title in ("task", "metric", "value", "", "step", "shots", "documents")
+    )
+    return f"<h2>Benchmarks</h2><table><tr>{head}</tr><tr>{'</tr><tr>'.join(rows)}</tr></table>"
+
+
 def write_report(runs: list[Run], out: Path) -> Path:
     """Write `report.html` and its pictures into the folder `out`; returns the file."""
     out.mkdir(parents=True, exist_ok=True)
@@ -248,6 +269,8 @@ def write_report(runs: list[Run], out: Path) -> Path:
             figure.savefig(out / f"{name}.png")
             source = f"data:image/png;base64,{b64encode((out / f'{name}.png').read_bytes()).decode()}"
             parts.append(f'<h2>{title}</h2><img alt="{title}" src="{source}">')
+    if best.scores:
+        parts.append(benchmarks_table(best.scores))
     if best.samples:
         parts.append(samples_table(best))
     alarms = [

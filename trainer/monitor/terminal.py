@@ -123,7 +123,9 @@ def closing(config: RunConfig, metrics: dict[str, Any], results: dict[str, str],
             f"the mean, {metrics['dead_experts']} of {experts} unused in the last step"
         )
     rows["run"] = f"{run_dir}; for transformers: {run_dir}/checkpoints/step-{metrics['step']:08d}/hf"
-    prompt = '"Is 7 even?" --chat' if config.rl else '"    def __init__(self" --temperature 0.5'
+    prompt = '"    def __init__(self" --temperature 0.5'
+    if config.rl:
+        prompt = '"Is 9 larger than 4? /no_think" --chat --no-thinking'
     here = pasted(run_dir)
     rows["next"] = f"python -m trainer.generate {here} {prompt}, python -m trainer.report {here}"
     return "\n".join(["", *(f"  {name:<9} {value}" for name, value in rows.items() if value)])

@@ -115,6 +115,8 @@ def check(config: RunConfig, cfg: DictConfig) -> None:
     if (distill := RunConfig.load(cfg).distill) is not None:
         distill.check_lessons(config.stage.seq_len)
     cfg.data.chat_template = absolute_template(config.data)
+    if config.evaluate.benchmarks is not None:
+        cfg.evaluate.benchmarks.update(config.evaluate.benchmarks.absolute())
     if config.data.mode == "streaming":
         cfg.data.merge_with(absolute_paths(config.data))
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from data_pipeline.config import DataConfig
 from moe.config import ConfigError, ModelConfig
 from moe.upcycle import upcycle_problems
+from trainer.settings.benchmarks import BenchmarksConfig
 from trainer.settings.deepspeed_section import deepspeed_problems
 from trainer.settings.distill import DistillConfig
 from trainer.settings.hub import fetch, is_hub_name
@@ -99,10 +100,11 @@ class CheckpointConfig:
 
 @dataclass
 class EvaluateConfig:
-    """Held-out loss during training."""
+    """Held-out loss and benchmarks during training."""
 
     every_steps: AtLeast0
     rows: AtLeast1
+    benchmarks: BenchmarksConfig | None = None  # a run of before has none
 
 
 @dataclass
@@ -203,6 +205,7 @@ class RunConfig:
             *(self._init_problems() if not of_model else []),
             *(self._guest_problems() if not of_model else []),
             *deepspeed_problems(self.deepspeed, self.dtype),
+            *(self.evaluate.benchmarks.problems() if self.evaluate.benchmarks else []),
         ]
         if problems:
             raise ConfigError(problems)
@@ -287,6 +290,7 @@ class RunConfig:
             "rl: model.num_nextn_predict_layers=1 is not trained by rewards; use 0": (
                 self.model.num_nextn_predict_layers != 0
             ),
+            "rl and distill cannot be one stage; set one to null": self.distill is not None,
             "rl: data.mode=streaming cannot be sampled from; prepare the data": self.data.mode != "prepared",
         }
         found += rl.problems(self.stage.seq_len, self.stage.global_batch_size)
@@ -294,16 +298,13 @@ class RunConfig:
 
     def _guest_problems(self) -> list[str]:
         """Why the model in rl.reference or distill.teacher cannot run beside this one."""
-        of, found = self.distill, []
-        if of is not None:
-            found += of.problems(self.model)
-            found += ["rl and distill cannot be one stage; set one to null"] if self.rl is not None else []
+        of = self.distill
+        found = of.problems(self.model) if of is not None else []
         if of is not None and of.lessons is None:
             free = vars(self.model).keys() - {"vocab_size"}
             theirs, why = self._other_problems("distill.teacher", of.teacher, free)
-            found += why + (
-                of.teacher_problems(theirs, self.stage.seq_len, self.parallel.ep_size) if theirs else []
-            )
+            seq_len, ep_size = self.stage.seq_len, self.parallel.ep_size
+            found += why + (of.teacher_problems(theirs, seq_len, ep_size) if theirs else [])
         if self.rl is not None and self.rl.reference is not None:
             found += self._other_problems("rl.reference", self.rl.reference, _FREE_AT_HAND_OVER)[1]
         return found

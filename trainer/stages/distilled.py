@@ -30,7 +30,7 @@ class TaughtBatch(Batch):
 
     def options(self) -> dict[str, Any]:
         """The lesson for the model's forward."""
-        return {"lesson": self.how._replace(ids=self.ids, log_probs=self.log_probs)}
+        return {"how": self.how._replace(ids=self.ids, log_probs=self.log_probs)}
 
 
 class Distilled(Supervised):

@@ -23,6 +23,7 @@ from data_pipeline.config import DataError
 from data_pipeline.loader import Batch
 from data_pipeline.manifest import to_json, write_atomically
 from moe.config import ConfigError, ModelConfig
+from moe.distillation import Teaching
 from moe.model import CausalLM
 from trainer.ranks.runtime import Ranks
 from trainer.settings.config import RunConfig
@@ -41,7 +42,7 @@ class Teacher:
     def __init__(self, config: RunConfig, ranks: Ranks, build_model: BuildModel) -> None:
         assert config.distill is not None
         of, self._device = config.distill, ranks.device
-        self._top_k, self._temperature = of.top_k, of.temperature
+        self._how = Teaching(of.top_k, of.temperature)
         is_name = is_hub_name(of.teacher)
         folder = fetch(of.teacher, weights=False) if is_name else hf_folder(Path(of.teacher))
         stage = replace(config.stage, init_from=of.teacher)
@@ -56,9 +57,7 @@ class Teacher:
         """Of every token of a batch: ids [T,k] and log-probabilities [T,k+1], on the device."""
         here = batch.to(self._device)
         rows = (here.input_ids, here.position_ids, here.cu_seqlens)
-        told = self._model(
-            *rows, lengths=here.lengths, temperature=self._temperature, teaches=self._top_k
-        ).taught
+        told = self._model(*rows, lengths=here.lengths, how=self._how).taught
         assert told is not None
         return told
 

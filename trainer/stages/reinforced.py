@@ -120,7 +120,7 @@ class Reinforced:
             here.cu_seqlens,
             labels=here.labels,
             lengths=here.lengths,
-            temperature=batch.temperature,
+            how=batch.temperature,
         )
         assert output.log_probs is not None
         return replace(batch, reference_log_probs=output.log_probs.cpu())

@@ -183,3 +183,19 @@ def test_more_room_is_made_for_longer_sequences(dense_config: ModelConfig) -> No
     keys, values = cache._layers[0]
     assert keys[:, :3, 0, 0].tolist() == [[0, 1, 2], [3, 4, 1]]
     assert values[:, :3, 0, 0].tolist() == [[0, -1, -2], [-3, -4, 1]]
+
+
+def test_a_sample_ends_where_its_tokens_say_so(dense_config: ModelConfig, build: Build) -> None:
+    """The stop is that of one sample alone, and the sample is not truncated."""
+    model, requests = build(dense_config).eval(), requests_of(5)
+    settings = replace(SETTINGS, stop_ids=(), min_new_tokens=0)
+    whole = dict(sample(model, requests, settings, rows_at_once=2))
+    stop = whole[1].tokens[3]
+    found = dict(
+        sample(model, requests, settings, rows_at_once=2, says_end=lambda tokens: tokens[-1] == stop)
+    )
+    for number, one in whole.items():
+        end = one.tokens.index(stop) + 1 if stop in one.tokens else len(one.tokens)
+        assert found[number].tokens == one.tokens[:end]
+        assert found[number].truncated == (stop not in one.tokens)
+    assert len(found[1].tokens) < len(whole[1].tokens)

@@ -190,7 +190,7 @@ def test_the_model_returns_them_for_each_position(
     batch, model = pack([[5, 1, 2, 8], [3, 13]]), build(config).double()
     labels = batch["input_ids"].roll(-1, dims=1)
     labels[0, 3:9] = -100
-    output, logits = model(**batch, labels=labels, temperature=0.6), model(**batch).logits
+    output, logits = model(**batch, labels=labels, how=0.6), model(**batch).logits
     assert output.logits is output.cross_entropy_sum is output.mtp_cross_entropy_sum is None
     assert len(output.router.z_sums) == moe_config.num_moe_layers
     log_softmax = (logits / 0.6).log_softmax(-1)

@@ -6,7 +6,7 @@ import sys
 import pytest
 from omegaconf import OmegaConf
 
-from trainer import evaluate, export, generate, inspect, models, report, resume
+from trainer import benchmark, evaluate, export, generate, inspect, models, report, resume
 
 
 @pytest.mark.parametrize(
@@ -31,7 +31,7 @@ def test_help_begins_with_what_the_command_does(command, first, clusters, reposi
     assert ("h100_ib" in groups) == clusters
 
 
-@pytest.mark.parametrize("door", [resume, evaluate, inspect, generate, export, report, models])
+@pytest.mark.parametrize("door", [resume, evaluate, inspect, generate, benchmark, export, report, models])
 def test_every_command_says_how_it_is_used(door, capsys):
     with pytest.raises(SystemExit) as ended:
         door.main(["--help"])
