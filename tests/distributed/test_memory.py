@@ -27,7 +27,7 @@ def tensors() -> list[torch.Tensor]:
 
 
 def bytes_of(found: list[torch.Tensor], but: list[torch.Tensor]) -> tuple[int, list]:
-    """Bytes of the storages of tensors `found`, without those of the tensors `but`; the largest with shapes."""
+    """Bytes of the storages of tensors `found`, without those of `but`; the largest with shapes."""
     storages, others = (
         {of.untyped_storage().data_ptr(): (of.untyped_storage().nbytes(), tuple(of.shape)) for of in some}
         for some in (found, but)
