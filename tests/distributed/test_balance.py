@@ -203,6 +203,28 @@ def test_few_forwards_wait_for_the_counts() -> None:
     assert run_ranks(forwards, 2, [], list(expected)) == [expected] * 2
 
 
+def slots_and_counts(overrides: list[str]) -> list[tuple[int, float]]:
+    """How many slots `Balance.frequencies` is told of in each micro-batch, and how many that one has."""
+    noted: list[tuple[int, float]] = []
+    frequencies = Balance.frequencies
+
+    def listening(self: Any, counts: Any, slots: int) -> Any:
+        noted.append((slots, counts[0].sum().item()))
+        return frequencies(self, counts, slots)
+
+    Balance.frequencies = listening  # type: ignore
+    measure(*overrides)
+    return noted
+
+
+def test_the_balance_is_told_how_many_slots_the_global_batch_has() -> None:
+    """balance.mode=prior_buffer weights what it has seen by its share of them."""
+    by_rank = run_ranks(slots_and_counts, 2, layout(2, 1, 4, 2, "none")[1])
+    noted = [one for of in by_rank for one in of]
+    assert len(noted) == 2 * 4
+    assert {slots for slots, _ in noted} == {sum(counts for _, counts in noted)}
+
+
 def divide_twice_by_the_ranks() -> None:
     build: Callable[..., None] = Engine.__init__
 
