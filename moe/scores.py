@@ -4,7 +4,7 @@
 import torch
 from torch import Tensor
 
-from moe.cross_entropy import CHUNK_BYTES
+from moe.cross_entropy import CHUNK_BYTES, over_chunks, precise_dtype
 
 
 @torch.no_grad()
@@ -15,13 +15,13 @@ def label_scores(
 
     hidden [T, H], weight [V, H], labels [T] int64 -> [T] at least fp32, [T] bool. No gradient.
     """
-    precise = torch.promote_types(hidden.dtype, torch.float32)
-    bytes_per_logit = hidden.element_size() + precise.itemsize
-    longest = max(1, chunk_bytes // (weight.shape[0] * bytes_per_logit))  # tokens
-    log_probs, best = [], []
-    for states, targets in zip(hidden.split(longest), labels.split(longest), strict=True):
-        logits = states @ weight.T  # [t, V]
-        best.append(logits.argmax(-1) == targets)
-        of_all = logits.log_softmax(-1, dtype=precise)
-        log_probs.append(of_all.gather(1, targets[:, None]).squeeze(1))
-    return torch.cat(log_probs), torch.cat(best)
+    precise = precise_dtype(hidden)
+
+    def of_chunk(logits: Tensor, part: slice) -> tuple[Tensor, Tensor]:
+        log_probs = logits.log_softmax(-1, dtype=precise).gather(1, labels[part, None])  # [t, 1]
+        best = logits.argmax(-1, keepdim=True) == labels[part, None]
+        return torch.cat([log_probs, best.to(precise)], dim=1), logits
+
+    most = chunk_bytes // (hidden.element_size() + precise.itemsize)
+    log_probs, best = over_chunks(hidden, weight, of_chunk, most, (False, False))[0].T
+    return log_probs, best.bool()

@@ -136,6 +136,8 @@ def _grid(panels: int, across: int, height: float, shared: bool = False) -> tupl
     down = -(-panels // across)
     figure = Figure(figsize=(11, 0.4 + height * down))
     places = figure.subplots(down, across, squeeze=False, sharex=shared, sharey=shared)
+    for axes in places.flat[panels:]:
+        axes.set_visible(False)
     return figure, list(places.flat)[:panels]
 
 
