@@ -13,13 +13,13 @@ TABLES = {table.file: table for table in tables()}
 # The rooms whose claims are the project's; each of these files has a table.
 ROOMS = {
     "moe": "attention balance block cache cross_entropy dispatch distillation experts fp8 gated_delta_net "
-    "grouping next_token router sampling",
+    "grouping next_token router sampling scores",
     "data_pipeline": "chat claims config documents files forms loader mixture overlap packing permutation "
     "prepare progress prompts readers sandbox shards survey tasks templated",
     "trainer": "evaluate generate train",
     "trainer/settings": "rl",
     "trainer/engine": "engine gradients loss optimizer policy zero3",
-    "trainer/stages": "completer completions distilled held_out lessons reinforced supervised",
+    "trainer/stages": "asked completer completions distilled held_out lessons orders reinforced supervised",
     "trainer/monitor": "metrics",
     "trainer/checkpoints": "export folder optimizer_state saving weights",
     "trainer/verifiers": "choice code exact format math number process regex sandbox scorer verdict worker",

@@ -65,7 +65,7 @@ def test_texts_that_are_read_alike_are_read_once_and_each_label_after_its_token(
     model, bias = Stand(), torch.zeros(1)
     ranks = Ranks(0, 0, 1, torch.device("cpu"))
     asked: Any = (model, bias, None, ranks, Room(2, 100), print)
-    pairs = [([1, 2, 3], [4]), ([1, 2, 3], [5]), ([1], [2, 3, 4]), ([9], []), ([7, 8], [6, 8])]
+    pairs = [([1, 2, 3], [4]), ([1, 2, 3], [5]), ([1], [2, 3, 4]), ([9], []), ([7, 8], [6, 8]), ([1], [3, 4])]
     found = Orders(*asked).score(pairs)
     assert found == [
         (-3004.0, False),
@@ -73,8 +73,9 @@ def test_texts_that_are_read_alike_are_read_once_and_each_label_after_its_token(
         (-(1002.0 + 2003.0 + 3004.0), False),
         (0.0, True),
         (-(8006.0 + 6008.0), True),
+        (-(1003.0 + 3004.0), False),  # only its first token is the best
     ]
-    assert [ids for ids, _ in model.calls] == [[1, 2, 3, 7, 8, 6]]
+    assert [ids for ids, _ in model.calls] == [[1, 2, 3, 7, 8, 6], [1, 3]]
     assert all(options["selection_bias"] is bias for _, options in model.calls)
 
 
