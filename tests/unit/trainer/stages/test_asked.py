@@ -1,5 +1,7 @@
 """How the texts of benchmarks become what a model reads."""
 
+from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -7,14 +9,20 @@ import pytest
 from data_pipeline.templated import Qwen3
 from data_pipeline.tokenizer import END_OF_TEXT, Tokenizer, train_tokenizer
 from trainer.stages.asked import Asked, Reader, generation_problems
+from trainer.stages.orders import Writing
 
 
 class Noted:
-    """Keeps the pairs that it is asked to score."""
+    """Keeps the pairs that it is asked to score, and continues every prompt with the same tokens."""
+
+    said: Sequence[int] = ()
 
     def score(self, pairs: list[Any]) -> list[tuple[float, bool]]:
         self.pairs = pairs
         return [(0.0, True)] * len(pairs)
+
+    def write(self, writing: Writing) -> list[list[int]]:
+        return [list(self.said)] * len(writing.requests)
 
 
 @pytest.fixture
@@ -38,6 +46,16 @@ def test_an_answer_that_is_begun_is_continued(reader: Reader) -> None:
     begun = "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n"
     assert asked.apply_chat_template(said[:1]) == begun
     assert asked.apply_chat_template(said, add_generation_prompt=False) == f"{begun}Because"
+
+
+def test_control_tokens_are_no_text_of_a_completion(reader: Reader) -> None:
+    pytest.importorskip("lm_eval", reason="needs lm-eval")
+    noted: Any = Noted()
+    noted.said = [*reader.tokenizer.encode("to"), reader.tokenizer.control_id("<|im_start|>")]
+    noted.said += reader.tokenizer.encode(" ask.is")
+    asked = Asked(reader, noted)
+    request = SimpleNamespace(args=("learn", {"until": ["."], "max_gen_toks": 3}))
+    assert asked.generate_until([request]) == ["to ask"]
 
 
 def test_what_a_task_may_ask_of_generation() -> None:
