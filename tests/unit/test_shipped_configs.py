@@ -47,6 +47,8 @@ NEEDED = {
     },
     **{f"experiment=demo_{name}": NO_START for name in ("stem_code", "long_context", "sft", "rl")},
     "rl=grpo": RL,
+    "distill=teacher": ["distill.teacher=t", "distill.lessons=l"],  # lessons: no teacher is read
+    "experiment=demo_distill": ["distill.lessons=l"],
     "data=rl": ["rl=grpo", *RL],
     "stage=rl": [*NO_START, "model.max_position_embeddings=20480", "schedule.warmup_steps=10"],
     "experiment=demo_upcycle": [*NO_START, "init.upcycle=none"],
