@@ -171,7 +171,11 @@ def to_json(value: Any) -> bytes:
 def write_atomically(path: Path, data: bytes) -> None:
     """Write `data` to `path`: after a crash the file has either all of `data` or its old content."""
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")  # another process may write it too
-    partial.write_bytes(data)
+    try:
+        partial.write_bytes(data)
+    except OSError:  # such as a full disk, which it would keep full
+        partial.unlink(missing_ok=True)
+        raise
     replace_synced(partial, path)
 
 
