@@ -50,9 +50,12 @@ def test_lessons_give_the_run_with_the_teacher_beside_also_after_a_stop(student,
     written = python("trainer", *student, *keys, cwd=tmp_path)
     assert written.returncode == 0, written.stderr
     assert_same_run(tmp_path / "runs/beside", tmp_path / "runs/written")
+    page = (Path(__file__).parents[2] / "docs/monitoring.md").read_text()
     for line in metrics(tmp_path / "runs/written"):
         mixed = 0.1 * line["cross_entropy"] + 0.9 * line["teacher_divergence"]
         assert line["loss"] == pytest.approx(mixed, rel=1e-5)
+        documented = ("cross_entropy", "teacher_divergence", "teacher_seconds")
+        assert all(key in line and f"| `{key}` |" in page for key in documented)
     # a run that is killed after its checkpoint of step 4 goes on to the same end
     shutil.copytree(tmp_path / "runs/written", gone)
     shutil.rmtree(gone / "checkpoints/step-00000008")

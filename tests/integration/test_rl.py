@@ -94,7 +94,8 @@ def test_a_run_tells_evaluates_and_reports_its_rewards(asks: list[str], tmp_path
     assert [line["step"] for line in held_out] == [4, 8]
     text = Path(__file__).parents[2].joinpath("docs/monitoring.md").read_text().split("## Alarms")[0]
     documented, of_rewards = (
-        set(re.findall(r"`([a-z_]+)`", part)) for part in (text, text.split("[rewards]")[1])
+        set(re.findall(r"`([a-z_]+)`", part))
+        for part in (text, text.split("[rewards]")[1].split("With a [teacher]")[0])
     )
     assert {key for key in logged[0] if "/" not in key} - {"rewards"} <= documented
     optional = {"router_mismatch", "reference_seconds"}
