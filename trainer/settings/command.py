@@ -112,7 +112,7 @@ def check(config: RunConfig, cfg: DictConfig) -> None:
     for group, key in _PATHS:
         if cfg.get(group) is not None and (path := cfg[group][key]) is not None:
             cfg[group][key] = _pinned(path, key)
-    if (distill := RunConfig.load(cfg).distill) is not None:
+    if (distill := type(config).load(cfg).distill) is not None:  # of a submission too
         distill.check_lessons(config.stage.seq_len)
     cfg.data.chat_template = absolute_template(config.data)
     if config.evaluate.benchmarks is not None:
