@@ -3,7 +3,7 @@
 # N query heads, G key/value heads, C head_dim, P tokens of the longest cached sequence
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from inspect import signature
 from typing import Any, cast
 
@@ -18,17 +18,6 @@ from moe.inputs import LayerInputs
 from moe.kernels.support import run_on
 from moe.norm import ZeroCenteredRMSNorm
 from moe.rope import rotate
-
-try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # older torch: every device uses `attend_per_document`
-    varlen_attn = None  # type: ignore[assignment]
-# Older versions of varlen_attn have no such argument and always group query heads.
-_GROUPED: dict[str, Any] = (
-    {"enable_gqa": True}
-    if varlen_attn is not None and "enable_gqa" in signature(varlen_attn).parameters
-    else {}
-)
 
 
 class Attention(nn.Module):
@@ -138,7 +127,7 @@ def varlen_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
         return f"flash attention has no kernel on {device.type}; use a CUDA device"
     if dtype not in (torch.bfloat16, torch.float16):
         return f"flash attention has no kernel in {dtype}, and memory grows as length squared; use dtype=bf16"
-    if varlen_attn is None:
+    if _varlen() is None:
         return f"torch {torch.__version__} has no torch.nn.attention.varlen; use 2.10 or newer"
     if (capability := torch.cuda.get_device_capability(device)) < (8, 0):
         return f"flash attention wants compute capability 8.0, not {capability[0]}.{capability[1]}"
@@ -232,8 +221,23 @@ def attend_varlen(query: Tensor, key: Tensor, value: Tensor, documents: Document
     """One flash-attention call over all documents, CUDA and 16 bits only: shapes of `attend_per_document`."""
     borders, longest = documents.cu_seqlens, documents.max_length
     lengths = (borders, borders, longest, longest)  # of queries, of keys
+    return cast(Callable[..., Tensor], _varlen())(query, key, value, *lengths)
+
+
+@cache
+def _varlen() -> Callable[..., Any] | None:
+    """torch's causal varlen attention with groups of query heads; None in older versions.
+
+    It is imported here because the import takes a second, and only a GPU has the kernel.
+    """
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
     causal = (-1, 0)  # the window: everything to the left, nothing to the right
-    return cast(Tensor, varlen_attn(query, key, value, *lengths, window_size=causal, **_GROUPED))
+    named = "enable_gqa" in signature(varlen_attn).parameters  # older versions always group query heads
+    grouped: Any = {"enable_gqa": True} if named else {}
+    return partial(varlen_attn, window_size=causal, **grouped)
 
 
 def attend_cached(query: Tensor, keys: Tensor, values: Tensor, visible: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ and the survivors are written into docs/mutants.json and docs/testing.md.
 """
 
 import argparse
+import ast
 import os
 import random
 import shlex
@@ -98,16 +99,17 @@ def generated(table: Table, count: int, seed: int) -> list[Mutant]:
         found = (list(operator.mutation_positions(node)) for node in _nodes(tree))
         places += [(name, number) for number in range(sum(map(len, found)))]
     random.Random(f"{seed} {table.file}").shuffle(places)
-    mutants: dict[str, Mutant] = {}
+    seen, mutants = {_without_types(source)}, []
     for name, number in places:
         if len(mutants) == count:
             break
-        changed = mutate_code(source, get_operator(name)(), number)
-        if changed is not None and changed not in mutants and _lines(source, changed):
+        changed = mutate_code(source, get_operator(name)(), number) or source
+        if (behaviour := _without_types(changed)) not in seen:
+            seen.add(behaviour)
             before, after = _lines(source, changed)
             what = f"`{before.strip()}` becomes `{after.strip()}`"
-            mutants[changed] = Mutant(table.file, what, changed, table.tests, generated=True)
-    return list(mutants.values())
+            mutants.append(Mutant(table.file, what, changed, table.tests, generated=True))
+    return mutants
 
 
 def _nodes(tree: "object") -> Iterator["object"]:
@@ -116,10 +118,19 @@ def _nodes(tree: "object") -> Iterator["object"]:
         yield from _nodes(child)
 
 
-def _lines(source: str, changed: str) -> tuple[str, str] | None:
+def _without_types(source: str) -> str:
+    """The syntax tree without type hints, a change of which is no fault."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        for hint in {"annotation", "returns"} & set(node._fields):
+            setattr(node, hint, None)
+    return ast.dump(tree)
+
+
+def _lines(source: str, changed: str) -> tuple[str, str]:
     """The first line that differs, before and after."""
     pairs = zip(source.splitlines(), changed.splitlines(), strict=False)
-    return next(((before, after) for before, after in pairs if before != after), None)
+    return next((before, after) for before, after in pairs if before != after)
 
 
 def main(arguments: list[str]) -> int:

@@ -88,6 +88,7 @@ TORCH_FREE = [
     "slurm.logs",
     "slurm.prepare",
     "trainer.models",
+    "trainer.report",
 ]
 
 
@@ -172,10 +173,10 @@ for module in {modules}:
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=120)
 
 
-def test_commands_that_read_a_checkpoint_need_no_deepspeed():
-    """Its import takes seconds, and asks for CUDA before a device is chosen."""
+def test_commands_that_read_a_checkpoint_need_no_deepspeed_and_no_compiler():
+    """Its import takes seconds, as that of torch's compiler, and asks for CUDA before a device is chosen."""
     doors = ("evaluate", "generate", "benchmark", "export", "report", "inspect")
-    import_without([f"trainer.{door}" for door in doors], "deepspeed")
+    import_without([f"trainer.{door}" for door in doors], "deepspeed", "torch._dynamo")
 
 
 def test_a_login_node_needs_no_torch():

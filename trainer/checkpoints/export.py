@@ -12,6 +12,7 @@ import re
 import shlex
 import time
 from dataclasses import replace
+from datetime import timedelta
 from math import prod
 from pathlib import Path
 
@@ -37,7 +38,6 @@ from moe.hf import (
     write_config,
 )
 from trainer.checkpoints.weights import selection_bias
-from trainer.monitor.terminal import duration
 from trainer.settings.run_folder import pasted
 
 DTYPES = {"fp32": "F32", "bf16": "BF16", "fp8": fp8.STORED}
@@ -198,7 +198,7 @@ def export(folder: Path, out: Path, max_shard_bytes: int, dtype: str | None) -> 
         done += nbytes(shard)
         speed = done / (time.monotonic() - started)
         progress = f"{done / 1e9:.2f} of {total / 1e9:.2f} GB, {speed / 1e6:,.0f} MB/s"
-        left = duration((total - done) / speed)
+        left = timedelta(seconds=int((total - done) / speed))
         print(f"{name} {how} and read back, {progress}, ETA {left}", flush=True)
     if len(shards) > 1:
         weight_map = {name: file for file, shard in shards.items() for name in names_in(shard)}

@@ -3,6 +3,7 @@
 import json
 from base64 import b64encode
 from dataclasses import dataclass
+from datetime import timedelta
 from fnmatch import filter as matching
 from html import escape
 from pathlib import Path
@@ -17,7 +18,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 from moe.config import ConfigError
-from trainer.monitor.terminal import duration
 from trainer.settings.benchmarks import Score, newest_scores, score_rows
 from trainer.settings.config import RunConfig
 from trainer.settings.run_folder import flat, flat_metrics, read_frozen, read_state
@@ -280,7 +280,7 @@ def write_report(runs: list[Run], out: Path) -> Path:
         for alarm in best.alarms
     ]
     step, total, name = best.last("step"), best.config.stage.total_steps, best.config.name
-    eta = f", {duration(best.last('eta_seconds'))} to go" if best.state == "running" else ""
+    eta = f", {timedelta(seconds=int(best.last('eta_seconds')))} to go" if best.state == "running" else ""
     page = Template(here.with_suffix(".html").read_text()).substitute(
         title=escape(name if len(runs) == 1 else f"{len(runs)} runs, the best: {name}"),
         state=escape(best.state),

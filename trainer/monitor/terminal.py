@@ -1,6 +1,7 @@
 """Progress of a run: a live panel on a terminal, plain lines in a job log. Rank 0 only."""
 
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -62,7 +63,7 @@ class Terminal:
     def progress(self, metrics: dict[str, Any], saved_step: int) -> None:
         """Show the run at a logged step; `saved_step` is the step of the last checkpoint, 0 = none."""
         step, total = metrics["step"], self._total_steps
-        eta = f"ETA {duration(metrics['eta_seconds'])}"
+        eta = f"ETA {timedelta(seconds=int(metrics['eta_seconds']))}"
         known = metrics | {"busiest": 1 + metrics.get("max_violation", 0.0)}
         parts = {
             title: [text.format(**known) for text in texts]
@@ -129,10 +130,3 @@ def closing(config: RunConfig, metrics: dict[str, Any], results: dict[str, str],
     here = pasted(run_dir)
     rows["next"] = f"python -m trainer.generate {here} {prompt}, python -m trainer.report {here}"
     return "\n".join(["", *(f"  {name:<9} {value}" for name, value in rows.items() if value)])
-
-
-def duration(seconds: float) -> str:
-    """3661 -> 1:01:01."""
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -2,12 +2,15 @@
 
 import inspect
 import re
+import sys
 from collections.abc import Callable
+from functools import wraps
 from itertools import accumulate, pairwise
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention import varlen
 
 from moe import attention
 from moe.attention import (
@@ -78,8 +81,9 @@ def test_documents_of_equal_length_are_one_call() -> None:
 @pytest.mark.parametrize("lengths", LAYOUTS, ids=str)
 def test_varlen_is_called_as_it_documents(lengths: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """The CPU has no kernel: a function with the documented meaning of each argument replaces it."""
-    signature = inspect.signature(attention.varlen_attn)
+    signature = inspect.signature(varlen.varlen_attn)
 
+    @wraps(varlen.varlen_attn)
     def stand_in(*positional: object, **keywords: object) -> Tensor:
         call = signature.bind(*positional, **keywords).arguments
         assert call["window_size"] == (-1, 0)
@@ -90,7 +94,8 @@ def test_varlen_is_called_as_it_documents(lengths: list[int], monkeypatch: pytes
         assert call["max_q"] == call["max_k"] == max(lengths)
         return _dense_mask(call["query"], call["key"], call["value"], lengths).float()
 
-    monkeypatch.setattr(attention, "varlen_attn", stand_in)
+    monkeypatch.setattr(varlen, "varlen_attn", stand_in)
+    monkeypatch.setattr(attention, "_varlen", attention._varlen.__wrapped__)
     inputs = _inputs(sum(lengths))
     documents = _documents(lengths)
     actual, expected = attend_varlen(*inputs, documents), attend_per_document(*inputs, documents)
@@ -145,7 +150,8 @@ def test_which_attention_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
         obstacle(gpu, torch.float32)
     )
     assert "wants compute capability 8.0, not 7.5" in str(obstacle(gpu, bf16, capability=(7, 5)))
-    monkeypatch.setattr(attention, "varlen_attn", None)
+    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", None)  # cannot be imported
+    monkeypatch.setattr(attention, "_varlen", attention._varlen.__wrapped__)
     assert "has no torch.nn.attention.varlen; use 2.10 or newer" in str(obstacle(gpu, bf16))
 
 
