@@ -234,10 +234,9 @@ def _varlen() -> Callable[..., Any] | None:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return None
-    causal = (-1, 0)  # the window: everything to the left, nothing to the right
     named = "enable_gqa" in signature(varlen_attn).parameters  # older versions always group query heads
     grouped: Any = {"enable_gqa": True} if named else {}
-    return partial(varlen_attn, window_size=causal, **grouped)
+    return partial(varlen_attn, window_size=(-1, 0), **grouped)  # all to the left, nothing to the right
 
 
 def attend_cached(query: Tensor, keys: Tensor, values: Tensor, visible: Tensor) -> Tensor:

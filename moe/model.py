@@ -93,7 +93,8 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig, backend: str, recompute: str) -> None:
         super().__init__()
         self.recompute_layers = recompute == "full"
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        drawn = torch.randn(config.vocab_size, config.hidden_size)  # nn.Embedding's way imports a compiler
+        self.embed_tokens = nn.Embedding.from_pretrained(drawn, freeze=False)
         self.layers = nn.ModuleList(
             DecoderLayer(config, layer, backend, recompute) for layer in range(config.num_hidden_layers)
         )

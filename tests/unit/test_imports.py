@@ -179,6 +179,13 @@ def test_commands_that_read_a_checkpoint_need_no_deepspeed_and_no_compiler():
     import_without([f"trainer.{door}" for door in doors], "deepspeed", "torch._dynamo")
 
 
+def test_ranks_prepare_to_compile_nothing():
+    """ZeRO imports this module in the first step of a run."""
+    import_without(
+        ["trainer.train", "deepspeed.runtime.zero.muon.muon_optimizer"], "torch._inductor.compile_fx"
+    )
+
+
 def test_a_login_node_needs_no_torch():
     import_without(TORCH_FREE, "torch", "datasets")
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -31,8 +32,8 @@ from trainer.settings.parallel import ParallelPlan
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-
-import deepspeed
+with patch.dict(os.environ, TORCHDYNAMO_DISABLE="1"):  # else ZeRO's Muon prepares to be compiled: a second
+    import deepspeed.runtime.zero.muon.original_muon
 import deepspeed.comm
 import deepspeed.ops
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
