@@ -99,7 +99,7 @@ def generated(table: Table, count: int, seed: int) -> list[Mutant]:
         found = (list(operator.mutation_positions(node)) for node in _nodes(tree))
         places += [(name, number) for number in range(sum(map(len, found)))]
     random.Random(f"{seed} {table.file}").shuffle(places)
-    seen, mutants = {_without_types(source)}, []
+    seen, mutants = {None, _without_types(source)}, []
     for name, number in places:
         if len(mutants) == count:
             break
@@ -118,9 +118,12 @@ def _nodes(tree: "object") -> Iterator["object"]:
         yield from _nodes(child)
 
 
-def _without_types(source: str) -> str:
-    """The syntax tree without type hints, a change of which is no fault."""
-    tree = ast.parse(source)
+def _without_types(source: str) -> str | None:
+    """The syntax tree without type hints, a change of which is no fault; None for what cannot be parsed."""
+    try:
+        tree = ast.parse(source)
+    except SyntaxError:
+        return None
     for node in ast.walk(tree):
         for hint in {"annotation", "returns"} & set(node._fields):
             setattr(node, hint, None)
