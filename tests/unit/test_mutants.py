@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from faults import Mutant, tables
-from mutants import Copy, generated, judge_all
+from mutants import Copy, _without_types, generated, judge_all
 from page import BEGIN, END, PAGE, RESULTS, show
 
 ROOT = Path(__file__).parents[2]
@@ -64,3 +64,10 @@ def test_the_run_tells_who_survives() -> None:
     drawn = generated(TABLES[file], 5, seed=0)
     assert len({mutant.source for mutant in drawn}) == 5
     assert drawn == generated(TABLES[file], 5, seed=0) != generated(TABLES[file], 5, seed=1)
+
+
+def test_a_change_of_type_hints_is_none() -> None:
+    source = "def f(x: int, *y: str) -> bool:\n    z: int = x\n    return z > 0\n"
+    hints = "def f(x: str, *y: bool) -> int:\n    z: str = x\n    return z > 0\n"
+    assert _without_types(source) == _without_types(hints) != _without_types(source.replace("0", "1"))
+    assert _without_types("f(%x)") is None, "cosmic-ray changes the star of an argument"
