@@ -152,11 +152,10 @@ def test_resume_falls_back_to_the_newest_whole_checkpoint(train, tmp_path):
     assert refused.stdout.count("holds no whole checkpoint") == 1, "one message, not one of each rank"
 
 
-def test_resume_on_another_layout(train, tmp_path):
+def test_resume_on_another_layout(finished, tmp_path):
     """The layout is recorded in the folder and later resumes use it; other keys are refused by name."""
-    assert train("name=straight").returncode == 0
     run_dir = tmp_path / "runs/moved"
-    shutil.copytree(tmp_path / "runs/straight", run_dir)
+    shutil.copytree(finished, run_dir)
     shutil.rmtree(run_dir / "checkpoints/step-00000008")
     refused = python("trainer.resume", "runs/moved", "optimizer.lr=1", "deepspeed=zero9", cwd=tmp_path)
     assert refused.returncode == 2
@@ -174,20 +173,19 @@ def test_resume_on_another_layout(train, tmp_path):
     assert described.returncode == 0
     assert "step 8, 4,096 tokens, next row 64" in described.stdout
     assert "dtype fp32, ep_size 1, world_size 1, zero_stage 3" in described.stdout
-    expected = {line["step"]: line for line in metrics(tmp_path / "runs/straight")}
+    expected = {line["step"]: line for line in metrics(finished)}
     for line in metrics(run_dir):
         if line["attempt"] == 2:
             for key in ("loss", "grad_norm", "balance_loss"):
                 assert line[key] == pytest.approx(expected[line["step"]][key], rel=1e-5)
 
 
-def test_a_run_that_goes_on_does_not_need_the_weights_it_started_from(train, tmp_path):
-    assert train("name=one", "stage.train_tokens=1024").returncode == 0
-    two = ["name=two", f"stage.init_from={tmp_path}/runs/one"]
+def test_a_run_that_goes_on_does_not_need_the_weights_it_started_from(train, finished, tmp_path):
+    two = ["name=two", f"stage.init_from={finished}"]
     assert train(*two).returncode == 0
-    shutil.rmtree(tmp_path / "runs/one")
-    assert train(*two).returncode == 0, "neither the command nor its ranks may need runs/one"
+    shutil.rmtree(finished)
+    assert train(*two).returncode == 0, "neither the command nor its ranks may need runs/a"
     refused = train("name=three", *two[1:])
     assert refused.returncode == 2
-    assert "runs/one is not a folder" in refused.stderr
-    assert python("trainer.inspect", "runs/one", cwd=tmp_path).returncode == 2
+    assert "runs/a is not a folder" in refused.stderr
+    assert python("trainer.inspect", "runs/a", cwd=tmp_path).returncode == 2

@@ -48,6 +48,15 @@ def asks(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return overrides
 
 
+@pytest.fixture(scope="module")
+def rewarded(asks: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A folder with a finished run, `runs/a`, and what the run has said."""
+    folder = tmp_path_factory.mktemp("rewarded")
+    done = python("trainer", *SMALL, *asks, "name=a", "tracker.wandb=offline", cwd=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder, done.stdout
+
+
 def test_kill_9_at_random_moments(asks: list[str], tmp_path: Path) -> None:
     """Most of a step is sampling; every second checkpoint lies inside a phase."""
     survive(["trainer", *SMALL, *asks], tmp_path, kills=2, steps=12)
@@ -79,17 +88,16 @@ def test_kill_9_while_rewards_are_computed(asks: list[str], tmp_path: Path) -> N
     assert len(set(straight.values())) > 1
 
 
-def test_a_run_tells_evaluates_and_reports_its_rewards(asks: list[str], tmp_path: Path) -> None:
-    done = python("trainer", *SMALL, *asks, "name=a", "tracker.wandb=offline", cwd=tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
-    tables = [point for point in history(tmp_path / "runs/a/wandb") if "samples/_type" in point]
+def test_a_run_tells_evaluates_and_reports_its_rewards(rewarded: tuple[Path, str]) -> None:
+    folder, said = rewarded
+    tables = [point for point in history(folder / "runs/a/wandb") if "samples/_type" in point]
     shown = [(point["_step"], point["samples/_type"], point["samples/nrows"]) for point in tables]
     assert shown == [(step, "table-file", 8) for step in range(1, 9)]
-    assert "2 prompts x 4 completions per step, rewards: vowel (regex)" in done.stdout
-    assert done.stdout.count("reward 0.") + done.stdout.count("reward 1.") >= 8
-    assert "reward/asks" in done.stdout
-    lines = [json.loads(line) for line in (tmp_path / "runs/a/metrics.jsonl").read_text().splitlines()]
-    logged, held_out = metrics(tmp_path / "runs/a"), [line for line in lines if "reward/validation" in line]
+    assert "2 prompts x 4 completions per step, rewards: vowel (regex)" in said
+    assert said.count("reward 0.") + said.count("reward 1.") >= 8
+    assert "reward/asks" in said
+    lines = [json.loads(line) for line in (folder / "runs/a/metrics.jsonl").read_text().splitlines()]
+    logged, held_out = metrics(folder / "runs/a"), [line for line in lines if "reward/validation" in line]
     assert [line["step"] for line in logged] == list(range(1, 9))
     assert [line["step"] for line in held_out] == [4, 8]
     text = Path(__file__).parents[2].joinpath("docs/monitoring.md").read_text().split("## Alarms")[0]
@@ -110,21 +118,21 @@ def test_a_run_tells_evaluates_and_reports_its_rewards(asks: list[str], tmp_path
     assert [line["step"] for line in logged if "sampling_seconds" in line] == [1, 3, 5, 7], (
         "phases of two steps"
     )
-    samples = [json.loads(line) for line in (tmp_path / "runs/a/samples.jsonl").read_text().splitlines()]
+    samples = [json.loads(line) for line in (folder / "runs/a/samples.jsonl").read_text().splitlines()]
     assert {sample["step"] for sample in samples} == set(range(1, 9))
     assert all(sample["prompt"].startswith("<|im_start|>user\n") for sample in samples)
-    reported = python("trainer.report", "runs/a", cwd=tmp_path)
+    reported = python("trainer.report", "runs/a", cwd=folder)
     assert reported.returncode == 0, reported.stderr
-    page = (tmp_path / "runs/a/report/report.html").read_text()
+    page = (folder / "runs/a/report/report.html").read_text()
     shown = page.count("vowel: ")
     assert shown == 8
     assert "Is it rewarded?" in page
     assert "Completions of step 8" in page
     assert "reward " in page
-    with (tmp_path / "runs/a/samples.jsonl").open("a") as file:  # a second attempt has repeated the step
+    with (folder / "runs/a/samples.jsonl").open("a") as file:  # a second attempt has repeated the step
         file.writelines(json.dumps({**sample, "attempt": 2}) + "\n" for sample in samples[-8:])
-    assert python("trainer.report", "runs/a", cwd=tmp_path).returncode == 0
-    assert (tmp_path / "runs/a/report/report.html").read_text().count("vowel: ") == shown
+    assert python("trainer.report", "runs/a", cwd=folder).returncode == 0
+    assert (folder / "runs/a/report/report.html").read_text().count("vowel: ") == shown
 
 
 def test_a_prompt_longer_than_allowed_is_told_before_anything_is_sampled(
@@ -136,31 +144,31 @@ def test_a_prompt_longer_than_allowed_is_told_before_anything_is_sampled(
     assert "Traceback" not in refused.stdout + refused.stderr
 
 
-def test_a_reference_stays_what_it_was(asks: list[str], tmp_path: Path) -> None:
+def test_a_reference_stays_what_it_was(asks: list[str], rewarded: tuple[Path, str], tmp_path: Path) -> None:
     """At the start it is the model itself; a run that goes on still has it, without its own origin."""
-    assert python("trainer", *SMALL, *asks, "name=a", cwd=tmp_path).returncode == 0
-    begins = ["stage.init_from=runs/a", "rl.kl_coef=0.1", "rl.reference=runs/a", "rl.updates=1"]
+    first = rewarded[0] / "runs/a"
+    begins = [f"stage.init_from={first}", "rl.kl_coef=0.1", f"rl.reference={first}", "rl.updates=1"]
     second = python("trainer", *SMALL, *asks, *begins, "name=b", cwd=tmp_path)
     assert second.returncode == 0, second.stdout + second.stderr
-    first = {line["step"]: line["reference_kl"] for line in metrics(tmp_path / "runs/b")}
-    assert abs(first[1]) < 1e-6
-    assert first[8] > 1e-4
+    told = {line["step"]: line["reference_kl"] for line in metrics(tmp_path / "runs/b")}
+    assert abs(told[1]) < 1e-6
+    assert told[8] > 1e-4
     shutil.rmtree(tmp_path / "runs/b/checkpoints/step-00000008")
     again = python("trainer.resume", "runs/b", cwd=tmp_path)
     assert again.returncode == 0, again.stdout + again.stderr
     lines = [(line["step"], line["reference_kl"]) for line in metrics(tmp_path / "runs/b")]
-    assert lines == [*first.items(), *(item for item in first.items() if item[0] > 4)]
+    assert lines == [*told.items(), *(item for item in told.items() if item[0] > 4)]
     one_step = ["stage.train_tokens=512", "schedule.warmup_steps=0"]
     third = python("trainer", *SMALL, *asks, *begins[1:], *one_step, "name=c", cwd=tmp_path)
     assert third.returncode == 0, third.stdout + third.stderr
     assert metrics(tmp_path / "runs/c")[0]["reference_kl"] > 1e-4, "it did not start from its reference"
 
 
-def test_evaluate_finds_the_rewards_of_the_run(asks: list[str], tmp_path: Path) -> None:
-    assert python("trainer", *SMALL, *asks, "name=a", cwd=tmp_path).returncode == 0
-    lines = [json.loads(line) for line in (tmp_path / "runs/a/metrics.jsonl").read_text().splitlines()]
+def test_evaluate_finds_the_rewards_of_the_run(rewarded: tuple[Path, str]) -> None:
+    folder, _ = rewarded
+    lines = [json.loads(line) for line in (folder / "runs/a/metrics.jsonl").read_text().splitlines()]
     told = next(line for line in reversed(lines) if "reward/validation" in line)
-    found = python("trainer.evaluate", "runs/a", cwd=tmp_path)
+    found = python("trainer.evaluate", "runs/a", cwd=folder)
     assert found.returncode == 0, found.stderr
     expected = [f"{key} {told[key]:.6f}" for key in ("reward/asks", "reward/validation")]
     assert found.stdout.splitlines() == expected

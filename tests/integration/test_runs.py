@@ -197,8 +197,7 @@ def test_evaluation_leaves_training_alone(train, tmp_path):
     assert_same_run(tmp_path / "runs/never", tmp_path / "runs/always")
 
 
-def test_the_same_configuration_goes_on_and_another_is_refused(train, tmp_path):
-    assert train("name=a").returncode == 0
+def test_the_same_configuration_goes_on_and_another_is_refused(train, finished):
     again = train("name=a")
     assert again.returncode == 0
     assert "the run is finished" in again.stdout
