@@ -113,3 +113,10 @@ def test_never_holds_all_logits_and_computes_no_more_than_asked(learns: str, pro
             loss.backward()
     assert recorder.largest == chunk * vocabulary  # not tokens * vocabulary
     assert recorder.products == products * tokens // chunk
+
+
+def test_few_logits_are_one_chunk() -> None:
+    hidden, weight, labels = _inputs()
+    with Recorder() as recorder:
+        chunked_cross_entropy(hidden, weight, labels).backward()
+    assert recorder.products == 3

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from recorder import Recorder
 from torch import Tensor
 
 from moe.cross_entropy import chunked_cross_entropy
@@ -135,3 +136,19 @@ def test_a_teacher_of_equal_logits_keeps_k_and_the_rest():
     assert ids.dtype == torch.int32
     assert all(len(set(row)) == 4 for row in ids.tolist())
     assert torch.allclose(log_probs.exp(), torch.tensor([*(4 * [1 / V]), 1 - 4 / V]).expand(3, 5))
+
+
+def test_never_holds_all_logits_and_computes_no_more_than_asked():
+    """Three tensors of a chunk's logits exist at once in teaching, six in learning; here in fp32."""
+    tokens, vocabulary, chunk = 512, 1000, 16
+    hidden, weight = (torch.randn(n, 4, requires_grad=True) for n in (tokens, vocabulary))
+    with Recorder() as taught:
+        ids, log_probs = teach(hidden, weight, 3, 2.0, 3 * 4 * chunk * vocabulary)
+    lesson = Lesson(ids, log_probs, 2.0, False, 0.5)
+    with Recorder() as learned:
+        labels = torch.zeros(tokens, dtype=torch.int64)
+        loss, *_ = chunked_distillation(hidden, weight, labels, lesson, 6 * 4 * chunk * vocabulary)
+        loss.backward()
+    for recorder, products in ((taught, 1), (learned, 3)):
+        assert recorder.largest == chunk * vocabulary
+        assert recorder.products == products * tokens // chunk

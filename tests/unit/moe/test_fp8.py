@@ -23,10 +23,11 @@ def slow_dequantise(numbers: torch.Tensor, scales: torch.Tensor) -> torch.Tensor
     return out
 
 
+@pytest.mark.parametrize("size", [1.0, 1e-6])
 @pytest.mark.parametrize("shape", [(128, 128), (200, 130), (3, 300), (256, 1)])
-def test_blocks_and_their_scales(shape: tuple[int, int]) -> None:
+def test_blocks_and_their_scales(shape: tuple[int, int], size: float) -> None:
     torch.manual_seed(0)
-    weight = torch.randn(shape) * torch.logspace(-4, 4, shape[0])[:, None]
+    weight = size * torch.randn(shape) * torch.logspace(-4, 4, shape[0])[:, None]
     weight[:1] = 0.0
     numbers, scales = fp8.quantise(weight)
     assert numbers.dtype == torch.float8_e4m3fn

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from recorder import Recorder
 
 from moe.config import ModelConfig
 from moe.model import CausalLM
@@ -26,6 +27,18 @@ def test_chunks_change_nothing(chunk_bytes: int) -> None:
     expected = all_of_them.gather(1, labels[:, None])[:, 0]
     torch.testing.assert_close(log_probs.double(), expected, rtol=2e-6, atol=2e-6)
     assert best.tolist() == [n % 3 != 0 for n in range(T)]
+
+
+def test_a_chunk_has_as_many_logits_as_its_bytes_allow() -> None:
+    """bf16 logits and what is computed of them in fp32: six bytes."""
+    tokens, vocabulary, chunk = 512, 1000, 16
+    hidden, weight = (
+        torch.randn(n, 4, dtype=torch.bfloat16, requires_grad=True) for n in (tokens, vocabulary)
+    )
+    with Recorder() as recorder:
+        label_scores(hidden, weight, torch.zeros(tokens, dtype=torch.int64), 6 * chunk * vocabulary)
+    assert recorder.largest == chunk * vocabulary
+    assert recorder.products == tokens // chunk
 
 
 def test_bf16_is_summed_in_fp32() -> None:
