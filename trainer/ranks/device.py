@@ -42,12 +42,13 @@ def choose_device(
     if ranks_here > count and not one_each:
         shown = f"{count} GPU{'s' * (count > 1)}" + (f" (CUDA_VISIBLE_DEVICES={visible})" if visible else "")
         remedy = f"use {count}, or device=cpu to train on the CPU"
-        raise ConfigError([f"parallel.nproc_per_node={ranks_here} but this machine has {shown}; {remedy}"])
+        asked = f"{ranks_here} ranks (parallel.nproc_per_node or --nproc)"
+        raise ConfigError([f"{asked} but this machine has {shown}; {remedy}"])
     device = torch.device("cuda", 0 if one_each else local_rank)
     name = torch.cuda.get_device_name(device)
     if world_size > 1 and ("MIG" in name or str(visible).startswith("MIG-")):
         why = f"{world_size} ranks on MIG instances ({name}): NCCL connects whole GPUs only"
-        raise ConfigError([f"{why}; use parallel.nproc_per_node=1, or GPUs without MIG"])
+        raise ConfigError([f"{why}; use one rank, or GPUs without MIG"])
     return device, None
 
 

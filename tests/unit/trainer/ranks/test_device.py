@@ -103,9 +103,8 @@ def test_gpus_that_the_user_hides_are_no_surprise(machine, visible):
 
 def test_more_ranks_than_gpus(machine):
     machine(gpus=1)
-    expected = (
-        "parallel.nproc_per_node=2 but this machine has 1 GPU; use 1, or device=cpu to train on the CPU"
-    )
+    asked, remedy = "2 ranks (parallel.nproc_per_node or --nproc)", "use 1, or device=cpu to train on the CPU"
+    expected = f"{asked} but this machine has 1 GPU; {remedy}"
     assert [refused("auto", rank, 2, 2) for rank in (0, 1)] == [expected] * 2, "every rank reports it"
     assert refused("cuda", 1) == expected, "also if the number of ranks is unknown"
     machine(gpus=8, visible="0,3")
