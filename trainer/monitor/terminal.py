@@ -13,6 +13,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from data_pipeline.config import CHAT_KINDS
 from trainer.engine.backends import Backends
 from trainer.ranks.device import device_name
 from trainer.settings.config import RunConfig
@@ -125,7 +126,7 @@ def closing(config: RunConfig, metrics: dict[str, Any], results: dict[str, str],
         )
     rows["run"] = f"{run_dir}; for transformers: {run_dir}/checkpoints/step-{metrics['step']:08d}/hf"
     prompt = '"    def __init__(self" --temperature 0.5'
-    if config.rl:
+    if {config.data.sources[name].kind for name in config.data.trained_sources()} <= set(CHAT_KINDS):
         prompt = '"Is 9 larger than 4? /no_think" --chat --no-thinking'
     here = pasted(run_dir)
     rows["next"] = f"python -m trainer.generate {here} {prompt}, python -m trainer.report {here}"
