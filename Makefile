@@ -30,7 +30,7 @@ test-all: check
 test-gpu: $(INSTALLED)
 	$(BIN)/python -m pytest -s tests/gpu tests/unit/moe/kernels
 
-# Which faults do the tests notice? Two hours on two cores; the result is in docs/testing.md.
+# Which faults do the tests notice? Some hours on two cores; the result is in docs/testing.md.
 mutants: .venv/installed
 	$(BIN)/python tests/mutants/mutants.py
 

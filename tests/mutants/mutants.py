@@ -145,17 +145,17 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--new", action="store_true", help="only those without a result so far")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="tested at once (cores)")
     given = parser.parse_args(arguments)
-    mutants = [m for t in tables() for m in (*t.faults, *generated(t, given.generated, given.seed))]
-    names = [f"{mutant.file}: {mutant.what}" for mutant in mutants]
-    if given.names:
-        chosen = [any(part in name for part in given.names) for name in names]
-        mutants = [mutant for mutant, is_chosen in zip(mutants, chosen, strict=True) if is_chosen]
+    drawn = [m for t in tables() for m in (*t.faults, *generated(t, given.generated, given.seed))]
+    asked = given.names or [""]
+    mutants = [m for m in drawn if any(part in f"{m.file}: {m.what}" for part in asked)]
     results = known()
     if given.new:
         mutants = [m for m in mutants if m.what not in results[m.file][m.kind]]
     print(f"{len(mutants)} mutants", flush=True)
     for file in {mutant.file for mutant in mutants if mutant.generated and not given.new}:
-        results[file]["generated"] = {}  # of an earlier draw
+        of_this_draw = {mutant.what for mutant in drawn if mutant.file == file}
+        kept = {what: of for what, of in results[file]["generated"].items() if what in of_this_draw}
+        results[file]["generated"] = kept
     missed = []
     for mutant, result in judge_all(mutants, [Copy() for _ in range(given.workers)]):
         results[mutant.file][mutant.kind][mutant.what] = result
