@@ -92,6 +92,29 @@ def test_products_of_many_steps_have_few_sizes() -> None:
     assert 100 < len(sizes) < 500
 
 
+@pytest.mark.parametrize(
+    ("rows", "dtype", "rounded"),
+    [(16 * 5 - 1, torch.float32, False), (16 * 5, torch.float32, True), (1, torch.float64, True)],
+)
+def test_few_rows_are_not_rounded(rows: int, dtype: torch.dtype, rounded: bool) -> None:
+    """In fp32, if there are fewer than 16 for each expert, for example in decoding."""
+    experts, seen = build(5, "loop", dtype), set()
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            seen.add(func.overloadpacket)
+            return func(*args, **(kwargs or {}))
+
+    with Record(), torch.no_grad():
+        experts(
+            torch.randn(rows, H, dtype=dtype),
+            torch.ones(rows, 1, dtype=dtype),
+            torch.arange(rows).view(-1, 1) % 5,
+        )
+    assert (torch.ops.aten._grouped_mm in seen) != rounded
+    assert (torch.ops.aten.mm in seen) == rounded
+
+
 def test_reference_is_the_definition() -> None:
     num_experts, expert_indices = CASES["some slots are elsewhere"]
     experts = build(num_experts, "reference", torch.float64)
