@@ -162,7 +162,7 @@ def test_kernel_by_lengths() -> None:
     ragged = [stop - start for start, stop in pairwise(sorted({0, 16384, *cuts.tolist()}))]
     per_document = [[4096] * 4, [16384], [64] * 256, [1], [6000, 10384], [3000, 4000, 4500, 4884]]
     per_document.append([2048] * 8 + [1500])
-    varlen = [ragged, list(range(1, 181)), [1, 2], [1024] * 8 + [512] * 16]
+    varlen = [ragged, list(range(1, 181)), [1, 2], [1024] * 8 + [512] * 16, [3000, 2000]]
     for lengths in per_document + varlen:
         assert prefers_per_document(_documents(lengths)) == (lengths in per_document), lengths
         assert prefers_per_document(_documents(lengths[::-1])) == (lengths in per_document), "any order"

@@ -1,5 +1,6 @@
 """Batched samples equal those of one sequence at a time, computed anew for each token."""
 
+from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -13,7 +14,7 @@ from moe.cache import Cache
 from moe.config import ModelConfig
 from moe.model import CausalLM, ModelOutput
 from moe.next_token import SamplingSettings, choose
-from moe.sampling import Request, Sample, sample
+from moe.sampling import Request, Sample, _next_prompts, _Row, sample
 
 Build = Callable[..., CausalLM]
 SETTINGS = SamplingSettings(1.0, 1.0, 0, 2, 9, (5, 11))
@@ -130,6 +131,16 @@ def test_waiting_prompts_begin_when_a_quarter_of_the_rows_is_free(
     limited = dict(sample(model, requests, settings, rows_at_once=8))
     assert [limited[n].tokens for n in range(20)] == [found[n].tokens for n in range(20)]
     assert calls[0] == (True, 3)  # 1 + 2 + 3 tokens; the next prompt has 4
+
+
+@pytest.mark.parametrize(
+    ("lengths", "rows", "begun"),
+    [([8192, 8192, 1], 9, 2), ([8192, 8193], 9, 1), ([20_000, 1], 9, 1), ([1, 1, 1], 2, 2), ([1], 0, 0)],
+)
+def test_prompts_begin_together_up_to_16_384_tokens(lengths: list[int], rows: int, begun: int) -> None:
+    waiting = deque(_Row(number, Request(0, [7] * length)) for number, length in enumerate(lengths))
+    assert [row.number for row in _next_prompts(waiting, rows)] == list(range(begun))
+    assert [row.number for row in waiting] == list(range(begun, len(lengths)))
 
 
 def test_a_rank_without_work_runs_forwards_for_the_others(dense_config: ModelConfig, build: Build) -> None:
