@@ -28,7 +28,7 @@ ROOMS = {
     "moe": Room("moe/kernels", "torch safetensors", 4080),
     "data_pipeline": Room("", "numpy torch rich", 5620),
     "trainer/settings": Room("moe data_pipeline", "omegaconf hydra yaml", 1660),
-    "trainer/verifiers": Room("trainer/settings", "", 750),
+    "trainer/verifiers": Room("trainer/settings", "", 770),
     "trainer/ranks": Room(_BELOW, "torch numpy", 600),
     "trainer/engine": Room(f"{_BELOW} trainer/ranks", "torch", 1250),
     "trainer/stages": Room(f"{_BELOW} trainer/verifiers trainer/ranks trainer/engine", "torch numpy", 1660),

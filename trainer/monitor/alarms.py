@@ -22,6 +22,7 @@ _WINDOW, _LEAST = 50, 10  # the loss is compared with up to 50 logged losses, an
 _COLLAPSES = 10  # consecutive logged steps after warmup in which a layer uses too few experts
 _RECENT = 10  # logged steps over which rewards and lengths are averaged
 _FLAT = 5  # consecutive logged steps in which no group has two different rewards
+_FAILED = 0.25  # share of checks
 _STRAGGLES = 3  # consecutive logged steps in which the same rank is the slowest
 
 
@@ -126,6 +127,14 @@ class Alarms:
                 f"{len(lengths)} logged steps ago ({metrics['truncated']:.0%} are truncated). Read them, "
                 "use rl.overlong=penalise, or rl.loss_sum=constant, which does not favour length",
             )
+        if metrics["failed_checks"] > _FAILED:
+            yield Alarm(
+                "failed checks",
+                f"{metrics['failed_checks']:.0%} of the checks raised, took too long or gave no number from "
+                "0 to 1, and count as 0. logs/ names prompts and reasons: mend the verifier, its options or "
+                "the rows",
+            )
+            return
         self._flat = self._flat + 1 if metrics["flat_groups"] == 1 else 0
         if self._flat >= _FLAT:
             yield Alarm(

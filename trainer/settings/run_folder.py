@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from data_pipeline.config import CHAT_TEMPLATES, read_template
 from data_pipeline.manifest import to_json, write_atomically
 from moe.config import ConfigError
 from trainer.settings.hub import fetch, is_hub_name
@@ -26,11 +27,14 @@ from trainer.settings.typed import literal
 
 ROOT = Path(__file__).parents[2]
 MANIFEST = "manifest.json"
+TEMPLATE = "chat_template.jinja"  # the run's copy of a template that is a file of the user's
 NAMES = "step-" + 8 * "[0-9]"  # of checkpoints; any other folder, such as a copy, is the user's
 
 
 def freeze(run_dir: Path, cfg: DictConfig, overrides: list[str]) -> None:
     """Write config.yaml, overrides.txt, environment.json and git.txt of a new run; the texts hide secrets.
+
+    A chat template that is a file is copied, because the run must go on without it.
 
     A folder that already holds the same configuration is not changed (the run continues). A folder with a
     different configuration raises ConfigError with the keys that differ.
@@ -53,6 +57,8 @@ def freeze(run_dir: Path, cfg: DictConfig, overrides: list[str]) -> None:
         (run_dir / "environment.json").write_text(json.dumps(_environment(), indent=1))
         commit, changes = git("rev-parse", "--verify", "HEAD"), git("diff", "HEAD")
         (run_dir / "git.txt").write_text(redacted(f"{commit}\n{changes}"))
+        if (template := cfg.data.chat_template) not in CHAT_TEMPLATES:
+            (run_dir / TEMPLATE).write_bytes(read_template(template).encode())
         write_atomically(frozen, OmegaConf.to_yaml(cfg, resolve=True).encode())
     except OSError as error:
         raise ConfigError(f"output_dir: cannot write the run folder {run_dir} ({error.strerror})") from error
@@ -88,6 +94,8 @@ def read_run(run_dir: Path) -> Any:
             cfg[section] = value
     if absent := [key for key in ("stage", "init") if not isinstance(cfg.get(key), DictConfig)]:
         raise ConfigError(f"{frozen} is not the configuration of a run: it has no {' and no '.join(absent)}")
+    if (template := run_dir / TEMPLATE).is_file() and isinstance(cfg.get("data"), DictConfig):
+        cfg.data.chat_template = str(template.absolute())
     forget_origin(cfg, run_dir)
     return cfg
 

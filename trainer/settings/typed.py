@@ -53,6 +53,9 @@ def value_problems(config: Any, path: str = "") -> list[str]:
         name, value = f"{path}{key}", getattr(config, key)
         if is_dataclass(value):
             found += value_problems(value, f"{name}.")
+        elif isinstance(value, dict):
+            named = ((f"{name}.{of}.", item) for of, item in value.items() if is_dataclass(item))
+            found += [problem for place, item in named for problem in value_problems(item, place)]
         elif get_origin(hint) is Literal and value not in get_args(hint):
             found.append(f"{name}={value} is unknown; use {', '.join(get_args(hint))}")
         elif get_origin(hint) is Annotated and not value >= (least := get_args(hint)[1]):  # or NaN

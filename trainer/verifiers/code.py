@@ -6,6 +6,7 @@ import re
 import secrets
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory, TemporaryFile
 from typing import Any
@@ -17,18 +18,19 @@ _NOT_CONFINED = 99  # exit code of the sandbox; a program that takes it gains no
 _BLOCK = re.compile(r"^```python[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
 # Numpy would start a thread for each core.
 _ENVIRONMENT = {"OMP_NUM_THREADS": "1", "LC_CTYPE": "C.UTF-8"}
-# Statements of tests that are no test.
+# Statements of tests that are no test; an expression without a call is none either, such as a docstring.
 _PREPARES = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign)
 
 
 def verify(fields: dict[str, Any], completion: str, options: dict[str, Any]) -> Verdict:
     """1 if the last ```python block (or, without one, the whole answer) passes all tests; see `sandbox.py`.
 
-    tests: a text of Python with asserts, or a list of {input, output} of the whole program. With `partial`,
-    the share of tests that pass; each assert, loop or call at the top level of a text is a test. Raises
-    ValueError if the tests of the row are neither, SyntaxError if they are not Python.
+    tests: a text of Python with asserts, or a list of {input, output} of the whole program, or of that a
+    JSON text or {inputs, outputs}. With `partial`, the share of tests that pass; each assert, loop or call at
+    the top level of a text is a test. Raises ValueError if the tests of the row are neither, SyntaxError if
+    they are not Python.
     """
-    tests, blocks = field(fields, options["tests_key"]), _BLOCK.findall(completion)
+    tests, blocks = _read(field(fields, options["tests_key"])), _BLOCK.findall(completion)
     program = blocks[-1] if blocks else completion
     if isinstance(tests, str):
         return _asserts(program, tests, options)
@@ -37,13 +39,30 @@ def verify(fields: dict[str, Any], completion: str, options: dict[str, Any]) -> 
     raise ValueError(f"{options['tests_key']} of the row is neither Python nor a list of {{input, output}}")
 
 
+def _read(tests: Any) -> Any:
+    """Tests as `verify` takes them, from the forms in which public sets keep them."""
+    if isinstance(tests, str) and tests.lstrip()[:1] in ("[", "{"):
+        with suppress(ValueError):  # it is Python
+            tests = json.loads(tests)
+    if isinstance(tests, dict) and all(isinstance(tests.get(key), list) for key in ("inputs", "outputs")):
+        pairs = zip(tests["inputs"], tests["outputs"], strict=True)
+        return [{"input": given, "output": expected} for given, expected in pairs]
+    return tests
+
+
+def _is_test(statement: ast.stmt) -> bool:
+    if isinstance(statement, ast.Expr):
+        return any(isinstance(node, ast.Call) for node in ast.walk(statement))
+    return not isinstance(statement, _PREPARES)
+
+
 def _asserts(program: str, tests: str, options: dict[str, Any]) -> Verdict:
     """The tests run in the program's process, which writes a secret when it has come to their end."""
     statements = ast.parse(tests).body
-    total = sum(not isinstance(statement, _PREPARES) for statement in statements)
+    total = sum(map(_is_test, statements))
     if not total:
         raise ValueError(f"{options['tests_key']} of the row holds no test")
-    sources = [(ast.unparse(statement), not isinstance(statement, _PREPARES)) for statement in statements]
+    sources = [(ast.unparse(statement), _is_test(statement)) for statement in statements]
     token = secrets.token_hex(16)
     _, output = _run(program, options, tests=sources, token=token)
     if not output.startswith(token):

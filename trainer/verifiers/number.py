@@ -16,26 +16,27 @@ _NUMBER = re.compile(
 
 
 def verify(fields: dict[str, Any], completion: str, options: dict[str, Any]) -> Verdict:
-    r"""1 if the last number, of \boxed{} if there is one, is within `tolerance` of the answer's last number.
+    r"""1 if the last number, of \boxed{} if there is one, is within `tolerance` of the answer.
 
-    Raises ValueError if the answer of the row holds no number.
+    Raises ValueError if the answer of the row, or what of it follows its last ####, is not one number.
     """
     answer = field(fields, options["answer_key"])
-    expected = _last_number(str(answer))
-    if expected is None:
-        raise ValueError(f"{options['answer_key']}={answer!r} of the row holds no number")
+    right = _numbers(str(answer).rpartition("####")[2])
+    if len(right) != 1:
+        law = "must hold one number, after #### if that is there; for others use kind: math"
+        raise ValueError(f"{options['answer_key']}={answer!r} of the row {law}")
     inside = boxed(completion)
-    found = _last_number(completion if inside is None else inside)
-    if found is None:
+    numbers = _numbers(completion if inside is None else inside)
+    if not numbers:
         return Verdict(0, "no number")
+    found, expected = numbers[-1], right[0]
     if found == expected or _distance(found, expected) <= Decimal(str(options["tolerance"])):
         return Verdict(1, f"{found:.12g} is right")
     return Verdict(0, f"{found:.12g} is not {expected:.12g}")
 
 
-def _last_number(text: str) -> Decimal | None:
-    numbers = _NUMBER.findall(text)
-    return Decimal(numbers[-1].replace(",", "").replace("\u2212", "-")) if numbers else None
+def _numbers(text: str) -> list[Decimal]:
+    return [Decimal(of.replace(",", "").replace("\u2212", "-")) for of in _NUMBER.findall(text)]
 
 
 def _distance(one: Decimal, other: Decimal) -> Decimal:

@@ -160,8 +160,16 @@ def test_where_a_gradient_stops_being_finite():
     assert first == ["the weights of the attention (self_attn.weight)"]
 
 
-def rewarded(alarms: Alarms, step: int, reward: float = 0.5, tokens: float = 100.0, flat: float = 0.2) -> set:
+def rewarded(
+    alarms: Alarms,
+    step: int,
+    reward: float = 0.5,
+    tokens: float = 100.0,
+    flat: float = 0.2,
+    failed: float = 0.0,
+) -> set:
     of_rewards = {"reward": reward, "completion_tokens": tokens, "flat_groups": flat, "truncated": 0.0}
+    of_rewards["failed_checks"] = failed
     return {alarm.kind for alarm in alarms.check(metrics(step, loss=(-1) ** step * 0.01) | of_rewards)}
 
 
@@ -170,6 +178,7 @@ def test_a_policy_loss_is_never_a_spike(alarms):
         assert rewarded(alarms, step) == set()
     assert rewarded(alarms, 30, reward=0.5) == set()
     jump = {"reward": 0.5, "completion_tokens": 100.0, "flat_groups": 0.0, "truncated": 0.0}
+    jump["failed_checks"] = 0.0
     assert [alarm.kind for alarm in alarms.check(metrics(31, loss=50.0) | jump)] == []
 
 
@@ -196,6 +205,14 @@ def test_lengths_that_run_away(alarms):
         rewarded(alarms, step, tokens=500)
     assert rewarded(alarms, 39, tokens=500) == set(), "raised already, and not again so soon"
     assert "lengths" in alarms._raised
+
+
+def test_checks_that_fail(alarms):
+    """Prompts of another difficulty, as for groups without signal, would not help."""
+    assert rewarded(alarms, 0, failed=0.25) == set()
+    assert rewarded(alarms, 1, failed=0.26) == {"failed checks"}
+    for step in range(2, 20):
+        assert rewarded(alarms, step, flat=1.0, failed=1.0) == set()
 
 
 def test_groups_without_signal(alarms):

@@ -50,6 +50,8 @@ def test_a_sound_run_passes() -> None:
             "rl.verifiers.answer.kind=exactly",
             "kind=exactly is unknown (did you mean exact?)",
         ),
+        ("rl.verifiers.answer.weight=-1", "rl.verifiers.answer.weight=-1.0 is below 0; use 0 or more"),
+        ("+rl.verifiers.answer.seconds=0", "rl.verifiers.answer.seconds=0.0 is below 0.01"),
         ("rl.verifiers.answer.kind=no_such_module:check", "no_such_module cannot be imported"),
         (
             "experts.capacity_factor=1.25",

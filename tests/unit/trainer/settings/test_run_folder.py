@@ -8,10 +8,13 @@ import subprocess
 
 import pytest
 
+from data_pipeline.config import read_template
 from trainer.settings.run_folder import (
     freeze,
     git,
     lock,
+    read_frozen,
+    read_run,
     record_attempt,
 )
 
@@ -47,6 +50,24 @@ def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(fcntl, "flock", refuse)
     os.close(lock(tmp_path))
     assert f"warning: {tmp_path} may be running already" in capsys.readouterr().err
+
+
+def test_a_run_keeps_the_template_that_was_a_file(composed, tmp_path):
+    """It goes on, and the same configuration is still the same, when the file is gone."""
+    file, run_dir = tmp_path / "mine.jinja", tmp_path / "run"
+    text = "{{ messages[0].content }} \N{SNOWMAN}\r\n"
+    file.write_bytes(text.encode())
+    run_dir.mkdir()
+    cfg = composed(f"data.chat_template={file}")
+    freeze(run_dir, cfg, [])
+    freeze(run_dir, cfg, [])
+    file.unlink()
+    assert read_frozen(run_dir / "config.yaml").data.chat_template == str(file)
+    copy = read_run(run_dir).data.chat_template
+    assert os.path.isabs(copy)
+    assert read_template(copy) == text
+    freeze(tmp_path, composed(), [])
+    assert read_run(tmp_path).data.chat_template == "qwen3"
 
 
 def test_each_attempt_is_recorded_beside_what_was_frozen(run_dir):

@@ -238,7 +238,15 @@ def test_format_of_the_answer() -> None:
     ("kind", "answer", "message"),
     [
         ("exact", None, "the row has no field answer; its fields are answer, shape"),
-        ("number", "no number", "answer='no number' of the row holds no number"),
+        ("number", "no number", "answer='no number' of the row must hold one number"),
+        (
+            "number",
+            "1/2",
+            "answer='1/2' of the row must hold one number, after #### if that is there; for others",
+        ),
+        ("number", "10^6", "must hold one number"),
+        ("number", "3,5", "must hold one number"),
+        ("number", "#### 1 000", "must hold one number"),
         ("math", "", "answer='' of the row is no expression"),
         ("choice", "K", "answer='K' of the row is no letter from A to J"),
         ("choice", "BC", "answer='BC' of the row"),

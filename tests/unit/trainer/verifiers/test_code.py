@@ -1,5 +1,6 @@
 """The verifier that runs programs: what passes, what cheats, and what would harm the machine."""
 
+import json
 import os
 import time
 from pathlib import Path
@@ -92,6 +93,27 @@ def test_a_program_cannot_say_that_it_passed(program: str) -> None:
 )
 def test_a_program_with_input_and_output(program: str, expected: float) -> None:
     assert judge(block(program), SUMS)[0] == expected
+
+
+@pytest.mark.parametrize(
+    "tests",
+    [
+        json.dumps(SUMS),
+        "\n "
+        + json.dumps({"inputs": [of["input"] for of in SUMS], "outputs": [of["output"] for of in SUMS]}),
+        {"inputs": ["3 4", "1 1"], "outputs": ["7", "2"]},
+    ],
+)
+def test_cases_in_the_forms_of_public_sets(tests: Any) -> None:
+    assert judge(block(RIGHT_SUM), tests) == (1, "2 of 2 pass")
+    assert judge(block("print(7)"), tests)[0] == 0
+    assert judge("", tests)[0] == 0
+
+
+def test_an_expression_is_a_test_only_with_a_call() -> None:
+    texts = f'"""Tests of double."""\n{ASSERTS}\n3'
+    assert judge(block("def double(x): return 4"), texts, partial=True)[0] == 0.5
+    assert judge(block(RIGHT), "[check for check in [double(2) == 4] if not check and 1 / 0]")[0] == 1
 
 
 def test_the_share_of_tests_that_pass() -> None:
