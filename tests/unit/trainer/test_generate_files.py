@@ -8,6 +8,7 @@ import pytest
 ROW = {"prompt": "fox", "answer": "é"}
 OWN = ROW | {"completion": " dog {}", "truncated": True, "number": 0}
 LINE = json.dumps(OWN, ensure_ascii=False).encode()
+MINE = json.dumps(ROW | {"completion": "mine"}, ensure_ascii=False).encode()
 
 
 @pytest.fixture
@@ -41,8 +42,8 @@ def changed(**more):
         (LINE + b"\nmy notes", 2),  # what follows a line of ours
         (LINE + b"\n\n", 2),
         (json.dumps(ROW).encode(), 1),  # a copy of the prompts
-        (json.dumps(ROW | {"completion": "mine"}).encode(), 1),
-        (json.dumps(ROW | {"completion": "mine"}).encode() + b"\n", 1),
+        (MINE, 1),
+        (MINE + b"\n", 1),
         (changed(score=1) + b"\n", 1),
         (changed(number=[0]) + b"\n", 1),
         (changed(number=2) + b"\n", 1),
