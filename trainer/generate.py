@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from data_pipeline import chat, forms
+from data_pipeline import chat, forms, readers
 from data_pipeline.config import DataError, SourceConfig
 from data_pipeline.permutation import derive_key
 from data_pipeline.templated import Qwen3, template_of
@@ -33,6 +33,8 @@ from trainer.settings.run_folder import hf_folder
 from trainer.settings.typed import is_text
 
 _SECONDS_BETWEEN_LINES = 5.0  # of progress
+_ADDED = ("completion", "truncated", "number")  # the keys that --out adds to each row
+_MARK = "\0"  # no argument of a program has it
 
 
 class Writer(NamedTuple):
@@ -54,12 +56,13 @@ class Writer(NamedTuple):
 
         Raises ConfigError or DataError, which name `where`, for a row that is no prompt or is too long.
         """
-        if "messages" not in row and not isinstance(row.get("prompt"), str):
-            raise DataError(f"{where} is no object with a text `prompt` or a list `messages`; correct it")
+        has_messages, is_text_prompt = row.get("messages") is not None, isinstance(row.get("prompt"), str)
+        if not (has_messages or is_text_prompt or isinstance(row.get("prompt"), list)):
+            raise DataError(f"{where} is no object with a text `prompt` or a list of messages; correct it")
         if not is_text(json.dumps(row, ensure_ascii=False)):
             raise ConfigError(f"{where} is not text in UTF-8; correct its bytes")
-        if "messages" in row or self.chat:
-            form = "messages" if "messages" in row else "prompt_completion"
+        if self.chat or not is_text_prompt or has_messages:
+            form = "messages" if has_messages else "prompt_completion"
             try:
                 asked = forms.read(row, SourceConfig("prompts", [], format=form)).row
                 pieces = self.template().prompt(asked, row.get("enable_thinking", self.thinks))
@@ -118,7 +121,7 @@ def write_all(writer: Writer, prompts: Path, out: Path) -> None:
     Other ranks than the first append to files beside `out`, which it takes over at the end. Rows that are
     there already are not done again. Raises DataError for a file that cannot be used.
     """
-    ranks, rows = writer.ranks, dict(enumerate(_read(prompts)))
+    ranks, rows = writer.ranks, _prompts(prompts)
     ids = {number: writer.encode(row, f"{prompts}:{number + 1}") for number, row in rows.items()}
     for number in ranks.from_main(lambda: _done_before(rows, prompts, out)):
         ids.pop(number, None)
@@ -141,21 +144,90 @@ def write_all(writer: Writer, prompts: Path, out: Path) -> None:
 
         writer.samples(ids, append)
     ranks.any(False)  # all files are written
-    ranks.from_main(lambda: _gather(out, ranks.world_size))
+    parts = [_part(out, rank) for rank in range(1, ranks.world_size)]
+    ranks.from_main(lambda: _gather(out, parts))
     print(f"{out} holds the completions of {len(rows):,} prompts, {len(ids):,} of them new")
 
 
-def _done_before(rows: dict[int, dict[str, Any]], prompts: Path, out: Path) -> list[int]:
-    """The numbers of the rows in `out`, with what the ranks of an earlier command left beside it."""
-    if not out.parent.is_dir():
-        raise DataError(f"--out {out}: there is no folder {out.parent}; make it, or name another one")
-    _gather(out)
-    found = _read(out) if out.exists() else []
-    for line in found:
-        number = line.get("number", -1)
-        if number not in rows or any(line.get(key) != value for key, value in rows[number].items()):
-            raise DataError(f"{out} holds a row {number} that {prompts} has not; name another file for --out")
-    return [line["number"] for line in found]
+def _prompts(path: Path) -> dict[int, dict[str, Any]]:
+    """The rows of a file by number: that of the line, from 0. As in sources, blank lines are no rows.
+
+    Raises DataError for a line that is no object, or has a key that --out would overwrite.
+    """
+    part = readers.Part(0, str(path), 0, sys.maxsize, 0)  # to its end: a pipe does not tell its size
+    rows = {}
+    for row in readers.read_rows(SourceConfig("jsonl", [str(path)]), part):
+        if row.fault == readers.BLANK:
+            continue
+        if row.fault is not None:
+            raise DataError(f"{path}:{row.line} is not a JSON object ({row.fault}); correct it")
+        if taken := [key for key in _ADDED if key in row.value]:
+            law = f"has the keys {', '.join(taken)}, which --out adds to each row"
+            raise DataError(f"{path}:{row.line} {law}; rename them in all rows")
+        rows[row.line - 1] = row.value
+    return rows
+
+
+def _done_before(rows: dict[int, dict[str, Any]], prompts: Path, out: Path) -> set[int]:
+    """The numbers of the rows in `out`, which takes over what the ranks of an earlier command left beside it.
+
+    Raises DataError, and changes nothing, if one of these files is not this command's own.
+    """
+    try:
+        if not out.parent.is_dir():
+            raise DataError(f"--out {out}: there is no folder {out.parent}; make it, or name another one")
+        left = [*out.parent.glob(f".{glob.escape(out.name)}.rank-*")]
+        found = [out, *left] if out.exists() else left
+        numbers = {number for path in found for number in _own(path, rows, prompts)}
+        out.open("ab").close()  # what cannot be written is told before the work
+    except OSError as error:
+        raise DataError(f"--out {out} cannot be used ({error.strerror}); name another file") from error
+    _gather(out, left)
+    return numbers
+
+
+def _own(path: Path, rows: dict[int, dict[str, Any]], prompts: Path) -> list[int]:
+    """The numbers of the whole lines of a file; a kill may have torn the last line.
+
+    Raises DataError if it holds anything that this command does not write for `rows`: that is a user's.
+    """
+    remedy = "it is left as it is; name another file for --out"
+    if not path.is_file() or path.samefile(prompts):
+        what = "the file of --prompts" if path.is_file() else "no regular file"
+        raise DataError(f"{path} is {what}; {remedy}")
+    *whole, last = path.read_bytes().split(b"\n")
+    numbers = [_number(text, rows) for text in whole]
+    if last and not _is_torn(last, rows):
+        numbers.append(_number(last, rows))
+    if -1 in numbers:
+        where = f"{path}:{numbers.index(-1) + 1}"
+        raise DataError(f"{where} is no completion of a row that {prompts} has; {remedy}")
+    return numbers[: len(whole)]
+
+
+def _number(text: bytes, rows: dict[int, dict[str, Any]]) -> int:
+    """The number of a line that this command wrote for one of `rows`; -1 for any other text."""
+    line = _parsed(text)
+    number = line.get("number") if isinstance(line, dict) else None
+    if not isinstance(number, int) or number not in rows:
+        return -1
+    own = rows[number] | {key: line.get(key) for key in _ADDED}
+    return number if json.dumps(line) == json.dumps(own) else -1  # as texts, for NaN is not equal to NaN
+
+
+def _is_torn(text: bytes, rows: dict[int, dict[str, Any]]) -> bool:
+    """Whether a text is the begin of such a line, and no whole object, which would be another's."""
+    lines = (json.dumps({**row, "completion": ""}, ensure_ascii=False) for row in rows.values())
+    begins = (line.removesuffix('"}').encode() for line in lines)
+    return _parsed(text) is None and any(text.startswith(own) or own.startswith(text) for own in begins)
+
+
+def _parsed(text: bytes) -> Any:
+    """What a text holds as JSON; None for another one."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
 
 
 def _part(out: Path, rank: int) -> Path:
@@ -163,39 +235,17 @@ def _part(out: Path, rank: int) -> Path:
     return out.with_name(f".{out.name}.rank-{rank}") if rank else out
 
 
-def _gather(out: Path, world_size: int = 1) -> None:
-    """Append what ranks wrote beside `out`: those that are named, and all that are found there."""
-    if out.exists():
-        _cut_torn_line(out)
-    found = {_part(out, rank) for rank in range(1, world_size)}
-    for path in sorted({*found, *out.parent.glob(f".{glob.escape(out.name)}.rank-*")}):
-        _cut_torn_line(path)
-        known = {line.get("number") for line in _read(out)} if out.exists() else set()  # before a kill
-        new = [line for line in _read(path) if line.get("number") not in known]
-        with out.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in new)
+def _gather(out: Path, parts: list[Path]) -> None:
+    """Append to `out` what ranks wrote beside it, after the last whole line of each."""
+    for path in (out, *parts):
+        text = path.read_bytes()
+        os.truncate(path, text.rfind(b"\n") + 1)
+    for path in sorted(parts):
+        known = {json.loads(line)["number"] for line in out.read_bytes().splitlines()}  # before a kill
+        lines = path.read_bytes().splitlines(keepends=True)
+        with out.open("ab") as file:
+            file.writelines(line for line in lines if json.loads(line)["number"] not in known)
         path.unlink()
-
-
-def _read(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file of JSON lines. Raises DataError, with the line, for anything else."""
-    found = []
-    try:
-        for number, line in enumerate(path.read_bytes().splitlines(), 1):
-            found.append(json.loads(line))
-            if not isinstance(found[-1], dict):
-                raise DataError(f"{path}:{number} is not a JSON object; correct it")
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}); name a file of JSON lines") from error
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}:{len(found) + 1} is not JSON ({error}); correct it") from error
-    return found
-
-
-def _cut_torn_line(path: Path) -> None:
-    """Remove a last line that was not written to its end."""
-    text = path.read_bytes()
-    os.truncate(path, text.rfind(b"\n") + 1)
 
 
 def talk(writer: Writer) -> None:
@@ -217,8 +267,9 @@ def talk(writer: Writer) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m trainer.generate", description=__doc__)
-    parser.add_argument("source", type=Path, help="run folder, checkpoint, or Hugging Face folder")
-    parser.add_argument("prompt", nargs="?")
+    where = "run folder, checkpoint, or Hugging Face folder"
+    parser.add_argument("source", type=lambda text: Path(text.lstrip(_MARK)), help=where)
+    parser.add_argument("prompt", type=lambda text: text.lstrip(_MARK), nargs="?")
     parser.add_argument("--prompts", type=Path, help="JSON lines, each with `prompt` or `messages`")
     parser.add_argument(
         "--out", type=Path, help="JSON lines to append to; rows that it has are not done again"
@@ -253,7 +304,9 @@ def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
 def main(arguments: list[str]) -> int:
     """The command line; returns the exit code."""
     parser = _parser()
-    options = parser.parse_args(arguments)
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    marked = [_MARK + word for word in arguments[end + 1 :]]  # argparse may take them for options
+    options = parser.parse_intermixed_args([*arguments[:end], *marked])
     _check(parser, options)
     if options.nproc > 1 and "RANK" not in os.environ:
         return launch(["trainer.generate", *arguments], options.nproc, "auto")

@@ -22,29 +22,6 @@ ALONE = Ranks(0, 0, 1, torch.device("cpu"))
 TEXT = "the quick brown fox jumps over the lazy dog\n" * 20
 
 
-@pytest.fixture
-def folder(run_config, tmp_path):
-    """A Hugging Face folder of random weights, with a tokenizer."""
-    hf = tmp_path / "hf"
-    model = CausalLM(run_config("model=tiny_dense", "model.vocab_size=320").model)
-    init_weights(model, 0)
-    save_hf(model, hf)
-    (hf / "tokenizer.json").write_text(train_tokenizer([TEXT], 320))
-    return hf
-
-
-@pytest.fixture
-def say(folder, capsys):
-    """`say(argument, ...)`: exit code, output and error of the command."""
-
-    def run(*arguments):
-        capsys.readouterr()
-        code = generate.main([str(folder), *map(str, arguments)])
-        return code, *capsys.readouterr()
-
-    return run
-
-
 def alone(folder, ids, tokens):
     """Greedy continuation without a cache."""
     model, tokenizer = load_model(folder, ALONE), load_tokenizer(folder)
@@ -152,13 +129,18 @@ def test_a_file_of_prompts_goes_on_where_it_was_ended(folder, say, tmp_path, mon
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ('{"text": "a"}', "in.jsonl:2 is no object with a text `prompt` or a list `messages`"),
+        ('{"text": "a"}', "in.jsonl:2 is no object with a text `prompt` or a list of messages"),
         ('{"prompt": 3}', "in.jsonl:2 is no object with a text `prompt`"),
         ('{"messages": []}', "in.jsonl:2: messages: not a list of objects"),
         ('{"messages": [{"role": "king", "content": "a"}]}', "in.jsonl:2: messages[0]: role 'king'"),
         ('{"prompt": ""}', "in.jsonl:2 is empty"),
         ('["prompt"]', "in.jsonl:2 is not a JSON object"),
-        ('{"prompt": ', "in.jsonl:2 is not JSON"),
+        ('{"prompt": ', "in.jsonl:2 is not a JSON object (json: "),
+        (
+            '{"prompt": "a", "number": 1, "completion": ""}',
+            "in.jsonl:2 has the keys completion, number, which",
+        ),
+        ('{"prompt": "a", "truncated": null}', "in.jsonl:2 has the keys truncated, which --out adds to each"),
         ('{"prompt": "\\ud800"}', "in.jsonl:2 is not text in UTF-8"),
         (json.dumps({"prompt": "fox " * 5000}), "--tokens 120 does not fit"),
     ],
@@ -294,3 +276,26 @@ def test_an_out_without_a_folder_is_refused(say, tmp_path):
     code, _, error = say("--prompts", tmp_path / "in.jsonl", "--out", tmp_path / "no/out.jsonl")
     assert code == 2
     assert f"there is no folder {tmp_path / 'no'}; make it" in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "source", "prompt"),
+    [
+        (["R", "--tokens", "4", "a b"], "R", "a b"),
+        (["--tokens", "4", "R", "--chat", "a"], "R", "a"),
+        (["R", "a", "--tokens", "4"], "R", "a"),
+        (["R", "--tokens", "4", "--", "--chat"], "R", "--chat"),
+        (["--tokens", "4", "--", "-R", "-x"], "-R", "-x"),
+    ],
+)
+def test_the_prompt_may_stand_anywhere(monkeypatch, arguments, source, prompt):
+    taken = []
+
+    def check(parser, options):
+        taken.append((str(options.source), options.prompt, options.tokens))
+        parser.exit(0)
+
+    monkeypatch.setattr(generate, "_check", check)
+    with pytest.raises(SystemExit) as ended:
+        generate.main(arguments)
+    assert (ended.value.code, taken) == (0, [(source, prompt, 4)])
