@@ -101,7 +101,7 @@ class DataConfig:
     tokenizer_vocab_size: int | None  # ids of the tokenizer to train; null when `tokenizer` is given
     sources: dict[str, SourceConfig]  # by name, which is part of file names and metrics
     validation_fraction: float  # share of the documents, chosen by their hash, that is never trained on
-    deduplicate: str  # keep the first of a source's equal (exact) or similar (minhash) documents | none
+    deduplicate: str  # keep the first of a source's equal documents (exact) or similar texts (minhash) | none
     exclude: list[str]  # files of texts (benchmarks): documents that share 13 words in a row are left out
     min_characters: int  # shorter documents are bad rows (too_short); not for conversations and prompts
     chat_template: str  # what renders conversations and prompts: one of CHAT_TEMPLATES, or a file NAME.jinja

@@ -19,7 +19,7 @@ from data_pipeline.readers import BLANK, Row, file_rows
 from data_pipeline.templated import Qwen3, open_template
 from data_pipeline.tokenizer import Tokenizer
 
-KEYS = {"none": 0, "exact": 1, "minhash": BANDS}  # of a document, by data.deduplicate
+KEYS = {"none": 0, "exact": 1, "minhash": BANDS}  # of a text, by data.deduplicate
 CONTAMINATED = "contaminated"  # code of a document that shares words with a text of data.exclude
 _HEAD_BYTES = 200
 _BATCH_BYTES = 1 << 20
@@ -67,11 +67,11 @@ class Reject(NamedTuple):
 
 
 def keys_of(document: Document, how: str) -> list[bytes]:
-    """KEYS[how] keys of 16 bytes; documents that share one are duplicates. how: `data.deduplicate`."""
-    if how == "minhash":
-        texts = [document.text] if document.pieces is None else [of.text or "" for of in document.pieces]
-        return band_keys("".join(texts))
-    return [hash_document(document.data)] if how == "exact" else []
+    """At most KEYS[how] keys of 16 bytes; documents that share one are equal or similar. how: deduplicate."""
+    # what conversations share by nature, as a system prompt or the turns of an earlier sample, is no likeness
+    if how == "minhash" and document.pieces is None:
+        return band_keys(document.text)
+    return [] if how == "none" else [hash_document(document.data)]
 
 
 def read_documents(

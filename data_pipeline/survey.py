@@ -38,7 +38,8 @@ def survey_slice(job: SliceJob) -> int:
                 documents += 1
                 ignored.update(item.ignored)
                 digest.update(item.data)
-                for held, key in zip(hashes, keys_of(item, job.config.deduplicate), strict=True):
+                # a conversation has one key at most
+                for held, key in zip(hashes, keys_of(item, job.config.deduplicate), strict=False):
                     held += key
                 continue
             skipped[item.code] += 1

@@ -63,15 +63,28 @@ def test_the_first_of_similar_documents_is_kept(data_config, tmp_path, workers):
     assert equal < len(rows) - len(kept)
 
 
-def test_conversations_are_similar_by_their_texts(data_config, tmp_path):
-    def row(answer: str) -> dict:
-        said = [{"role": "user", "content": "Tell me of it."}, {"role": "assistant", "content": answer}]
-        return {"messages": said}
-
+def test_conversations_and_prompts_that_share_much_are_kept(data_config, tmp_path):
+    """Under minhash only equal ones are left out: a system prompt, an instruction, or the earlier turns of the
+    same row, of which each answer begins with those before it, do not make them duplicates."""
     long = " ".join(random.Random(1).choices(WORDS, k=400))
-    path = jsonl(tmp_path / "a.jsonl", [row(long), row(f"{long} again"), row("another one")])
-    config = configured(data_config, tmp_path / "made", path, "sft", deduplicate="minhash")
-    assert prepare(config, VOCAB_SIZE, SEED).sources["s"].skipped == {"duplicate": 1}
+
+    def turns(*said: str) -> list[dict]:
+        roles = ["user", "assistant"] * len(said)
+        return [{"role": role, "content": text} for role, text in zip(roles, said, strict=False)]
+
+    reasoned = turns("How?", long, "And how else?", "As well.", "And then?", "No way.")
+    for answer in reasoned[1::2]:
+        answer["reasoning_content"] = "hm"  # makes a sample of each answer
+    short = [[{"role": "system", "content": long}, *turns(f"{n}?", f"{n}!")] for n in range(5)]
+    for kind, samples, rows in (
+        ("sft", 8, [{"messages": of} for of in (reasoned, *short)]),
+        ("prompts", 5, [{"prompt": f"{long} {n} + {n}", "answer": str(2 * n)} for n in range(5)]),
+    ):
+        path = jsonl(tmp_path / f"{kind}.jsonl", [*rows, rows[-1]])
+        config = configured(data_config, tmp_path / kind, path, kind, deduplicate="minhash")
+        source = prepare(config, VOCAB_SIZE, SEED).sources["s"]
+        assert source.skipped == {"duplicate": 1}
+        assert sum(shard.documents for shard in source.shards["train"]) == samples
 
 
 def test_without_the_package_the_remedy_is_told(data_config, tmp_path, monkeypatch):
