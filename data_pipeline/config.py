@@ -49,7 +49,7 @@ def read_template(name: str) -> str:
     """The text of a chat template: one of CHAT_TEMPLATES, or a file. Raises DataError for another file."""
     path = Path(__file__).parent / f"templates/{name}.jinja" if name in CHAT_TEMPLATES else Path(name)
     try:
-        return path.read_bytes().decode()
+        return path.read_bytes().decode("utf-8-sig")
     except (OSError, ValueError) as error:
         known = ", ".join(CHAT_TEMPLATES)
         remedy = f"name a file in UTF-8 that holds a chat template, or use {known}"

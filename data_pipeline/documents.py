@@ -21,6 +21,7 @@ from data_pipeline.tokenizer import Tokenizer
 
 KEYS = {"none": 0, "exact": 1, "minhash": BANDS}  # of a text, by data.deduplicate
 CONTAMINATED = "contaminated"  # code of a document that shares words with a text of data.exclude
+NOT_BAD = (BLANK, CONTAMINATED)  # codes of rows that are left out without being bad
 _HEAD_BYTES = 200
 _BATCH_BYTES = 1 << 20
 _PROBED_ROWS = 64

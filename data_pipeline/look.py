@@ -13,7 +13,7 @@ from rich.text import Text
 
 from data_pipeline import chat, forms
 from data_pipeline.config import CHAT_KINDS, DataConfig, SourceConfig
-from data_pipeline.documents import Document, Reject, read_documents
+from data_pipeline.documents import NOT_BAD, Document, Reject, read_documents
 from data_pipeline.files import version
 from data_pipeline.readers import BLANK, Row, file_rows, kind_of
 from data_pipeline.tokenizer import Tokenizer
@@ -59,9 +59,11 @@ def _look(path: str, config: DataConfig, tokenizer: Tokenizer | None, in_colour:
     yield Text(f"  read as  {how}\n")
     items = list(read_documents(replace(config, sources={"it": source}), "it", rows, tokenizer))
     documents = [item for item in items if isinstance(item, Document)]
-    if bad := Counter(item.reason for item in items if isinstance(item, Reject) and item.code != BLANK):
-        shown = (f"{number:,} x {reason}" for reason, number in bad.most_common(5))
-        yield Text(f"  bad      {bad.total():,} rows: {'; '.join(shown)}\n", style="red")
+    rejects = [item for item in items if isinstance(item, Reject) and item.code != BLANK]
+    for title, is_bad in (("bad     ", True), ("left out", False)):
+        if found := Counter(item.reason for item in rejects if (item.code not in NOT_BAD) is is_bad):
+            shown = (f"{number:,} x {reason}" for reason, number in found.most_common(5))
+            yield Text(f"  {title} {found.total():,} rows: {'; '.join(shown)}\n", style="red")
     if ignored := Counter(key for item in documents for key in item.ignored):
         yield Text(
             f"  not used {', '.join(f'{key} ({number:,})' for key, number in ignored.most_common())}\n"

@@ -64,8 +64,8 @@ def test_the_first_of_similar_documents_is_kept(data_config, tmp_path, workers):
 
 
 def test_conversations_and_prompts_that_share_much_are_kept(data_config, tmp_path):
-    """Under minhash only equal ones are left out: a system prompt, an instruction, or the earlier turns of the
-    same row, of which each answer begins with those before it, do not make them duplicates."""
+    """Under minhash only equal ones are left out: a system prompt, an instruction, or the earlier turns of
+    a row, with which each of its samples begins, do not make them duplicates."""
     long = " ".join(random.Random(1).choices(WORDS, k=400))
 
     def turns(*said: str) -> list[dict]:

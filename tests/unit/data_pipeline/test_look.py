@@ -89,6 +89,15 @@ def test_a_column_is_named_by_a_text(data_config, tmp_path, column):
     assert f'text_key: "{column}"' in shown
 
 
+def test_texts_of_benchmarks_are_told_apart_from_bad_rows(data_config, tmp_path):
+    question = " ".join(f"word{n}" for n in range(13))
+    (tmp_path / "test.txt").write_text(question)
+    path = lines(tmp_path / "a.jsonl", [{"text": question}, {"text": "else"}])
+    shown = said(path, replace(data_config, exclude=[f"{tmp_path}/test.txt"])).plain
+    assert "left out 1 rows: 1 x contaminated: data.exclude has " in shown
+    assert "bad " not in shown
+
+
 def test_lengths_are_those_of_the_tokenizer(data_config, tmp_path):
     tokenizer = Tokenizer(train_tokenizer(["one two three\n" * 50], 300), "tokenizer")
     rows = [{"text": "one two three\n" * n} for n in (1, 1, 1, 5, 40)]
