@@ -14,7 +14,7 @@ import numpy as np
 from data_pipeline import chat, forms
 from data_pipeline.config import CHAT_KINDS, DataConfig, DataError, SourceConfig
 from data_pipeline.files import find, version
-from data_pipeline.overlap import BANDS, WordSequences, band_keys
+from data_pipeline.overlap import BANDS, SEQUENCE, WordSequences, band_keys, words_of
 from data_pipeline.readers import BLANK, Row, file_rows
 from data_pipeline.templated import Qwen3, open_template
 from data_pipeline.tokenizer import Tokenizer
@@ -113,20 +113,29 @@ def _clean(item: Document | Reject, excluded: WordSequences) -> Document | Rejec
 
 def word_sequences(patterns: list[str]) -> WordSequences | None:
     """The word sequences of the files of data.exclude; None without files. Raises DataError for a row that
-    cannot be read."""
+    cannot be read, and for a file that excludes nothing."""
     paths = [path for pattern in patterns for path in find(pattern)]
     try:
         return _sequences_of(tuple((path, *version(path)) for path in paths)) if paths else None
     except DataError as error:
-        what = "its texts would be learned; name files of texts that can be read"
+        what = "its texts would be learned; correct the file, or leave it out"
         raise DataError(f"data.exclude: {error}; {what}") from error
 
 
 @lru_cache(maxsize=1)
 def _sequences_of(files: tuple[tuple[str, int, int], ...]) -> WordSequences:
-    return WordSequences(
-        text for path, *_ in files for row in file_rows(path) for text in _texts_in(_sound(row).value)
-    )
+    return WordSequences(text for path, *_ in files for text in _excluded_texts(path))
+
+
+def _excluded_texts(path: str) -> Iterator[str]:
+    """The texts of a file of data.exclude. Raises DataError if none of them is long enough to be found."""
+    longest = 0
+    for text in (text for row in file_rows(path) for text in _texts_in(_sound(row).value)):
+        longest = longest if longest >= SEQUENCE else max(longest, len(words_of(text)))
+        yield text
+    if longest < SEQUENCE:
+        law = f"only texts of at least {SEQUENCE} words exclude something"
+        raise DataError(f"{path}: its longest text has {longest} words, and {law}")
 
 
 def _sound(row: Row) -> Row:
