@@ -64,7 +64,8 @@ class Reject(NamedTuple):
     def error(self) -> DataError:
         """The error to raise under on_bad_row=error."""
         what = f"{self.row.part.path}: the row at {self.row.offset} is bad ({self.reason}): {self.head()!r}"
-        return DataError(f"{what}; fix it, or set data.on_bad_row to skip or quarantine")
+        remedy = "fix it (a preparation then needs a new data.dir), or set data.on_bad_row=skip"
+        return DataError(f"{what}; {remedy}")
 
 
 def keys_of(document: Document, how: str) -> list[bytes]:
