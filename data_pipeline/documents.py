@@ -196,7 +196,8 @@ def _conversations(
 def _fields(row: Row, verified_fields: list[str]) -> bytes:
     """The row of a prompt as JSON. Raises ValueError, with the reason, if it cannot be verified or kept."""
     if lost := [key for key in verified_fields if row.value.get(key) is None]:
-        raise ValueError(f"missing: the row has no {', '.join(map(repr, lost))} for its verifiers")
+        law = "for its verifiers (required_fields of the source names what they need)"
+        raise ValueError(f"missing: the row has no {', '.join(map(repr, lost))} {law}")
     return chat.to_json(row.value, ensure_ascii=False).encode()
 
 

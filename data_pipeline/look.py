@@ -160,6 +160,7 @@ def _yaml_of(path: str, source: SourceConfig) -> str:
     """The line of YAML that makes the file a source of a run."""
     stem = Path(path).name.partition(".")[0]
     name = "".join(letter if letter.isascii() and letter.isalnum() else "_" for letter in stem) or "mine"
+    name = name if _is_text(name) else f"data_{name}"
     keys = {"kind": source.kind, "paths": f"[{_quoted(path)}]"}
     keys |= {} if source.text_key is None else {"text_key": _quoted(source.text_key)}
     keys |= {} if source.required_fields is None else {"required_fields": "[]"}
@@ -169,9 +170,18 @@ def _yaml_of(path: str, source: SourceConfig) -> str:
 def _quoted(text: str) -> str:
     """A text as YAML and as Hydra read it, which takes only ASCII letters without quotes."""
     plain = all((letter.isascii() and letter.isalnum()) or letter in "/._-" for letter in text)
-    if plain and isinstance(yaml.safe_load(text), str):  # not a number, null or true
+    if plain and _is_text(text):
         return text
     text = text.replace("${", "\\${")  # else the name of a key
     # in double quotes YAML takes a backslash for the begin of an escape, and Hydra does not
-    in_single = "\\" in text and not {"'", "\n"} & {*text}
+    in_single = {"\\", "\t"} & {*text} and not {"'", "\n"} & {*text}
     return f"'{text}'" if in_single else json.dumps(text, ensure_ascii=False)
+
+
+def _is_text(word: str) -> bool:
+    """Whether a word without quotes is a text, and no number, date, null or true, to YAML and to Hydra."""
+    try:
+        float(word)  # of which Hydra knows more than YAML, such as 1e5
+    except ValueError:
+        return not word[:1].isdigit() and isinstance(yaml.safe_load(word), str)
+    return False
