@@ -49,7 +49,7 @@ def read_template(name: str) -> str:
     """The text of a chat template: one of CHAT_TEMPLATES, or a file. Raises DataError for another file."""
     path = Path(__file__).parent / f"templates/{name}.jinja" if name in CHAT_TEMPLATES else Path(name)
     try:
-        return path.read_bytes().decode()
+        return path.read_bytes().decode("utf-8-sig")
     except (OSError, ValueError) as error:
         known = ", ".join(CHAT_TEMPLATES)
         remedy = f"name a file in UTF-8 that holds a chat template, or use {known}"
@@ -101,7 +101,7 @@ class DataConfig:
     tokenizer_vocab_size: int | None  # ids of the tokenizer to train; null when `tokenizer` is given
     sources: dict[str, SourceConfig]  # by name, which is part of file names and metrics
     validation_fraction: float  # share of the documents, chosen by their hash, that is never trained on
-    deduplicate: str  # keep the first of a source's equal (exact) or similar (minhash) documents | none
+    deduplicate: str  # keep the first of a source's equal documents (exact) or similar texts (minhash) | none
     exclude: list[str]  # files of texts (benchmarks): documents that share 13 words in a row are left out
     min_characters: int  # shorter documents are bad rows (too_short); not for conversations and prompts
     chat_template: str  # what renders conversations and prompts: one of CHAT_TEMPLATES, or a file NAME.jinja

@@ -14,13 +14,14 @@ import numpy as np
 from data_pipeline import chat, forms
 from data_pipeline.config import CHAT_KINDS, DataConfig, DataError, SourceConfig
 from data_pipeline.files import find, version
-from data_pipeline.overlap import BANDS, WordSequences, band_keys
+from data_pipeline.overlap import BANDS, SEQUENCE, WordSequences, band_keys, words_of
 from data_pipeline.readers import BLANK, Row, file_rows
 from data_pipeline.templated import Qwen3, open_template
 from data_pipeline.tokenizer import Tokenizer
 
-KEYS = {"none": 0, "exact": 1, "minhash": BANDS}  # of a document, by data.deduplicate
+KEYS = {"none": 0, "exact": 1, "minhash": BANDS}  # of a text, by data.deduplicate
 CONTAMINATED = "contaminated"  # code of a document that shares words with a text of data.exclude
+NOT_BAD = (BLANK, CONTAMINATED)  # codes of rows that are left out without being bad
 _HEAD_BYTES = 200
 _BATCH_BYTES = 1 << 20
 _PROBED_ROWS = 64
@@ -63,15 +64,16 @@ class Reject(NamedTuple):
     def error(self) -> DataError:
         """The error to raise under on_bad_row=error."""
         what = f"{self.row.part.path}: the row at {self.row.offset} is bad ({self.reason}): {self.head()!r}"
-        return DataError(f"{what}; fix it, or set data.on_bad_row to skip or quarantine")
+        remedy = "fix it (a preparation then needs a new data.dir), or set data.on_bad_row=skip"
+        return DataError(f"{what}; {remedy}")
 
 
 def keys_of(document: Document, how: str) -> list[bytes]:
-    """KEYS[how] keys of 16 bytes; documents that share one are duplicates. how: `data.deduplicate`."""
-    if how == "minhash":
-        texts = [document.text] if document.pieces is None else [of.text or "" for of in document.pieces]
-        return band_keys("".join(texts))
-    return [hash_document(document.data)] if how == "exact" else []
+    """At most KEYS[how] keys of 16 bytes; documents that share one are equal or similar. how: deduplicate."""
+    # what conversations share by nature, as a system prompt or the turns of an earlier sample, is no likeness
+    if how == "minhash" and document.pieces is None:
+        return band_keys(document.text)
+    return [] if how == "none" else [hash_document(document.data)]
 
 
 def read_documents(
@@ -112,20 +114,29 @@ def _clean(item: Document | Reject, excluded: WordSequences) -> Document | Rejec
 
 def word_sequences(patterns: list[str]) -> WordSequences | None:
     """The word sequences of the files of data.exclude; None without files. Raises DataError for a row that
-    cannot be read."""
+    cannot be read, and for a file that excludes nothing."""
     paths = [path for pattern in patterns for path in find(pattern)]
     try:
         return _sequences_of(tuple((path, *version(path)) for path in paths)) if paths else None
     except DataError as error:
-        what = "its texts would be learned; name files of texts that can be read"
+        what = "its texts would be learned; correct the file, or leave it out"
         raise DataError(f"data.exclude: {error}; {what}") from error
 
 
 @lru_cache(maxsize=1)
 def _sequences_of(files: tuple[tuple[str, int, int], ...]) -> WordSequences:
-    return WordSequences(
-        text for path, *_ in files for row in file_rows(path) for text in _texts_in(_sound(row).value)
-    )
+    return WordSequences(text for path, *_ in files for text in _excluded_texts(path))
+
+
+def _excluded_texts(path: str) -> Iterator[str]:
+    """The texts of a file of data.exclude. Raises DataError if none of them is long enough to be found."""
+    longest = 0
+    for text in (text for row in file_rows(path) for text in _texts_in(_sound(row).value)):
+        longest = longest if longest >= SEQUENCE else max(longest, len(words_of(text)))
+        yield text
+    if longest < SEQUENCE:
+        law = f"only texts of at least {SEQUENCE} words exclude something"
+        raise DataError(f"{path}: its longest text has {longest} words, and {law}")
 
 
 def _sound(row: Row) -> Row:
@@ -185,7 +196,8 @@ def _conversations(
 def _fields(row: Row, verified_fields: list[str]) -> bytes:
     """The row of a prompt as JSON. Raises ValueError, with the reason, if it cannot be verified or kept."""
     if lost := [key for key in verified_fields if row.value.get(key) is None]:
-        raise ValueError(f"missing: the row has no {', '.join(map(repr, lost))} for its verifiers")
+        law = "for its verifiers (required_fields of the source names what they need)"
+        raise ValueError(f"missing: the row has no {', '.join(map(repr, lost))} {law}")
     return chat.to_json(row.value, ensure_ascii=False).encode()
 
 

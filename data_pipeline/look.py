@@ -13,7 +13,7 @@ from rich.text import Text
 
 from data_pipeline import chat, forms
 from data_pipeline.config import CHAT_KINDS, DataConfig, SourceConfig
-from data_pipeline.documents import Document, Reject, read_documents
+from data_pipeline.documents import NOT_BAD, Document, Reject, read_documents
 from data_pipeline.files import version
 from data_pipeline.readers import BLANK, Row, file_rows, kind_of
 from data_pipeline.tokenizer import Tokenizer
@@ -59,9 +59,11 @@ def _look(path: str, config: DataConfig, tokenizer: Tokenizer | None, in_colour:
     yield Text(f"  read as  {how}\n")
     items = list(read_documents(replace(config, sources={"it": source}), "it", rows, tokenizer))
     documents = [item for item in items if isinstance(item, Document)]
-    if bad := Counter(item.reason for item in items if isinstance(item, Reject) and item.code != BLANK):
-        shown = (f"{number:,} x {reason}" for reason, number in bad.most_common(5))
-        yield Text(f"  bad      {bad.total():,} rows: {'; '.join(shown)}\n", style="red")
+    rejects = [item for item in items if isinstance(item, Reject) and item.code != BLANK]
+    for title, is_bad in (("bad     ", True), ("left out", False)):
+        if found := Counter(item.reason for item in rejects if (item.code not in NOT_BAD) is is_bad):
+            shown = (f"{number:,} x {reason}" for reason, number in found.most_common(5))
+            yield Text(f"  {title} {found.total():,} rows: {'; '.join(shown)}\n", style="red")
     if ignored := Counter(key for item in documents for key in item.ignored):
         yield Text(
             f"  not used {', '.join(f'{key} ({number:,})' for key, number in ignored.most_common())}\n"
@@ -158,6 +160,7 @@ def _yaml_of(path: str, source: SourceConfig) -> str:
     """The line of YAML that makes the file a source of a run."""
     stem = Path(path).name.partition(".")[0]
     name = "".join(letter if letter.isascii() and letter.isalnum() else "_" for letter in stem) or "mine"
+    name = name if _is_text(name) else f"data_{name}"
     keys = {"kind": source.kind, "paths": f"[{_quoted(path)}]"}
     keys |= {} if source.text_key is None else {"text_key": _quoted(source.text_key)}
     keys |= {} if source.required_fields is None else {"required_fields": "[]"}
@@ -167,9 +170,18 @@ def _yaml_of(path: str, source: SourceConfig) -> str:
 def _quoted(text: str) -> str:
     """A text as YAML and as Hydra read it, which takes only ASCII letters without quotes."""
     plain = all((letter.isascii() and letter.isalnum()) or letter in "/._-" for letter in text)
-    if plain and isinstance(yaml.safe_load(text), str):  # not a number, null or true
+    if plain and _is_text(text):
         return text
     text = text.replace("${", "\\${")  # else the name of a key
     # in double quotes YAML takes a backslash for the begin of an escape, and Hydra does not
-    in_single = "\\" in text and not {"'", "\n"} & {*text}
+    in_single = {"\\", "\t"} & {*text} and not {"'", "\n"} & {*text}
     return f"'{text}'" if in_single else json.dumps(text, ensure_ascii=False)
+
+
+def _is_text(word: str) -> bool:
+    """Whether a word without quotes is a text, and no number, date, null or true, to YAML and to Hydra."""
+    try:
+        float(word)  # of which Hydra knows more than YAML, such as 1e5
+    except ValueError:
+        return not word[:1].isdigit() and isinstance(yaml.safe_load(word), str)
+    return False

@@ -145,7 +145,9 @@ class Manifest:
         ]
         if differing:
             what = f"data.dir={folder} was prepared with another configuration"
-            raise DataError("\n".join([f"{what}; name another folder, or move this one away:", *differing]))
+            # also one that failed: other processes may still be at work on it by the first configuration
+            remedy = "name another folder as data.dir, or move this one away, also after a correction"
+            raise DataError("\n".join([f"{what}; {remedy}:", *differing]))
 
 
 def shards_from_json(splits: dict[str, list[dict[str, Any]]]) -> Shards:

@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 
 BANDS, _ROWS = 14, 8
 SHINGLE, SEQUENCE = 5, 13  # words
-_WORD = re.compile(r"\w+")
+# Thai, kana and Chinese characters: no spaces divide their words, so that each counts as one
+_ALONE = "\u0e00-\u0e7f\u3005-\u3007\u3041-\u3096\u309d-\u309f\u30a1-\u30fa\u30fc-\u30ff"
+_ALONE += "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff"
+_WORD = re.compile(f"[{_ALONE}]|[^\\W{_ALONE}]+")
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)  # odd: a power of it for each place in a sequence
 
 

@@ -272,4 +272,5 @@ def make_plans(config: DataConfig, seq_len: int) -> None:
         streams = open_streams(Path(config.dir), manifest, split, names)
         rows = open_rows(config, streams, manifest.tokenizer.end_of_text, split, seq_len, seed=0)
         for name, of in rows.items() if split == "train" else ():
-            print(f"  {name}: {of.describe()}", flush=True)
+            lack = "" if len(of) else "; its text is too short for a row: add text, or shorten stage.seq_len"
+            print(f"  {name}: {of.describe()}{lack}", flush=True)

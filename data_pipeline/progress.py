@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.claims import is_complete
+from data_pipeline.documents import NOT_BAD
 from data_pipeline.manifest import Manifest
-from data_pipeline.readers import BLANK
 
 SLICES = "survey/slices.json"  # bytes of input by the name of the slice
 CONCLUSION = "survey/conclusion.json"  # documents, duplicates and rows left out, by source
@@ -65,7 +65,7 @@ def _finished(results: Path, slices: dict[str, int]) -> set[str]:
 
 
 def _bad(skipped: dict[str, int]) -> int:
-    return sum(count for code, count in skipped.items() if code not in (BLANK, "duplicate"))
+    return sum(count for code, count in skipped.items() if code not in (*NOT_BAD, "duplicate"))
 
 
 def _rates(results: Path, slices: dict[str, int]) -> tuple[float | None, float | None]:

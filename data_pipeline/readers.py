@@ -6,6 +6,7 @@ import functools
 import gzip
 import io
 import json
+import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -101,7 +102,7 @@ def file_rows(path: str) -> Iterator[Row]:
 
 def kind_of(path: str) -> str:
     """The kind of source that reads a file with this name: jsonl, parquet, arrow or text."""
-    suffixes = [suffix for suffix in Path(path).suffixes if suffix not in _COMPRESSED]
+    suffixes = [suffix for suffix in Path(_name(path)).suffixes if suffix not in _COMPRESSED]
     kinds = {
         ".jsonl": "jsonl",
         ".ndjson": "jsonl",
@@ -110,6 +111,11 @@ def kind_of(path: str) -> str:
         ".arrow": "arrow",
     }
     return kinds.get(suffixes[-1], "text") if suffixes else "text"
+
+
+def _name(path: str) -> str:
+    """The path whose end tells the format: in lower case, and of an address without its query."""
+    return (re.split("[?#]", path)[0] if path.startswith(("http://", "https://")) else path).lower()
 
 
 def load_dataset(key: str, dataset: str, streaming: bool) -> Any:
@@ -140,7 +146,7 @@ def hub_rows(key: str, dataset: str) -> Iterator[Row]:
 def format_of(kind: str, path: str) -> str:
     """The format of a file of a source: jsonl, parquet, arrow, text or embedded."""
     if kind in CHAT_KINDS:
-        of_suffix = {".parquet": "parquet", ".arrow": "arrow"}.get(Path(path).suffix, "jsonl")
+        of_suffix = {".parquet": "parquet", ".arrow": "arrow"}.get(Path(_name(path)).suffix, "jsonl")
         return "embedded" if path in samples.COLLECTIONS else of_suffix
     return {"hub": "arrow", "tree": "text"}.get(kind, kind)
 
@@ -173,7 +179,7 @@ def _table_rows(part: Part, batches: Iterable["pyarrow.RecordBatch"], first: int
 def _parts(number: int, file: InputFile, format: str, slice_bytes: int) -> Iterator[Part]:
     """Pieces of at most `slice_bytes`, or of one unit that cannot be cut."""
     path, sizes = file.path, [file.bytes]
-    if format == "jsonl" and not path.endswith(_COMPRESSED):
+    if format == "jsonl" and not _name(path).endswith(_COMPRESSED):
         for start in range(0, file.bytes, slice_bytes):
             stop = min(start + slice_bytes, file.bytes)
             yield Part(number, path, start, stop, stop - start)
@@ -195,7 +201,7 @@ def _parts(number: int, file: InputFile, format: str, slice_bytes: int) -> Itera
 
 def _read_jsonl(part: Part) -> Iterator[Row]:
     """The lines that begin in the part, cut at \\n only, as rows may hold other Unicode line separators."""
-    line, offset, is_compressed = 0, part.start, part.path.endswith(_COMPRESSED)
+    line, offset, is_compressed = 0, part.start, _name(part.path).endswith(_COMPRESSED)
     try:
         with _open_lines(part.path) as file:
             if part.start:  # a line that contains the byte before belongs to the previous part
@@ -221,9 +227,9 @@ def _open_lines(path: str) -> Iterator[IO[bytes]]:
     """A file without its compression."""
     with contextlib.ExitStack() as opened:
         file: Any = opened.enter_context(open_file(path))
-        if path.endswith(".gz"):
+        if _name(path).endswith(".gz"):
             file = opened.enter_context(gzip.open(file, "rb"))
-        elif path.endswith(".zst"):
+        elif _name(path).endswith(".zst"):
             import pyarrow
 
             stream = opened.enter_context(pyarrow.input_stream(file, compression="zstd"))

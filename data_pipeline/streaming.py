@@ -10,10 +10,18 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.config import CHAT_TEMPLATES, DataConfig, DataError, SourceConfig
-from data_pipeline.documents import Document, Reject, check_columns, encoded, keys_of, read_documents
+from data_pipeline.documents import (
+    NOT_BAD,
+    Document,
+    Reject,
+    check_columns,
+    encoded,
+    keys_of,
+    read_documents,
+)
 from data_pipeline.files import is_address
 from data_pipeline.inputs import list_inputs
-from data_pipeline.readers import BLANK, Row, format_of, hub_rows, is_hub, plan_slices, read_rows
+from data_pipeline.readers import Row, format_of, hub_rows, is_hub, plan_slices, read_rows
 from data_pipeline.tokenizer import Tokenizer
 
 _LEAST_ROWS = 1000  # the share of bad rows is taken of at least this many rows
@@ -81,9 +89,9 @@ class TextStream:
         items = read_documents(config, self._name, self._rows(), self._tokenizer)
         for rows, item in enumerate(items, 1):
             if isinstance(item, Reject):
-                if config.on_bad_row == "error" and item.code != BLANK:
+                if config.on_bad_row == "error" and item.code not in NOT_BAD:
                     raise item.error()
-                bad += item.code != BLANK
+                bad += item.code not in NOT_BAD
                 if bad > config.max_bad_fraction * max(rows, _LEAST_ROWS):
                     what = f"{bad} of the first {rows} rows are bad, more than data.max_bad_fraction="
                     raise DataError(f"{self._key}: {what}{config.max_bad_fraction}; the last: {item.reason}")

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from data_pipeline.config import CHAT_KINDS, DataConfig, DataError
-from data_pipeline.documents import CONTAMINATED, KEYS, Document, find_duplicates, keys_of
+from data_pipeline.documents import KEYS, NOT_BAD, Document, find_duplicates, keys_of
 from data_pipeline.manifest import SPLITS, SourceRecord, replace_synced, to_json, write_atomically
 from data_pipeline.progress import CONCLUSION
 from data_pipeline.readers import BLANK
@@ -18,7 +18,6 @@ from data_pipeline.slices import SliceJob, complete_folder
 from data_pipeline.tokenizer import load_tokenizer
 
 _MOST_KEYS = 100  # of messages, that the manifest names as not used
-NOT_BAD = (BLANK, CONTAMINATED)  # codes of rows that are left out without being bad
 
 
 def survey_slice(job: SliceJob) -> int:
@@ -38,7 +37,8 @@ def survey_slice(job: SliceJob) -> int:
                 documents += 1
                 ignored.update(item.ignored)
                 digest.update(item.data)
-                for held, key in zip(hashes, keys_of(item, job.config.deduplicate), strict=True):
+                # a conversation has one key at most
+                for held, key in zip(hashes, keys_of(item, job.config.deduplicate), strict=False):
                     held += key
                 continue
             skipped[item.code] += 1

@@ -50,6 +50,8 @@ class Template(Qwen3):
 
     def __init__(self, text: str, origin: str) -> None:
         self.text, self._jinja = text, JinjaTemplate(text, origin)
+        # it has no place for reasoning, and would write what stands in a content as part of the answer
+        self._has_no_thinking = text == read_template("qwen3_2507_instruct")
         self._needs_objects = False
         try:
             self._talk(_CALLED, None).pieces(len(_CALLED), [])
@@ -86,7 +88,8 @@ class Template(Qwen3):
 
     def _talk(self, messages: Sequence[dict[str, Any]], tools: Sequence[Any] | None) -> "Conversation":
         """A conversation, in which arguments of calls that are JSON in a text become objects if the template
-        takes no texts."""
+        takes no texts, and reasoning gets a field of its own if the template has none."""
+        messages = list(map(_apart, messages)) if self._has_no_thinking else messages
         return Conversation(
             self._jinja, list(map(_parsed, messages)) if self._needs_objects else messages, tools
         )
@@ -202,6 +205,14 @@ class _Marked(NamedTuple):
             function = call.get("function") or call
             function["name"] = _said(function["name"])
         return _Marked(found, json.dumps(found, ensure_ascii=False).count(_SAID))
+
+
+def _apart(message: dict[str, Any]) -> dict[str, Any]:
+    """The message with the reasoning of its content in a field of its own."""
+    if message["role"] != "assistant" or "</think>" not in (message.get("content") or ""):
+        return message
+    reasoning, answer = chat.split_reasoning(message)
+    return message | {"reasoning_content": reasoning, "content": answer}
 
 
 def _parsed(message: dict[str, Any]) -> dict[str, Any]:

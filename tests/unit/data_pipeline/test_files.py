@@ -18,6 +18,7 @@ from data_pipeline.config import DataConfig, DataError, SourceConfig
 from data_pipeline.files import find, open_file, version
 from data_pipeline.manifest import Manifest
 from data_pipeline.prepare import prepare
+from data_pipeline.readers import kind_of
 
 ROWS = [{"text": f"Text number {n} speaks of {n * n} and of ü and 🙂." * (1 + n % 7)} for n in range(400)]
 VOCAB_SIZE, SEED = 512, 3
@@ -112,6 +113,15 @@ def test_what_is_prepared_is_the_same(corpus, server, memory, data_config, tmp_p
     if name == "a.jsonl":
         assert len([key for key in made["http"] if key.endswith("slice.json")]) > 5
     assert not [asked for asked in seen if asked.endswith("None") and not asked.startswith("a.txt")]
+
+
+@pytest.mark.parametrize(("kind", "name"), FORMATS[1:3])
+def test_what_is_asked_of_a_server_is_no_part_of_a_name(corpus, server, data_config, tmp_path, kind, name):
+    address = f"{server[0]}/{name}?download=true#a.txt"
+    assert kind_of(address) == kind
+    prepared(data_config, tmp_path / "here", kind, f"{corpus}/{name}")
+    prepared(data_config, tmp_path / "http", kind, address)
+    assert content(tmp_path / "http") == content(tmp_path / "here")
 
 
 def test_globs_find_files_at_addresses(memory, corpus):

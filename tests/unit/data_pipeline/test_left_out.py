@@ -63,15 +63,28 @@ def test_the_first_of_similar_documents_is_kept(data_config, tmp_path, workers):
     assert equal < len(rows) - len(kept)
 
 
-def test_conversations_are_similar_by_their_texts(data_config, tmp_path):
-    def row(answer: str) -> dict:
-        said = [{"role": "user", "content": "Tell me of it."}, {"role": "assistant", "content": answer}]
-        return {"messages": said}
-
+def test_conversations_and_prompts_that_share_much_are_kept(data_config, tmp_path):
+    """Under minhash only equal ones are left out: a system prompt, an instruction, or the earlier turns of
+    a row, with which each of its samples begins, do not make them duplicates."""
     long = " ".join(random.Random(1).choices(WORDS, k=400))
-    path = jsonl(tmp_path / "a.jsonl", [row(long), row(f"{long} again"), row("another one")])
-    config = configured(data_config, tmp_path / "made", path, "sft", deduplicate="minhash")
-    assert prepare(config, VOCAB_SIZE, SEED).sources["s"].skipped == {"duplicate": 1}
+
+    def turns(*said: str) -> list[dict]:
+        roles = ["user", "assistant"] * len(said)
+        return [{"role": role, "content": text} for role, text in zip(roles, said, strict=False)]
+
+    reasoned = turns("How?", long, "And how else?", "As well.", "And then?", "No way.")
+    for answer in reasoned[1::2]:
+        answer["reasoning_content"] = "hm"  # makes a sample of each answer
+    short = [[{"role": "system", "content": long}, *turns(f"{n}?", f"{n}!")] for n in range(5)]
+    for kind, samples, rows in (
+        ("sft", 8, [{"messages": of} for of in (reasoned, *short)]),
+        ("prompts", 5, [{"prompt": f"{long} {n} + {n}", "answer": str(2 * n)} for n in range(5)]),
+    ):
+        path = jsonl(tmp_path / f"{kind}.jsonl", [*rows, rows[-1]])
+        config = configured(data_config, tmp_path / kind, path, kind, deduplicate="minhash")
+        source = prepare(config, VOCAB_SIZE, SEED).sources["s"]
+        assert source.skipped == {"duplicate": 1}
+        assert sum(shard.documents for shard in source.shards["train"]) == samples
 
 
 def test_without_the_package_the_remedy_is_told(data_config, tmp_path, monkeypatch):
@@ -89,7 +102,7 @@ def test_texts_of_benchmarks_are_left_out_and_listed(data_config, tmp_path, on_b
     dirty = {"text": f"An exercise. {QUESTION.upper()} Answer: nowhere."}
     path = jsonl(tmp_path / "a.jsonl", [*clean[:7], dirty, *clean[7:]])
     tests = jsonl(tmp_path / "test.jsonl", [{"id": 1, "ask": {"question": QUESTION, "choices": ["a", "b"]}}])
-    (tmp_path / "more.txt").write_text("short")
+    (tmp_path / "more.txt").write_text("another " * 13)
     given = {"exclude": [tests, str(tmp_path / "*.txt")], "on_bad_row": on_bad_row, "max_bad_fraction": 0.0}
     config = configured(data_config, tmp_path / "made", path, **given)
     manifest = prepare(config, VOCAB_SIZE, SEED)
@@ -116,6 +129,28 @@ def test_conversations_and_prompts_with_texts_of_benchmarks_are_left_out(data_co
         path = jsonl(tmp_path / f"{kind}.jsonl", [row, *fine])
         config = configured(data_config, tmp_path / kind, path, kind, exclude=[tests], deduplicate="none")
         assert prepare(config, VOCAB_SIZE, SEED).sources["s"].skipped == {"contaminated": 1}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "longest"),
+    [("short.jsonl", '{"question": "What is it?"}\n{"question": "Why?"}\n', 3), ("empty.txt", "", 0)],
+)
+def test_a_benchmark_that_excludes_nothing_stops(data_config, tmp_path, name, content, longest):
+    tests = jsonl(tmp_path / "test.jsonl", [{"question": QUESTION}])
+    (tmp_path / name).write_text(content)
+    path = jsonl(tmp_path / "a.jsonl", [{"text": "something else"}])
+    config = configured(data_config, tmp_path / "made", path, exclude=[tests, str(tmp_path / name)])
+    law = f"data.exclude: .*/{name}: its longest text has {longest} words, and only texts of at least 13"
+    with pytest.raises(DataError, match=law):
+        prepare(config, VOCAB_SIZE, SEED)
+
+
+@pytest.mark.parametrize("question", ["火车九点离开车站到达时间是几点", "จงหาคำตอบของโจทย์ต่อไปนี้"])
+def test_texts_without_spaces_exclude(data_config, tmp_path, question):
+    tests = jsonl(tmp_path / "test.jsonl", [{"question": question}])
+    path = jsonl(tmp_path / "a.jsonl", [{"text": f"前{question}后"}, {"text": "something else"}])
+    config = configured(data_config, tmp_path / "made", path, exclude=[tests])
+    assert prepare(config, VOCAB_SIZE, SEED).sources["s"].skipped == {"contaminated": 1}
 
 
 def rewrite(path: Path, keep_time: bool) -> None:

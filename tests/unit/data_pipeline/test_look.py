@@ -24,6 +24,10 @@ TALK = {"messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", 
 OTHER = {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello", "score": 3}]}
 
 
+NAMES = ["ünï.jsonl", "数.jsonl", "${x}.jsonl", "back\\slash.jsonl", "a 'b\".jsonl", "tab\tx.jsonl"]
+NAMES += ["null.jsonl", "1e5.jsonl", "2024.jsonl", "nan.jsonl", "on.jsonl", "2024-13-45.jsonl"]
+
+
 def said(path: Path, config: DataConfig, tokenizer: Tokenizer | None = None, in_colour: bool = False) -> Text:
     return Text().join(look(str(path), config, tokenizer, in_colour))
 
@@ -71,7 +75,7 @@ def test_the_line_of_yaml_reads_the_file(data_config, tmp_path, repository):
     assert sum(shard.documents for shard in manifest.shards()) == 39
 
 
-@pytest.mark.parametrize("name", ["ünï.jsonl", "数.jsonl", "${x}.jsonl", "back\\slash.jsonl", "a 'b\".jsonl"])
+@pytest.mark.parametrize("name", NAMES)
 def test_both_lines_name_the_file(data_config, tmp_path, name):
     """As YAML, and as an override that Hydra reads."""
     path = lines(tmp_path / name, [TALK])
@@ -81,12 +85,22 @@ def test_both_lines_name_the_file(data_config, tmp_path, name):
     override = OverridesParser.create().parse_override(shlex.split(given)[0]).value()
     for sources in (OmegaConf.create(yaml.safe_load(in_file)).data.sources, OmegaConf.create(override)):
         assert [of.paths[0] for of in sources.values()] == [str(path)]
+        assert all(isinstance(source, str) for source in sources)
 
 
-@pytest.mark.parametrize("column", ["1", "null", "true"])
+@pytest.mark.parametrize("column", ["1", "1e5", "2024-13-45", "null", "true"])
 def test_a_column_is_named_by_a_text(data_config, tmp_path, column):
     shown = said(lines(tmp_path / "a.jsonl", [{column: "some text"}]), data_config).plain
     assert f'text_key: "{column}"' in shown
+
+
+def test_texts_of_benchmarks_are_told_apart_from_bad_rows(data_config, tmp_path):
+    question = " ".join(f"word{n}" for n in range(13))
+    (tmp_path / "test.txt").write_text(question)
+    path = lines(tmp_path / "a.jsonl", [{"text": question}, {"text": "else"}])
+    shown = said(path, replace(data_config, exclude=[f"{tmp_path}/test.txt"])).plain
+    assert "left out 1 rows: 1 x contaminated: data.exclude has " in shown
+    assert "bad " not in shown
 
 
 def test_lengths_are_those_of_the_tokenizer(data_config, tmp_path):

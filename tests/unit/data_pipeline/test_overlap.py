@@ -40,6 +40,13 @@ def test_case_and_punctuation_do_not_matter() -> None:
     assert band_keys("one two") == band_keys("One, two.") != band_keys("two one")
 
 
+def test_each_character_of_scripts_without_spaces_is_a_word() -> None:
+    assert words_of("Ab1漢字、かナー・ﾅx_y กำ 𠀀") == [*("ab1", *"漢字かナーﾅ", "x_y"), *"กำ", "𠀀"]
+    one = "".join(chr(0x4E00 + n) for n in random.Random(0).choices(range(2000), k=400))
+    keys = zip(band_keys(one), band_keys(one[:-2] + "的是"), strict=True)
+    assert any(a == b for a, b in keys), "nearly equal texts are similar"
+
+
 def slow_shared(texts: list[str], text: str) -> str | None:
     known = {
         tuple(words[i : i + SEQUENCE])

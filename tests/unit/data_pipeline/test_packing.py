@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_pipeline.packing import NO_LOSS, ConcatRows, PackedRows, Row, pack_rows
+from data_pipeline.packing import NO_LOSS, ConcatRows, PackedRows, Row, make_plans, pack_rows
 
 END = 9
 
@@ -129,3 +129,11 @@ def test_rows_beyond_the_stream_are_empty() -> None:
     assert len(padded) == 3
     assert len(padded.read(2).tokens) == 2
     assert len(padded.read(7).tokens) == 0
+
+
+def test_text_that_is_too_short_for_a_row_is_told(prepared, capsys):
+    make_plans(prepared, 32)
+    assert "too short" not in capsys.readouterr().out
+    make_plans(prepared, 1 << 20)
+    law = "0 rows of 1048576; its text is too short for a row: add text, or shorten stage.seq_len"
+    assert capsys.readouterr().out.splitlines() == [f"  letters: {law}", f"  numbers: {law}"]

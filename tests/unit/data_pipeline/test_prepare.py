@@ -320,7 +320,7 @@ def test_a_bad_row_can_be_an_error(
     source = jsonl_source(tmp_path / "a.jsonl", [b'{"text": "good"}', b"", b'{"text": null}'])
     config = replace(data_config, sources={"s": source}, on_bad_row="error")
     with pytest.raises(
-        DataError, match=r"a\.jsonl: the row at 18 is bad \(null\): .* fix it, or set data.on"
+        DataError, match=r"a\.jsonl: the row at 18 is bad \(null\): .* fix it .*, or set data.on"
     ):
         prepare(config, VOCAB_SIZE, SEED)
     # in the same folder: with skip, interrupted after the survey; with error; with skip to the end
@@ -351,6 +351,28 @@ def test_a_broken_source_stops_before_anything_is_encoded(data_config: DataConfi
         DataError, match=r"s: 1 of 1 rows are bad \(1 json\), the source has no document; fix the files or"
     ):
         prepare(config, VOCAB_SIZE, SEED)
+
+
+def test_a_failed_preparation_says_how_to_go_on(data_config: DataConfig, tmp_path: Path) -> None:
+    rows = [b'{"text": "good"}', b"{", b'{"text": "better"}']
+    sources = {"s": jsonl_source(tmp_path / "a.jsonl", rows)}
+    config = replace(data_config, sources=sources, on_bad_row="error", validation_fraction=0.0)
+    with pytest.raises(
+        DataError, match=r"fix it \(a preparation then needs a new data\.dir\), or set data\.on_bad_row=skip"
+    ):
+        prepare(config, VOCAB_SIZE, SEED)
+    jsonl_source(tmp_path / "a.jsonl", [rows[0], rows[2]])
+    with pytest.raises(DataError, match=r"name another folder as data\.dir, .* also after a correction"):
+        prepare(config, VOCAB_SIZE, SEED)
+    Path(config.dir).rename(tmp_path / "away")
+    prepare(config, VOCAB_SIZE, SEED)
+    assert documents_of(config, "s", "train") == ["good", "better"]
+    jsonl_source(tmp_path / "a.jsonl", rows)
+    begun = replace(config, dir=str(tmp_path / "begun"))
+    with pytest.raises(DataError, match="is bad"):
+        prepare(begun, VOCAB_SIZE, SEED)
+    prepare(replace(begun, on_bad_row="skip"), VOCAB_SIZE, SEED)
+    assert documents_of(begun, "s", "train") == ["good", "better"], "this setting may change"
 
 
 @pytest.mark.parametrize("deduplicate", ["exact", "none"])

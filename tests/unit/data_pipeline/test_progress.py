@@ -88,3 +88,12 @@ def test_afterwards(config: DataConfig) -> None:
     later = sum(shard.tokens for shard in shards if not shard.name.startswith(first))
     assert progress.tokens_per_second == later / (slices - 1)
     assert progress.seconds_left == 0
+
+
+def test_texts_of_benchmarks_are_no_rejects(config: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = Path(config.sources["letters"].paths[0]).read_text().splitlines()[-4]
+    (Path(config.dir).parent / "test.jsonl").write_text(row)
+    config = replace(config, exclude=[f"{Path(config.dir).parent}/test.jsonl"])
+    prepare(config, VOCAB_SIZE, SEED)
+    assert Manifest.load(Path(config.dir)).sources["letters"].skipped["contaminated"] == 1
+    assert look(Path(config.dir)).rejects == 3

@@ -196,7 +196,7 @@ ASKED = [said("user", "q")]
         ({"messages": [*ASKED, said("assistant", ""), *ASKED]}, r"messages[1]: no_target"),
         ({"prompt": "q", "tools": "{}"}, "tools: not a list"),
         ({"prompt": "q", "enable_thinking": "false"}, "type: enable_thinking is of type str"),
-        ({"prompt": "q", "answer": None}, "missing: the row has no 'answer' for its verifiers"),
+        ({"prompt": "q", "answer": None}, "missing: the row has no 'answer' for its verifiers (required_"),
         ({"prompt": "q\ud800"}, "utf8: a lone surrogate"),
         ({"prompt": "q", "hint": "\ud800"}, "utf8: a lone surrogate"),
     ],

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from data_pipeline.config import DataConfig, DataError, SourceConfig
 from data_pipeline.documents import Document, Reject, check_columns, read_documents
 from data_pipeline.inputs import list_inputs
-from data_pipeline.readers import BLANK, plan_slices, read_rows
+from data_pipeline.readers import BLANK, file_rows, plan_slices, read_rows
 
 Read = Callable[..., tuple[list[str], list[Reject]]]
 
@@ -224,6 +224,20 @@ def test_conversations_that_cannot_be_encoded(tmp_path: Path, read: Read) -> Non
     documents, rejects = read("sft", path)
     assert len(documents) == 1
     assert [reject.reason for reject in rejects] == ["utf8: a lone surrogate"] * 4
+
+
+@pytest.mark.parametrize("name", ["A.JSONL", "A.Parquet", "A.ARROW", "A.JSONL.GZ", "A.JSON.ZST"])
+def test_names_in_capitals(tmp_path: Path, read: Read, name: str) -> None:
+    row = {"messages": [{"role": "user", "content": "2+2"}, {"role": "assistant", "content": "4"}]}
+    if name in ("A.Parquet", "A.ARROW"):
+        write_table(tmp_path / name.lower(), pa.Table.from_pylist([row]))
+        (tmp_path / name.lower()).rename(tmp_path / name)
+    else:
+        suffix = name.lower().replace("json.", "jsonl.").removeprefix("a.")
+        (tmp_path / name).write_bytes(compressed(json.dumps(row).encode(), suffix))
+    documents, rejects = read("sft", tmp_path / name)
+    assert (len(documents), rejects) == (1, [])
+    assert len(list(file_rows(f"{tmp_path}/{name}"))) == 1
 
 
 def test_dates_in_conversations_of_a_table(tmp_path: Path, read: Read) -> None:

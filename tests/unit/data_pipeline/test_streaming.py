@@ -88,6 +88,20 @@ def test_conversations_keep_what_is_learned(streaming: DataConfig, tmp_path: Pat
         TextStream(once, "chat", tokenizer, SEED).read(0, 2 * (end + 1) + 1)
 
 
+def test_texts_of_benchmarks_are_not_bad_rows(streaming: DataConfig, tmp_path: Path) -> None:
+    """As in a preparation: they are left out, and neither stop a run nor count as bad."""
+    question = " ".join(f"word{n}" for n in range(13))
+    (tmp_path / "test.txt").write_text(question)
+    rows = [{"text": question}] * 60 + [{"text": "else"}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = {"exclude": [f"{tmp_path}/test.txt"], "on_bad_row": "error", "max_bad_fraction": 0.0}
+    source = SourceConfig("jsonl", [f"{tmp_path}/a.jsonl"], "text", 1.0, None)
+    config = replace(streaming, sources={"s": source}, **given)
+    tokenizer = load_tokenizer(str(streaming.tokenizer))
+    ids = TextStream(config, "s", tokenizer, SEED).read(0, 40)
+    assert set(tokenizer.decode(ids.tolist()).split("<|endoftext|>")[:-1]) == {"else"}
+
+
 def test_bad_rows(streaming: DataConfig, tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps({"text": f"row {n}"}) + "\n" for n in range(100)) + "\nbad\n" * 100)

@@ -132,6 +132,11 @@ def test_2507_instruct_has_no_thinking() -> None:
     assert "think" not in text_of(pieces)
     with pytest.raises(ValueError, match=r"messages\[1\]: template: this answer cannot be learned"):
         template.samples(talk(turn("assistant", "a", "because")), None)
+    for content in ("because</think>a", "<think>\nbecause\n</think>\n\na"):
+        with pytest.raises(ValueError, match=r"messages\[1\]: template: this answer cannot be learned"):
+            template.samples(talk(turn("assistant", content)), None)
+    [pieces] = template.samples(talk(turn("assistant", "<think>\n\n</think>\n\na")), None)
+    assert learned(pieces) == ["a<|im_end|>"], "nothing was thought"
     asked = {"messages": [turn("user", "q")]}
     assert text_of(template.prompt(asked, False)).endswith("q<|im_end|>\n<|im_start|>assistant\n")
 
@@ -298,6 +303,11 @@ def test_a_folder_of_another_template_is_refused(data_config: DataConfig, tmp_pa
             check(made, other)
     text = replace(data_config, chat_template="qwen3_5")
     assert text.content_settings() == data_config.content_settings(), "text needs no template"
+
+
+def test_a_byte_order_mark_is_no_part_of_a_template(tmp_path: Path) -> None:
+    (tmp_path / "mine.jinja").write_text(CHATML, encoding="utf-8-sig")
+    assert open_template(f"{tmp_path}/mine.jinja").text == CHATML
 
 
 def test_laws(data_config: DataConfig) -> None:
