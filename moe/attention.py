@@ -226,7 +226,7 @@ def attend_varlen(query: Tensor, key: Tensor, value: Tensor, documents: Document
 
 @cache
 def _varlen() -> Callable[..., Any] | None:
-    """torch's causal varlen attention with groups of query heads; None in older versions.
+    """torch's causal varlen attention with groups of query heads, or None; old versions always group them.
 
     It is imported here because the import takes a second, and only a GPU has the kernel.
     """
@@ -234,8 +234,7 @@ def _varlen() -> Callable[..., Any] | None:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return None
-    named = "enable_gqa" in signature(varlen_attn).parameters  # older versions always group query heads
-    grouped: Any = {"enable_gqa": True} if named else {}
+    grouped: Any = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
     return partial(varlen_attn, window_size=(-1, 0), **grouped)  # all to the left, nothing to the right
 
 
