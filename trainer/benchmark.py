@@ -18,7 +18,7 @@ from data_pipeline.tokenizer import load_tokenizer
 from moe.config import ConfigError, ModelConfig
 from trainer.checkpoints.weights import load_model, ranks_for, selection_bias
 from trainer.engine.cpu_products import fast_products
-from trainer.ranks.launch import launch
+from trainer.ranks.launch import exit_with, launch
 from trainer.ranks.runtime import DTYPES, Ranks
 from trainer.settings.benchmarks import BenchmarksConfig, Score, score_rows, scores_file, write_scores
 from trainer.settings.command import tells_mistakes
@@ -122,4 +122,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    exit_with(main(sys.argv[1:]))

@@ -12,7 +12,7 @@ from moe.config import ConfigError
 from moe.model import ModelOutput
 from trainer.checkpoints.weights import load_model, ranks_for, selection_bias
 from trainer.engine.cpu_products import fast_products
-from trainer.ranks.launch import launch
+from trainer.ranks.launch import exit_with, launch
 from trainer.ranks.runtime import Ranks
 from trainer.settings.command import tells_mistakes
 from trainer.settings.config import RunConfig
@@ -67,4 +67,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    exit_with(main(sys.argv[1:]))

@@ -26,7 +26,7 @@ from moe.next_token import SamplingSettings
 from moe.sampling import Request, Sample, sample
 from trainer.checkpoints.weights import load_model, ranks_for, selection_bias
 from trainer.engine.cpu_products import fast_products
-from trainer.ranks.launch import launch
+from trainer.ranks.launch import exit_with, launch
 from trainer.ranks.runtime import DTYPES, Ranks
 from trainer.settings.command import tells_mistakes
 from trainer.settings.run_folder import hf_folder
@@ -333,4 +333,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    exit_with(main(sys.argv[1:]))

@@ -13,7 +13,7 @@ from contextlib import closing
 from functools import partial
 from pathlib import Path
 
-from trainer.ranks.launch import STOP_SIGNALS, launch
+from trainer.ranks.launch import STOP_SIGNALS, exit_with, launch
 from trainer.settings.command import tells_mistakes
 from trainer.settings.config import RunConfig
 from trainer.settings.run_folder import lock
@@ -97,4 +97,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    exit_with(main(sys.argv[1:]))

@@ -10,7 +10,7 @@ from pathlib import Path
 from zlib import crc32
 
 from data_pipeline.config import DataError
-from trainer.ranks.launch import StopRequest
+from trainer.ranks.launch import StopRequest, exit_with
 from trainer.settings.config import ConfigError, RunConfig
 from trainer.settings.run_folder import pasted, read_state, write_state
 from trainer.settings.secrets import redacted
@@ -101,8 +101,4 @@ if __name__ == "__main__":
     except Exception:
         traceback.print_exc()
         code = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    logging.shutdown()
-    # Skip the interpreter's shutdown, where threads of remaining process groups may block or abort.
-    os._exit(code)
+    exit_with(code)

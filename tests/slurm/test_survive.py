@@ -270,7 +270,9 @@ def test_slurmctld_may_be_away(cluster: Cluster, folder: Path, futures: dict[str
         future.exception()  # wait for its end: it needs slurmctld
     run = cluster.submit(folder, "away", cluster.only(1, 2))
     paused = run.pause(saved=8)
-    lab = Path(cluster.environment["SLURM_CONF"]).parent
+    lab, before = Path(cluster.environment["SLURM_CONF"]).parent, time.time()
+    assert cluster.set(run.jobs[0], "Comment=known")
+    run.wait(lambda run: (lab / "state/job_state").stat().st_mtime > before)  # else it forgets the job
     os.kill(int((lab / "run/slurmctld.pid").read_text()), signal.SIGKILL)
     os.kill(run.ranks()[1], signal.SIGKILL)
     os.kill(paused, signal.SIGCONT)

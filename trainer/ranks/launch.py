@@ -1,6 +1,7 @@
 """Start the ranks of a run on this machine and wait for them; how a rank is asked to stop. Torch-free."""
 
 import ctypes
+import logging
 import os
 import re
 import signal
@@ -11,6 +12,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
 from trainer.settings.config import RunConfig
 from trainer.settings.run_folder import read_state, write_state
@@ -108,6 +110,16 @@ def launch(command: Sequence[str], nproc: int, device: str, lock: int | None = N
     for number, handler in before.items():
         signal.signal(number, handler)
     return code
+
+
+def exit_with(code: int | None) -> NoReturn:
+    """End a command; a rank without the interpreter's shutdown, where process groups may block or abort."""
+    if "RANK" in os.environ:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        logging.shutdown()
+        os._exit(code or 0)
+    sys.exit(code)
 
 
 def adopt_srun() -> None:
