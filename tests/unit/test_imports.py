@@ -1,6 +1,7 @@
 """Who may import what, and how large a room may grow. The rooms of the house keep to themselves."""
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -184,6 +185,17 @@ def test_ranks_prepare_to_compile_nothing():
     import_without(
         ["trainer.train", "deepspeed.runtime.zero.muon.muon_optimizer"], "torch._inductor.compile_fx"
     )
+
+
+def test_the_engine_leaves_the_variables_as_deepspeed_wants_them():
+    """Its own, of how torch looks for GPUs; not that which keeps torch from compiling."""
+    names = ("PYTORCH_NVML_BASED_CUDA_CHECK", "TORCHDYNAMO_DISABLE")
+    clean = {key: value for key, value in os.environ.items() if key not in names}
+    code = f"import os, trainer.engine.engine; print(*[os.environ.get(name) for name in {names}])"
+    done = subprocess.run(
+        [sys.executable, "-c", code], check=True, cwd=ROOT, env=clean, stdout=subprocess.PIPE
+    )
+    assert done.stdout.split()[-2:] == [b"1", b"None"]
 
 
 def test_a_login_node_needs_no_torch():

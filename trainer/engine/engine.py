@@ -32,21 +32,21 @@ from trainer.settings.parallel import ParallelPlan
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-with patch.dict(os.environ, TORCHDYNAMO_DISABLE="1"):  # else ZeRO's Muon prepares to be compiled: a second
-    import deepspeed.runtime.zero.muon.original_muon
-import deepspeed.comm
+import deepspeed.comm  # sets variables of its own, which the block below must not take back
 import deepspeed.ops
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.utils import groups
 
+with patch.dict(os.environ, TORCHDYNAMO_DISABLE="1"):  # else ZeRO's Muon prepares to be compiled: a second
+    import deepspeed.runtime.zero.muon.original_muon
+
 from trainer.engine.gradients import Fp32Sums, ReduceScatter, reduce_and_clip
 from trainer.engine.zero3 import all_gathered, in_one_order
 
 all_to_all = deepspeed.comm.all_to_all_single  # for dispatchers; DeepSpeed's communication log counts it
-# the collectives of DeepSpeed's backend that the clock times
 _COLLECTIVES = ["all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "reduce"]
-_COLLECTIVES += ["all_to_all_single"]
+_COLLECTIVES += ["all_to_all_single"]  # of DeepSpeed's backend, which the clock times
 
 
 def init_deepspeed(device: torch.device) -> None:
